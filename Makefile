@@ -1,0 +1,23 @@
+# Two commands do everything, from a bare Python 3.10 or newer: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+# The environment is made once, and again when what it is made from changes.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+.PHONY: demo test check clean
+demo: $(VENV)/.ready  ## the target's own text and DFlash's beside it, on the built-in pair, offline
+	@HF_HUB_OFFLINE=1 $(BIN)/dflash-hub demo
+
+test: $(VENV)/.ready  ## the tests
+	@$(BIN)/python -m pytest -q
+
+check: $(VENV)/.ready  ## everything that CI checks
+	@bash .ci/run
+
+clean:
+	rm -rf $(VENV) .venv-* build dist *.egg-info .mypy_cache .ruff_cache

@@ -1,0 +1,285 @@
+# Copyright 2026 the dflash-hub authors.
+# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+"""The DFlash draft: context features and a block of noise in, hidden states of the block out.
+
+A Qwen3 decoder stack (`transformers.models.qwen3`) with one difference: queries come from the block alone, keys and
+values from the target's tapped hidden states ("context features") and the block. Every position of the block is
+predicted in one forward. After DFlash (arXiv 2602.06036) and its reference implementation, z-lab/dflash.
+
+Shapes: B batch, C context tokens new in this call, Q block positions, K all keys a layer sees (past + C + Q).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.qwen3.modeling_qwen3 import (
+    Qwen3Attention,
+    Qwen3DecoderLayer,
+    Qwen3PreTrainedModel,
+    Qwen3RMSNorm,
+    Qwen3RotaryEmbedding,
+    eager_attention_forward,
+    rotate_half,
+)
+
+from .configuration_dflash import SLIDING, DFlashConfig
+from .generation_dflash import spec_generate
+from .repository_dflash import RepositoryMixin
+
+
+class DFlashRotaryEmbedding(Qwen3RotaryEmbedding):
+    """Qwen3's, whose frequencies stay float32: rounded to bfloat16 they cost acceptance, more with every token."""
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "DFlashRotaryEmbedding":
+        super()._apply(fn, recurse)
+        with torch.device("cpu"):
+            fresh = Qwen3RotaryEmbedding(self.config)
+        device = self.inv_freq.device
+        self.inv_freq = fresh.inv_freq.to(device)
+        self.original_inv_freq = fresh.original_inv_freq.to(device)
+        self.max_seq_len_cached = fresh.max_seq_len_cached
+        return self
+
+
+def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate `states` `[B, heads, N, head_dim]` by the last N of `cos`, `sin` `[B, C + Q, head_dim]`."""
+    length = states.shape[-2]
+    cos, sin = cos[:, None, -length:], sin[:, None, -length:]
+    return states * cos + rotate_half(states) * sin
+
+
+class DFlashAttention(Qwen3Attention):
+    """Qwen3's, with keys and values from the context features too, and causal or not as the config says."""
+
+    def __init__(self, config: DFlashConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.is_causal = config.causal_layers[layer_idx]
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None = None,
+        context_hidden_states: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attend from `hidden_states [B, Q, H]` to the past, `context_hidden_states [B, C, H]` and themselves.
+
+        `position_ids` and `use_cache` come from the decoder layer and are not passed on: attention kernels would
+        read the first as packing.
+        """
+        sources = torch.cat([context_hidden_states, hidden_states], dim=1)  # [B, C + Q, H]
+        split = (hidden_states.shape[0], -1, self.head_dim)
+        query = self.q_norm(self.q_proj(hidden_states).unflatten(-1, split[1:])).transpose(1, 2)
+        key = self.k_norm(self.k_proj(sources).unflatten(-1, split[1:])).transpose(1, 2)
+        value = self.v_proj(sources).unflatten(-1, split[1:]).transpose(1, 2)
+        query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)  # [B, kv heads, K, head_dim]
+
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+        return self.o_proj(output.flatten(2)), weights
+
+
+class DFlashDecoderLayer(Qwen3DecoderLayer):
+    """Qwen3's, around DFlash attention; `context_hidden_states` reaches it as a keyword."""
+
+    def __init__(self, config: DFlashConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.self_attn = DFlashAttention(config, layer_idx)
+
+
+class DFlashPreTrainedModel(RepositoryMixin, Qwen3PreTrainedModel):
+    config_class = DFlashConfig
+    base_model_prefix = "model"
+    main_input_name = "noise_embeds"
+    input_modalities = ("embeddings",)
+    _no_split_modules = ["DFlashDecoderLayer"]
+    _can_record_outputs = {"hidden_states": DFlashDecoderLayer, "attentions": DFlashAttention}
+    _auto_class = "AutoModel"
+
+
+class DFlashDraftModel(DFlashPreTrainedModel):
+    """The DFlash 1 draft. It has no embedding and no head: both are the target's."""
+
+    spec_generate = spec_generate
+
+    def __init__(self, config: DFlashConfig):
+        super().__init__(config)
+        self.fc = nn.Linear(config.fc_width, config.hidden_size, bias=False)
+        self.hidden_norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.layers = nn.ModuleList([DFlashDecoderLayer(config, index) for index in range(config.num_hidden_layers)])
+        self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = DFlashRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        noise_embeds: torch.Tensor,
+        context_hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states of a block, all positions at once.
+
+        Args:
+            noise_embeds `[B, Q, hidden_size]`: the target's embeddings of the anchor and of `Q - 1` mask tokens.
+            context_hidden_states `[B, C, taps * target_hidden_size]`: the tapped outputs of the target's layers for
+                the committed tokens that the cache does not hold yet, concatenated in the order of `target_layer_ids`.
+            attention_mask: None; or `[B, past + C + Q]`, 0 at padding; or, used as it is, a 4D mask
+                `[B, 1, Q, K]` (or a dict of them by layer type) as the attention implementation wants it.
+            position_ids `[B, C + Q]`: of the context tokens, then of the block; counted on from the cache by default.
+            past_key_values: keys and values of earlier context. The block's are appended too; crop them afterwards.
+
+        Returns:
+            `last_hidden_state [B, Q, hidden_size]`: position k predicts the token at anchor + k, for k >= 1.
+
+        Raises:
+            ValueError: a width or length that does not fit this draft, with both numbers.
+        """
+        self._check_inputs(noise_embeds, context_hidden_states)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        new = context_hidden_states.shape[1] + noise_embeds.shape[1]
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if position_ids is None:
+            position_ids = torch.arange(past, past + new, device=noise_embeds.device)[None]
+        if position_ids.shape[-1] != new:
+            raise ValueError(
+                f"position_ids covers {position_ids.shape[-1]} positions, but the context has "
+                f"{context_hidden_states.shape[1]} tokens and the block {noise_embeds.shape[1]}: pass {new}."
+            )
+        masks = self._masks(attention_mask, position_ids, noise_embeds, past_key_values)
+        features = self.hidden_norm(self.fc(context_hidden_states))  # [B, C, H]
+        hidden_states = noise_embeds
+        position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        for layer, layer_type in zip(self.layers, self.config.layer_types, strict=True):
+            hidden_states = layer(
+                hidden_states,
+                context_hidden_states=features,
+                attention_mask=masks[layer_type, layer.self_attn.is_causal],
+                past_key_values=past_key_values,
+                position_embeddings=position_embeddings,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def _check_inputs(self, noise_embeds: torch.Tensor, context_hidden_states: torch.Tensor) -> None:
+        taps, width = len(self.config.target_layer_ids), self.config.target_hidden_size
+        if context_hidden_states.shape[-1] != self.config.fc_width:
+            raise ValueError(
+                f"context_hidden_states is {context_hidden_states.shape[-1]} wide, but this draft's fc expects "
+                f"{self.config.fc_width} ({taps} taps x {width}): the target is not the one it was made for."
+            )
+        if noise_embeds.shape[-1] != self.config.hidden_size:
+            raise ValueError(
+                f"noise_embeds is {noise_embeds.shape[-1]} wide, but this draft's hidden_size is "
+                f"{self.config.hidden_size}: the target is not the one it was made for."
+            )
+
+    def _masks(
+        self,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor] | None,
+        position_ids: torch.Tensor,
+        noise_embeds: torch.Tensor,
+        past_key_values: Cache | None,
+    ) -> dict[tuple[str, bool], torch.Tensor | None]:
+        """One mask per kind of layer, a kind being its type and its causality."""
+        kinds = {}
+        for index, kind in enumerate(zip(self.config.layer_types, self.config.causal_layers, strict=True)):
+            kinds.setdefault(kind, index)
+        if isinstance(attention_mask, dict):
+            return {kind: attention_mask[kind[0]] for kind in kinds}
+        if attention_mask is not None and attention_mask.ndim == 4:
+            return dict.fromkeys(kinds, attention_mask)
+        padding = self._padding(attention_mask, position_ids, past_key_values)
+        block = position_ids[:, -noise_embeds.shape[1] :]  # [B, Q]
+        masks = {}
+        for (layer_type, causal), index in kinds.items():
+            length = _kv_length(past_key_values, index, position_ids.shape[-1])
+            window = self.config.sliding_window if layer_type == SLIDING else None
+            masks[layer_type, causal] = self._mask(block, length, window, causal, padding)
+        return masks
+
+    def _padding(
+        self, attention_mask: torch.Tensor | None, position_ids: torch.Tensor, past_key_values: Cache | None
+    ) -> torch.Tensor | None:
+        """`attention_mask [B, past + C + Q]` as bool, or None where nothing is padded."""
+        if attention_mask is None or bool(attention_mask.all()):
+            return None
+        whole = position_ids.shape[-1] + (past_key_values.get_seq_length() if past_key_values is not None else 0)
+        if attention_mask.shape[-1] != whole:
+            raise ValueError(
+                f"attention_mask covers {attention_mask.shape[-1]} positions, but past, context and block are {whole}."
+            )
+        return attention_mask.bool()
+
+    def _mask(
+        self, block: torch.Tensor, length: int, window: int | None, causal: bool, padding: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """What the attention implementation wants for `length` keys; None where every query sees every key."""
+        padding = None if padding is None else padding[:, -length:]
+        if "flash" in (self.config._attn_implementation or ""):
+            return padding  # causality and window are arguments of the kernel
+        if not causal and padding is None and (window is None or length <= window):
+            return None
+        visible = visible_keys(block, length, window, causal)
+        if padding is not None:
+            visible = visible & padding[:, None]
+        if self.config._attn_implementation == "sdpa":
+            return visible[:, None]
+        dtype = self.dtype
+        return torch.zeros((), dtype=dtype, device=block.device).where(visible[:, None], torch.finfo(dtype).min)
+
+
+def visible_keys(block: torch.Tensor, length: int, window: int | None, causal: bool) -> torch.Tensor:
+    """Which keys each position of a block sees.
+
+    Args:
+        block `[B, Q]`: positions of the block. The keys are the `length` consecutive positions that end with it.
+        window: keys at a distance below this, on both sides; None for all.
+        causal: whether later positions are hidden.
+
+    Returns:
+        `[B, Q, length]`, True where visible.
+    """
+    keys = block[:, -1:] - torch.arange(length - 1, -1, -1, device=block.device)  # [B, length]
+    distance = block[:, :, None] - keys[:, None]
+    visible = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
+    return visible if window is None else visible & (distance.abs() < window)
+
+
+def _kv_length(past_key_values: Cache | None, layer_idx: int, new: int) -> int:
+    """How many keys the cache will hand layer `layer_idx` once `new` are added; a sliding one forgets the oldest."""
+    layers = past_key_values.layers if past_key_values is not None else []
+    return layers[layer_idx].get_mask_sizes(new)[0] if layer_idx < len(layers) else new
+
+
+Qwen3DFlashDraftModel = DFlashDraftModel
+
+__all__ = ["DFlashDraftModel", "DFlashPreTrainedModel", "Qwen3DFlashDraftModel"]

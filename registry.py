@@ -1,0 +1,298 @@
+# Copyright 2026 the dflash-hub authors.
+# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+"""Which draft for which target: by exact checkpoint from the catalogue, by architecture where the shapes allow it.
+
+The catalogue, `drafts.json`, lists the drafts published on the Hugging Face Hub, with their commit where it is known.
+A draft drafts well for the checkpoint it was trained on and no other: siblings of equal shape exist, so an
+architecture alone never settles it.
+"""
+
+import json
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig
+
+from .configuration_dflash import DFlashConfig
+from .modeling_dflash import Qwen3DFlashDraftModel
+
+# Target architectures whose drafts are the Qwen3-style stack. One more line adds one.
+_QWEN3_ARCHITECTURES = (
+    "Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM",
+    "Qwen3NextForCausalLM",
+    "Qwen3_5ForConditionalGeneration",
+    "Qwen3_5MoeForConditionalGeneration",
+    "LlamaForCausalLM",
+    "GptOssForCausalLM",
+    "Gemma4ForConditionalGeneration",
+    "Gemma4UnifiedForConditionalGeneration",
+    "MiniMaxM2ForCausalLM",
+    "KimiK25ForConditionalGeneration",
+    "KimiK3ForConditionalGeneration",
+    "GlmMoeDsaForCausalLM",
+    "MuseGlimmerForConditionalGeneration",
+    "HYV3ForCausalLM",
+)
+
+
+@dataclass(frozen=True)
+class DFlashDraftSpec:
+    """A draft and the target it was made for. Fields are None where nothing is known.
+
+    Args:
+        repo_id: the draft's repository on the Hub, or a local folder.
+        draft_cls: the class that runs it.
+        revision: the commit to load; the newest where it is None.
+        subfolder: where in the repository it lies.
+        targets: checkpoints it was made for, as Hub ids.
+        architectures: of those checkpoints.
+        hidden_size, num_target_layers, vocab_size: of those checkpoints.
+        license: the draft's, as the Hub abbreviates it.
+        gated: whether access must be asked for.
+        unsupported: why this version cannot run it.
+        note: what else is worth knowing.
+    """
+
+    repo_id: str
+    draft_cls: type[Qwen3DFlashDraftModel] = Qwen3DFlashDraftModel
+    revision: str | None = None
+    subfolder: str = ""
+    targets: tuple[str, ...] = ()
+    architectures: tuple[str, ...] = ()
+    hidden_size: int | None = None
+    num_target_layers: int | None = None
+    vocab_size: int | None = None
+    license: str | None = None
+    gated: bool | None = None
+    unsupported: str | None = None
+    note: str = ""
+    details: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def target(self) -> str | None:
+        """The first of `targets`."""
+        return self.targets[0] if self.targets else None
+
+    def load(self, **from_pretrained_kwargs: Any) -> Qwen3DFlashDraftModel:
+        """Download and instantiate with our class: code of the repository never runs, and only safetensors are read.
+
+        Keywords go to `from_pretrained` (`dtype`, `device_map`, `cache_dir`, `token`, `block_size` ...).
+
+        Raises:
+            ValueError: this version cannot run the draft, or its config or weights are not sound.
+            OSError: nothing there, no access, no connection, or a damaged download.
+        """
+        self.refuse_unsupported()
+        where = {"revision": self.revision, "subfolder": self.subfolder, "use_safetensors": True}
+        draft = self.draft_cls.from_pretrained(self.repo_id, **(where | from_pretrained_kwargs))
+        known = {"base_model": list(self.targets), "license": self.license}
+        draft.card_metadata = {key: value for key, value in known.items() if value}
+        return draft
+
+    def build(self, target_config: PretrainedConfig, **overrides: Any) -> Qwen3DFlashDraftModel:
+        """A fresh draft of the right shape for a target, to be trained.
+
+        5 layers, 5 taps spread evenly from the target's second to its third-last layer, block size 16, and the
+        target's own dimensions, as published (arXiv 2602.06036).
+
+        Args:
+            target_config: of the target, whole or its text part.
+            overrides: fields of `DFlashConfig`; `mask_token_id` must be among them.
+
+        Raises:
+            ValueError: no `mask_token_id`, a field that does not exist, or one that does not fit the target.
+        """
+        if "mask_token_id" not in overrides:
+            raise ValueError(
+                "mask_token_id must be given: the id of a token that has a row in the target's embedding and does not "
+                "occur in its text, such as 151669 for Qwen3."
+            )
+        unknown = set(overrides) - set(DFlashConfig.__dataclass_fields__)
+        if unknown:
+            raise ValueError(f"{', '.join(sorted(unknown))}: no such field in DFlashConfig.")
+        text = target_config.get_text_config(decoder=True)
+        config = DFlashConfig(**(_shape_for(text, overrides) | overrides))
+        config.check_target(text.hidden_size, text.num_hidden_layers, text.vocab_size, text.vocab_size)
+        draft = self.draft_cls(config)
+        name = _name_of(target_config)
+        draft.card_metadata = {} if name is None else {"base_model": name}
+        return draft
+
+    def refuse_unsupported(self) -> None:
+        if self.unsupported:
+            raise ValueError(f"{self.repo_id} cannot be run by this version of dflash-hub: {self.unsupported}.")
+
+    def fits(self, text_config: PretrainedConfig) -> bool:
+        """Whether a target of this shape is possible; a shape that is not known fits nothing."""
+        ours = (self.hidden_size, self.num_target_layers, self.vocab_size)
+        return ours == (text_config.hidden_size, text_config.num_hidden_layers, text_config.vocab_size)
+
+
+def _shape_for(text: PretrainedConfig, overrides: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a fresh draft for a target with this text config; its rotary base, and nothing of its scaling."""
+    heads = text.num_attention_heads
+    rope = getattr(text, "rope_parameters", None) or {}
+    rope = rope.get("full_attention", rope)  # targets that rotate by layer type
+    return {
+        "block_size": 16,
+        "target_layer_ids": overrides.get("target_layer_ids") or spread_taps(text.num_hidden_layers),
+        "num_target_layers": text.num_hidden_layers,
+        "vocab_size": text.vocab_size,
+        "hidden_size": text.hidden_size,
+        "intermediate_size": getattr(text, "intermediate_size", None) or 3 * text.hidden_size,
+        "num_attention_heads": heads,
+        "num_key_value_heads": getattr(text, "num_key_value_heads", None) or heads,
+        "head_dim": getattr(text, "head_dim", None) or text.hidden_size // heads,
+        "rms_norm_eps": getattr(text, "rms_norm_eps", 1e-6),
+        "max_position_embeddings": text.max_position_embeddings,
+        "rope_parameters": {"rope_type": "default", "rope_theta": rope.get("rope_theta", DFlashConfig.default_theta)},
+    }
+
+
+def spread_taps(num_target_layers: int, taps: int = 5) -> list[int]:
+    """`taps` layer ids spread evenly from the second layer to the third-last, as z-lab/dflash spreads them.
+
+    Raises:
+        ValueError: the target is too shallow for that many.
+    """
+    first, last = 1, num_target_layers - 3
+    if last - first + 1 < taps:
+        raise ValueError(
+            f"The target has {num_target_layers} layers, too few to spread {taps} taps from the second to the "
+            "third-last; choose them yourself: target_layer_ids=[...]."
+        )
+    return [round(first + index * (last - first) / (taps - 1)) for index in range(taps)]
+
+
+def _read_catalogue() -> list[DFlashDraftSpec]:
+    entries = json.loads((Path(__file__).parent / "drafts.json").read_text(encoding="utf-8"))
+    names = set(DFlashDraftSpec.__dataclass_fields__)
+    specs = []
+    for entry in entries:
+        values = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items() if key in names}
+        specs.append(DFlashDraftSpec(**values, details={key: entry[key] for key in entry if key not in names}))
+    return specs
+
+
+CATALOGUE: list[DFlashDraftSpec] = _read_catalogue()
+
+
+def _default_for(architecture: str) -> DFlashDraftSpec:
+    return next(spec for spec in CATALOGUE if architecture in spec.architectures and not spec.unsupported)
+
+
+# Target architecture -> its default draft: the first in the catalogue that runs.
+DFLASH_DRAFT_REGISTRY: dict[str, DFlashDraftSpec] = {name: _default_for(name) for name in _QWEN3_ARCHITECTURES}
+
+
+def register_dflash_draft(architecture: str, spec: DFlashDraftSpec, *, overwrite: bool = False) -> None:
+    """Make `spec` the default draft of a target architecture, and the draft of the checkpoints in `spec.targets`.
+
+    Raises:
+        ValueError: the architecture or a checkpoint has a draft already, and `overwrite` is not True.
+    """
+    taken = DFLASH_DRAFT_REGISTRY.get(architecture)
+    if taken is not None and taken != spec and not overwrite:
+        raise ValueError(
+            f"{architecture} has a draft already, {taken.repo_id}. Pass overwrite=True to put {spec.repo_id} in its place."
+        )
+    rivals = [known for name in spec.targets for known in drafts_for(name) if known.repo_id == spec.repo_id]
+    if any(rival != spec for rival in rivals) and not overwrite:
+        raise ValueError(f"{spec.repo_id} is registered already, otherwise. Pass overwrite=True to replace it.")
+    spec = replace(spec, architectures=tuple(dict.fromkeys([*spec.architectures, architecture])))
+    CATALOGUE[:] = [spec, *(known for known in CATALOGUE if known not in (spec, *rivals))]
+    DFLASH_DRAFT_REGISTRY[architecture] = spec
+
+
+def drafts_for(target: str) -> list[DFlashDraftSpec]:
+    """The drafts made for a checkpoint, by its Hub id; those that run first."""
+    made_for = [spec for spec in CATALOGUE if target.casefold() in (name.casefold() for name in spec.targets)]
+    return sorted(made_for, key=lambda spec: spec.unsupported is not None)
+
+
+def resolve_dflash_draft_spec(
+    architectures: list[str], target: str | PretrainedConfig | Any | None = None
+) -> DFlashDraftSpec:
+    """The draft for a target.
+
+    Args:
+        architectures: the target's, `target.config.architectures`; the first registered one wins.
+        target: the target itself, to find the draft made for that very checkpoint: a Hub id, a config or a model.
+
+    Raises:
+        ValueError: nothing is registered for these architectures, no draft fits the target's shape, or those made for
+            it cannot be run by this version.
+        OSError: `target` is a Hub id that the catalogue does not know, and its config cannot be had.
+    """
+    return explain_resolution(architectures, target)[0]
+
+
+def explain_resolution(
+    architectures: list[str], target: str | PretrainedConfig | Any | None = None
+) -> tuple[DFlashDraftSpec, str]:
+    """As `resolve_dflash_draft_spec`, with the reason in a sentence."""
+    _check_architectures(architectures)
+    name = target if isinstance(target, str) else _name_of(getattr(target, "config", target))
+    made_for = drafts_for(name) if name else []
+    if made_for:
+        made_for[0].refuse_unsupported()
+        return made_for[0], f"It was made for {name}."
+    architecture = next((known for known in architectures if known in DFLASH_DRAFT_REGISTRY), None)
+    if architecture is None:
+        raise ValueError(
+            f"No DFlash draft is registered for {', '.join(architectures)}. Supported architectures: "
+            f"{', '.join(DFLASH_DRAFT_REGISTRY)}. Add one with register_dflash_draft()."
+        )
+    if target is None:
+        spec = DFLASH_DRAFT_REGISTRY[architecture]
+        return spec, f"It is the default for {architecture}; it was made for {spec.target}."
+    return _by_shape(architecture, target_config(target), name or "this target")
+
+
+def _by_shape(architecture: str, config: PretrainedConfig, name: str) -> tuple[DFlashDraftSpec, str]:
+    """A draft whose own target has the shape of this one, the architecture's default first; never without a warning."""
+    default = DFLASH_DRAFT_REGISTRY[architecture]
+    others = [spec for spec in CATALOGUE if architecture in spec.architectures and not spec.unsupported]
+    text = config.get_text_config(decoder=True)
+    spec = next((spec for spec in (default, *others) if spec.fits(text)), None)
+    if spec is None:
+        raise ValueError(
+            f"The catalogue does not know {name}, and no draft for {architecture} fits its shape (hidden_size "
+            f"{text.hidden_size}, {text.num_hidden_layers} layers, vocab_size {text.vocab_size}); the default, "
+            f"{default.repo_id}, was made for {default.target} (hidden_size {default.hidden_size}, "
+            f"{default.num_target_layers} layers, vocab_size {default.vocab_size}). Train one with spec.build(), or name "
+            "a draft yourself."
+        )
+    why = (
+        f"The catalogue does not know {name}; {spec.repo_id} was made for {spec.target}, which has the same "
+        "architecture and shape. The text stays exact, but acceptance may be low: measure it."
+    )
+    warnings.warn(why, UserWarning, stacklevel=4)
+    return spec, why
+
+
+def target_config(target: str | PretrainedConfig | Any) -> PretrainedConfig:
+    """The config of a target, given as Hub id, local folder, config or model."""
+    if isinstance(target, str):
+        return AutoConfig.from_pretrained(target)
+    return getattr(target, "config", target)
+
+
+def _check_architectures(architectures: Any) -> None:
+    advice = "pass the list in target.config.architectures, such as ['Qwen3ForCausalLM']."
+    if isinstance(architectures, str):
+        raise ValueError(f"architectures is the string {architectures!r}, not a list of strings; {advice}")
+    if not isinstance(architectures, Iterable) or not all(isinstance(name, str) for name in architectures):
+        raise ValueError(f"architectures is {architectures!r}, not a list of strings; {advice}")
+    if not list(architectures):
+        raise ValueError(f"architectures is empty; {advice}")
+
+
+def _name_of(config: Any) -> str | None:
+    """The checkpoint that a config was read from, if it is one on the Hub."""
+    name = getattr(config, "_name_or_path", None) or None
+    return name if name and not Path(name).exists() else None

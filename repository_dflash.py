@@ -1,0 +1,289 @@
+# Copyright 2026 the dflash-hub authors.
+# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+"""A draft and its repository: loading that refuses a checkpoint which does not fit, saving and pushing whole ones.
+
+This file travels with every pushed draft, so that a draft loaded by remote code is pushed again as whole as by the
+package. A repository holds config.json, safetensors, the travelling files and a model card.
+"""
+
+import hashlib
+import json
+import re
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
+from transformers.utils import cached_file, logging
+
+from .configuration_dflash import check_layout
+
+logger = logging.get_logger(__name__)
+
+PLACEHOLDER = "your-name/your-draft"
+TAGS = ("dflash", "speculative-decoding", "draft-model")
+# Weights of an earlier push must not outlive it: transformers prefers one file over shards, so stale ones would load.
+STALE = ["*.safetensors", "*.safetensors.index.json", "pytorch_model*"]
+# The Muse assistant of transformers keeps the feature projection in a submodule.
+_RENAMED = {"^encoder.fc": "fc", "^encoder.output_norm_enc": "hidden_norm"}
+_TARGETS_OWN = {"embed_tokens.weight", "lm_head.weight"}
+_ENGINES_MODULE = "# The class that auto_map names; serving engines bring their own.\nfrom .modeling_dflash import {}\n"
+
+_SHORT_CARD = """---
+{{ card_data }}
+---
+# {{ repo_id }}
+
+A DFlash draft model for {{ target }}: block size {{ config.block_size }}, taps {{ config.target_layer_ids }}, mask
+token {{ config.mask_token_id }}. Not measured.
+
+    draft = AutoModel.from_pretrained("{{ repo_id }}", trust_remote_code=True)
+    target.generate(**inputs, assistant_model=draft, speculation_type="dflash")
+"""
+
+
+class RepositoryMixin:
+    """`from_pretrained`, `save_pretrained` and `push_to_hub` of a draft; comes before `PreTrainedModel`."""
+
+    # What the model card shall say of this draft beyond its config: base_model, license, datasets, language ...
+    card_metadata: dict[str, Any] = {}
+    # Where the draft was loaded from, and how; its card says the rest.
+    card_source: tuple[Any, dict[str, Any]] | None = None
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, config: Any = None, **kwargs: Any):
+        """As in transformers, for every layout that `DFlashConfig` reads; only safetensors are read.
+
+        Raises:
+            ValueError: the checkpoint lacks tensors, has ones this model does not know, or of other shapes. Such a
+                draft would load, and draft nonsense.
+            OSError: nothing there, no access, no connection, or a download whose bytes are not the published ones.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        defaults = {"use_safetensors": True, "key_mapping": _RENAMED, "ignore_mismatched_sizes": True}
+        where = {key: kwargs[key] for key in ("cache_dir", "revision", "subfolder", "token") if key in kwargs}
+        started = time.time()
+        try:
+            model, info = super().from_pretrained(  # type: ignore[misc]
+                pretrained_model_name_or_path,
+                *model_args,
+                config=_own_config(cls.config_class, config),  # type: ignore[attr-defined]
+                output_loading_info=True,
+                **(defaults | kwargs),
+            )
+        finally:
+            verify_downloads(pretrained_model_name_or_path, where, started)
+        refuse_misfits(info, pretrained_model_name_or_path)
+        model.card_source = (pretrained_model_name_or_path, where)
+        return (model, info) if wants_info else model
+
+    def save_pretrained(
+        self, save_directory: Any, layout: str = "hub", push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """Write a whole repository: config, weights, travelling files, model card (an existing one is kept).
+
+        Args:
+            layout: "hub", which transformers loads; or "engines", which vLLM, SGLang and others load.
+            push_to_hub: push it too, to `repo_id` or the folder's name.
+        """
+        hub_keys = ("repo_id", "commit_message", "private", "create_pr", "revision", "token")
+        hub_kwargs = {key: kwargs.pop(key) for key in hub_keys if key in kwargs}
+        check_layout(layout)
+        # `save_original_format` would give renamed tensors their foreign names back.
+        super().save_pretrained(save_directory, save_original_format=False, **kwargs)  # type: ignore[misc]
+        if not kwargs.get("is_main_process", True):
+            return
+        if layout == "engines":
+            self.config.save_pretrained(save_directory, layout=layout)  # type: ignore[attr-defined]
+            engines_module = _ENGINES_MODULE.format(type(self).__name__)
+            (Path(save_directory) / "dflash.py").write_text(engines_module, encoding="utf-8")
+        existing = Path(save_directory) / "README.md"
+        card = ModelCard(existing.read_text(encoding="utf-8")) if existing.exists() else None
+        self.write_card(save_directory, card)
+        if push_to_hub:
+            repo_id = hub_kwargs.pop("repo_id", Path(save_directory).name)
+            self.push_to_hub(repo_id, layout=layout, **hub_kwargs)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str = "Upload DFlash draft",
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str = "50GB",
+        tags: list[str] | None = None,
+        layout: str = "hub",
+    ) -> Any:
+        """Push a whole repository, in one commit. The card on the Hub is kept, its metadata completed.
+
+        The arguments are those of `PreTrainedModel.push_to_hub`, and `layout` as in `save_pretrained`. Set
+        `draft.card_metadata = {"base_model": ..., "license": ...}` before the first push.
+
+        Returns:
+            The Hub's `CommitInfo`; its `oid` is the commit to pin with `revision=`.
+        """
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, layout=layout, max_shard_size=max_shard_size)
+            (Path(folder) / "README.md").unlink()
+            self.write_card(folder, card_on_hub(repo_id, token), repo_id, tags=tags)
+            details = {"commit_message": commit_message, "commit_description": commit_description}
+            return upload(api, folder, repo_id, revision, create_pr=create_pr, **details)
+
+    def write_card(
+        self, folder: Any, existing: ModelCard | None, repo_id: str | None = None, tags: list[str] | None = None
+    ) -> None:
+        """Write README.md into `folder`: the `existing` card with its metadata completed, or a new one.
+
+        Without a `repo_id` the card says so by a placeholder, and nothing is asked of the Hub.
+        """
+        source = _source_card(*self.card_source, online=repo_id is not None) if self.card_source else None
+        metadata = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+        metadata |= _lasting(source) | self.card_metadata
+        card = existing or _new_card(self, repo_id or PLACEHOLDER, metadata)
+        card.text = card.text.replace(PLACEHOLDER, repo_id or PLACEHOLDER)
+        for key, value in metadata.items():
+            if card.data.get(key) is None:
+                card.data[key] = value
+        card.data.tags = list(dict.fromkeys([*(card.data.tags or ()), *TAGS, *(tags or ())]))
+        card.save(Path(folder) / "README.md")
+
+
+def upload(api: HfApi, folder: Any, repo_id: str, revision: str | None = None, **commit: Any) -> Any:
+    """Upload `folder` in one commit, to a branch that is made if missing; the branch then holds its weights alone.
+
+    Raises:
+        RuntimeError: the Hub did not take it. Nothing of it is visible there: a commit is whole or absent.
+    """
+    try:
+        if revision is not None and not commit.get("create_pr"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        return api.upload_folder(
+            folder_path=folder, repo_id=repo_id, revision=revision, delete_patterns=STALE, **commit
+        )
+    except OSError as error:
+        raise RuntimeError(
+            f"The Hub did not take the upload to {repo_id} ({revision or 'main'}): {error}\nNothing was changed there: "
+            "a commit is whole or absent. Run the same again; files that arrived are not sent twice."
+        ) from error
+
+
+def card_on_hub(repo_id: str, token: bool | str | None = None) -> ModelCard | None:
+    """The card that `repo_id` has now; None if it has none."""
+    try:
+        return ModelCard.load(repo_id, token=token)
+    except (EntryNotFoundError, RepositoryNotFoundError):
+        return None
+
+
+def refuse_misfits(info: dict[str, Any], name: Any) -> None:
+    """Refuse what transformers only warns of: tensors that are missing, unknown, or of another shape."""
+    wrong_shapes = [f"{key}: {tuple(file)} in the file, {tuple(ours)} here" for key, file, ours in info["mismatched_keys"]]
+    unknown = {key.removeprefix("model.") for key in info["unexpected_keys"]} - _TARGETS_OWN
+    unknown = {key for key in unknown if not key.endswith(("inv_freq", "original_inv_freq"))}
+    faults = {
+        "has tensors of other shapes than its config.json says": wrong_shapes,
+        "lacks tensors, which would be random": info["missing_keys"],
+        "has tensors that this model does not know (a reduced vocabulary, or another head?)": unknown,
+    }
+    for fault, keys in faults.items():
+        if keys:
+            some = ", ".join(sorted(keys)[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+            raise ValueError(f"{name} {fault}: {some}. It would load and draft nonsense, so it is refused.")
+    if len(unknown) < len(info["unexpected_keys"]):
+        logger.warning_once(f"{name} ships an embedding or a head; they are not used: a draft uses its target's.")
+
+
+def verify_downloads(name: Any, where: dict[str, Any], started: float) -> None:
+    """Check the weights that were downloaded since `started` against their published SHA-256, the cache's file names.
+
+    Raises:
+        OSError: the bytes differ. The file is removed, so that the next load downloads it again.
+    """
+    for path in _weight_files(name, where):
+        blob = path.resolve()
+        published = re.fullmatch(r"[0-9a-f]{64}", blob.name)
+        if published is None or blob.stat().st_mtime < started - 1:
+            continue
+        actual = _sha256(blob)
+        if actual != blob.name:
+            blob.unlink()
+            path.unlink(missing_ok=True)
+            raise OSError(
+                f"{path.name} of {name} arrived damaged: its SHA-256 is {actual}, the published one {blob.name}. "
+                "The damaged file was removed; load again to download it again."
+            )
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(2**22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _weight_files(name: Any, where: dict[str, Any]) -> list[Path]:
+    """The cached safetensors of a Hub repository; [] for a local folder, or where none is cached."""
+    if Path(name).exists():
+        return []
+
+    def cached(file: str) -> Path | None:
+        kwargs = dict.fromkeys(("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors"), False)
+        try:
+            found = cached_file(name, file, local_files_only=True, **where, **kwargs)
+        except OSError:
+            return None
+        return Path(found) if found else None
+
+    index = cached("model.safetensors.index.json")
+    shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index else set()
+    return [path for path in map(cached, sorted({"model.safetensors", *shards})) if path is not None]
+
+
+def _own_config(config_class: Any, config: Any) -> Any:
+    """`config`, or the draft's own where an Auto class read the engines layout as the Qwen3 config that it looks like."""
+    if getattr(config, "model_type", "dflash") == "dflash" or isinstance(config, str | Path):
+        return config
+    own = config_class.from_dict(config.to_dict())
+    own._attn_implementation = config._attn_implementation
+    return own
+
+
+def _source_card(name: Any, where: dict[str, Any], online: bool) -> ModelCard | None:
+    """The card beside the weights that were loaded, if it can be had."""
+    try:
+        local = Path(name) / "README.md"
+        found = local if Path(name).exists() else cached_file(name, "README.md", local_files_only=not online, **where)
+        return ModelCard(Path(found).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _lasting(card: ModelCard | None) -> dict[str, Any]:
+    """What of a card's metadata stays true when its draft is pushed elsewhere."""
+    kept = ("base_model", "license", "license_name", "license_link", "datasets", "language")
+    data = card.data.to_dict() if card is not None else {}
+    return {key: data[key] for key in kept if data.get(key) is not None}
+
+
+def _new_card(draft: Any, repo_id: str, metadata: dict[str, Any]) -> ModelCard:
+    """A card from the package's template; without the package, a short one that says the same in fewer words."""
+    template = Path(__file__).parent / "hub_repo" / "README.md"
+    target = metadata.get("base_model") or "THE-TARGET-OF-THIS-DRAFT"
+    facts = {
+        "repo_id": repo_id,
+        "target": target[0] if isinstance(target, list) else target,
+        "config": draft.config,
+        "parameters": f"{draft.num_parameters():,}",
+        "drafted": draft.config.block_size - 1,
+    }
+    text = template.read_text(encoding="utf-8") if template.exists() else _SHORT_CARD
+    return ModelCard.from_template(ModelCardData(**metadata), template_str=text, **facts)
