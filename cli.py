@@ -1,0 +1,235 @@
+# Copyright 2026 the dflash-hub authors.
+# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+"""The command `dflash-hub`: one thin command for each thing the package does."""
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.panel import Panel
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.syntax import Syntax
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from .evaluation import Comparison
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+console = Console()
+
+Target = Annotated[str, typer.Option(help="Hub id or folder of the target.")]
+NewTokens = Annotated[int, typer.Option(min=1, help="Budget of new tokens.")]
+
+
+def main() -> None:
+    """Run the command line; errors that a user can mend are printed without a traceback."""
+    try:
+        app()
+    except (ValueError, OSError, RuntimeError) as error:
+        Console(stderr=True).print(f"[red]Error:[/red] {escape(str(error))}", soft_wrap=True)
+        sys.exit(1)
+
+
+@app.command()
+def version() -> None:
+    """Print the versions that matter in a bug report."""
+    import huggingface_hub
+    import torch
+    import transformers
+
+    from .configuration_dflash import __version__
+
+    modules = (torch, transformers, huggingface_hub)
+    console.print(f"dflash-hub {__version__}", *(f"{m.__name__} {m.__version__}" for m in modules), sep=", ")
+
+
+@app.command()
+def demo(prompts: Annotated[int, typer.Option(min=1, help="How many held-out prompts.")] = 8) -> None:
+    """The built-in pair: the target's own text and DFlash's beside it. Offline; seconds on two cores."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    from .evaluation import compare, warm_up
+    from .modeling_dflash import DFlashDraftModel
+
+    logging.disable_progress_bar()
+    home = Path(__file__).parent / "examples" / "tiny_pair"
+    tokenizer = AutoTokenizer.from_pretrained(home / "target")
+    target = AutoModelForCausalLM.from_pretrained(home / "target")
+    draft = DFlashDraftModel.from_pretrained(home / "draft")
+    lines = (home / "prompts.jsonl").read_text(encoding="utf-8").splitlines()[:prompts]
+    rows = [tokenizer(json.loads(line)["prompt"], return_tensors="pt").input_ids[:, -150:] for line in lines]
+    warm_up(draft, target, rows[0])
+    results = [compare(draft, target, row, max_new_tokens=96) for row in rows]
+    total = sum(results[1:], results[0])
+
+    # The prompt with the most typical text to look at is the one that shows most of the draft's work.
+    shown = max(range(len(results)), key=lambda index: results[index].acceptance_length)
+    console.print(f"[bold]DFlash demo[/bold]: a target of {target.num_parameters():,} parameters that writes Python, ", end="")
+    console.print(f"and a draft of {draft.num_parameters():,} for it; greedy, {len(rows)} held-out prompts.\n")
+    console.print(Panel(escape(tokenizer.decode(rows[shown][0, -60:])), title="... end of a prompt", border_style="dim"))
+    side = Table(expand=True, show_lines=True)
+    side.add_column("the target alone", ratio=1)
+    side.add_column("the target with its DFlash draft", ratio=1)
+    texts = [tokenizer.decode(list(row[0])) for row in (results[shown].plain, results[shown].dflash)]
+    side.add_row(*map(escape, texts))
+    console.print(side)
+    show_figures(total)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The text to go on from.")],
+    target: Target,
+    draft: Annotated[str | None, typer.Option(help="Hub id or folder of the draft; resolved if not given.")] = None,
+    draft_revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of the draft.")] = None,
+    max_new_tokens: NewTokens = 256,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 ..., or auto for the target's own.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; the best there is if not given.")] = None,
+    chat: Annotated[bool, typer.Option(help="Use the target's chat template, if it has one.")] = True,
+) -> None:
+    """Generate greedily with any target, streaming; then the target alone, and the figures of both."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+
+    from .evaluation import compare, warm_up
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    model = AutoModelForCausalLM.from_pretrained(target, dtype=dtype).to(device).eval()
+    speculator = load_draft(model, draft, draft_revision).to(device).eval()
+    row = encode(tokenizer, prompt, chat).to(device)
+    warm_up(speculator, model, row)
+    streamer = TextStreamer(tokenizer)
+
+    def stream(tokens: list[int]) -> None:
+        for token in tokens:
+            streamer.put(torch.tensor([token]))
+
+    result = compare(speculator, model, row, max_new_tokens, on_commit=stream)
+    streamer.end()
+    console.print()
+    show_figures(result)
+    if not result.identical and model.dtype != torch.float32:
+        console.print(
+            f"In {str(model.dtype).removeprefix('torch.')} a near-tie between two tokens falls by the number of tokens in "
+            "a forward; --dtype float32 shows the texts without that."
+        )
+
+
+def load_draft(model: Any, draft: str | None, revision: str | None) -> Any:
+    """The draft that was named, or the one that the registry knows for this target, in the target's dtype."""
+    from .modeling_dflash import DFlashDraftModel
+    from .registry import explain_resolution
+
+    if draft is not None:
+        return DFlashDraftModel.from_pretrained(draft, revision=revision, dtype=model.dtype)
+    spec, why = explain_resolution(model.config.architectures, model)
+    console.print(f"Draft: [bold]{spec.repo_id}[/bold]. {why}", style="dim")
+    return spec.load(dtype=model.dtype)
+
+
+def encode(tokenizer: Any, prompt: str, chat: bool) -> Any:
+    """`[1, P]` token ids."""
+    if chat and tokenizer.chat_template:
+        messages = [{"role": "user", "content": prompt}]
+        return tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        ).input_ids
+    return tokenizer(prompt, return_tensors="pt").input_ids
+
+
+def show_figures(result: "Comparison") -> None:
+    """Tokens per second of both, acceptance length, tokens per cycle, and whether the texts are identical."""
+    table = Table(show_header=False, box=None, padding=(0, 2))
+    table.add_row("the target alone", f"{result.plain_rate:.1f} tokens/s")
+    ratio = result.dflash_rate / result.plain_rate
+    table.add_row("with DFlash", f"{result.dflash_rate:.1f} tokens/s ({ratio:.2f} times)")
+    cycles = len(result.committed)
+    table.add_row("acceptance length", f"{result.acceptance_length:.2f} tokens per cycle, over {cycles} cycles")
+    console.print(table)
+    console.print("\ntokens per cycle")
+    most = max(result.histogram.values(), default=1)
+    for tokens, count in result.histogram.items():
+        console.print(f"  {tokens:>3} {'█' * max(1, round(40 * count / most))} {count}", highlight=False)
+    verdict = "[green]identical[/green]" if result.identical else "[red]NOT identical[/red]"
+    console.print(f"\nThe two texts are {verdict}.")
+
+
+@app.command()
+def drafts(
+    target: Annotated[str | None, typer.Option(help="Only drafts made for this checkpoint.")] = None,
+    architecture: Annotated[str | None, typer.Option(help="Only drafts for targets of this architecture.")] = None,
+) -> None:
+    """List the published drafts that are known, and why some cannot be run."""
+    from .registry import CATALOGUE, drafts_for
+
+    found = [spec for spec in (drafts_for(target) if target else CATALOGUE)]
+    found = [spec for spec in found if architecture is None or architecture in spec.architectures]
+    if not found:
+        raise ValueError(f"No draft is known for {target or architecture}; `dflash-hub drafts` lists all that are.")
+    table = Table(title=f"{len(found)} DFlash drafts")
+    for column in ("draft", "made for", "architecture", "block", "revision", "runs here"):
+        table.add_column(column, overflow="fold")
+    for spec in found:
+        runs = f"no: {spec.unsupported}" if spec.unsupported else "yes" + (f" ({spec.note})" if spec.note else "")
+        made_for = "\n".join(spec.targets) or "not known"
+        block = str(spec.details.get("block_size") or "?")
+        revision = (spec.revision or "newest")[:8]
+        table.add_row(spec.repo_id, made_for, "\n".join(spec.architectures), block, revision, runs)
+    console.print(table)
+
+
+@app.command()
+def resolve(target: Annotated[str, typer.Argument(help="Hub id or folder of the target.")]) -> None:
+    """Show which draft would be loaded for a target, and why."""
+    from .registry import drafts_for, explain_resolution, target_config
+
+    known = drafts_for(target)
+    architectures = list(known[0].architectures) if known else (target_config(target).architectures or [])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the reason is printed anyway
+        spec, why = explain_resolution(architectures or ["unknown"], target)
+    table = Table(show_header=False, box=None, padding=(0, 2))
+    table.add_row("target", target)
+    table.add_row("architectures", ", ".join(architectures) or "not known")
+    table.add_row("draft", f"[bold]{spec.repo_id}[/bold]" + (f", folder {spec.subfolder}" if spec.subfolder else ""))
+    table.add_row("revision", spec.revision or "the newest; no commit is known to pin")
+    table.add_row("class", spec.draft_cls.__name__)
+    table.add_row("why", why)
+    for name, value in (("note", spec.note), ("access", "gated: ask for it on the Hub" if spec.gated else "")):
+        if value:
+            table.add_row(name, value)
+    console.print(table)
+
+
+@app.command()
+def push(
+    directory: Annotated[Path, typer.Argument(help="Folder of the draft, in any layout.")],
+    repo: Annotated[str, typer.Argument(help="Repository to push to, such as me/my-draft.")],
+    base_model: Annotated[str | None, typer.Option(help="Hub id of the target, for the card.")] = None,
+    license: Annotated[str | None, typer.Option(help="Such as apache-2.0, for the card.")] = None,
+    private: Annotated[bool, typer.Option(help="Make a new repository private.")] = False,
+    message: Annotated[str, typer.Option(help="Commit message.")] = "Upload DFlash draft",
+    token: Annotated[str | None, typer.Option(envvar="HF_TOKEN", help="A token that may write.")] = None,
+) -> None:
+    """Stage a draft, check it in a fresh process, push the hub layout to main and the engines layout to `engines`."""
+    from .publishing import PublishOptions, publish
+
+    if not directory.is_dir():
+        raise ValueError(f"{directory} is not a folder; pass the folder that holds the draft's config.json.")
+    card = {key: value for key, value in {"base_model": base_model, "license": license}.items() if value}
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("Starting", total=None)
+        options = PublishOptions(private=private or None, token=token, message=message, card=card)
+        done = publish(directory, repo, options, report=lambda step: progress.update(task, description=step))
+        progress.update(task, description="Published", total=1, completed=1)
+    console.print(f"\n[bold]{done.repo_id}[/bold] is published: main at {done.commit[:8]}, engines at {done.engines_commit[:8]}.")
+    console.print("Load this very commit:\n")
+    console.print(Syntax(done.snippet, "python", background_color="default"))

@@ -1,0 +1,127 @@
+# Copyright 2026 the dflash-hub authors.
+# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+"""Publishing a draft: stage both layouts, check them in a fresh process, push each as one commit."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, ModelCard
+
+from .hub_probe import digests
+from .modeling_dflash import DFlashDraftModel
+from .repository_dflash import PLACEHOLDER, card_on_hub, upload
+
+ENGINES_BRANCH = "engines"
+_LAYOUTS = ("hub", "engines")
+
+
+@dataclass
+class PublishOptions:
+    """What a push may be told.
+
+    Args:
+        private: make a new repository private.
+        token: a token that may write; the one that was logged in with by default.
+        message: of the commits.
+        card: metadata for the card, such as `{"base_model": "org/target", "license": "apache-2.0"}`.
+    """
+
+    private: bool | None = None
+    token: str | None = None
+    message: str = "Upload DFlash draft"
+    card: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Published:
+    """Where a draft lies now: the commit on `main`, and the one on the branch `engines`."""
+
+    repo_id: str
+    commit: str
+    engines_commit: str
+
+    @property
+    def snippet(self) -> str:
+        """Code that loads this very commit."""
+        return (
+            "from transformers import AutoModel\n\n"
+            f'draft = AutoModel.from_pretrained(\n    "{self.repo_id}",\n    revision="{self.commit}",\n'
+            "    trust_remote_code=True,  # not needed where dflash_hub is imported\n)"
+        )
+
+
+def publish(
+    directory: Any, repo_id: str, options: PublishOptions | None = None, report: Callable[[str], None] = lambda step: None
+) -> Published:
+    """Publish the draft in `directory`, whatever layout it is in: the hub layout to `main`, the engines' to `engines`.
+
+    Nothing is pushed before both were staged and, loaded by a fresh process without this package, proved bit-equal.
+
+    Args:
+        report: called with the name of each step as it begins.
+
+    Raises:
+        ValueError: the draft is not sound, cannot be written for engines, or what was staged loads otherwise.
+        RuntimeError: the Hub did not take a commit; the message says what is there now.
+    """
+    options = options or PublishOptions()
+    report("Loading the draft")
+    draft = DFlashDraftModel.from_pretrained(directory)
+    with tempfile.TemporaryDirectory() as folder:
+        staged = {layout: Path(folder) / layout for layout in _LAYOUTS}
+        for layout, path in staged.items():
+            report(f"Staging and checking the {layout} layout")
+            stage(draft, path, layout, options.card)
+            check_staged(draft, path)
+        api = HfApi(token=options.token)
+        repo_id = api.create_repo(repo_id, private=options.private, exist_ok=True).repo_id
+        card = _card_to_keep(directory, repo_id, options.token)
+        commits = []
+        for layout, revision in (("hub", None), ("engines", ENGINES_BRANCH)):
+            report(f"Pushing the {layout} layout to {revision or 'main'}")
+            (staged[layout] / "README.md").unlink()
+            draft.write_card(staged[layout], card, repo_id)
+            commits.append(upload(api, staged[layout], repo_id, revision, commit_message=options.message).oid)
+    return Published(repo_id, *commits)
+
+
+def stage(draft: DFlashDraftModel, folder: Path, layout: str, card: dict[str, Any]) -> None:
+    """Write a whole repository into `folder`."""
+    draft.card_metadata = draft.card_metadata | card
+    draft.save_pretrained(folder, layout=layout)
+    shutil.copyfile(Path(__file__).parent / "hub_repo" / ".gitattributes", folder / ".gitattributes")
+
+
+def check_staged(draft: DFlashDraftModel, folder: Path) -> None:
+    """Load `folder` in a fresh process that cannot import this package, and compare every tensor bit by bit.
+
+    Raises:
+        ValueError: it does not load there, or loads otherwise.
+    """
+    probe = Path(__file__).parent / "hub_probe.py"
+    with tempfile.TemporaryDirectory() as modules:
+        env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": modules}
+        command = [sys.executable, "-I", str(probe), str(folder)]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ValueError(f"What was staged in {folder} does not load in a fresh process:\n{done.stderr[-2000:]}")
+    seen = json.loads(done.stdout.splitlines()[-1])["digests"]
+    ours = digests(draft)
+    differing = sorted(name for name in {*seen, *ours} if seen.get(name) != ours.get(name))
+    if differing:
+        raise ValueError(f"What was staged in {folder} loads otherwise in a fresh process: {', '.join(differing[:3])}.")
+
+
+def _card_to_keep(directory: Any, repo_id: str, token: str | None) -> ModelCard | None:
+    """The folder's own card if somebody wrote it; else the one on the Hub; else None, for a new one."""
+    local = Path(directory) / "README.md"
+    text = local.read_text(encoding="utf-8") if local.exists() else PLACEHOLDER
+    return card_on_hub(repo_id, token) if PLACEHOLDER in text else ModelCard(text)
