@@ -90,8 +90,8 @@ def _register() -> None:
         AutoModel.register(DFlashConfig, _DraftOnDemand, exist_ok=True)
     except ValueError as error:
         logging.get_logger(__name__).warning(
-            f"This transformers has a model type {DFlashConfig.model_type!r} of its own ({error}). The Auto classes will "
-            "use that one; DFlashDraftModel.from_pretrained still uses dflash-hub's."
+            f"This transformers has a model type {DFlashConfig.model_type!r} of its own ({error}). The Auto classes "
+            "will use that one; DFlashDraftModel.from_pretrained still uses dflash-hub's."
         )
     DFlashConfig.register_for_auto_class()
 

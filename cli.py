@@ -70,9 +70,13 @@ def demo(prompts: Annotated[int, typer.Option(min=1, help="How many held-out pro
 
     # The prompt with the most typical text to look at is the one that shows most of the draft's work.
     shown = max(range(len(results)), key=lambda index: results[index].acceptance_length)
-    console.print(f"[bold]DFlash demo[/bold]: a target of {target.num_parameters():,} parameters that writes Python, ", end="")
+    console.print(
+        f"[bold]DFlash demo[/bold]: a target of {target.num_parameters():,} parameters that writes Python, ", end=""
+    )
     console.print(f"and a draft of {draft.num_parameters():,} for it; greedy, {len(rows)} held-out prompts.\n")
-    console.print(Panel(escape(tokenizer.decode(rows[shown][0, -60:])), title="... end of a prompt", border_style="dim"))
+    console.print(
+        Panel(escape(tokenizer.decode(rows[shown][0, -60:])), title="... end of a prompt", border_style="dim")
+    )
     side = Table(expand=True, show_lines=True)
     side.add_column("the target alone", ratio=1)
     side.add_column("the target with its DFlash draft", ratio=1)
@@ -117,8 +121,8 @@ def generate(
     show_figures(result)
     if not result.identical and model.dtype != torch.float32:
         console.print(
-            f"In {str(model.dtype).removeprefix('torch.')} a near-tie between two tokens falls by the number of tokens in "
-            "a forward; --dtype float32 shows the texts without that."
+            f"In {str(model.dtype).removeprefix('torch.')} a near-tie between two tokens falls by the number of tokens "
+            "in a forward; --dtype float32 shows the texts without that."
         )
 
 
@@ -169,7 +173,7 @@ def drafts(
     """List the published drafts that are known, and why some cannot be run."""
     from .registry import CATALOGUE, drafts_for
 
-    found = [spec for spec in (drafts_for(target) if target else CATALOGUE)]
+    found = drafts_for(target) if target else CATALOGUE
     found = [spec for spec in found if architecture is None or architecture in spec.architectures]
     if not found:
         raise ValueError(f"No draft is known for {target or architecture}; `dflash-hub drafts` lists all that are.")
@@ -230,6 +234,8 @@ def push(
         options = PublishOptions(private=private or None, token=token, message=message, card=card)
         done = publish(directory, repo, options, report=lambda step: progress.update(task, description=step))
         progress.update(task, description="Published", total=1, completed=1)
-    console.print(f"\n[bold]{done.repo_id}[/bold] is published: main at {done.commit[:8]}, engines at {done.engines_commit[:8]}.")
+    console.print(
+        f"\n[bold]{done.repo_id}[/bold] is published: main at {done.commit[:8]}, engines at {done.engines_commit[:8]}."
+    )
     console.print("Load this very commit:\n")
     console.print(Syntax(done.snippet, "python", background_color="default"))

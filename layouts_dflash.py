@@ -234,7 +234,9 @@ class _Layout:
         merged: dict[str, Any] = {}
         for key in {key for form in forms.values() for key in form}:
             merged[key] = _one_of(key, {f"{place}.{key}": form[key] for place, form in forms.items() if key in form})
-        thetas = {"rope_theta": self.at("rope_theta")} | {f"{p}.rope_theta": f.get("rope_theta") for p, f in forms.items()}
+        thetas = {"rope_theta": self.at("rope_theta")} | {
+            f"{p}.rope_theta": f.get("rope_theta") for p, f in forms.items()
+        }
         said = {place: theta for place, theta in thetas.items() if theta is not None}
         merged["rope_theta"] = self.given.get("rope_theta") or _one_of("rope_theta", said)
         if merged["rope_theta"] is None:
@@ -250,7 +252,9 @@ def _modern_rope(place: str, form: dict[str, Any] | None) -> dict[str, Any]:
     form = {key: value for key, value in (form or {}).items() if value is not None}
     nested = [key for key, value in form.items() if isinstance(value, dict)]
     if nested:
-        raise ValueError(_refusal("rotary embeddings that differ by layer type", f"{place}.{nested[0]}", form[nested[0]]))
+        raise ValueError(
+            _refusal("rotary embeddings that differ by layer type", f"{place}.{nested[0]}", form[nested[0]])
+        )
     if form.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(
             _refusal("partial rotary embeddings", f"{place}.partial_rotary_factor", form["partial_rotary_factor"])

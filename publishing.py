@@ -59,7 +59,10 @@ class Published:
 
 
 def publish(
-    directory: Any, repo_id: str, options: PublishOptions | None = None, report: Callable[[str], None] = lambda step: None
+    directory: Any,
+    repo_id: str,
+    options: PublishOptions | None = None,
+    report: Callable[[str], None] = lambda step: None,
 ) -> Published:
     """Publish the draft in `directory`, whatever layout it is in: the hub layout to `main`, the engines' to `engines`.
 

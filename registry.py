@@ -173,7 +173,9 @@ def _read_catalogue() -> list[DFlashDraftSpec]:
     names = set(DFlashDraftSpec.__dataclass_fields__)
     specs = []
     for entry in entries:
-        values = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items() if key in names}
+        values = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in entry.items() if key in names
+        }
         specs.append(DFlashDraftSpec(**values, details={key: entry[key] for key in entry if key not in names}))
     return specs
 
@@ -198,7 +200,7 @@ def register_dflash_draft(architecture: str, spec: DFlashDraftSpec, *, overwrite
     taken = DFLASH_DRAFT_REGISTRY.get(architecture)
     if taken is not None and taken != spec and not overwrite:
         raise ValueError(
-            f"{architecture} has a draft already, {taken.repo_id}. Pass overwrite=True to put {spec.repo_id} in its place."
+            f"{architecture} has a draft already, {taken.repo_id}. Pass overwrite=True to put {spec.repo_id} there."
         )
     rivals = [known for name in spec.targets for known in drafts_for(name) if known.repo_id == spec.repo_id]
     if any(rival != spec for rival in rivals) and not overwrite:
@@ -264,8 +266,8 @@ def _by_shape(architecture: str, config: PretrainedConfig, name: str) -> tuple[D
             f"The catalogue does not know {name}, and no draft for {architecture} fits its shape (hidden_size "
             f"{text.hidden_size}, {text.num_hidden_layers} layers, vocab_size {text.vocab_size}); the default, "
             f"{default.repo_id}, was made for {default.target} (hidden_size {default.hidden_size}, "
-            f"{default.num_target_layers} layers, vocab_size {default.vocab_size}). Train one with spec.build(), or name "
-            "a draft yourself."
+            f"{default.num_target_layers} layers, vocab_size {default.vocab_size}). Train one with spec.build(), or "
+            "name a draft yourself."
         )
     why = (
         f"The catalogue does not know {name}; {spec.repo_id} was made for {spec.target}, which has the same "

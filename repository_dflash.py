@@ -185,7 +185,9 @@ def card_on_hub(repo_id: str, token: bool | str | None = None) -> ModelCard | No
 
 def refuse_misfits(info: dict[str, Any], name: Any) -> None:
     """Refuse what transformers only warns of: tensors that are missing, unknown, or of another shape."""
-    wrong_shapes = [f"{key}: {tuple(file)} in the file, {tuple(ours)} here" for key, file, ours in info["mismatched_keys"]]
+    wrong_shapes = [
+        f"{key}: {tuple(file)} in the file, {tuple(ours)} here" for key, file, ours in info["mismatched_keys"]
+    ]
     unknown = {key.removeprefix("model.") for key in info["unexpected_keys"]} - _TARGETS_OWN
     unknown = {key for key in unknown if not key.endswith(("inv_freq", "original_inv_freq"))}
     faults = {
@@ -236,7 +238,9 @@ def _weight_files(name: Any, where: dict[str, Any]) -> list[Path]:
         return []
 
     def cached(file: str) -> Path | None:
-        kwargs = dict.fromkeys(("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors"), False)
+        kwargs = dict.fromkeys(
+            ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors"), False
+        )
         try:
             found = cached_file(name, file, local_files_only=True, **where, **kwargs)
         except OSError:
@@ -249,7 +253,7 @@ def _weight_files(name: Any, where: dict[str, Any]) -> list[Path]:
 
 
 def _own_config(config_class: Any, config: Any) -> Any:
-    """`config`, or the draft's own where an Auto class read the engines layout as the Qwen3 config that it looks like."""
+    """`config`, or the draft's own where an Auto class read the engines layout as the Qwen3 config it looks like."""
     if getattr(config, "model_type", "dflash") == "dflash" or isinstance(config, str | Path):
         return config
     own = config_class.from_dict(config.to_dict())
