@@ -61,7 +61,7 @@ class Comparison:
 def compare(
     draft: Any,
     target: Any,
-    input_ids: torch.LongTensor,
+    input_ids: torch.Tensor,
     max_new_tokens: int,
     on_commit: Callable[[list[int]], None] | None = None,
 ) -> Comparison:
@@ -79,12 +79,12 @@ def compare(
     )
 
 
-def warm_up(draft: Any, target: Any, input_ids: torch.LongTensor) -> None:
+def warm_up(draft: Any, target: Any, input_ids: torch.Tensor) -> None:
     """Both ways once, briefly: first calls pay for what later ones do not."""
     compare(draft, target, input_ids, max_new_tokens=4 * draft.config.block_size)
 
 
-def greedy(target: Any, input_ids: torch.LongTensor, max_new_tokens: int) -> torch.LongTensor:
+def greedy(target: Any, input_ids: torch.Tensor, max_new_tokens: int) -> torch.Tensor:
     """`[1, P + new]`: the target's own greedy text, without the penalties its generation config may ask for."""
     plain = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
     stops = list(stop_token_ids(target)) or None

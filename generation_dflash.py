@@ -42,7 +42,7 @@ class DecodeStatistics:
 class DecodeOutput:
     """`sequences [1, P + new]`, prompt included, and what it took."""
 
-    sequences: torch.LongTensor
+    sequences: torch.Tensor
     statistics: DecodeStatistics
 
 
@@ -75,11 +75,11 @@ class DecodeOptions:
 def spec_generate(
     self: Any,
     target: Any,
-    input_ids: torch.LongTensor,
+    input_ids: torch.Tensor,
     max_new_tokens: int = 256,
     stop_token_ids: list[int] | None = None,
     temperature: float = 0.0,
-) -> torch.LongTensor:
+) -> torch.Tensor:
     """Generate with `target`, sped up by this draft; the same call as z-lab/dflash's.
 
     Args:
@@ -100,7 +100,7 @@ def spec_generate(
 
 
 @torch.no_grad()
-def decode(draft: Any, target: Any, input_ids: torch.LongTensor, options: DecodeOptions) -> DecodeOutput:
+def decode(draft: Any, target: Any, input_ids: torch.Tensor, options: DecodeOptions) -> DecodeOutput:
     """The decode loop. Arguments and errors as in `spec_generate`."""
     _check_prompt(input_ids)
     pair = Pair(draft, target, options.temperature)
@@ -197,7 +197,8 @@ class Taps:
     """Outputs of the tapped layers in one target forward."""
 
     def __init__(self, draft: Any):
-        self.draft, self.kept = draft, []  # kept: [B, N, target_hidden] per tap, in layer order
+        self.draft = draft
+        self.kept: list[torch.Tensor] = []  # [B, N, target_hidden] per tap, in layer order
 
     def keep(self, module: nn.Module, inputs: Any, output: Any) -> None:
         self.kept.append(output[0] if isinstance(output, tuple) else output)
@@ -231,8 +232,9 @@ class PositionNoise:
 class _Text:
     """The committed tokens, counted by position: a token that happens to be the mask is a token like any other."""
 
-    def __init__(self, input_ids: torch.LongTensor, options: DecodeOptions):
-        self.prompt, self.options, self.new, self.finished = input_ids, options, [], False
+    def __init__(self, input_ids: torch.Tensor, options: DecodeOptions):
+        self.prompt, self.options, self.finished = input_ids, options, False
+        self.new: list[int] = []
 
     @property
     def length(self) -> int:
@@ -249,7 +251,7 @@ class _Text:
             self.options.on_commit(tokens)
         return len(tokens)
 
-    def ids(self) -> torch.LongTensor:
+    def ids(self) -> torch.Tensor:
         return torch.cat([self.prompt, self.prompt.new_tensor([self.new])], dim=1)
 
 
@@ -279,7 +281,7 @@ def decoder_layers(target: Any) -> nn.ModuleList:
     return layers
 
 
-def embed_noise(embed: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+def embed_noise(embed: Any, ids: torch.Tensor) -> torch.Tensor:
     """The target's embeddings of `ids [B, Q]`: `[B, Q, H]`. Drafts are trained without a norm inside the embedding."""
     if getattr(embed, "embed_norm", None) is not None:
         return nn.functional.embedding(ids, embed.weight)

@@ -39,9 +39,8 @@ class DFlashRotaryEmbedding(Qwen3RotaryEmbedding):
         super()._apply(fn, recurse)
         with torch.device("cpu"):
             fresh = Qwen3RotaryEmbedding(self.config)
-        device = self.inv_freq.device
-        self.inv_freq = fresh.inv_freq.to(device)
-        self.original_inv_freq = fresh.original_inv_freq.to(device)
+        for name in ("inv_freq", "original_inv_freq"):
+            setattr(self, name, getattr(fresh, name).to(getattr(self, name).device))
         self.max_seq_len_cached = fresh.max_seq_len_cached
         return self
 
@@ -65,8 +64,8 @@ class DFlashAttention(Qwen3Attention):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None,
+        context_hidden_states: torch.Tensor,
         past_key_values: Cache | None = None,
-        context_hidden_states: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
@@ -140,7 +139,7 @@ class DFlashDraftModel(DFlashPreTrainedModel):
         noise_embeds: torch.Tensor,
         context_hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
@@ -178,11 +177,12 @@ class DFlashDraftModel(DFlashPreTrainedModel):
         features = self.hidden_norm(self.fc(context_hidden_states))  # [B, C, H]
         hidden_states = noise_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
-        for layer, layer_type in zip(self.layers, self.config.layer_types, strict=True):
+        kinds = zip(self.config.layer_types, self.config.causal_layers, strict=True)
+        for layer, kind in zip(self.layers, kinds, strict=True):
             hidden_states = layer(
                 hidden_states,
                 context_hidden_states=features,
-                attention_mask=masks[layer_type, layer.self_attn.is_causal],
+                attention_mask=masks[kind],
                 past_key_values=past_key_values,
                 position_embeddings=position_embeddings,
                 **kwargs,
@@ -210,7 +210,7 @@ class DFlashDraftModel(DFlashPreTrainedModel):
         past_key_values: Cache | None,
     ) -> dict[tuple[str, bool], torch.Tensor | None]:
         """One mask per kind of layer, a kind being its type and its causality."""
-        kinds = {}
+        kinds: dict[tuple[str, bool], int] = {}
         for index, kind in enumerate(zip(self.config.layer_types, self.config.causal_layers, strict=True)):
             kinds.setdefault(kind, index)
         if isinstance(attention_mask, dict):

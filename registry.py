@@ -173,7 +173,7 @@ def _read_catalogue() -> list[DFlashDraftSpec]:
     names = set(DFlashDraftSpec.__dataclass_fields__)
     specs = []
     for entry in entries:
-        values = {
+        values: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in entry.items() if key in names
         }
         specs.append(DFlashDraftSpec(**values, details={key: entry[key] for key in entry if key not in names}))

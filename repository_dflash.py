@@ -63,7 +63,7 @@ class RepositoryMixin:
         """
         wants_info = kwargs.pop("output_loading_info", False)
         defaults = {"use_safetensors": True, "key_mapping": _RENAMED, "ignore_mismatched_sizes": True}
-        where = {key: kwargs[key] for key in ("cache_dir", "revision", "subfolder", "token") if key in kwargs}
+        where: dict[str, Any] = {key: kwargs[key] for key in ("cache_dir", "revision", "subfolder", "token") if key in kwargs}
         started = time.time()
         try:
             model, info = super().from_pretrained(  # type: ignore[misc]
@@ -152,7 +152,7 @@ class RepositoryMixin:
         for key, value in metadata.items():
             if card.data.get(key) is None:
                 card.data[key] = value
-        card.data.tags = list(dict.fromkeys([*(card.data.tags or ()), *TAGS, *(tags or ())]))
+        card.data["tags"] = list(dict.fromkeys([*(card.data.get("tags") or ()), *TAGS, *(tags or ())]))
         card.save(Path(folder) / "README.md")
 
 
@@ -175,7 +175,7 @@ def upload(api: HfApi, folder: Any, repo_id: str, revision: str | None = None, *
         ) from error
 
 
-def card_on_hub(repo_id: str, token: bool | str | None = None) -> ModelCard | None:
+def card_on_hub(repo_id: str, token: Any = None) -> ModelCard | None:
     """The card that `repo_id` has now; None if it has none."""
     try:
         return ModelCard.load(repo_id, token=token)

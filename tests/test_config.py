@@ -1,0 +1,372 @@
+"""Every published layout is read into the same fields; what cannot be run or contradicts itself is refused by name."""
+
+import json
+
+import pytest
+from conftest import DATA, TINY
+from huggingface_hub.errors import StrictDataclassFieldValidationError
+
+from dflash_hub import DFlashConfig
+
+PUBLISHED = DATA / "published_configs"
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+READ = {
+    "z-lab__Qwen3-4B-DFlash-b16": dict(
+        block_size=16,
+        mask_token_id=151669,
+        target_layer_ids=[1, 9, 17, 25, 33],
+        num_target_layers=36,
+        is_causal=False,
+        layer_types=[FULL] * 5,
+        sliding_window=None,
+        rope_parameters={"rope_type": "default", "rope_theta": 1000000},
+        hidden_size=2560,
+        intermediate_size=9728,
+        head_dim=128,
+        vocab_size=151936,
+        final_logit_softcapping=None,
+    ),
+    "z-lab__Qwen3.5-4B-DFlash": dict(
+        block_size=16,
+        mask_token_id=248077,
+        target_layer_ids=[1, 5, 9, 13, 17, 21, 25, 29],
+        num_target_layers=32,
+        is_causal=[True] * 5 + [False],
+        layer_types=[SLIDING] * 5 + [FULL],
+        sliding_window=4096,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000000},
+        hidden_size=2560,
+        vocab_size=248320,
+    ),
+    "z-lab__gemma-4-26B-A4B-it-DFlash": dict(
+        block_size=16,
+        mask_token_id=4,
+        target_layer_ids=[1, 6, 11, 17, 22, 27],
+        is_causal=[True] * 4 + [False],
+        sliding_window=2048,
+        final_logit_softcapping=30.0,
+        hidden_size=2816,
+        vocab_size=262144,
+    ),
+    "meta-models__Muse-Glimmer-30B-assistant": dict(
+        block_size=16,
+        mask_token_id=201818,
+        target_layer_ids=[1, 13, 25, 37, 49],
+        num_target_layers=None,
+        is_causal=False,
+        layer_types=[SLIDING] * 5,
+        sliding_window=2048,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+        rms_norm_eps=1e-5,
+        vocab_size=None,
+    ),
+}
+REFUSED = {
+    "XiaomiMiMo__MiMo-V2.5-Pro-FP4-DFlash": "attention sinks",
+    "z-lab__Qwen3.8-27B-DFlash2": "DFlash 2",
+    "z-lab__Muse-Glimmer-30B-DFlash2": "DFlash 2",
+    "incoai__GLM-5.3-Flash-DFlash2": "DFlash 2",
+    "RedHatAI__gemma-4-31B-it-speculator.dflash": "speculators layout",
+    "converted_z-lab__Qwen3.6-35B-A3B-DFlash": "speculators layout",
+    "early_speculators_test_repo": "speculators layout",
+}
+NEMOTRON = "nvidia__NVIDIA-Nemotron-3.5-Lightning-30B-A3B-NVFP4-DFlash"
+
+
+def read(name: str, **given):
+    return DFlashConfig.from_pretrained(PUBLISHED / f"{name}.json", **given)
+
+
+def qwen3_4b(**changes) -> dict:
+    """The published config of the Qwen3-4B draft, with changes; a change to None removes the key."""
+    config = json.loads((PUBLISHED / "z-lab__Qwen3-4B-DFlash-b16.json").read_text())
+    config["dflash_config"] |= changes.pop("dflash_config", {})
+    config |= changes
+    return {key: value for key, value in config.items() if value is not None}
+
+
+def small(**fields):
+    return DFlashConfig(**({"block_size": 4, "mask_token_id": 3, "target_layer_ids": [0, 2]} | fields))
+
+
+@pytest.mark.parametrize("name", READ)
+def test_published_configs_are_read_into_these_fields(name):
+    config = read(name)
+    assert {field: getattr(config, field) for field in READ[name]} == READ[name]
+
+
+def test_the_config_without_a_block_size_asks_for_it_and_takes_it():
+    with pytest.raises(ValueError, match=r"does not say block_size.*from_pretrained\(\.\.\., block_size="):
+        read(NEMOTRON)
+    config = read(NEMOTRON, block_size=8)
+    assert (config.block_size, config.mask_token_id, config.target_layer_ids) == (8, 990, [1, 5, 19, 29, 41, 51])
+    assert config.rope_parameters["rope_type"] == "yarn"
+    assert config.rope_parameters["original_max_position_embeddings"] == 8192
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_run_is_refused_in_one_sentence_that_names_it(name):
+    with pytest.raises(ValueError, match=REFUSED[name]) as caught:
+        read(name)
+    assert "refused" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_published_config_is_either_read_or_refused_by_these_tests():
+    assert {path.stem for path in PUBLISHED.glob("*.json")} == {*READ, *REFUSED, NEMOTRON}
+
+
+@pytest.mark.parametrize("layout", ["hub", "engines"])
+@pytest.mark.parametrize("name", [*READ, NEMOTRON])
+def test_reading_back_what_was_written_gives_an_equal_config(name, layout, tmp_path):
+    config = read(name, block_size=8) if name == NEMOTRON else read(name)
+    if layout == "engines" and config.vocab_size is None:
+        config.vocab_size = 202048
+    if layout == "engines" and config.num_target_layers is None:
+        config.num_target_layers = 52
+    config.save_pretrained(tmp_path, layout=layout)
+    again = DFlashConfig.from_pretrained(tmp_path)
+    assert again == config
+    again.block_size += 1
+    assert again != config
+
+
+def test_the_engines_layout_of_a_full_attention_draft_is_this_key_for_key(tmp_path):
+    read("z-lab__Qwen3-4B-DFlash-b16").save_pretrained(tmp_path, layout="engines")
+    shared = dict(block_size=16, mask_token_id=151669, target_layer_ids=[1, 9, 17, 25, 33], num_target_layers=36)
+    assert json.loads((tmp_path / "config.json").read_text()) == {
+        "architectures": ["DFlashDraftModel"],
+        "model_type": "qwen3",
+        "auto_map": {"AutoModel": "dflash.DFlashDraftModel"},
+        **shared,
+        "dflash_config": {**shared, "causal": False},
+        "is_causal": False,
+        "hidden_size": 2560,
+        "intermediate_size": 9728,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "vocab_size": 151936,
+        "max_position_embeddings": 40960,
+        "initializer_range": 0.02,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "rope_theta": 1000000,
+        "rope_scaling": None,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000000},
+        "layer_types": [FULL] * 5,
+        "max_window_layers": 5,
+        "use_sliding_window": False,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "use_cache": True,
+        "dtype": "bfloat16",
+    }
+
+
+def test_the_engines_layout_of_a_sliding_draft_says_the_window_in_every_engines_words(tmp_path):
+    config = small(layer_types=[SLIDING] * 5, sliding_window=64, is_causal=False, num_target_layers=8, vocab_size=99)
+    config.save_pretrained(tmp_path, layout="engines")
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert (written["use_sliding_window"], written["sliding_window"]) == (True, 64)
+    assert written["dflash_config"]["use_swa"] is True
+    assert written["dflash_config"]["swa_window_size"] == 64
+    assert written["is_causal"] is written["dflash_config"]["causal"] is False
+
+
+def test_mixed_causality_goes_unsaid_for_engines_whose_rule_it_is_and_is_refused_otherwise(tmp_path):
+    read("z-lab__Qwen3.5-4B-DFlash").save_pretrained(tmp_path, layout="engines")
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert "is_causal" not in written
+    assert "causal" not in written["dflash_config"]
+    other = small(num_hidden_layers=2, is_causal=[True, False], num_target_layers=8, vocab_size=99)
+    with pytest.raises(ValueError, match="engines can only be told one value"):
+        other.save_pretrained(tmp_path, layout="engines")
+
+
+def test_the_hub_layout_says_causality_outright_and_who_wrote_it(tmp_path):
+    import dflash_hub
+
+    small().save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["is_causal"] is False
+    assert written["model_type"] == "dflash"
+    assert written["dflash_hub_version"] == dflash_hub.__version__
+
+
+def test_an_unknown_layout_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="'hub' .* or 'engines'"):
+        small().save_pretrained(tmp_path, layout="vllm")
+
+
+def test_equal_copies_of_a_field_are_fine_in_every_place():
+    config = DFlashConfig.from_dict(
+        qwen3_4b(
+            mask_token_id=151669,
+            pard_token=151669,
+            target_layer_ids=[1, 9, 17, 25, 33],
+            eagle_aux_hidden_state_layer_ids=[2, 10, 18, 26, 34],
+            rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
+            is_causal=False,
+            dflash_config={"block_size": 16, "causal": False, "num_target_layers": 36},
+        )
+    )
+    assert config == read("z-lab__Qwen3-4B-DFlash-b16")
+
+
+@pytest.mark.parametrize(
+    ("changes", "places"),
+    [
+        ({"dflash_config": {"block_size": 8}}, ["block_size is 16", "dflash_config.block_size is 8"]),
+        ({"mask_token_id": 5}, ["mask_token_id is 5", "dflash_config.mask_token_id is 151669"]),
+        ({"target_layer_ids": [1, 2]}, ["target_layer_ids is [1, 2]", "dflash_config.target_layer_ids is [1, 9"]),
+        ({"eagle_aux_hidden_state_layer_ids": [1, 9, 17, 25, 33]}, ["eagle_aux_hidden_state_layer_ids"]),
+        ({"rope_parameters": {"rope_theta": 5e6}}, ["rope_theta is 1000000", "rope_parameters.rope_theta is 5000000"]),
+        ({"is_causal": False, "dflash_config": {"causal": True}}, ["is_causal is False", "dflash_config.causal is True"]),
+        ({"layer_types": [SLIDING] * 5, "sliding_window": 64}, ["layer_types", "use_sliding_window is False"]),
+        (
+            {"layer_types": [SLIDING] * 5, "sliding_window": 64, "use_sliding_window": True}
+            | {"dflash_config": {"swa_window_size": 32}},
+            ["sliding_window is 64", "dflash_config.swa_window_size is 32"],
+        ),
+        ({"dtype": "bfloat16", "torch_dtype": "float16"}, ["dtype is bfloat16", "torch_dtype is float16"]),
+    ],
+)
+def test_contradicting_copies_are_refused_with_both_places_named(changes, places):
+    with pytest.raises(ValueError, match="contradicts itself") as caught:
+        DFlashConfig.from_dict(qwen3_4b(**changes))
+    assert all(place in str(caught.value) for place in places), str(caught.value)
+
+
+def test_a_keyword_settles_a_contradiction():
+    config = DFlashConfig.from_dict(qwen3_4b(dflash_config={"block_size": 8}), block_size=8)
+    assert config.block_size == 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "feature"),
+    [
+        ({"architectures": ["Qwen3DSparkModel"], "markov_rank": 0}, "DSpark"),
+        ({"markov_rank": 256}, "Markov head"),
+        ({"draft_vocab_size": 32000}, "reduced vocabulary"),
+        ({"architectures": ["DFlashLagunaForCausalLM"], "model_type": "laguna"}, "per-tap norms"),
+        ({"aux_hidden_norms": True}, "per-tap norms"),
+        ({"dflash_config": {"attention_sink_bias": True}}, "attention sinks"),
+        ({"dflash_config": {"projector_type": "domino", "shift_label": True}}, "Domino"),
+        ({"partial_rotary_factor": 0.5}, "partial rotary"),
+        ({"rope_parameters": {"rope_theta": 1000000, "partial_rotary_factor": 0.5}}, "partial rotary"),
+        ({"dflash_config": {"input_embedding_scale": 8.0}}, "scale on the input embeddings"),
+        ({"sample_from_anchor": True}, "anchor predicts"),
+        ({"dflash_config": {"conv_kernel_size": 2}}, "dynamic convolution"),
+        ({"v_head_dim": 64}, "values of another width"),
+        ({"has_own_lm_head": True}, "head of its own"),
+    ],
+)
+def test_features_that_are_not_here_are_refused_by_name(changes, feature):
+    with pytest.raises(ValueError, match=feature) as caught:
+        DFlashConfig.from_dict(qwen3_4b(**changes))
+    assert "refused" in str(caught.value)
+
+
+def test_neutral_values_of_those_features_are_fine():
+    neutral = {"output_multiplier": 1.0, "final_logit_softcapping": None, "input_embedding_scale": 1.0, "use_swa": False}
+    config = DFlashConfig.from_dict(
+        qwen3_4b(partial_rotary_factor=1.0, draft_vocab_size=151936, markov_rank=0, dflash_config=neutral)
+    )
+    assert config == read("z-lab__Qwen3-4B-DFlash-b16")
+
+
+@pytest.mark.parametrize(
+    "missing", ["mask_token_id", "target_layer_ids", "block_size", "hidden_size", "head_dim", "rope_theta"]
+)
+def test_what_is_missing_is_asked_for_by_the_keyword_that_supplies_it(missing):
+    config = qwen3_4b()
+    value = config.pop(missing, None)
+    value = config["dflash_config"].pop(missing, value)
+    with pytest.raises(ValueError, match=rf"{missing}.*supply it: from_pretrained\(\.\.\., {missing}="):
+        DFlashConfig.from_dict(config)
+    assert DFlashConfig.from_dict(config, **{missing: value}) == read("z-lab__Qwen3-4B-DFlash-b16")
+
+
+def test_a_target_passed_as_a_draft_is_told_apart():
+    with pytest.raises(ValueError, match="describes Qwen3ForCausalLM, not a DFlash draft"):
+        DFlashConfig.from_pretrained(TINY / "target")
+
+
+def test_nemo_automodels_export_is_read():
+    nested = {"block_size": 16, "output_multiplier": 1.0, "final_logit_softcapping": None, "input_embedding_scale": 1.0}
+    exported = qwen3_4b(
+        architectures=["Qwen3DFlashDraftModel"],
+        auto_map=None,
+        rope_theta=None,
+        rope_parameters={"rope_theta": 1000000, "rope_type": "default"},
+        dflash_config=nested,
+    )
+    assert DFlashConfig.from_dict(exported) == read("z-lab__Qwen3-4B-DFlash-b16")
+
+
+def test_specforges_export_with_yarn_in_both_forms_is_read():
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 10240}
+    exported = qwen3_4b(rope_scaling={**yarn, "type": "yarn"}, rope_parameters={**yarn, "rope_theta": 1000000})
+    assert DFlashConfig.from_dict(exported).rope_parameters == {**yarn, "rope_theta": 1000000}
+
+
+def test_model_optimizers_window_is_honoured_though_its_layer_types_say_full():
+    nested = {"use_swa": True, "swa_window_size": 512, "causal": False}
+    config = DFlashConfig.from_dict(qwen3_4b(sliding_window=512, auto_map=None, dflash_config=nested))
+    assert config.layer_types == [SLIDING] * 5
+    assert (config.sliding_window, config.is_causal) == (512, False)
+
+
+def test_mimos_window_without_layer_types_is_bidirectional():
+    nested = {"use_swa": True, "swa_window_size": 1024}
+    config = DFlashConfig.from_dict(qwen3_4b(layer_types=None, sliding_window=1024, dflash_config=nested))
+    assert config.layer_types == [SLIDING] * 5
+    assert config.is_causal is False
+
+
+def test_jetspecs_causal_draft_is_read():
+    config = DFlashConfig.from_dict(qwen3_4b(is_causal=True, dflash_config={"causal": True}))
+    assert config.is_causal is True
+
+
+def test_fields_are_typed_and_required():
+    with pytest.raises(StrictDataclassFieldValidationError, match="block_size"):
+        small(block_size="16")
+    with pytest.raises(TypeError, match="mask_token_id"):
+        DFlashConfig(block_size=16, target_layer_ids=[1])
+    config = small()
+    with pytest.raises(StrictDataclassFieldValidationError, match="mask_token_id"):
+        config.mask_token_id = "<mask>"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"target_layer_ids": [2, 1]}, "ascending"),
+        ({"target_layer_ids": [1, 1]}, "ascending"),
+        ({"target_layer_ids": [-1, 2]}, "ascending"),
+        ({"target_layer_ids": []}, "at least one"),
+        ({"num_target_layers": 2}, "asks for layer 2, but the target has 2 layers"),
+        ({"block_size": 1}, "block_size is 1"),
+        ({"vocab_size": 3}, "mask_token_id is 3, but vocab_size is 3"),
+        ({"layer_types": [SLIDING] * 5}, "sliding_window is None"),
+        ({"layer_types": [FULL] * 4}, "must hold 5 entries"),
+        ({"layer_types": ["linear_attention"] * 5}, "full_attention"),
+        ({"num_key_value_heads": 5}, "multiple of num_key_value_heads"),
+        ({"is_causal": [True]}, "is_causal has 1 entries"),
+    ],
+)
+def test_values_that_make_no_sense_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        small(**fields)
+
+
+def test_the_callers_rope_dict_is_left_alone():
+    rope = {"rope_theta": 5.0}
+    small(rope_parameters=rope)
+    assert rope == {"rope_theta": 5.0}
