@@ -63,7 +63,9 @@ class RepositoryMixin:
         """
         wants_info = kwargs.pop("output_loading_info", False)
         defaults = {"use_safetensors": True, "key_mapping": _RENAMED, "ignore_mismatched_sizes": True}
-        where: dict[str, Any] = {key: kwargs[key] for key in ("cache_dir", "revision", "subfolder", "token") if key in kwargs}
+        where: dict[str, Any] = {
+            key: kwargs[key] for key in ("cache_dir", "revision", "subfolder", "token") if key in kwargs
+        }
         started = time.time()
         try:
             model, info = super().from_pretrained(  # type: ignore[misc]
@@ -230,6 +232,11 @@ def _sha256(path: Path) -> str:
         while chunk := file.read(2**22):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def _where(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The keywords that say which files are meant."""
+    return {key: kwargs[key] for key in ("cache_dir", "revision", "subfolder", "token") if key in kwargs}
 
 
 def _weight_files(name: Any, where: dict[str, Any]) -> list[Path]:

@@ -7,9 +7,9 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-from pathlib import Path
 
 from hubserver import HubServer
+from paths import TINY
 
 if "huggingface_hub" in sys.modules:
     raise RuntimeError("huggingface_hub was imported before the tests could point it at their own server")
@@ -31,9 +31,6 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(2)
-DATA = Path(__file__).parent / "data"
-ROOT = Path(__file__).parents[1]
-TINY = ROOT / "examples" / "tiny_pair"
 
 
 @pytest.fixture
@@ -52,7 +49,7 @@ def repo_id(request):
 
 @pytest.fixture
 def fresh_process():
-    """Run code in a process that cannot import dflash_hub; its standard output, or an AssertionError with its errors."""
+    """Run code in a process that cannot import dflash_hub, and give its output; with `fails`, its errors."""
 
     def run(code: str, fails: bool = False, block: bool = True, **env: str) -> str:
         prefix = "import sys; sys.modules['dflash_hub'] = None\n" if block else ""

@@ -1,11 +1,10 @@
 """Tiny random targets and drafts of real architectures, made so that their text is not one token over and over."""
 
 import torch
+from dflash_hub import DFlashConfig, DFlashDraftModel
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dflash_hub import DFlashConfig, DFlashDraftModel
-
-VOCAB = 24
+VOCAB = 12
 SMALL = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
@@ -18,6 +17,7 @@ SMALL = {
     "bos_token_id": 1,
     "eos_token_id": None,
     "pad_token_id": 0,
+    "tie_word_embeddings": False,
 }
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "decoder_sparse_step": 1}
 FAMILIES = {
@@ -30,15 +30,19 @@ FAMILIES = {
 
 
 def target(family: str, seed: int = 0):
-    """A target in float32; its weights are scaled up so that context matters and its text varies."""
+    """A target in float32; its weights are scaled up so that context matters and its text varies.
+
+    Gemma scales its embeddings itself.
+    """
     extra = dict(FAMILIES[family])
     config = AutoConfig.for_model(extra.pop("model_type", family), **(SMALL | extra))
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    scales = {"embed": 10 if "gemma" in family else 50, "lm_head": 5, "": 30}
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.ndim > 1:
-                weight.mul_(12 if "embed" in name or "self_attn" in name else 6)
+                weight.mul_(next(scale for part, scale in scales.items() if part in name))
     model.generation_config.eos_token_id = None
     return model
 
@@ -61,7 +65,11 @@ def draft(model, seed: int = 1, **fields):
         "max_position_embeddings": 1024,
     }
     torch.manual_seed(seed)
-    return DFlashDraftModel(DFlashConfig(**(shape | fields))).eval()
+    model = DFlashDraftModel(DFlashConfig(**(shape | fields))).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(10 if weight.ndim > 1 else 1)
+    return model
 
 
 def prompt(length: int, seed: int = 2) -> torch.Tensor:
