@@ -143,6 +143,9 @@ class _Layout:
         fields["is_causal"] = self.causality(fields)
         fields["rope_parameters"] = self.rope()
         self.refuse_shapes(fields)
+        # In the hub layout it names the code of the repository, which AutoModel looks for on the config.
+        auto_map = self.at("auto_map") or {}
+        fields["auto_map"] = auto_map if "AutoConfig" in auto_map else None
         return {name: value for name, value in fields.items() if value is not None}
 
     def refuse_foreign(self) -> None:

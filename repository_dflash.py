@@ -170,7 +170,7 @@ def upload(api: HfApi, folder: Any, repo_id: str, revision: str | None = None, *
         return api.upload_folder(
             folder_path=folder, repo_id=repo_id, revision=revision, delete_patterns=STALE, **commit
         )
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         raise RuntimeError(
             f"The Hub did not take the upload to {repo_id} ({revision or 'main'}): {error}\nNothing was changed there: "
             "a commit is whole or absent. Run the same again; files that arrived are not sent twice."

@@ -33,6 +33,18 @@ import torch  # noqa: E402
 torch.set_num_threads(2)
 
 
+class _NoPackages:
+    """The repository root is the package; as a pytest.Package it would be imported again, under the folder's name."""
+
+    @staticmethod
+    def pytest_collect_directory(path, parent):
+        return pytest.Dir.from_parent(parent, path=path)
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(_NoPackages())
+
+
 @pytest.fixture
 def hub():
     """The Hub, empty."""

@@ -3,8 +3,9 @@
 import json
 
 import pytest
-from dflash_hub import DFlashConfig
 from huggingface_hub.errors import StrictDataclassFieldValidationError
+
+from dflash_hub import DFlashConfig
 from paths import DATA, TINY
 
 PUBLISHED = DATA / "published_configs"

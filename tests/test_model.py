@@ -3,13 +3,14 @@
 import copy
 
 import pytest
-import tiny
 import torch
+from safetensors.torch import load_file, save_file
+
+import tiny
 from dflash_hub import DFlashConfig, DFlashDraftModel
 from dflash_hub.cache_dflash import rewind, rewindable_cache
 from dflash_hub.modeling_dflash import Qwen3DFlashDraftModel, visible_keys
 from paths import DATA, TINY
-from safetensors.torch import load_file, save_file
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 GOLDEN = ("qwen3-full", "qwen3-sliding")

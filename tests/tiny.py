@@ -1,8 +1,9 @@
 """Tiny random targets and drafts of real architectures, made so that their text is not one token over and over."""
 
 import torch
-from dflash_hub import DFlashConfig, DFlashDraftModel
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from dflash_hub import DFlashConfig, DFlashDraftModel
 
 VOCAB = 12
 SMALL = {

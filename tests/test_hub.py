@@ -1,0 +1,369 @@
+"""Push and load over real HTTP, by every route, with the package and without it; and everything that can go wrong."""
+
+import json
+
+import pytest
+import torch
+from huggingface_hub import HfApi, ModelCard
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModel
+
+import tiny
+from dflash_hub import DFlashConfig, DFlashDraftModel, DFlashDraftSpec, publishing
+from dflash_hub.hub_probe import digests
+from dflash_hub.publishing import PublishOptions, publish
+from paths import ROOT, TINY
+
+TRAVELLING = [f"{name}_dflash.py" for name in ("configuration", "layouts", "modeling", "repository", "generation")]
+TRAVELLING.append("cache_dflash.py")
+SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
+
+LOAD = """
+    import json, sys
+    from transformers import AutoModel
+    sys.path.insert(0, {root!r})
+    from hub_probe import digests
+    model = AutoModel.from_pretrained({repo!r}, revision={revision!r}, trust_remote_code=True)
+    print(json.dumps([type(model).__module__, digests(model)]))
+"""
+
+
+@pytest.fixture
+def draft():
+    return tiny.draft(tiny.target("qwen3"), **SLIDING)
+
+
+def files(hub, repo_id: str, revision: str = "main") -> dict[str, bytes | None]:
+    """Path -> content of a repository on the Hub (None for what lies in LFS)."""
+    return {path: entry.data for path, entry in hub.state.repos["models", repo_id].resolve(revision).tree.items()}
+
+
+def load_elsewhere(fresh_process, repo: str, revision: str | None = None, **env: str) -> tuple[str, dict]:
+    """Load in a fresh process without our package: the module its class came from, and the tensors' digests."""
+    output = fresh_process(LOAD.format(root=str(ROOT), repo=repo, revision=revision), **env)
+    module, found = json.loads(output.splitlines()[-1])
+    return module, found
+
+
+def assert_whole(hub, repo_id: str, revision: str = "main") -> None:
+    present = files(hub, repo_id, revision)
+    assert {"config.json", "model.safetensors", "README.md", *TRAVELLING} <= set(present)
+    for name in TRAVELLING:
+        assert present[name] == (ROOT / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("layout", ["hub", "engines"])
+def test_a_pushed_draft_loads_bit_equal_with_the_package_and_without(hub, repo_id, draft, layout, fresh_process):
+    draft.push_to_hub(repo_id, layout=layout)
+    assert_whole(hub, repo_id)
+    ours = DFlashDraftModel.from_pretrained(repo_id)
+    assert digests(ours) == digests(draft)
+    assert ours.config == draft.config
+    if layout == "hub":
+        by_auto = AutoModel.from_pretrained(repo_id)  # no trust_remote_code: no code of the repository runs
+        assert type(by_auto) is DFlashDraftModel
+        assert type(AutoConfig.from_pretrained(repo_id)) is DFlashConfig
+    module, found = load_elsewhere(fresh_process, repo_id)
+    assert module.startswith("transformers_modules.")
+    assert found == digests(draft)
+
+
+def test_once_loaded_a_stranger_loads_it_offline_from_the_cache(hub, repo_id, draft, fresh_process):
+    draft.push_to_hub(repo_id)
+    load_elsewhere(fresh_process, repo_id)
+    hub.state.log.clear()
+    _, found = load_elsewhere(fresh_process, repo_id, HF_HUB_OFFLINE="1")
+    assert found == digests(draft)
+    assert hub.calls() == []
+
+
+@pytest.mark.parametrize("layout", ["hub", "engines"])
+def test_a_draft_loaded_by_remote_code_generates_and_is_pushed_again_whole(
+    hub, repo_id, draft, layout, fresh_process, tmp_path
+):
+    draft.card_metadata = {"base_model": "Qwen/Qwen3-4B", "license": "apache-2.0"}
+    draft.push_to_hub(repo_id, layout=layout)
+    target = tiny.target("qwen3")
+    target.save_pretrained(tmp_path)
+    expected = tiny.greedy(target, tiny.prompt(6), 20)[0].tolist()
+    again = f"{repo_id}-again"
+    output = fresh_process(
+        f"""
+        import torch
+        from transformers import AutoModel, AutoModelForCausalLM
+        draft = AutoModel.from_pretrained({repo_id!r}, trust_remote_code=True)
+        target = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})
+        ids = torch.tensor([{expected[:6]}])
+        print(draft.spec_generate(target, ids, max_new_tokens=20)[0].tolist())
+        mask = torch.ones_like(ids)
+        print(target.generate(ids, attention_mask=mask, assistant_model=draft, speculation_type="dflash", max_new_tokens=20)[0].tolist())
+        draft.push_to_hub({again!r}, layout={layout!r})
+        """
+    )
+    assert [json.loads(line) for line in output.splitlines()[-2:]] == [expected, expected]
+    assert_whole(hub, again)
+    assert digests(DFlashDraftModel.from_pretrained(again)) == digests(draft)
+    card = ModelCard.load(again)
+    assert (card.data.base_model, card.data.license) == ("Qwen/Qwen3-4B", "apache-2.0")
+    assert again in card.text
+
+
+@pytest.mark.parametrize("loaded", ["hub", "engines"])
+@pytest.mark.parametrize("pushed", ["hub", "engines"])
+def test_a_draft_loaded_from_either_layout_is_pushed_again_whole_in_either(hub, repo_id, draft, loaded, pushed):
+    draft.push_to_hub(repo_id, layout=loaded)
+    again = f"{repo_id}-again"
+    DFlashDraftModel.from_pretrained(repo_id).push_to_hub(again, layout=pushed)
+    assert_whole(hub, again)
+    assert json.loads(files(hub, again)["config.json"])["model_type"] == ("dflash" if pushed == "hub" else "qwen3")
+    assert digests(DFlashDraftModel.from_pretrained(again)) == digests(draft)
+
+
+def test_a_published_layout_without_code_is_saved_as_a_whole_repository(tmp_path, fresh_process):
+    DFlashDraftModel.from_pretrained(TINY / "draft").save_pretrained(tmp_path)
+    assert {"config.json", "model.safetensors", "README.md", *TRAVELLING} == {path.name for path in tmp_path.iterdir()}
+    _, found = load_elsewhere(fresh_process, str(tmp_path))
+    assert found == digests(DFlashDraftModel.from_pretrained(TINY / "draft"))
+
+
+def test_without_trust_the_hub_layout_fails_loudly_for_a_stranger(hub, repo_id, draft, fresh_process):
+    draft.push_to_hub(repo_id)
+    code = f"from transformers import AutoModel; AutoModel.from_pretrained({repo_id!r}, trust_remote_code=False)"
+    assert "contains custom code" in fresh_process(code, fails=True)
+
+
+def test_importing_the_package_after_the_remote_code_gives_our_class(hub, repo_id, draft, fresh_process):
+    draft.push_to_hub(repo_id)
+    code = f"""
+    from transformers import AutoModel
+    import dflash_hub
+    for trust in (None, False, True):
+        assert type(AutoModel.from_pretrained({repo_id!r}, trust_remote_code=trust)) is dflash_hub.DFlashDraftModel
+    assert not any(name.startswith("transformers_modules.") for name in sys.modules)
+    """
+    fresh_process("import sys\n" + code.replace("\n    ", "\n"), block=False)
+
+
+def test_shards_load_and_a_later_push_leaves_none_of_them_behind(hub, repo_id, draft):
+    draft.push_to_hub(repo_id, max_shard_size="20KB")
+    assert "model.safetensors.index.json" in files(hub, repo_id)
+    assert digests(AutoModel.from_pretrained(repo_id)) == digests(draft)
+    with torch.no_grad():
+        draft.fc.weight.add_(1)
+    draft.push_to_hub(repo_id)
+    assert [path for path in files(hub, repo_id) if "safetensors" in path] == ["model.safetensors"]
+    assert digests(AutoModel.from_pretrained(repo_id)) == digests(draft)
+
+
+def test_a_revision_pins_weights_and_config(hub, repo_id, draft):
+    first = draft.push_to_hub(repo_id).oid
+    before = digests(draft)
+    with torch.no_grad():
+        draft.fc.weight.add_(1)
+    draft.push_to_hub(repo_id)
+    assert digests(AutoModel.from_pretrained(repo_id, revision=first)) == before
+    assert digests(AutoModel.from_pretrained(repo_id)) == digests(draft)
+    draft.push_to_hub(repo_id, revision="side")
+    assert digests(AutoModel.from_pretrained(repo_id, revision="side")) == digests(draft)
+    spec = DFlashDraftSpec(repo_id, revision=first)
+    assert digests(spec.load()) == before
+
+
+# Publishing ------------------------------------------------------------------------------------------------------
+
+
+def test_publish_puts_the_hub_layout_on_main_and_the_engines_layout_on_its_branch(hub, repo_id, fresh_process):
+    options = PublishOptions(card={"base_model": "tester/tiny-target", "license": "apache-2.0"})
+    steps: list[str] = []
+    done = publish(TINY / "draft", repo_id, options, report=steps.append)
+    assert len(steps) == 5
+    assert_whole(hub, repo_id)
+    assert_whole(hub, repo_id, "engines")
+    assert json.loads(files(hub, repo_id)["config.json"])["model_type"] == "dflash"
+    engines = json.loads(files(hub, repo_id, "engines")["config.json"])
+    assert (engines["model_type"], engines["auto_map"]) == ("qwen3", {"AutoModel": "dflash.DFlashDraftModel"})
+    assert "dflash.py" in files(hub, repo_id, "engines")
+    published = digests(DFlashDraftModel.from_pretrained(TINY / "draft"))
+    for revision in ("main", "engines", done.commit, done.engines_commit):
+        assert digests(DFlashDraftModel.from_pretrained(repo_id, revision=revision)) == published
+    for revision in (done.commit, "engines"):
+        assert load_elsewhere(fresh_process, repo_id, revision)[1] == published
+    scope: dict = {}
+    exec(done.snippet, scope)
+    assert digests(scope["draft"]) == published
+    assert done.commit in done.snippet
+
+
+def test_the_card_says_what_there_is_to_say(hub, repo_id):
+    draft = DFlashDraftModel.from_pretrained(TINY / "draft")
+    draft.card_metadata = {"base_model": "org/target", "license": "mit"}
+    draft.push_to_hub(repo_id)
+    card = ModelCard.load(repo_id)
+    data = card.data.to_dict()
+    expected = {"base_model": "org/target", "license": "mit"}
+    expected |= {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    assert {key: data[key] for key in expected} == expected
+    assert {"dflash", "speculative-decoding", "draft-model"} <= set(data["tags"])
+    for text in (repo_id, "org/target", "vllm serve", "sglang", "import dflash_hub", "block size | 8", "1, 2, 4"):
+        assert text in card.text, text
+    assert "Nothing yet: no acceptance length" in card.text
+    assert "your-name/your-draft" not in card.text
+
+
+def test_an_existing_card_is_kept_and_its_metadata_completed(hub, repo_id, draft):
+    draft.card_metadata = {"base_model": "org/target"}
+    HfApi().create_repo(repo_id)
+    ModelCard("---\nlicense: mit\ntags: [mine]\n---\n# My words\n").push_to_hub(repo_id)
+    draft.push_to_hub(repo_id)
+    card = ModelCard.load(repo_id)
+    assert card.text.strip() == "# My words"
+    assert (card.data.license, card.data.base_model) == ("mit", "org/target")
+    assert card.data.tags == ["mine", "dflash", "speculative-decoding", "draft-model"]
+
+
+def test_a_card_in_the_folder_is_kept(hub, repo_id, tmp_path, monkeypatch):
+    monkeypatch.setattr(publishing, "check_staged", lambda draft, folder: None)  # tested above, and slow
+    DFlashDraftModel.from_pretrained(TINY / "draft").save_pretrained(tmp_path)
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\nMy words\n")
+    publish(tmp_path, repo_id)
+    assert ModelCard.load(repo_id).text.strip() == "My words"
+    assert ModelCard.load(repo_id).data.library_name == "transformers"
+
+
+def test_what_does_not_load_bit_equal_in_a_fresh_process_is_never_pushed(hub, repo_id, monkeypatch):
+    def spoil(draft, folder, layout, card, stage=publishing.stage):
+        stage(draft, folder, layout, card)
+        (folder / "cache_dflash.py").write_text("raise RuntimeError('spoilt')\n")
+
+    monkeypatch.setattr(publishing, "stage", spoil)
+    with pytest.raises(ValueError, match=r"(?s)does not load in a fresh process.*spoilt"):
+        publish(TINY / "draft", repo_id)
+    assert hub.calls() == []
+
+
+# What can go wrong -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fault", "left"),
+    [
+        ("POST .*/preupload/main", set()),
+        ("PUT /_lfs/", set()),
+        ("POST .*/commit/main", set()),
+        ("POST .*/branch/engines", {"main"}),
+        ("POST .*/commit/engines", {"main"}),
+    ],
+)
+def test_a_server_that_fails_half_way_leaves_whole_commits_or_none_and_a_second_try_completes(
+    hub, repo_id, fault, left
+):
+    hub.state.fail[fault] = 500
+    with pytest.raises(RuntimeError, match=r"(?s)did not take the upload.*Run the same again"):
+        publish(TINY / "draft", repo_id)
+    whole = {"main": "config.json" in files(hub, repo_id)}
+    assert whole["main"] == ("main" in left)
+    if whole["main"]:
+        assert_whole(hub, repo_id)
+    hub.state.fail.clear()
+    publish(TINY / "draft", repo_id)
+    for revision in ("main", "engines"):
+        assert_whole(hub, repo_id, revision)
+
+
+def test_bytes_that_do_not_match_their_hash_are_refused_and_not_kept(hub, repo_id, draft):
+    draft.push_to_hub(repo_id)
+    ((sha, good),) = hub.state.lfs.items()
+    hub.state.lfs[sha] = good[:-1] + bytes([good[-1] ^ 1])
+    for _ in range(2):  # the second time it is downloaded again, not taken from the cache
+        with pytest.raises(OSError, match=r"model\.safetensors of .* arrived damaged.*load again"):
+            DFlashDraftModel.from_pretrained(repo_id)
+    hub.state.lfs[sha] = good
+    assert digests(DFlashDraftModel.from_pretrained(repo_id)) == digests(draft)
+
+
+def test_a_download_that_breaks_off_leaves_nothing_that_loads(hub, repo_id, draft):
+    draft.push_to_hub(repo_id)
+    hub.state.fail["GET /_lfs/"] = 404
+    with pytest.raises(Exception, match=r"404|does not appear|couldn't connect|Can't load"):
+        DFlashDraftModel.from_pretrained(repo_id)
+    hub.state.fail.clear()
+    assert digests(DFlashDraftModel.from_pretrained(repo_id)) == digests(draft)
+
+
+def test_a_missing_repository_says_so(hub, repo_id):
+    with pytest.raises(OSError, match=r"is not a local folder and is not a valid model identifier"):
+        DFlashDraftSpec(repo_id).load()
+
+
+def test_a_missing_revision_says_so(hub, repo_id, draft):
+    draft.push_to_hub(repo_id)
+    with pytest.raises(OSError, match="not a valid git identifier"):
+        DFlashDraftSpec(repo_id, revision="nope").load()
+
+
+def test_a_private_repository_loads_with_a_token_and_asks_for_one_without(hub, repo_id, draft, fresh_process, tmp_path):
+    draft.push_to_hub(repo_id, private=True)
+    assert digests(DFlashDraftSpec(repo_id).load()) == digests(draft)
+    code = f"from dflash_hub import DFlashDraftSpec; DFlashDraftSpec({repo_id!r}).load()"
+    message = fresh_process(code, fails=True, block=False, HF_TOKEN="", HF_HOME=str(tmp_path))
+    assert "hf auth login" in message
+
+
+def test_a_gated_repository_says_how_to_get_access(hub, repo_id, draft):
+    draft.push_to_hub(repo_id)
+    hub.state.repos["models", repo_id].gated = True
+    with pytest.raises(OSError, match="gated repo"):
+        DFlashDraftSpec(repo_id).load()
+
+
+def test_offline_without_a_cached_copy_says_so(hub, repo_id, draft, fresh_process):
+    draft.push_to_hub(repo_id)
+    code = f"from dflash_hub import DFlashDraftSpec; DFlashDraftSpec({repo_id!r}).load()"
+    message = fresh_process(code, fails=True, block=False, HF_HUB_OFFLINE="1")
+    assert "couldn't find" in message or "offline" in message.lower()
+
+
+def test_a_push_without_the_right_to_is_refused_and_says_so(hub, repo_id, draft):
+    with pytest.raises(Exception, match="401"):
+        draft.push_to_hub(repo_id, token="hf_wrong")
+
+
+def test_the_travelling_files_say_in_one_error_when_transformers_is_too_old(fresh_process, draft, tmp_path):
+    draft.save_pretrained(tmp_path)
+    code = f"""
+    import transformers
+    transformers.__version__ = "4.57.1"
+    from transformers import AutoModel
+    AutoModel.from_pretrained({str(tmp_path)!r}, trust_remote_code=True)
+    """
+    message = fresh_process(code, fails=True)
+    assert message.strip().splitlines()[-1] == (
+        "ImportError: This DFlash draft needs transformers >= 5.15.1, but 4.57.1 is installed. Upgrade it: "
+        "pip install --upgrade transformers"
+    )
+
+
+def test_a_model_type_of_transformers_own_does_not_break_the_import(fresh_process):
+    code = """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
+    CONFIG_MAPPING._mapping["dflash"] = "Qwen3Config"
+    import dflash_hub
+    print(dflash_hub.DFlashDraftModel.from_pretrained(sys.argv[0] or {tiny!r}).config.model_type)
+    """
+    code = code.replace("sys.argv[0] or {tiny!r}", repr(str(TINY / "draft")))
+    assert fresh_process(code, block=False).strip().endswith("dflash")
+
+
+def test_what_is_saved_is_what_other_readers_expect(tmp_path, draft):
+    draft.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    assert len(weights) == 11 * 2 + 3
+    assert not any(name.startswith("model.") for name in weights)
+
+
+def test_the_card_of_an_unpushed_draft_asks_to_be_named_and_the_push_names_it(hub, repo_id, draft, tmp_path):
+    draft.save_pretrained(tmp_path)
+    assert "your-name/your-draft" in (tmp_path / "README.md").read_text()
+    draft.save_pretrained(tmp_path / "b", push_to_hub=True, repo_id=repo_id)
+    assert_whole(hub, repo_id)
+    assert repo_id in ModelCard.load(repo_id).text
