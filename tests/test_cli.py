@@ -1,0 +1,101 @@
+"""The command line, as a user types it."""
+
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+import tiny
+from dflash_hub import cli
+from paths import ROOT, TINY
+
+RUNNER = CliRunner()
+
+
+def run(*words: str):
+    return RUNNER.invoke(cli.app, list(words), env={"COLUMNS": "200"}, catch_exceptions=False)
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch):
+    monkeypatch.setattr(cli.console, "width", 200, raising=False)
+
+
+def test_python_dash_m_runs_it_and_errors_have_no_traceback():
+    command = [sys.executable, "-m", "dflash_hub", "push", "no/such/folder", "me/draft"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "Error: no/such/folder is not a folder" in done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+
+
+def test_the_demo_shows_both_texts_and_the_figures():
+    output = run("demo", "--prompts", "2").output
+    for text in ("the target alone", "with DFlash", "tokens/s", "acceptance length", "tokens per cycle"):
+        assert text in output
+    assert "The two texts are identical." in output
+
+
+def test_generate_streams_the_text_and_ends_in_the_figures():
+    words = ["generate", "def main(", "--target", str(TINY / "target"), "--draft", str(TINY / "draft")]
+    output = run(*words, "--max-new-tokens", "40").output
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(TINY / "target")
+    ids = tokenizer("def main(", return_tensors="pt").input_ids
+    text = tiny.greedy(AutoModelForCausalLM.from_pretrained(TINY / "target"), ids, 40)
+    assert tokenizer.decode(text[0, ids.shape[1] :]).strip() in output
+    assert "acceptance length" in output
+    assert "The two texts are identical." in output
+
+
+def test_generate_without_a_draft_says_why_none_was_found():
+    with pytest.raises(ValueError, match="fits its shape"):
+        run("generate", "def", "--target", str(TINY / "target"))
+
+
+def test_drafts_lists_by_target_and_by_architecture():
+    everything = run("drafts").output
+    assert "90 DFlash drafts" in everything
+    assert "attention sinks" in everything
+    of_target = run("drafts", "--target", "Qwen/Qwen3-4B").output
+    assert "z-lab/Qwen3-4B-DFlash-b16" in of_target
+    assert "gpt-oss" not in of_target
+    of_architecture = run("drafts", "--architecture", "GptOssForCausalLM").output
+    assert "z-lab/gpt-oss-20b-DFlash" in of_architecture
+    assert "Qwen3-4B" not in of_architecture
+    with pytest.raises(ValueError, match="No draft is known for me/nothing"):
+        run("drafts", "--target", "me/nothing")
+
+
+def test_resolve_shows_what_would_be_loaded_and_why():
+    output = run("resolve", "Qwen/Qwen3-4B").output
+    for text in (
+        "z-lab/Qwen3-4B-DFlash-b16",
+        "b74e3a329c4d963783143b1e970d95b002be72bd",
+        "It was made for Qwen/Qwen3-4B",
+    ):
+        assert text in output
+    with pytest.raises(ValueError, match="DFlash 2"):
+        run("resolve", "Qwen/Qwen3.8-27B")
+
+
+def test_push_publishes_and_prints_the_snippet_for_this_commit(hub, repo_id):
+    output = run("push", str(TINY / "draft"), repo_id, "--base-model", "me/tiny", "--license", "apache-2.0").output
+    commit = hub.state.repos["models", repo_id].branches["main"]
+    assert f'revision="{commit}"' in output
+    assert set(hub.state.repos["models", repo_id].branches) == {"main", "engines"}
+
+
+def test_version_says_what_a_bug_report_needs():
+    from dflash_hub import __version__
+
+    assert f"dflash-hub {__version__}" in run("version").output
+
+
+def test_the_readme_names_only_commands_that_exist():
+    import re
+
+    words = set(re.findall(r"`?dflash-hub ([a-z]+)", (ROOT / "README.md").read_text()))
+    assert words <= {command.name or command.callback.__name__ for command in cli.app.registered_commands}

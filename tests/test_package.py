@@ -1,0 +1,143 @@
+"""What is shipped: every file in every kind of install, and nothing that travels leaning on what does not."""
+
+import ast
+import re
+import subprocess
+import sys
+import tarfile
+import venv
+import zipfile
+
+import pytest
+
+import dflash_hub
+from paths import ROOT, TINY
+
+TRAVELLING = sorted(path for path in ROOT.glob("*_dflash.py"))
+DATA_FILES = ["drafts.json", "py.typed", "hub_repo/README.md", "hub_repo/.gitattributes"]
+DATA_FILES += [str(path.relative_to(ROOT)) for path in TINY.rglob("*") if path.is_file()]
+CODE_FILES = [path.name for path in ROOT.glob("*.py")]
+
+
+def test_the_public_names_are_these():
+    assert dflash_hub.__all__ == [
+        "DFLASH_DRAFT_REGISTRY",
+        "DFlashConfig",
+        "DFlashDraftModel",
+        "DFlashDraftSpec",
+        "DecodeOptions",
+        "DecodeOutput",
+        "DecodeStatistics",
+        "Qwen3DFlashDraftModel",
+        "__version__",
+        "decode",
+        "register_dflash_draft",
+        "resolve_dflash_draft_spec",
+    ]
+    assert all(getattr(dflash_hub, name) is not None for name in dflash_hub.__all__)
+
+
+def test_there_are_six_travelling_files():
+    names = ["cache", "configuration", "generation", "layouts", "modeling", "repository"]
+    assert [path.name for path in TRAVELLING] == [f"{name}_dflash.py" for name in names]
+
+
+@pytest.mark.parametrize("path", TRAVELLING, ids=lambda path: path.name)
+def test_travelling_files_import_only_each_other_and_what_every_transformers_has(path):
+    text = path.read_text()
+    allowed = {"torch", "transformers", "huggingface_hub", "packaging", *sys.stdlib_module_names}
+    siblings = {sibling.stem for sibling in TRAVELLING}
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            assert {alias.name.split(".")[0] for alias in node.names} <= allowed
+        if isinstance(node, ast.ImportFrom):
+            assert node.level <= 1
+            assert node.module is not None
+            assert (node.module in siblings) if node.level else (node.module.split(".")[0] in allowed)
+    # transformers finds relative imports by this pattern in the raw text, strings and comments included.
+    found = re.findall(r"^\s*from\s+\.(\S+)\s+import", text, re.MULTILINE)
+    assert set(found) <= siblings
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory):
+    """An sdist, and a wheel built from that sdist."""
+    folder = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return next(folder.glob("*.tar.gz")), next(folder.glob("*.whl"))
+
+
+def test_the_wheel_built_from_the_sdist_holds_every_file(built):
+    names = set(zipfile.ZipFile(built[1]).namelist())
+    missing = [name for name in [*CODE_FILES, *DATA_FILES] if f"dflash_hub/{name}" not in names]
+    assert missing == []
+    assert not [name for name in names if "tests/" in name or ".venv" in name]
+
+
+def test_the_sdist_holds_the_tests_and_what_they_need(built):
+    names = {name.split("/", 1)[-1] for name in tarfile.open(built[0]).getnames()}
+    for name in ("tests/conftest.py", "tests/data/golden/qwen3-full/golden.safetensors", "constraints.txt", "LICENSE"):
+        assert name in names
+
+
+def test_the_wheel_installs_and_its_demo_runs_elsewhere(built, tmp_path):
+    """In an environment that borrows torch and transformers from this one, from another folder."""
+    home = tmp_path / "venv"
+    venv.create(home, with_pip=False, symlinks=True)
+    site = next(home.glob("lib/python*/site-packages"))
+    zipfile.ZipFile(built[1]).extractall(site)
+    borrowed = [path for path in sys.path if path.endswith("site-packages")]
+    (site / "borrowed.pth").write_text("\n".join(borrowed))
+    code = "import dflash_hub, sys; print(dflash_hub.__file__); from dflash_hub.cli import main; main()"
+    command = [home / "bin" / "python", "-c", code, "demo", "--prompts", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(str(home))
+    assert "identical" in done.stdout
+
+
+def modules_after(statement: str) -> set[str]:
+    code = f"{statement}\nimport sys; print('\\n'.join(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+def test_importing_it_costs_no_more_than_automodel_and_our_own_files():
+    extra = modules_after("import dflash_hub") - modules_after("from transformers import AutoModel, AutoConfig")
+    foreign = {name for name in extra if not name.startswith(("dflash_hub", "__editable__"))}
+    assert foreign == set()
+
+
+def test_importing_it_registers_config_and_model_together():
+    from transformers import AutoConfig, AutoModel
+
+    config = AutoConfig.for_model("dflash", block_size=4, mask_token_id=1, target_layer_ids=[0], hidden_size=32)
+    assert type(config) is dflash_hub.DFlashConfig
+    config.num_hidden_layers, config.layer_types = 1, ["full_attention"]
+    assert type(AutoModel.from_config(config)) is dflash_hub.DFlashDraftModel
+    assert AutoModel._model_mapping[dflash_hub.DFlashConfig] is dflash_hub.DFlashDraftModel
+    assert dflash_hub.DFlashConfig._auto_class == "AutoConfig"
+    assert dflash_hub.DFlashDraftModel._auto_class == "AutoModel"
+
+
+def test_the_changelog_tells_of_this_version():
+    assert f"## {dflash_hub.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+    assert dflash_hub.__version__ in (ROOT / "configuration_dflash.py").read_text()
+
+
+def test_the_code_the_readme_shows_runs_on_the_built_in_pair(monkeypatch):
+    """The README's Python, its Hub ids answered by the built-in pair."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert blocks
+    from transformers import AutoModel
+
+    pair = {'"Qwen/Qwen3-4B"': str(TINY / "target"), '"me/my-draft"': str(TINY / "draft")}
+    for block in blocks:
+        for name, folder in pair.items():
+            block = block.replace(name, repr(folder))
+        if "push_to_hub" in block or "resolve_dflash_draft_spec" in block:
+            continue
+        exec(block, {})
+    assert AutoModel

@@ -1,0 +1,272 @@
+"""The right draft for a checkpoint, never a draft that merely loads."""
+
+import dataclasses
+import warnings
+
+import pytest
+from transformers import AutoConfig
+
+import tiny
+from dflash_hub import (
+    DFLASH_DRAFT_REGISTRY,
+    DFlashDraftModel,
+    DFlashDraftSpec,
+    Qwen3DFlashDraftModel,
+    register_dflash_draft,
+    resolve_dflash_draft_spec,
+)
+from dflash_hub.registry import _QWEN3_ARCHITECTURES, CATALOGUE, drafts_for, spread_taps
+
+QWEN3 = ["Qwen3ForCausalLM"]
+
+
+@pytest.fixture
+def registry():
+    """The registry and the catalogue, put back afterwards."""
+    before, catalogue = dict(DFLASH_DRAFT_REGISTRY), list(CATALOGUE)
+    yield DFLASH_DRAFT_REGISTRY
+    DFLASH_DRAFT_REGISTRY.clear()
+    DFLASH_DRAFT_REGISTRY.update(before)
+    CATALOGUE[:] = catalogue
+
+
+def qwen3_config(name: str = "", **shape):
+    shape = {"hidden_size": 2560, "num_hidden_layers": 36, "vocab_size": 151936} | shape
+    config = AutoConfig.for_model("qwen3", **shape)
+    config.name_or_path = name
+    return config
+
+
+def test_every_architecture_has_a_default_that_runs():
+    assert set(DFLASH_DRAFT_REGISTRY) == set(_QWEN3_ARCHITECTURES)
+    for architecture, spec in DFLASH_DRAFT_REGISTRY.items():
+        assert resolve_dflash_draft_spec([architecture]) is spec
+        assert spec.draft_cls is Qwen3DFlashDraftModel
+        assert spec.unsupported is None
+        assert architecture in spec.architectures
+
+
+def test_the_first_registered_architecture_in_the_list_wins():
+    spec = resolve_dflash_draft_spec(["Unheard", "LlamaForCausalLM", "Qwen3ForCausalLM"])
+    assert spec is DFLASH_DRAFT_REGISTRY["LlamaForCausalLM"]
+
+
+def test_none_registered_names_what_was_given_and_what_is_supported():
+    with pytest.raises(ValueError, match=r"registered for Unheard, Unseen.*Supported.*Qwen3ForCausalLM") as caught:
+        resolve_dflash_draft_spec(["Unheard", "Unseen"])
+    assert all(architecture in str(caught.value) for architecture in _QWEN3_ARCHITECTURES)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("Qwen3ForCausalLM", "is the string 'Qwen3ForCausalLM', not a list"),
+        ([], "is empty"),
+        (None, "is None, not a list"),
+        ([1], r"is \[1\], not a list of strings"),
+        (7, "is 7, not a list"),
+    ],
+)
+def test_what_is_no_list_of_names_is_told_so(given, said):
+    with pytest.raises(ValueError, match=f"{said}.*target.config.architectures"):
+        resolve_dflash_draft_spec(given)
+
+
+@pytest.mark.parametrize(
+    ("target", "draft"),
+    [
+        ("Qwen/Qwen3-4B", "z-lab/Qwen3-4B-DFlash-b16"),
+        ("qwen/qwen3-8b", "z-lab/Qwen3-8B-DFlash-b16"),
+        ("Qwen/Qwen3.6-27B", "z-lab/Qwen3.6-27B-DFlash"),
+        ("openai/gpt-oss-120b", "z-lab/gpt-oss-120b-DFlash"),
+    ],
+)
+def test_a_checkpoint_finds_the_draft_made_for_it_by_id_config_or_model(target, draft):
+    architectures = list(drafts_for(target)[0].architectures)
+    assert resolve_dflash_draft_spec(architectures, target=target).repo_id == draft
+    config = qwen3_config(target)
+    assert resolve_dflash_draft_spec(architectures, target=config).repo_id == draft
+    model = tiny.target("qwen3")
+    model.config.name_or_path = target
+    assert resolve_dflash_draft_spec(architectures, target=model).repo_id == draft
+
+
+def test_known_commits_are_pinned():
+    assert resolve_dflash_draft_spec(QWEN3).revision == "b74e3a329c4d963783143b1e970d95b002be72bd"
+    assert all(spec.revision is None or len(spec.revision) == 40 for spec in CATALOGUE)
+
+
+def test_siblings_of_equal_shape_are_told_apart_by_name():
+    names = ("Qwen/Qwen3.5-27B", "Qwen/Qwen3.6-27B")
+    found = [resolve_dflash_draft_spec(["Qwen3_5ForConditionalGeneration"], target=name) for name in names]
+    assert found[0].repo_id != found[1].repo_id
+    assert found[0].hidden_size == found[1].hidden_size
+
+
+def test_an_unknown_checkpoint_of_known_shape_gets_a_draft_with_a_warning_that_names_its_own_target():
+    with pytest.warns(UserWarning, match=r"does not know me/my-finetune.*was made for Qwen/Qwen3-4B"):
+        spec = resolve_dflash_draft_spec(QWEN3, target=qwen3_config("me/my-finetune"))
+    assert spec is DFLASH_DRAFT_REGISTRY["Qwen3ForCausalLM"]
+    with pytest.warns(UserWarning, match="was made for Qwen/Qwen3-8B"):
+        spec = resolve_dflash_draft_spec(QWEN3, target=qwen3_config("me/other", hidden_size=4096))
+    assert spec.repo_id == "z-lab/Qwen3-8B-DFlash-b16"
+
+
+@pytest.mark.parametrize("shape", [{"hidden_size": 2048}, {"num_hidden_layers": 35}, {"vocab_size": 151937}])
+def test_an_unknown_checkpoint_of_another_shape_gets_none(shape):
+    with pytest.raises(ValueError, match=r"does not know me/odd, and no draft .* fits its shape") as caught:
+        resolve_dflash_draft_spec(QWEN3, target=qwen3_config("me/odd", **shape))
+    assert str(next(iter(shape.values()))) in str(caught.value)
+    assert "hidden_size 2560, 36 layers, vocab_size 151936" in str(caught.value)
+
+
+def test_an_unknown_hub_id_is_judged_by_its_config(hub, repo_id):
+    qwen3_config().push_to_hub(repo_id)
+    with pytest.warns(UserWarning, match="was made for Qwen/Qwen3-4B"):
+        assert resolve_dflash_draft_spec(QWEN3, target=repo_id).repo_id == "z-lab/Qwen3-4B-DFlash-b16"
+    with pytest.raises(OSError, match="not a valid model identifier"):
+        resolve_dflash_draft_spec(QWEN3, target="tester/nowhere")
+
+
+@pytest.mark.parametrize(
+    ("target", "architecture", "reason"),
+    [
+        ("Qwen/Qwen3.8-27B", "Qwen3_5ForConditionalGeneration", "DFlash 2"),
+        ("zai-org/GLM-5.3-Flash", "Glm5NextForConditionalGeneration", "DFlash 2"),
+        ("XiaomiMiMo/MiMo-V2.5-Pro-FP4-DFlash", "MiMoV2ForCausalLM", "attention sinks"),
+        ("poolside/Laguna-S-2.1", "LagunaForCausalLM", "per-tap norms"),
+    ],
+)
+def test_a_target_whose_drafts_cannot_be_run_is_told_why(target, architecture, reason):
+    with pytest.raises(ValueError, match=f"cannot be run by this version.*{reason}"):
+        resolve_dflash_draft_spec([architecture], target=target)
+
+
+def test_a_spec_that_cannot_be_run_does_not_load():
+    with pytest.raises(ValueError, match="cannot be run"):
+        next(spec for spec in CATALOGUE if spec.unsupported).load()
+
+
+def test_the_catalogue_is_clean():
+    assert len(CATALOGUE) == 90
+    assert len({(spec.repo_id, spec.subfolder) for spec in CATALOGUE}) == 90
+    for spec in CATALOGUE:
+        assert spec.repo_id.count("/") == 1
+        assert all(name.count("/") == 1 and " " not in name for name in spec.targets)
+        assert "unknown" not in str(spec)
+
+
+def test_registering_adds_a_draft_and_refuses_to_replace_one_silently(registry):
+    spec = DFlashDraftSpec("me/my-draft", targets=("me/my-target",))
+    register_dflash_draft("MyForCausalLM", spec)
+    assert resolve_dflash_draft_spec(["MyForCausalLM"]).repo_id == "me/my-draft"
+    assert resolve_dflash_draft_spec(["MyForCausalLM"], target="me/my-target").repo_id == "me/my-draft"
+    register_dflash_draft("MyForCausalLM", registry["MyForCausalLM"])  # the same again changes nothing
+    other = DFlashDraftSpec("me/other-draft")
+    with pytest.raises(ValueError, match=r"has a draft already, me/my-draft.*overwrite=True"):
+        register_dflash_draft("MyForCausalLM", other)
+    with pytest.raises(ValueError, match="z-lab/Qwen3-4B-DFlash-b16"):
+        register_dflash_draft("Qwen3ForCausalLM", other)
+    register_dflash_draft("MyForCausalLM", other, overwrite=True)
+    assert resolve_dflash_draft_spec(["MyForCausalLM"]).repo_id == "me/other-draft"
+
+
+def test_a_spec_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        resolve_dflash_draft_spec(QWEN3).repo_id = "me/other"
+
+
+def test_a_spec_downloads_and_instantiates_our_class_and_runs_no_code_of_the_repository(hub, repo_id):
+    from huggingface_hub import HfApi
+
+    draft = tiny.draft(tiny.target("qwen3"))
+    draft.push_to_hub(repo_id)
+    trap = b"raise RuntimeError('code of the repository ran')"
+    HfApi().upload_file(path_or_fileobj=trap, path_in_repo="modeling_dflash.py", repo_id=repo_id)
+    loaded = DFlashDraftSpec(repo_id).load(dtype="bfloat16")
+    assert type(loaded) is DFlashDraftModel
+    assert str(loaded.dtype) == "torch.bfloat16"
+
+
+def test_a_spec_loads_from_a_subfolder_and_names_its_target_on_the_next_card(tmp_path):
+    draft = tiny.draft(tiny.target("qwen3"))
+    draft.save_pretrained(tmp_path / "dflash")
+    spec = DFlashDraftSpec(str(tmp_path), subfolder="dflash", targets=("org/target",), license="mit")
+    loaded = spec.load()
+    loaded.save_pretrained(tmp_path / "again")
+    card = (tmp_path / "again" / "README.md").read_text()
+    assert "org/target" in card
+    assert "license: mit" in card
+
+
+# Building --------------------------------------------------------------------------------------------------------
+
+
+def test_a_fresh_draft_has_the_published_shape():
+    config = AutoConfig.for_model(
+        "qwen3",
+        hidden_size=64,
+        num_hidden_layers=36,
+        vocab_size=300,
+        intermediate_size=96,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        rope_parameters={"rope_type": "default", "rope_theta": 5e5},
+    )
+    draft = resolve_dflash_draft_spec(QWEN3).build(config, mask_token_id=299)
+    built = draft.config
+    assert (built.num_hidden_layers, built.block_size, built.mask_token_id) == (5, 16, 299)
+    assert built.target_layer_ids == [1, 9, 17, 25, 33]
+    assert (built.num_target_layers, built.hidden_size, built.vocab_size) == (36, 64, 300)
+    assert (built.intermediate_size, built.num_attention_heads, built.num_key_value_heads) == (96, 4, 2)
+    assert built.rope_parameters == {"rope_type": "default", "rope_theta": 5e5}
+    assert built.is_causal is False
+    assert draft.fc.weight.shape == (64, 5 * 64)
+
+
+@pytest.mark.parametrize(
+    ("layers", "taps"),
+    [(36, [1, 9, 17, 25, 33]), (40, [1, 10, 19, 28, 37]), (8, [1, 2, 3, 4, 5]), (28, [1, 7, 13, 19, 25])],
+)
+def test_taps_are_spread_from_the_second_to_the_third_last_layer(layers, taps):
+    assert spread_taps(layers) == taps
+
+
+def test_a_built_draft_decodes_its_target():
+    target = tiny.target("qwen3")
+    draft = resolve_dflash_draft_spec(QWEN3).build(
+        target.config, mask_token_id=3, target_layer_ids=[0, 2], num_hidden_layers=1, block_size=4
+    )
+    ids = tiny.prompt(5)
+    assert draft.spec_generate(target, ids, max_new_tokens=20).equal(tiny.greedy(target, ids, 20))
+
+
+def test_every_family_of_config_builds():
+    spec = resolve_dflash_draft_spec(QWEN3)
+    for family in tiny.FAMILIES:
+        config = tiny.target(family).config
+        assert spec.build(config, mask_token_id=3, target_layer_ids=[1]).config.num_target_layers == 4
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({}, "mask_token_id must be given"),
+        ({"mask_token_id": 12}, "mask_token_id is 12, but vocab_size is 12"),
+        ({"mask_token_id": 3}, r"4 layers, too few to spread 5 taps.*target_layer_ids="),
+        ({"mask_token_id": 3, "target_layer_ids": [1, 4]}, "asks for layer 4, but the target has 4 layers"),
+        ({"mask_token_id": 3, "target_layer_ids": [1], "hidden_size": 8}, "hidden_size is 8 in the draft"),
+        ({"mask_token_id": 3, "target_layer_ids": [1], "block_sise": 8}, "block_sise: no such field"),
+    ],
+)
+def test_a_draft_that_cannot_fit_its_target_is_not_built(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        resolve_dflash_draft_spec(QWEN3).build(tiny.target("qwen3").config, **overrides)
+
+
+def test_resolving_a_known_target_asks_the_hub_nothing_and_warns_of_nothing(hub):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        resolve_dflash_draft_spec(QWEN3, target="Qwen/Qwen3-4B")
+    assert hub.calls() == []
