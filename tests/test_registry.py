@@ -253,7 +253,7 @@ def test_every_family_of_config_builds():
     ("overrides", "message"),
     [
         ({}, "mask_token_id must be given"),
-        ({"mask_token_id": 12}, "mask_token_id is 12, but vocab_size is 12"),
+        ({"mask_token_id": 12, "target_layer_ids": [1]}, "mask_token_id is 12, but vocab_size is 12"),
         ({"mask_token_id": 3}, r"4 layers, too few to spread 5 taps.*target_layer_ids="),
         ({"mask_token_id": 3, "target_layer_ids": [1, 4]}, "asks for layer 4, but the target has 4 layers"),
         ({"mask_token_id": 3, "target_layer_ids": [1], "hidden_size": 8}, "hidden_size is 8 in the draft"),
