@@ -7,8 +7,10 @@ package. A repository holds config.json, safetensors, the travelling files and a
 """
 
 import hashlib
+import inspect
 import json
 import re
+import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -19,6 +21,7 @@ from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 from transformers.utils import cached_file, logging
 
 from .configuration_dflash import check_layout
+from .dflash import DFlashDraftModel as EnginesEntry
 
 logger = logging.get_logger(__name__)
 
@@ -29,7 +32,6 @@ STALE = ["*.safetensors", "*.safetensors.index.json", "pytorch_model*"]
 # The Muse assistant of transformers keeps the feature projection in a submodule.
 _RENAMED = {"^encoder.fc": "fc", "^encoder.output_norm_enc": "hidden_norm"}
 _TARGETS_OWN = {"embed_tokens.weight", "lm_head.weight"}
-_ENGINES_MODULE = "# The class that auto_map names; serving engines bring their own.\nfrom .modeling_dflash import {}\n"
 
 _SHORT_CARD = """---
 {{ card_data }}
@@ -99,8 +101,7 @@ class RepositoryMixin:
             return
         if layout == "engines":
             self.config.save_pretrained(save_directory, layout=layout)  # type: ignore[attr-defined]
-            engines_module = _ENGINES_MODULE.format(type(self).__name__)
-            (Path(save_directory) / "dflash.py").write_text(engines_module, encoding="utf-8")
+            shutil.copyfile(inspect.getfile(EnginesEntry), Path(save_directory) / "dflash.py")
         existing = Path(save_directory) / "README.md"
         card = ModelCard(existing.read_text(encoding="utf-8")) if existing.exists() else None
         self.write_card(save_directory, card)

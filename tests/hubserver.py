@@ -589,7 +589,11 @@ class HubServer:
         ]  # Hub, and "CDN" (2nd origin)
         for s in self.servers:
             s.daemon_threads = True
-        self.url, self.state.cdn_url = (f"http://127.0.0.1:{s.server_address[1]}" for s in self.servers)
+        # Hosts that differ in name too: huggingface_hub 1.x tells them apart by that, 2.x by the port as well.
+        hosts = ("127.0.0.1", "localhost")
+        self.url, self.state.cdn_url = (
+            f"http://{host}:{server.server_address[1]}" for host, server in zip(hosts, self.servers, strict=True)
+        )
 
     def start(self):
         for s in self.servers:

@@ -15,7 +15,7 @@ from dflash_hub.publishing import PublishOptions, publish
 from paths import ROOT, TINY
 
 TRAVELLING = [f"{name}_dflash.py" for name in ("configuration", "layouts", "modeling", "repository", "generation")]
-TRAVELLING.append("cache_dflash.py")
+TRAVELLING += ["cache_dflash.py", "dflash.py"]
 SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
 
 LOAD = """
@@ -127,6 +127,16 @@ def test_a_published_layout_without_code_is_saved_as_a_whole_repository(tmp_path
     assert found == digests(DFlashDraftModel.from_pretrained(TINY / "draft"))
 
 
+def test_a_draft_in_the_engines_layout_does_not_take_the_place_of_qwen3_models(draft, tmp_path, fresh_process):
+    draft.save_pretrained(tmp_path, layout="engines")
+    code = f"""
+    from transformers import AutoModel, Qwen3Config
+    AutoModel.from_pretrained({str(tmp_path)!r}, trust_remote_code=True)
+    print(type(AutoModel.from_config(Qwen3Config(num_hidden_layers=1, hidden_size=8, vocab_size=8))).__name__)
+    """
+    assert fresh_process(code).strip().endswith("Qwen3Model")
+
+
 def test_without_trust_the_hub_layout_fails_loudly_for_a_stranger(hub, repo_id, draft, fresh_process):
     draft.push_to_hub(repo_id)
     code = f"from transformers import AutoModel; AutoModel.from_pretrained({repo_id!r}, trust_remote_code=False)"
@@ -214,7 +224,8 @@ def test_the_card_says_what_there_is_to_say(hub, repo_id):
 def test_an_existing_card_is_kept_and_its_metadata_completed(hub, repo_id, draft):
     draft.card_metadata = {"base_model": "org/target"}
     HfApi().create_repo(repo_id)
-    ModelCard("---\nlicense: mit\ntags: [mine]\n---\n# My words\n").push_to_hub(repo_id)
+    words = b"---\nlicense: mit\ntags: [mine]\n---\n# My words\n"
+    HfApi().upload_file(path_or_fileobj=words, path_in_repo="README.md", repo_id=repo_id)
     draft.push_to_hub(repo_id)
     card = ModelCard.load(repo_id)
     assert card.text.strip() == "# My words"

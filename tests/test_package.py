@@ -13,7 +13,7 @@ import pytest
 import dflash_hub
 from paths import ROOT, TINY
 
-TRAVELLING = sorted(path for path in ROOT.glob("*_dflash.py"))
+TRAVELLING = sorted(ROOT.glob("*dflash.py"))
 DATA_FILES = ["drafts.json", "py.typed", "hub_repo/README.md", "hub_repo/.gitattributes"]
 DATA_FILES += [str(path.relative_to(ROOT)) for path in TINY.rglob("*") if path.is_file()]
 CODE_FILES = [path.name for path in ROOT.glob("*.py")]
@@ -37,9 +37,9 @@ def test_the_public_names_are_these():
     assert all(getattr(dflash_hub, name) is not None for name in dflash_hub.__all__)
 
 
-def test_there_are_six_travelling_files():
-    names = ["cache", "configuration", "generation", "layouts", "modeling", "repository"]
-    assert [path.name for path in TRAVELLING] == [f"{name}_dflash.py" for name in names]
+def test_there_are_seven_travelling_files():
+    names = ["cache_", "configuration_", "", "generation_", "layouts_", "modeling_", "repository_"]
+    assert [path.name for path in TRAVELLING] == [f"{name}dflash.py" for name in names]
 
 
 @pytest.mark.parametrize("path", TRAVELLING, ids=lambda path: path.name)

@@ -1,0 +1,31 @@
+# Copyright 2026 the dflash-hub authors.
+# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+"""What `auto_map` names in the engines layout, whose config.json passes for a Qwen3 config.
+
+This file travels with every pushed draft. Serving engines bring their own draft class; `AutoModel` comes here.
+"""
+
+from typing import Any
+
+from transformers import AutoModel, Qwen3Config
+
+
+class DFlashDraftModel:
+    """Loads the draft of `modeling_dflash`. It is no model itself, so that Qwen3 configs stay Qwen3's."""
+
+    config_class = Qwen3Config
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        from .modeling_dflash import DFlashDraftModel as Draft
+
+        # Older versions (5.15 is one) register what auto_map names for the config's class: every Qwen3 model that
+        # AutoModel loads later in this process would then be taken for a draft.
+        registered = AutoModel._model_mapping._extra_content
+        if registered.get(Qwen3Config) is cls:
+            del registered[Qwen3Config]
+        return Draft.from_pretrained(*args, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Nothing to do: the draft registers itself."""
