@@ -111,11 +111,8 @@ class DFlashDecoderLayer(Qwen3DecoderLayer):
 
 class DFlashPreTrainedModel(RepositoryMixin, Qwen3PreTrainedModel):
     config_class = DFlashConfig
-    base_model_prefix = "model"
     main_input_name = "noise_embeds"
-    input_modalities = ("embeddings",)
     _no_split_modules = ["DFlashDecoderLayer"]
-    _can_record_outputs = {"hidden_states": DFlashDecoderLayer, "attentions": DFlashAttention}
     _auto_class = "AutoModel"
 
 

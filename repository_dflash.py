@@ -31,6 +31,8 @@ TAGS = ("dflash", "speculative-decoding", "draft-model")
 STALE = ["*.safetensors", "*.safetensors.index.json", "pytorch_model*"]
 # The Muse assistant of transformers keeps the feature projection in a submodule.
 _RENAMED = {"^encoder.fc": "fc", "^encoder.output_norm_enc": "hidden_norm"}
+# Asks for a file that may not be there; what stands in the way is told by the files that must be.
+_SILENT = dict.fromkeys(("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors"), False)
 _TARGETS_OWN = {"embed_tokens.weight", "lm_head.weight"}
 
 _SHORT_CARD = """---
@@ -68,6 +70,7 @@ class RepositoryMixin:
         where: dict[str, Any] = {
             key: kwargs[key] for key in ("cache_dir", "revision", "subfolder", "token") if key in kwargs
         }
+        refuse_mask_embedding(pretrained_model_name_or_path, where)
         started = time.time()
         try:
             model, info = super().from_pretrained(  # type: ignore[misc]
@@ -206,6 +209,15 @@ def refuse_misfits(info: dict[str, Any], name: Any) -> None:
         logger.warning_once(f"{name} ships an embedding or a head; they are not used: a draft uses its target's.")
 
 
+def refuse_mask_embedding(name: Any, where: dict[str, Any]) -> None:
+    """Refuse a draft trained with a mask embedding of its own, which lies in a file that no config.json mentions."""
+    if cached_file(name, "mask_embedding.pt", **where, **_SILENT) is not None:
+        raise ValueError(
+            f"{name} uses a trained mask embedding (mask_embedding.pt), which this version of dflash-hub does not run; "
+            "it would load and draft nonsense, so it is refused."
+        )
+
+
 def verify_downloads(name: Any, where: dict[str, Any], started: float) -> None:
     """Check the weights that were downloaded since `started` against their published SHA-256, the cache's file names.
 
@@ -246,11 +258,8 @@ def _weight_files(name: Any, where: dict[str, Any]) -> list[Path]:
         return []
 
     def cached(file: str) -> Path | None:
-        kwargs = dict.fromkeys(
-            ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors"), False
-        )
         try:
-            found = cached_file(name, file, local_files_only=True, **where, **kwargs)
+            found = cached_file(name, file, local_files_only=True, **where, **_SILENT)
         except OSError:
             return None
         return Path(found) if found else None

@@ -303,6 +303,16 @@ def test_a_download_that_breaks_off_leaves_nothing_that_loads(hub, repo_id, draf
     assert digests(DFlashDraftModel.from_pretrained(repo_id)) == digests(draft)
 
 
+def test_a_trained_mask_embedding_beside_the_weights_is_refused(hub, repo_id, draft, tmp_path):
+    draft.save_pretrained(tmp_path)
+    (tmp_path / "mask_embedding.pt").write_bytes(b"anything")
+    draft.push_to_hub(repo_id)
+    HfApi().upload_file(path_or_fileobj=b"anything", path_in_repo="mask_embedding.pt", repo_id=repo_id)
+    for name in (tmp_path, repo_id):
+        with pytest.raises(ValueError, match=r"trained mask embedding \(mask_embedding\.pt\)"):
+            DFlashDraftModel.from_pretrained(name)
+
+
 def test_a_missing_repository_says_so(hub, repo_id):
     with pytest.raises(OSError, match=r"is not a local folder and is not a valid model identifier"):
         DFlashDraftSpec(repo_id).load()
