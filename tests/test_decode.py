@@ -310,6 +310,31 @@ def test_taps_are_the_outputs_of_the_layers_named_before_the_final_norm():
     assert torch.allclose(target.model.norm(features[..., 32:]), states.last_hidden_state, atol=1e-4)
 
 
+@pytest.mark.parametrize("right", [0, 2, 4])
+def test_the_draft_is_fed_the_features_of_the_committed_tokens_each_once(right, monkeypatch):
+    target = tiny.target("qwen3")
+    draft, ids = tiny.draft(target), tiny.prompt(6)
+    expected, fed = tiny.greedy(target, ids, 40), []
+    honest = Pair.propose
+
+    def propose(self, anchor, context):
+        fed.append(context)
+        proposal = honest(self, anchor, context)
+        start = self.target_cache.get_seq_length() + 1
+        assert self.draft_cache.get_seq_length() == start - 1
+        proposal[:, 1:] = (proposal[:, 1:] + 1) % tiny.VOCAB
+        proposal[:, 1 : 1 + right] = expected[:, start : start + right]
+        return proposal
+
+    monkeypatch.setattr(Pair, "propose", propose)
+    decode(draft, target, ids, DecodeOptions(25))
+    features = torch.cat(fed, dim=1)
+    pair = Pair(draft, target)
+    with torch.no_grad(), pair.tapped() as taps:
+        pair.prefill(expected[:, : features.shape[1]])
+    torch.testing.assert_close(features, taps.take(), atol=1e-4, rtol=1e-4)
+
+
 def test_draft_and_target_may_differ_in_dtype():
     target = tiny.target("qwen3")
     ids = tiny.prompt(6)
