@@ -51,6 +51,7 @@ def version() -> None:
 @app.command()
 def demo(prompts: Annotated[int, typer.Option(min=1, help="How many held-out prompts.")] = 8) -> None:
     """The built-in pair: the target's own text and DFlash's beside it. Offline; seconds on two cores."""
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -58,6 +59,7 @@ def demo(prompts: Annotated[int, typer.Option(min=1, help="How many held-out pro
     from .modeling_dflash import DFlashDraftModel
 
     logging.disable_progress_bar()
+    torch.set_num_threads(1)  # models this small gain nothing from more, and lose much where the cores are busy
     home = Path(__file__).parent / "examples" / "tiny_pair"
     tokenizer = AutoTokenizer.from_pretrained(home / "target")
     target = AutoModelForCausalLM.from_pretrained(home / "target")
