@@ -30,6 +30,7 @@ from transformers.configuration_utils import PretrainedConfig  # noqa: E402
 from .layouts_dflash import FULL, SLIDING, engines_layout, read_layout  # noqa: E402
 
 ARCHITECTURE = "DFlashDraftModel"
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
 
 @strict
@@ -87,7 +88,7 @@ class DFlashConfig(PretrainedConfig):
     use_cache: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
-        self.rope_parameters = copy.deepcopy(self.rope_parameters)  # transformers fills the dict in place
+        self._settle_rope(kwargs)
         self.architectures = [ARCHITECTURE]
         if self.target_hidden_size is None:
             self.target_hidden_size = self.hidden_size
@@ -107,6 +108,17 @@ class DFlashConfig(PretrainedConfig):
         if isinstance(self.is_causal, list):
             return self.is_causal
         return [bool(self.is_causal)] * self.num_hidden_layers
+
+    def _settle_rope(self, kwargs: dict[str, Any]) -> None:
+        """A dict of our own, since transformers fills it in place, without what says nothing."""
+        rope = {key: value for key, value in copy.deepcopy(self.rope_parameters or {}).items() if value is not None}
+        theta = kwargs.get("rope_theta")
+        if theta is not None and rope.get("rope_theta", theta) != theta:
+            raise ValueError(f"rope_theta is {theta}, but rope_parameters has {rope['rope_theta']}; say one of them.")
+        known = (None, *ROPE_TYPES)
+        if rope.get("rope_type") not in known:
+            raise ValueError(f"rope_type is {rope['rope_type']!r}; it must be one of {', '.join(ROPE_TYPES)}.")
+        self.rope_parameters = rope or None
 
     def _settle_causality(self) -> None:
         """Turn what was said, or not, into one bool, or one bool per layer where the layers differ."""
@@ -204,7 +216,8 @@ class DFlashConfig(PretrainedConfig):
     def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict, dict]:
         """As in transformers. Every layout is translated on purpose, so its `model_type` is no cause for a warning."""
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        return config_dict | {"model_type": cls.model_type}, kwargs
+        foreign = {"foreign_model_type": config_dict.get("model_type")}
+        return config_dict | foreign | {"model_type": cls.model_type}, kwargs
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -218,6 +231,8 @@ class DFlashConfig(PretrainedConfig):
         """
         names = {*cls.__dataclass_fields__, "rope_theta"} - {"dtype"}
         given = {name: kwargs.pop(name) for name in list(kwargs) if name in names}
+        if kwargs.get("dtype") not in (None, "auto"):
+            given["dtype"] = kwargs["dtype"]
         return super().from_dict(read_layout(config_dict, given), **kwargs)
 
     # Writing ---------------------------------------------------------------------------------------------------
@@ -229,6 +244,10 @@ class DFlashConfig(PretrainedConfig):
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, layout: str = "hub", **kwargs: Any):
         """Write config.json in the hub layout, or with `layout="engines"` in the one that serving engines load."""
         if check_layout(layout) == "engines":
+            if push_to_hub:
+                raise ValueError(
+                    "A config alone is not pushed in the engines layout; push the draft: draft.push_to_hub()."
+                )
             content = engines_layout(self)
             Path(save_directory).mkdir(parents=True, exist_ok=True)
             text = json.dumps(content, indent=2, sort_keys=True) + "\n"

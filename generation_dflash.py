@@ -63,13 +63,11 @@ class DecodeOptions:
     on_commit: Callable[[list[int]], None] | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop_token_ids, int):
-            self.stop_token_ids = (self.stop_token_ids,)
-        self.stop_token_ids = tuple(int(token) for token in self.stop_token_ids or ())
+        self.stop_token_ids = _token_ids(self.stop_token_ids)
         if self.max_new_tokens < 0:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be 0 or more.")
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature is {self.temperature}; it must be 0 (greedy) or above.")
+        if not (self.temperature == 0 or 1e-5 <= self.temperature < float("inf")):
+            raise ValueError(f"temperature is {self.temperature}; it must be 0 (greedy) or a number from 1e-5 up.")
 
 
 def spec_generate(
@@ -77,7 +75,7 @@ def spec_generate(
     target: Any,
     input_ids: torch.Tensor,
     max_new_tokens: int = 256,
-    stop_token_ids: list[int] | None = None,
+    stop_token_ids: list[int] | int | None = None,
     temperature: float = 0.0,
 ) -> torch.Tensor:
     """Generate with `target`, sped up by this draft; the same call as z-lab/dflash's.
@@ -95,7 +93,7 @@ def spec_generate(
     Raises:
         ValueError: the target does not fit this draft, cannot be decoded exactly, or an argument is out of range.
     """
-    options = DecodeOptions(max_new_tokens, tuple(stop_token_ids or ()), temperature)
+    options = DecodeOptions(max_new_tokens, _token_ids(stop_token_ids), temperature)
     return decode(self, target, input_ids, options).sequences
 
 
@@ -185,7 +183,8 @@ class Pair:
         return self._choose(self._target_logits(block), position + 1)
 
     def _target_logits(self, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        return self.target(input_ids=input_ids, past_key_values=self.target_cache, use_cache=True, **kwargs).logits
+        kwargs |= {"past_key_values": self.target_cache, "use_cache": True, "return_dict": True}
+        return self.target(input_ids=input_ids, **kwargs).logits
 
     def _choose(self, logits: torch.Tensor, position: int) -> torch.Tensor:
         """`[1, Q]`: the target's token at `position` and on, from its `logits [1, Q, V]`."""
@@ -264,9 +263,21 @@ def check_pair(config: Any, target: Any) -> None:
     if target.config.is_encoder_decoder or target.get_output_embeddings() is None:
         raise ValueError(f"{type(target).__name__} is no decoder-only language model; a draft needs one as its target.")
     text = target.config.get_text_config(decoder=True)
+    _refuse_moving_rope(text)
     rows = target.get_input_embeddings().num_embeddings
     config.check_target(text.hidden_size, text.num_hidden_layers, text.vocab_size, rows)
     decoder_layers(target)
+
+
+def _refuse_moving_rope(text: Any) -> None:
+    """Refuse rotary frequencies that depend on the length so far: a rejected token would change them for good."""
+    rope = getattr(text, "rope_parameters", None) or {}
+    forms = [rope, *(form for form in rope.values() if isinstance(form, dict))]
+    for kind in {form.get("rope_type") for form in forms} & {"dynamic", "longrope"}:
+        raise ValueError(
+            f"{text.model_type} uses rotary embeddings of type {kind}, which change with the length of the text and "
+            "are not put back after a rejected token, so it is not decoded here: its text could come out wrong."
+        )
 
 
 def decoder_layers(target: Any) -> nn.ModuleList:
@@ -286,6 +297,13 @@ def embed_noise(embed: Any, ids: torch.Tensor) -> torch.Tensor:
     if getattr(embed, "embed_norm", None) is not None:
         return nn.functional.embedding(ids, embed.weight)
     return embed(ids)
+
+
+def _token_ids(tokens: Any) -> tuple[int, ...]:
+    """One id, several, a tensor of them, or None, as a tuple."""
+    if tokens is None:
+        return ()
+    return tuple(int(token) for token in torch.as_tensor(tokens).flatten().tolist())
 
 
 def _check_prompt(input_ids: torch.Tensor) -> None:

@@ -63,7 +63,10 @@ _OFF = (None, False, 0)
 _FEATURES = (
     ("the speculators layout", "speculators_model_type", _OFF),
     ("the speculators layout", "speculators_config", _OFF),
+    ("the speculators layout", "transformer_layer_config", _OFF),
+    ("the speculators layout", "aux_hidden_state_layer_ids", _OFF),
     ("DFlash 2's dynamic convolution", "conv_kernel_size", _OFF),
+    ("DFlash 2's dynamic convolution", "conv_group_size", _OFF),
     ("DFlash 2's candidate selector", "selector_rank", _OFF),
     ("DFlash 2's candidate selector", "selector_top_k", _OFF),
     ("a Markov head", "markov_rank", _OFF),
@@ -71,13 +74,15 @@ _FEATURES = (
     ("a Markov head", "markov_head_type", _OFF),
     ("a DSpark head", "dspark_fixup_head_type", _OFF),
     ("a confidence head", "enable_confidence_head", _OFF),
-    ("a Domino head", "projector_type", (*_OFF, "dflash")),
+    ("a head of its own (Domino, DSpark ...)", "projector_type", (*_OFF, "dflash")),
+    ("a Domino head", "gru_hidden_dim", _OFF),
     ("a Domino head (shifted labels)", "shift_label", _OFF),
     ("a block whose anchor predicts (sample_from_anchor)", "sample_from_anchor", _OFF),
     ("attention sinks", "attention_sink_bias", _OFF),
     ("scaled attention values", "attention_value_scale", (None, 1.0)),
     ("per-tap norms", "aux_hidden_norms", _OFF),
     ("MLA attention", "attention_mode", (None, "gqa", "mha")),
+    ("MLA attention", "kv_lora_rank", _OFF),
     ("an attention gate", "g_proj", _OFF),
     ("a head of its own", "has_lm_head", _OFF),
     ("a head of its own", "has_own_lm_head", _OFF),
@@ -119,7 +124,17 @@ class _Layout:
     def __init__(self, config: dict[str, Any], given: dict[str, Any]):
         self.config, self.given = config, given
         self.nested = config.get("dflash_config") or {}
-        self.architecture = next(iter(config.get("architectures") or ()), None)
+        architectures = config.get("architectures") or []
+        if not isinstance(self.nested, dict) or not isinstance(architectures, list | tuple):
+            raise ValueError(
+                f"The draft's config.json is malformed: dflash_config is {self.nested!r} (it must be a dict), "
+                f"architectures is {architectures!r} (it must be a list)."
+            )
+        self.architecture = next(iter(architectures), None)
+        model_type = config.get("foreign_model_type") or config.get("model_type")
+        self.muse = self.architecture == MUSE or model_type == "muse_glimmer_assistant"
+        if model_type == "laguna":
+            raise ValueError(_refusal("per-tap norms and attention gates (Laguna)", "model_type", model_type))
 
     def at(self, place: str) -> Any:
         outer, _, inner = place.rpartition(".")
@@ -130,6 +145,8 @@ class _Layout:
         if field in self.given:
             return self.given[field]
         said = {place: self.at(place) for place in places if self.at(place) is not None}
+        if field == "dtype":
+            said = {place: str(value).removeprefix("torch.") for place, value in said.items()}
         return _one_of(field, said)
 
     def fields(self) -> dict[str, Any]:
@@ -166,7 +183,8 @@ class _Layout:
             )
 
     def refuse_shapes(self, fields: dict[str, Any]) -> None:
-        vocab, reduced = fields.get("vocab_size"), self.agreed("", ("draft_vocab_size",))
+        places = ("draft_vocab_size", "dflash_config.draft_vocab_size")
+        vocab, reduced = fields.get("vocab_size"), self.agreed("draft_vocab_size", places)
         if reduced is not None and reduced != vocab:
             raise ValueError(_refusal(f"a reduced vocabulary (of {vocab})", "draft_vocab_size", reduced))
         if self.at("v_head_dim") not in (None, fields["head_dim"]):
@@ -201,7 +219,7 @@ class _Layout:
             return [SLIDING] * layers
         if said:
             return list(said)
-        if self.architecture == MUSE:
+        if self.muse:
             return [SLIDING] * layers
         if self.at("use_sliding_window") and self.at("sliding_window"):
             raise ValueError(
@@ -224,30 +242,46 @@ class _Layout:
     def causality(self, fields: dict[str, Any]) -> bool | list[bool] | None:
         """What was said; else False for the two dialects whose sliding layers are bidirectional without saying so."""
         said = fields["is_causal"]
-        bidirectional = self.architecture == MUSE or (
+        bidirectional = self.muse or (
             self.at("dflash_config.use_swa") and SLIDING not in (self.at("layer_types") or ())
         )
         return False if said is None and bidirectional else said
 
     def rope(self) -> dict[str, Any]:
         """`rope_parameters`, from either form or both. A theta is never guessed."""
+        places = ("rope_parameters", "rope_scaling")
         if "rope_parameters" in self.given:
-            return self.given["rope_parameters"]
-        forms = {place: _modern_rope(place, self.at(place)) for place in ("rope_parameters", "rope_scaling")}
+            forms = {"rope_parameters": _modern_rope("rope_parameters", self.given["rope_parameters"])}
+        else:
+            forms = {place: _modern_rope(place, self.at(place)) for place in places}
         merged: dict[str, Any] = {}
-        for key in {key for form in forms.values() for key in form}:
-            merged[key] = _one_of(key, {f"{place}.{key}": form[key] for place, form in forms.items() if key in form})
-        thetas = {"rope_theta": self.at("rope_theta")} | {
-            f"{p}.rope_theta": f.get("rope_theta") for p, f in forms.items()
-        }
-        said = {place: theta for place, theta in thetas.items() if theta is not None}
-        merged["rope_theta"] = self.given.get("rope_theta") or _one_of("rope_theta", said)
-        if merged["rope_theta"] is None:
+        for key in {key for form in forms.values() for key in form} - {"rope_theta"}:
+            said = {f"{place}.{key}": form[key] for place, form in forms.items() if key in form}
+            merged[key] = _one_of("rope_parameters", said)
+        merged["rope_theta"] = self.rope_theta(forms)
+        if len(merged) > 1 and "rope_type" not in merged:
+            raise ValueError(
+                f"The draft's config.json scales its rotary embeddings ({merged}) without saying rope_type; supply it: "
+                "from_pretrained(..., rope_parameters={'rope_type': ..., ...})."
+            )
+        return {"rope_type": "default"} | merged
+
+    def rope_theta(self, forms: dict[str, dict[str, Any]]) -> float:
+        """The caller's, in either keyword; else the one that all places which say something agree on."""
+        said = {f"{place}.rope_theta": form["rope_theta"] for place, form in forms.items() if "rope_theta" in form}
+        if "rope_theta" in self.given:
+            said = {"rope_theta": self.given["rope_theta"]}
+        elif self.at("rope_theta") is not None and not ("rope_parameters" in self.given and said):
+            said["rope_theta"] = self.at("rope_theta")
+        theta = _one_of("rope_theta", said)
+        if theta is None:
             raise ValueError(
                 "The draft's config.json says no rope_theta, and a wrong one ruins long contexts silently; supply it: "
                 "from_pretrained(..., rope_theta=...)."
             )
-        return {"rope_type": "default"} | merged
+        if isinstance(theta, str | bool) or theta <= 0:
+            raise ValueError(f"rope_theta is {theta!r}; it must be a number above 0.")
+        return theta
 
 
 def _modern_rope(place: str, form: dict[str, Any] | None) -> dict[str, Any]:
@@ -263,10 +297,12 @@ def _modern_rope(place: str, form: dict[str, Any] | None) -> dict[str, Any]:
             _refusal("partial rotary embeddings", f"{place}.partial_rotary_factor", form["partial_rotary_factor"])
         )
     form.pop("partial_rotary_factor", None)
+    if "rope_dim" in form:
+        raise ValueError(_refusal("partial rotary embeddings", f"{place}.rope_dim", form["rope_dim"]))
     old_type = form.pop("type", None)
     if old_type is not None:
         said = {f"{place}.type": old_type} | ({f"{place}.rope_type": form["rope_type"]} if "rope_type" in form else {})
-        form["rope_type"] = _one_of("rope_type", said)
+        form["rope_type"] = _one_of("rope_parameters", said)
     return form
 
 

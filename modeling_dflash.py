@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen3.modeling_qwen3 import (
@@ -27,6 +27,7 @@ from transformers.models.qwen3.modeling_qwen3 import (
     rotate_half,
 )
 
+from .cache_dflash import rewindable_cache
 from .configuration_dflash import SLIDING, DFlashConfig
 from .generation_dflash import spec_generate
 from .repository_dflash import RepositoryMixin
@@ -160,7 +161,7 @@ class DFlashDraftModel(DFlashPreTrainedModel):
         """
         self._check_inputs(noise_embeds, context_hidden_states)
         if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+            past_key_values = rewindable_cache(self.config)
         new = context_hidden_states.shape[1] + noise_embeds.shape[1]
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         if position_ids is None:
@@ -227,7 +228,7 @@ class DFlashDraftModel(DFlashPreTrainedModel):
         self, attention_mask: torch.Tensor | None, position_ids: torch.Tensor, past_key_values: Cache | None
     ) -> torch.Tensor | None:
         """`attention_mask [B, past + C + Q]` as bool, or None where nothing is padded."""
-        if attention_mask is None or bool(attention_mask.all()):
+        if attention_mask is None or (not torch.compiler.is_compiling() and bool(attention_mask.all())):
             return None
         whole = position_ids.shape[-1] + (past_key_values.get_seq_length() if past_key_values is not None else 0)
         if attention_mask.shape[-1] != whole:

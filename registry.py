@@ -9,7 +9,6 @@ architecture alone never settles it.
 
 import json
 import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -111,13 +110,16 @@ class DFlashDraftSpec:
                 "mask_token_id must be given: the id of a token that has a row in the target's embedding and does not "
                 "occur in its text, such as 151669 for Qwen3."
             )
-        unknown = set(overrides) - set(DFlashConfig.__dataclass_fields__)
+        unknown = set(overrides) - {"rope_theta"} - set(DFlashConfig.__dataclass_fields__)
         if unknown:
             raise ValueError(f"{', '.join(sorted(unknown))}: no such field in DFlashConfig.")
         text = target_config.get_text_config(decoder=True)
-        config = DFlashConfig(**(_shape_for(text, overrides) | overrides))
+        shape = _shape_for(text, overrides)
+        if "rope_theta" in overrides:
+            shape["rope_parameters"] = {"rope_type": "default", "rope_theta": overrides.pop("rope_theta")}
+        config = DFlashConfig(**(shape | overrides))
         config.check_target(text.hidden_size, text.num_hidden_layers, text.vocab_size, text.vocab_size)
-        draft = self.draft_cls(config)
+        draft = self.draft_cls(config).to(config.dtype)
         name = _name_of(target_config)
         draft.card_metadata = {} if name is None else {"base_model": name}
         return draft
@@ -143,14 +145,23 @@ def _shape_for(text: PretrainedConfig, overrides: dict[str, Any]) -> dict[str, A
         "num_target_layers": text.num_hidden_layers,
         "vocab_size": text.vocab_size,
         "hidden_size": text.hidden_size,
-        "intermediate_size": getattr(text, "intermediate_size", None) or 3 * text.hidden_size,
+        "intermediate_size": _dimension(text, "intermediate_size") or 3 * text.hidden_size,
         "num_attention_heads": heads,
-        "num_key_value_heads": getattr(text, "num_key_value_heads", None) or heads,
-        "head_dim": getattr(text, "head_dim", None) or text.hidden_size // heads,
+        "num_key_value_heads": _dimension(text, "num_key_value_heads") or heads,
+        "head_dim": _dimension(text, "head_dim") or text.hidden_size // heads,
         "rms_norm_eps": getattr(text, "rms_norm_eps", 1e-6),
         "max_position_embeddings": text.max_position_embeddings,
         "rope_parameters": {"rope_type": "default", "rope_theta": rope.get("rope_theta", DFlashConfig.default_theta)},
     }
+
+
+def _dimension(text: PretrainedConfig, name: str) -> int | None:
+    """A dimension that is one number for all layers; None where it is not said or differs by layer."""
+    try:
+        value = getattr(text, name, None)
+    except RuntimeError:  # how transformers refuses to name one where layers differ
+        return None
+    return value if isinstance(value, int) else None
 
 
 def spread_taps(num_target_layers: int, taps: int = 5) -> list[int]:
@@ -160,6 +171,8 @@ def spread_taps(num_target_layers: int, taps: int = 5) -> list[int]:
         ValueError: the target is too shallow for that many.
     """
     first, last = 1, num_target_layers - 3
+    if taps < 2:
+        raise ValueError(f"{taps} taps cannot be spread; name the layer yourself: target_layer_ids=[...].")
     if last - first + 1 < taps:
         raise ValueError(
             f"The target has {num_target_layers} layers, too few to spread {taps} taps from the second to the "
@@ -197,17 +210,22 @@ def register_dflash_draft(architecture: str, spec: DFlashDraftSpec, *, overwrite
     Raises:
         ValueError: the architecture or a checkpoint has a draft already, and `overwrite` is not True.
     """
-    taken = DFLASH_DRAFT_REGISTRY.get(architecture)
-    if taken is not None and taken != spec and not overwrite:
-        raise ValueError(
-            f"{architecture} has a draft already, {taken.repo_id}. Pass overwrite=True to put {spec.repo_id} there."
-        )
-    rivals = [known for name in spec.targets for known in drafts_for(name) if known.repo_id == spec.repo_id]
-    if any(rival != spec for rival in rivals) and not overwrite:
-        raise ValueError(f"{spec.repo_id} is registered already, otherwise. Pass overwrite=True to replace it.")
-    spec = replace(spec, architectures=tuple(dict.fromkeys([*spec.architectures, architecture])))
-    CATALOGUE[:] = [spec, *(known for known in CATALOGUE if known not in (spec, *rivals))]
+    taken = {architecture: DFLASH_DRAFT_REGISTRY[architecture]} if architecture in DFLASH_DRAFT_REGISTRY else {}
+    taken |= {name: next(iter(drafts_for(name)), None) for name in spec.targets}
+    for place, known in taken.items():
+        if known is not None and not _same_draft(known, spec) and not overwrite:
+            raise ValueError(
+                f"{place} has a draft already, {known.repo_id}. Pass overwrite=True to put {spec.repo_id} there."
+            )
+    known_for = next((known.architectures for known in CATALOGUE if _same_draft(known, spec)), ())
+    spec = replace(spec, architectures=tuple(dict.fromkeys([*known_for, *spec.architectures, architecture])))
+    CATALOGUE[:] = [spec, *(known for known in CATALOGUE if not _same_draft(known, spec))]
     DFLASH_DRAFT_REGISTRY[architecture] = spec
+
+
+def _same_draft(one: DFlashDraftSpec, other: DFlashDraftSpec) -> bool:
+    """The same draft, for whichever architectures it is registered."""
+    return replace(one, architectures=()) == replace(other, architectures=())
 
 
 def drafts_for(target: str) -> list[DFlashDraftSpec]:
@@ -238,6 +256,9 @@ def explain_resolution(
 ) -> tuple[DFlashDraftSpec, str]:
     """As `resolve_dflash_draft_spec`, with the reason in a sentence."""
     _check_architectures(architectures)
+    target = str(target) if isinstance(target, Path) else target
+    if target is not None and not isinstance(target, str | PretrainedConfig) and not hasattr(target, "config"):
+        raise ValueError(f"target is {target!r}; pass a Hub id, a folder, a config or a model.")
     name = target if isinstance(target, str) else _name_of(getattr(target, "config", target))
     made_for = drafts_for(name) if name else []
     if made_for:
@@ -288,9 +309,9 @@ def _check_architectures(architectures: Any) -> None:
     advice = "pass the list in target.config.architectures, such as ['Qwen3ForCausalLM']."
     if isinstance(architectures, str):
         raise ValueError(f"architectures is the string {architectures!r}, not a list of strings; {advice}")
-    if not isinstance(architectures, Iterable) or not all(isinstance(name, str) for name in architectures):
+    if not isinstance(architectures, list | tuple) or not all(isinstance(name, str) for name in architectures):
         raise ValueError(f"architectures is {architectures!r}, not a list of strings; {advice}")
-    if not list(architectures):
+    if not architectures:
         raise ValueError(f"architectures is empty; {advice}")
 
 

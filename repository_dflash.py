@@ -76,7 +76,7 @@ class RepositoryMixin:
             model, info = super().from_pretrained(  # type: ignore[misc]
                 pretrained_model_name_or_path,
                 *model_args,
-                config=_own_config(cls.config_class, config),  # type: ignore[attr-defined]
+                config=_own_config(cls.config_class, config, pretrained_model_name_or_path, kwargs),  # type: ignore[attr-defined]
                 output_loading_info=True,
                 **(defaults | kwargs),
             )
@@ -269,12 +269,29 @@ def _weight_files(name: Any, where: dict[str, Any]) -> list[Path]:
     return [path for path in map(cached, sorted({"model.safetensors", *shards})) if path is not None]
 
 
-def _own_config(config_class: Any, config: Any) -> Any:
-    """`config`, or the draft's own where an Auto class read the engines layout as the Qwen3 config it looks like."""
+def _own_config(config_class: Any, config: Any, name: Any, kwargs: dict[str, Any]) -> Any:
+    """`config`, or the draft's own where an Auto class read the engines layout as the Qwen3 config it looks like.
+
+    The file is then read again, since Qwen3's defaults stand for what it does not say. Keywords that the Auto class
+    took are seen as values that differ from the file's, or from the default where the file is silent; those that it
+    left are taken out of `kwargs`.
+    """
     if getattr(config, "model_type", "dflash") == "dflash" or isinstance(config, str | Path):
         return config
-    own = config_class.from_dict(config.to_dict())
+    raw, _ = config_class.get_config_dict(name, **_where(kwargs))
+    fields = [field for field in config_class.__annotations__ if field not in ("layer_types", "rope_parameters")]
+    given = {}
+    for field in fields:
+        value = getattr(config, field, None)
+        if value is not None and value != raw.get(field, getattr(type(config), field, None)):
+            given[field] = value
+    given |= {field: kwargs.pop(field) for field in [*fields, "rope_theta"] if field in kwargs}
+    for field in ("layer_types", "rope_parameters"):
+        if field in kwargs:
+            given[field] = kwargs.pop(field)
+    own = config_class.from_dict(raw, **given)
     own._attn_implementation = config._attn_implementation
+    own.dtype = config.dtype
     return own
 
 

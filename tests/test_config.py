@@ -245,6 +245,40 @@ def test_contradicting_copies_are_refused_with_both_places_named(changes, places
     assert all(place in str(caught.value) for place in places), str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("changes", "keyword"),
+    [
+        ({"dflash_config": {"block_size": 8}}, {"block_size": 8}),
+        ({"dtype": "bfloat16", "torch_dtype": "float16"}, {"dtype": "float16"}),
+        ({"rope_parameters": {"rope_theta": 5e6}}, {"rope_theta": 5e6}),
+        (
+            {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "rope_parameters": {"rope_type": "default"}},
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0}},
+        ),
+    ],
+)
+def test_the_keyword_that_a_contradiction_advises_settles_it(changes, keyword):
+    with pytest.raises(ValueError, match=rf"from_pretrained\(\.\.\., {next(iter(keyword))}="):
+        DFlashConfig.from_dict(qwen3_4b(**changes))
+    DFlashConfig.from_dict(qwen3_4b(**changes), **keyword)
+
+
+def test_given_rope_parameters_take_their_theta_from_the_file():
+    config = DFlashConfig.from_dict(qwen3_4b(), rope_parameters={"rope_type": "linear", "factor": 2.0})
+    assert config.rope_parameters == {"rope_type": "linear", "factor": 2.0, "rope_theta": 1000000}
+
+
+def test_dtypes_are_the_same_however_they_are_written():
+    config = DFlashConfig.from_dict(qwen3_4b(dtype="torch.bfloat16", torch_dtype="bfloat16"))
+    assert str(config.dtype) == "torch.bfloat16"
+
+
+@pytest.mark.parametrize("rope", [{"factor": 4.0}, {"rope_type": "banana"}, {"rope_theta": "5000"}])
+def test_rotary_parameters_that_make_no_sense_are_refused(rope):
+    with pytest.raises(ValueError, match="rope"):
+        DFlashConfig.from_dict(qwen3_4b(rope_theta=None, rope_parameters={"rope_theta": 1e6} | rope))
+
+
 def test_a_keyword_settles_a_contradiction():
     config = DFlashConfig.from_dict(qwen3_4b(dflash_config={"block_size": 8}), block_size=8)
     assert config.block_size == 8
@@ -256,6 +290,11 @@ def test_a_keyword_settles_a_contradiction():
         ({"architectures": ["Qwen3DSparkModel"], "markov_rank": 0}, "DSpark"),
         ({"markov_rank": 256}, "Markov head"),
         ({"draft_vocab_size": 32000}, "reduced vocabulary"),
+        ({"dflash_config": {"draft_vocab_size": 32000}}, "reduced vocabulary"),
+        ({"model_type": "laguna"}, "per-tap norms"),
+        ({"dflash_config": {"gru_hidden_dim": 1024}}, "Domino"),
+        ({"kv_lora_rank": 512}, "MLA"),
+        ({"rope_scaling": {"rope_type": "default", "rope_dim": 12}}, "partial rotary"),
         ({"architectures": ["DFlashLagunaForCausalLM"], "model_type": "laguna"}, "per-tap norms"),
         ({"aux_hidden_norms": True}, "per-tap norms"),
         ({"dflash_config": {"attention_sink_bias": True}}, "attention sinks"),

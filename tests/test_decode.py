@@ -261,6 +261,7 @@ def test_a_draft_for_another_target_is_refused_with_both_numbers(fields, message
         ({"max_new_tokens": -1}, "max_new_tokens is -1"),
         ({"temperature": -0.5}, "temperature is -0.5"),
         ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": 1e-40}, "temperature is 1e-40"),
     ],
 )
 def test_arguments_out_of_range_are_refused(arguments, message):
@@ -276,6 +277,23 @@ def test_a_target_whose_state_cannot_be_put_back_is_refused_by_name():
     draft = tiny.draft(lfm2)
     with pytest.raises(ValueError, match="lfm2 keeps state that cannot be put back"):
         draft.spec_generate(lfm2, tiny.prompt(6), max_new_tokens=4)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_a_target_whose_rotary_frequencies_move_with_the_length_is_refused_by_name(kind):
+    target = tiny.target("llama")
+    target.config.rope_parameters = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0}
+    with pytest.raises(ValueError, match=f"rotary embeddings of type {kind}"):
+        tiny.draft(target).spec_generate(target, tiny.prompt(6), max_new_tokens=4)
+
+
+@pytest.mark.parametrize("stops", [5, [5], (5, 99), torch.tensor([5, 99]), None])
+def test_stop_tokens_may_be_one_several_or_a_tensor(stops):
+    target = tiny.target("qwen3")
+    ids = tiny.prompt(6)
+    whole = tiny.greedy(target, ids, 60)[0, 6:].tolist()
+    text = tiny.draft(target).spec_generate(target, ids, max_new_tokens=60, stop_token_ids=stops)[0, 6:].tolist()
+    assert text == (whole if stops is None else whole[: whole.index(5) + 1])
 
 
 def test_an_encoder_decoder_target_is_refused():

@@ -137,6 +137,34 @@ def test_a_draft_in_the_engines_layout_does_not_take_the_place_of_qwen3_models(d
     assert fresh_process(code).strip().endswith("Qwen3Model")
 
 
+@pytest.mark.parametrize(
+    ("keyword", "removed"),
+    [
+        ({"block_size": 3}, ()),
+        ({"rope_theta": 5.0}, ("rope_theta", "rope_parameters")),
+        ({"block_size": 3}, ("block_size", "dflash_config.block_size")),
+        ({"head_dim": 8}, ("head_dim",)),
+        ({}, ("vocab_size",)),
+    ],
+)
+def test_keywords_reach_the_engines_layout_through_automodel_and_no_default_of_qwen3_does(
+    draft, keyword, removed, tmp_path
+):
+    draft.save_pretrained(tmp_path, layout="engines")
+    config = json.loads((tmp_path / "config.json").read_text())
+    for place in removed:
+        outer, _, inner = place.rpartition(".")
+        (config[outer] if outer else config).pop(inner)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded = AutoModel.from_pretrained(tmp_path, trust_remote_code=True, **keyword).config
+    for name, value in keyword.items():
+        assert (loaded.rope_parameters if name == "rope_theta" else loaded.to_dict())[name] == value
+    assert loaded.vocab_size == (None if "vocab_size" in removed else draft.config.vocab_size)
+    if removed and keyword:
+        with pytest.raises(ValueError, match="supply it"):
+            AutoModel.from_pretrained(tmp_path, trust_remote_code=True)
+
+
 def test_without_trust_the_hub_layout_fails_loudly_for_a_stranger(hub, repo_id, draft, fresh_process):
     draft.push_to_hub(repo_id)
     code = f"from transformers import AutoModel; AutoModel.from_pretrained({repo_id!r}, trust_remote_code=False)"

@@ -161,12 +161,16 @@ def test_registering_adds_a_draft_and_refuses_to_replace_one_silently(registry):
     register_dflash_draft("MyForCausalLM", spec)
     assert resolve_dflash_draft_spec(["MyForCausalLM"]).repo_id == "me/my-draft"
     assert resolve_dflash_draft_spec(["MyForCausalLM"], target="me/my-target").repo_id == "me/my-draft"
-    register_dflash_draft("MyForCausalLM", registry["MyForCausalLM"])  # the same again changes nothing
+    register_dflash_draft("MyForCausalLM", spec)  # the same again changes nothing
+    register_dflash_draft("MyOtherForCausalLM", spec)
+    assert registry["MyOtherForCausalLM"].repo_id == "me/my-draft"
     other = DFlashDraftSpec("me/other-draft")
     with pytest.raises(ValueError, match=r"has a draft already, me/my-draft.*overwrite=True"):
         register_dflash_draft("MyForCausalLM", other)
     with pytest.raises(ValueError, match="z-lab/Qwen3-4B-DFlash-b16"):
         register_dflash_draft("Qwen3ForCausalLM", other)
+    with pytest.raises(ValueError, match=r"Qwen/Qwen3-4B has a draft already, z-lab"):
+        register_dflash_draft("NewForCausalLM", DFlashDraftSpec("me/third", targets=("Qwen/Qwen3-4B",)))
     register_dflash_draft("MyForCausalLM", other, overwrite=True)
     assert resolve_dflash_draft_spec(["MyForCausalLM"]).repo_id == "me/other-draft"
 
@@ -247,6 +251,16 @@ def test_every_family_of_config_builds():
     for family in tiny.FAMILIES:
         config = tiny.target(family).config
         assert spec.build(config, mask_token_id=3, target_layer_ids=[1]).config.num_target_layers == 4
+
+
+def test_a_target_whose_layers_differ_in_width_builds():
+    config = AutoConfig.for_model("gemma4_text", num_hidden_layers=12)
+    draft = resolve_dflash_draft_spec(["Gemma4ForConditionalGeneration"]).build(
+        config, mask_token_id=4, num_hidden_layers=1, intermediate_size=8, rope_theta=5e5, dtype="bfloat16"
+    )
+    assert draft.config.target_layer_ids == [1, 3, 5, 7, 9]
+    assert draft.config.rope_parameters["rope_theta"] == 5e5
+    assert str(draft.dtype) == "torch.bfloat16"
 
 
 @pytest.mark.parametrize(
