@@ -30,8 +30,10 @@ def main() -> None:
     """Run the command line; errors that a user can mend are printed without a traceback."""
     try:
         app()
-    except (ValueError, OSError, RuntimeError) as error:
-        Console(stderr=True).print(f"[red]Error:[/red] {escape(str(error))}", soft_wrap=True)
+    except Exception as error:
+        expected = isinstance(error, (ValueError, OSError, RuntimeError))
+        message = str(error) if expected else f"{type(error).__name__}: {error}"
+        Console(stderr=True).print(f"[red]Error:[/red] {escape(message)}", soft_wrap=True)
         sys.exit(1)
 
 
@@ -183,7 +185,10 @@ def drafts(
     for column in ("draft", "made for", "architecture", "block", "revision", "runs here"):
         table.add_column(column, overflow="fold")
     for spec in found:
-        runs = f"no: {spec.unsupported}" if spec.unsupported else "yes" + (f" ({spec.note})" if spec.note else "")
+        obstacle = spec.unsupported or (
+            spec.target_state and f"loads, but {spec.target_state}, so it does not decode yet"
+        )
+        runs = f"no: {obstacle}" if obstacle else "yes" + (f" ({spec.note})" if spec.note else "")
         made_for = "\n".join(spec.targets) or "not known"
         block = str(spec.details.get("block_size") or "?")
         revision = (spec.revision or "newest")[:8]
@@ -208,7 +213,12 @@ def resolve(target: Annotated[str, typer.Argument(help="Hub id or folder of the 
     table.add_row("revision", spec.revision or "the newest; no commit is known to pin")
     table.add_row("class", spec.draft_cls.__name__)
     table.add_row("why", why)
-    for name, value in (("note", spec.note), ("access", "gated: ask for it on the Hub" if spec.gated else "")):
+    decodes = f"not by this version: {spec.target_state}" if spec.target_state else ""
+    for name, value in (
+        ("decodes", decodes),
+        ("note", spec.note),
+        ("access", "gated: ask for it on the Hub" if spec.gated else ""),
+    ):
         if value:
             table.add_row(name, value)
     console.print(table)
@@ -225,8 +235,11 @@ def push(
     token: Annotated[str | None, typer.Option(envvar="HF_TOKEN", help="A token that may write.")] = None,
 ) -> None:
     """Stage a draft, check it in a fresh process, push the hub layout to main and the engines layout to `engines`."""
+    from transformers.utils import logging
+
     from .publishing import PublishOptions, publish
 
+    logging.disable_progress_bar()
     if not directory.is_dir():
         raise ValueError(f"{directory} is not a folder; pass the folder that holds the draft's config.json.")
     card = {key: value for key, value in {"base_model": base_model, "license": license}.items() if value}

@@ -216,6 +216,10 @@ class DFlashConfig(PretrainedConfig):
     def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict, dict]:
         """As in transformers. Every layout is translated on purpose, so its `model_type` is no cause for a warning."""
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if not config_dict:
+            raise OSError(
+                f"{pretrained_model_name_or_path} has no config.json; pass the folder or repository of a draft."
+            )
         foreign = {"foreign_model_type": config_dict.get("model_type")}
         return config_dict | foreign | {"model_type": cls.model_type}, kwargs
 

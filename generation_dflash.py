@@ -64,9 +64,11 @@ class DecodeOptions:
 
     def __post_init__(self) -> None:
         self.stop_token_ids = _token_ids(self.stop_token_ids)
-        if self.max_new_tokens < 0:
-            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be 0 or more.")
-        if not (self.temperature == 0 or 1e-5 <= self.temperature < float("inf")):
+        if not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 0:
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens!r}; it must be an int, 0 or more.")
+        if not isinstance(self.temperature, int | float) or not (
+            self.temperature == 0 or 1e-5 <= self.temperature < float("inf")
+        ):
             raise ValueError(f"temperature is {self.temperature}; it must be 0 (greedy) or a number from 1e-5 up.")
 
 
@@ -260,6 +262,8 @@ def check_pair(config: Any, target: Any) -> None:
     Raises:
         ValueError: with both numbers.
     """
+    if not hasattr(target, "get_output_embeddings"):
+        raise ValueError(f"target is {target!r}; pass the loaded model, not its name.")
     if target.config.is_encoder_decoder or target.get_output_embeddings() is None:
         raise ValueError(f"{type(target).__name__} is no decoder-only language model; a draft needs one as its target.")
     text = target.config.get_text_config(decoder=True)
@@ -303,10 +307,16 @@ def _token_ids(tokens: Any) -> tuple[int, ...]:
     """One id, several, a tensor of them, or None, as a tuple."""
     if tokens is None:
         return ()
-    return tuple(int(token) for token in torch.as_tensor(tokens).flatten().tolist())
+    found = tokens.flatten().tolist() if isinstance(tokens, torch.Tensor) else tokens
+    found = [found] if isinstance(found, int) else found
+    if isinstance(found, str) or not all(isinstance(token, int) for token in found):
+        raise ValueError(f"stop_token_ids is {tokens!r}; it must be token ids, such as [tokenizer.eos_token_id].")
+    return tuple(found)
 
 
 def _check_prompt(input_ids: torch.Tensor) -> None:
+    if not isinstance(input_ids, torch.Tensor) or input_ids.is_floating_point():
+        raise ValueError(f"input_ids is {type(input_ids).__name__}; pass a tensor of token ids, [1, P].")
     shape = tuple(input_ids.shape)
     if len(shape) != 2 or shape[0] != 1 or shape[1] == 0:
         raise ValueError(f"input_ids has shape {shape}; decoding takes one row with at least one token, [1, P].")

@@ -17,7 +17,7 @@ from huggingface_hub import HfApi, ModelCard
 
 from .hub_probe import digests
 from .modeling_dflash import DFlashDraftModel
-from .repository_dflash import PLACEHOLDER, card_on_hub, upload
+from .repository_dflash import PLACEHOLDER, card_on_hub, make_repo, upload
 
 ENGINES_BRANCH = "engines"
 _LAYOUTS = ("hub", "engines")
@@ -85,7 +85,7 @@ def publish(
             stage(draft, path, layout, options.card)
             check_staged(draft, path)
         api = HfApi(token=options.token)
-        repo_id = api.create_repo(repo_id, private=options.private, exist_ok=True).repo_id
+        repo_id = make_repo(api, repo_id, options.private)
         card = _card_to_keep(directory, repo_id, options.token)
         commits = []
         for layout, revision in (("hub", None), ("engines", ENGINES_BRANCH)):

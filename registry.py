@@ -38,6 +38,10 @@ _QWEN3_ARCHITECTURES = (
 )
 
 
+# Targets whose state cannot be put back after a rejected token: their drafts load, but do not decode here yet.
+_RECURRENT = {"Qwen3NextForCausalLM", "Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration"}
+
+
 @dataclass(frozen=True)
 class DFlashDraftSpec:
     """A draft and the target it was made for. Fields are None where nothing is known.
@@ -71,6 +75,18 @@ class DFlashDraftSpec:
     note: str = ""
     details: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
+    def __post_init__(self) -> None:
+        for name in ("targets", "architectures"):
+            if not isinstance(getattr(self, name), tuple):
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}; it must be a tuple of names, such as ('org/model',)."
+                )
+
+    @property
+    def target_state(self) -> str | None:
+        """What keeps this version from decoding its target, though the draft itself loads and can be published."""
+        return "its target keeps recurrent state" if {*self.architectures} & _RECURRENT else None
+
     @property
     def target(self) -> str | None:
         """The first of `targets`."""
@@ -89,7 +105,7 @@ class DFlashDraftSpec:
         where = {"revision": self.revision, "subfolder": self.subfolder, "use_safetensors": True}
         draft = self.draft_cls.from_pretrained(self.repo_id, **(where | from_pretrained_kwargs))
         known = {"base_model": list(self.targets), "license": self.license}
-        draft.card_metadata = {key: value for key, value in known.items() if value}
+        draft.card_known = {key: value for key, value in known.items() if value}
         return draft
 
     def build(self, target_config: PretrainedConfig, **overrides: Any) -> Qwen3DFlashDraftModel:
@@ -121,7 +137,7 @@ class DFlashDraftSpec:
         config.check_target(text.hidden_size, text.num_hidden_layers, text.vocab_size, text.vocab_size)
         draft = self.draft_cls(config).to(config.dtype)
         name = _name_of(target_config)
-        draft.card_metadata = {} if name is None else {"base_model": name}
+        draft.card_known = {} if name is None else {"base_model": name}
         return draft
 
     def refuse_unsupported(self) -> None:
@@ -210,7 +226,9 @@ def register_dflash_draft(architecture: str, spec: DFlashDraftSpec, *, overwrite
     Raises:
         ValueError: the architecture or a checkpoint has a draft already, and `overwrite` is not True.
     """
-    taken = {architecture: DFLASH_DRAFT_REGISTRY[architecture]} if architecture in DFLASH_DRAFT_REGISTRY else {}
+    if not isinstance(architecture, str) or not isinstance(spec, DFlashDraftSpec):
+        raise ValueError(f"Pass an architecture's name and a DFlashDraftSpec, not {architecture!r} and {spec!r}.")
+    taken = {architecture: DFLASH_DRAFT_REGISTRY.get(architecture)}
     taken |= {name: next(iter(drafts_for(name)), None) for name in spec.targets}
     for place, known in taken.items():
         if known is not None and not _same_draft(known, spec) and not overwrite:

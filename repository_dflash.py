@@ -18,10 +18,12 @@ from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
+from safetensors import SafetensorError
 from transformers.utils import cached_file, logging
 
 from .configuration_dflash import check_layout
 from .dflash import DFlashDraftModel as EnginesEntry
+from .layouts_dflash import engines_layout
 
 logger = logging.get_logger(__name__)
 
@@ -53,6 +55,8 @@ class RepositoryMixin:
 
     # What the model card shall say of this draft beyond its config: base_model, license, datasets, language ...
     card_metadata: dict[str, Any] = {}
+    # What is known of it without being asked: it completes a card, where `card_metadata` has the last word.
+    card_known: dict[str, Any] = {}
     # Where the draft was loaded from, and how; its card says the rest.
     card_source: tuple[Any, dict[str, Any]] | None = None
 
@@ -80,6 +84,12 @@ class RepositoryMixin:
                 output_loading_info=True,
                 **(defaults | kwargs),
             )
+        except SafetensorError as error:
+            verify_downloads(pretrained_model_name_or_path, where, started)
+            raise OSError(
+                f"The weights of {pretrained_model_name_or_path} are damaged ({error}); copy or download them again "
+                "(from_pretrained(..., force_download=True))."
+            ) from error
         finally:
             verify_downloads(pretrained_model_name_or_path, where, started)
         refuse_misfits(info, pretrained_model_name_or_path)
@@ -134,8 +144,10 @@ class RepositoryMixin:
         Returns:
             The Hub's `CommitInfo`; its `oid` is the commit to pin with `revision=`.
         """
+        if check_layout(layout) == "engines":
+            engines_layout(self.config)  # type: ignore[attr-defined]  # raises before anything is made on the Hub
         api = HfApi(token=token)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        repo_id = make_repo(api, repo_id, private)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, layout=layout, max_shard_size=max_shard_size)
             (Path(folder) / "README.md").unlink()
@@ -152,14 +164,29 @@ class RepositoryMixin:
         """
         source = _source_card(*self.card_source, online=repo_id is not None) if self.card_source else None
         metadata = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-        metadata |= _lasting(source) | self.card_metadata
+        metadata |= self.card_known | _lasting(source) | self.card_metadata
         card = existing or _new_card(self, repo_id or PLACEHOLDER, metadata)
         card.text = card.text.replace(PLACEHOLDER, repo_id or PLACEHOLDER)
         for key, value in metadata.items():
-            if card.data.get(key) is None:
+            if card.data.get(key) is None or key in self.card_metadata:
                 card.data[key] = value
         card.data["tags"] = list(dict.fromkeys([*(card.data.get("tags") or ()), *TAGS, *(tags or ())]))
         card.save(Path(folder) / "README.md")
+
+
+def make_repo(api: HfApi, repo_id: str, private: bool | None) -> str:
+    """Make the repository, unless it is there; its full id.
+
+    Raises:
+        RuntimeError: the Hub refused, most often for want of a token that may write.
+    """
+    try:
+        return api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    except OSError as error:
+        raise RuntimeError(
+            f"The Hub did not let {repo_id} be made or written: {error}\nLog in with a token that may write there: "
+            "hf auth login, or HF_TOKEN."
+        ) from error
 
 
 def upload(api: HfApi, folder: Any, repo_id: str, revision: str | None = None, **commit: Any) -> Any:
@@ -176,8 +203,9 @@ def upload(api: HfApi, folder: Any, repo_id: str, revision: str | None = None, *
         )
     except (OSError, RuntimeError) as error:
         raise RuntimeError(
-            f"The Hub did not take the upload to {repo_id} ({revision or 'main'}): {error}\nNothing was changed there: "
-            "a commit is whole or absent. Run the same again; files that arrived are not sent twice."
+            f"The Hub did not take the upload to {repo_id}: {error}\nThe branch {revision or 'main'} is as it was: a "
+            "commit is whole or absent. Run the same again, with a token that may write there (hf auth login, or "
+            "HF_TOKEN); files that arrived are not sent twice."
         ) from error
 
 

@@ -261,6 +261,32 @@ def test_an_existing_card_is_kept_and_its_metadata_completed(hub, repo_id, draft
     assert card.data.tags == ["mine", "dflash", "speculative-decoding", "draft-model"]
 
 
+def test_what_is_said_of_a_draft_corrects_the_card_on_the_hub(hub, repo_id, draft):
+    for license in ("apache-2.0", "mit"):
+        draft.card_metadata = {"license": license}
+        draft.push_to_hub(repo_id)
+        assert ModelCard.load(repo_id).data.license == license
+
+
+def test_a_layout_that_cannot_be_written_makes_no_repository(hub, repo_id, draft):
+    draft.config.vocab_size = None
+    for layout in ("engines", "vllm"):
+        with pytest.raises(ValueError, match=r"vocab_size|layout"):
+            draft.push_to_hub(repo_id, layout=layout)
+    assert hub.calls() == []
+
+
+def test_damaged_weights_in_a_folder_say_so(draft, tmp_path):
+    draft.save_pretrained(tmp_path)
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[:-100])
+    with pytest.raises(OSError, match=r"weights of .* are damaged"):
+        DFlashDraftModel.from_pretrained(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(OSError, match=r"config\.json"):
+        DFlashDraftModel.from_pretrained(tmp_path)
+
+
 def test_a_card_in_the_folder_is_kept(hub, repo_id, tmp_path, monkeypatch):
     monkeypatch.setattr(publishing, "check_staged", lambda draft, folder: None)  # tested above, and slow
     DFlashDraftModel.from_pretrained(TINY / "draft").save_pretrained(tmp_path)
@@ -375,7 +401,7 @@ def test_offline_without_a_cached_copy_says_so(hub, repo_id, draft, fresh_proces
 
 
 def test_a_push_without_the_right_to_is_refused_and_says_so(hub, repo_id, draft):
-    with pytest.raises(Exception, match="401"):
+    with pytest.raises(RuntimeError, match=r"(?s)401.*Log in with a token that may write there: hf auth login"):
         draft.push_to_hub(repo_id, token="hf_wrong")
 
 

@@ -45,7 +45,7 @@ def test_there_are_seven_travelling_files():
 @pytest.mark.parametrize("path", TRAVELLING, ids=lambda path: path.name)
 def test_travelling_files_import_only_each_other_and_what_every_transformers_has(path):
     text = path.read_text()
-    allowed = {"torch", "transformers", "huggingface_hub", "packaging", *sys.stdlib_module_names}
+    allowed = {"torch", "transformers", "huggingface_hub", "safetensors", "packaging", *sys.stdlib_module_names}
     siblings = {sibling.stem for sibling in TRAVELLING}
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
