@@ -71,27 +71,25 @@ class RepositoryMixin:
         """
         wants_info = kwargs.pop("output_loading_info", False)
         defaults = {"use_safetensors": True, "key_mapping": _RENAMED, "ignore_mismatched_sizes": True}
-        where: dict[str, Any] = {
-            key: kwargs[key] for key in ("cache_dir", "revision", "subfolder", "token") if key in kwargs
-        }
+        where = _where(kwargs)
         refuse_mask_embedding(pretrained_model_name_or_path, where)
         started = time.time()
         try:
-            model, info = super().from_pretrained(  # type: ignore[misc]
-                pretrained_model_name_or_path,
-                *model_args,
-                config=_own_config(cls.config_class, config, pretrained_model_name_or_path, kwargs),  # type: ignore[attr-defined]
-                output_loading_info=True,
-                **(defaults | kwargs),
-            )
+            try:
+                model, info = super().from_pretrained(  # type: ignore[misc]
+                    pretrained_model_name_or_path,
+                    *model_args,
+                    config=_own_config(cls.config_class, config, pretrained_model_name_or_path, kwargs),  # type: ignore[attr-defined]
+                    output_loading_info=True,
+                    **(defaults | kwargs),
+                )
+            finally:  # what it says of a damaged download is the better message
+                verify_downloads(pretrained_model_name_or_path, where, started)
         except SafetensorError as error:
-            verify_downloads(pretrained_model_name_or_path, where, started)
             raise OSError(
                 f"The weights of {pretrained_model_name_or_path} are damaged ({error}); copy or download them again "
                 "(from_pretrained(..., force_download=True))."
             ) from error
-        finally:
-            verify_downloads(pretrained_model_name_or_path, where, started)
         refuse_misfits(info, pretrained_model_name_or_path)
         model.card_source = (pretrained_model_name_or_path, where)
         return (model, info) if wants_info else model
@@ -307,16 +305,13 @@ def _own_config(config_class: Any, config: Any, name: Any, kwargs: dict[str, Any
     if getattr(config, "model_type", "dflash") == "dflash" or isinstance(config, str | Path):
         return config
     raw, _ = config_class.get_config_dict(name, **_where(kwargs))
-    fields = [field for field in config_class.__annotations__ if field not in ("layer_types", "rope_parameters")]
+    fields = [*config_class.__annotations__, "rope_theta"]
     given = {}
-    for field in fields:
+    for field in set(fields) - {"layer_types", "rope_parameters"}:
         value = getattr(config, field, None)
         if value is not None and value != raw.get(field, getattr(type(config), field, None)):
             given[field] = value
-    given |= {field: kwargs.pop(field) for field in [*fields, "rope_theta"] if field in kwargs}
-    for field in ("layer_types", "rope_parameters"):
-        if field in kwargs:
-            given[field] = kwargs.pop(field)
+    given |= {field: kwargs.pop(field) for field in fields if field in kwargs}
     own = config_class.from_dict(raw, **given)
     own._attn_implementation = config._attn_implementation
     own.dtype = config.dtype
