@@ -2,321 +2,298 @@
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
 """Decoding with a draft: draft, verify, accept, commit. The text is exactly the target's; only the time falls.
 
-This file travels with every pushed draft. After DFlash (arXiv 2602.06036) and z-lab/dflash. Acceptance is by *match*:
-at each position the target chooses its own token, from its own distribution, and a drafted token stays if it equals
-that choice. At a temperature the choice is Gumbel-max with noise keyed by position, so that the text equals, token for
-token, what plain sampling with the same noise gives.
+This file travels with every pushed draft. After DFlash (arXiv 2602.06036) and z-lab/dflash. `speculate` is the decoding
+function that the target's `generate` calls with everything prepared; everything else leads to it.
 
-Shapes: B = 1 row, P prompt tokens, Q block positions, V vocabulary.
+Shapes: B rows, P prompt columns, Q block positions, V vocabulary, F taps * target hidden size.
 """
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 
-from .cache_dflash import rewind, rewindable_cache
-
+from .cache_dflash import Masks, ancestors
+from .drafting_dflash import Drafter
+from .handover_dflash import give_back, take_over
+from .sampling_dflash import Chooser
+from .target_dflash import Target
+from .text_dflash import Prompt, Texts
 
 @dataclass
 class DecodeStatistics:
-    """What a decode did: counts by cycle, seconds by phase."""
+    """What a decode did. Filled while it runs, if given to `generate(..., statistics=...)`; several may add up."""
 
+    cycles: int = 0
+    """Draft and verify forwards, each over the whole batch."""
     committed: list[int] = field(default_factory=list)
-    """Tokens committed in each cycle, the target's own included."""
+    """Tokens committed in each cycle, the target's own included; one entry for every row still going."""
+    accepted_at: list[int] = field(default_factory=list)
+    """How often the drafted token at position 1, 2, ... of the block was accepted."""
     prefill_seconds: float = 0.0
     """Until the first token, which prefill gives and no cycle counts."""
-    decode_seconds: float = 0.0
+    draft_seconds: float = 0.0
+    verify_seconds: float = 0.0
+    rest_seconds: float = 0.0
+    """Everything else between the first token and the last: choosing, accepting, committing, telling."""
+
+    @property
+    def decode_seconds(self) -> float:
+        return self.draft_seconds + self.verify_seconds + self.rest_seconds
 
     @property
     def acceptance_length(self) -> float:
-        """Tokens committed per cycle, pooled: tokens / cycles; 0 without cycles."""
+        """Tokens committed per cycle and row, pooled: tokens / cycles; 0 without cycles."""
         return sum(self.committed) / len(self.committed) if self.committed else 0.0
 
+    @property
+    def acceptance_by_position(self) -> list[float]:
+        """For each drafted position of the block, the share of cycles in which its token was accepted."""
+        return [count / len(self.committed) for count in self.accepted_at]
+
+    def count(self, counts: list[tuple[int, int]], size: int) -> None:
+        """One cycle of blocks of `size`: for each row, drafted tokens accepted and tokens kept (0 where it had ended)."""
+        self.cycles += 1
+        self.accepted_at = self.accepted_at or [0] * (size - 1)
+        for accepted, kept in counts:
+            if kept:
+                self.committed.append(kept)
+                for position in range(min(accepted, kept)):
+                    self.accepted_at[position] += 1
+
+
+class Recorder:
+    """Times the phases of a decode for `DecodeStatistics`; without any to fill, it does nothing at all."""
+
+    def __init__(self, statistics: DecodeStatistics | None, device: torch.device):
+        self.statistics, self.device = statistics, device
+
+    def phase(self, name: str) -> Any:
+        return nullcontext() if self.statistics is None else self._timed(name)
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        started = self._now()
+        yield
+        field_name = f"{name}_seconds"
+        setattr(self.statistics, field_name, getattr(self.statistics, field_name) + self._now() - started)
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
 
 @dataclass
-class DecodeOutput:
-    """`sequences [1, P + new]`, prompt included, and what it took."""
-
-    sequences: torch.Tensor
-    statistics: DecodeStatistics
-
-
-@dataclass
-class DecodeOptions:
-    """How to decode: the budget, where to stop, how to sample, whom to tell.
+class Proposal:
+    """A tree of tokens whose root is the anchor.
 
     Args:
-        max_new_tokens: budget of new tokens.
-        stop_token_ids: the text ends right after the first of these.
-        temperature: 0 for the target's argmax; above, its distribution at this temperature.
-        on_commit: called with each commit's tokens, a list, in order.
+        tokens `[B, Q]`: the anchor first.
+        parents `[Q]`: the position before each, -1 for the root; the same in every row. None for the plain chain.
     """
 
-    max_new_tokens: int = 256
-    stop_token_ids: tuple[int, ...] = ()
-    temperature: float = 0.0
-    on_commit: Callable[[list[int]], None] | None = None
+    tokens: torch.Tensor
+    parents: torch.Tensor | None = None
 
-    def __post_init__(self) -> None:
-        self.stop_token_ids = _token_ids(self.stop_token_ids)
-        if not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 0:
-            raise ValueError(f"max_new_tokens is {self.max_new_tokens!r}; it must be an int, 0 or more.")
-        if not isinstance(self.temperature, int | float) or not (
-            self.temperature == 0 or 1e-5 <= self.temperature < float("inf")
-        ):
-            raise ValueError(f"temperature is {self.temperature}; it must be 0 (greedy) or a number from 1e-5 up.")
+    @property
+    def ways(self) -> list[list[int]]:
+        """For each position, the positions from the root to it."""
+        if self.parents is None:
+            return [list(range(position + 1)) for position in range(self.tokens.shape[1])]
+        ways: list[list[int]] = []
+        for position, parent in enumerate(self.parents.tolist()):
+            ways.append([*(ways[parent] if parent >= 0 else []), position])
+        return ways
+
+    @property
+    def depths(self) -> list[int]:
+        """How far each position is from the root."""
+        return [len(way) - 1 for way in self.ways]
 
 
-def spec_generate(
-    self: Any,
-    target: Any,
-    input_ids: torch.Tensor,
-    max_new_tokens: int = 256,
-    stop_token_ids: list[int] | int | None = None,
-    temperature: float = 0.0,
-) -> torch.Tensor:
-    """Generate with `target`, sped up by this draft; the same call as z-lab/dflash's.
+def accept(proposal: Proposal, choices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which drafted tokens stay: those on the way down that are all the target's own choice.
 
     Args:
-        target: a causal language model of transformers.
-        input_ids `[1, P]`: the prompt.
-        max_new_tokens: budget of new tokens.
-        stop_token_ids: the text ends right after the first of these; None to use the whole budget.
-        temperature: 0 for exactly the target's greedy text; above, exactly its distribution.
+        choices `[B, Q]`: the target's token after each position of the proposal.
 
     Returns:
-        `[1, P + new]`: prompt and new tokens.
-
-    Raises:
-        ValueError: the target does not fit this draft, cannot be decoded exactly, or an argument is out of range.
+        How many stay, `[B]`; and the way, `[B, Q]`: positions of the proposal from the root on, of which the first
+        `1 + accepted` count. The tokens to commit are the choices along it.
     """
-    options = DecodeOptions(max_new_tokens, _token_ids(stop_token_ids), temperature)
-    return decode(self, target, input_ids, options).sequences
+    tokens, parents = proposal.tokens, proposal.parents
+    if parents is None:
+        accepted = (tokens[:, 1:] == choices[:, :-1]).cumprod(dim=1).sum(dim=1)
+        return accepted, torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    lineage = ancestors(parents)  # [Q, Q]
+    right = (tokens == choices[:, parents.clamp_min(0)]) | (parents < 0)  # [B, Q]
+    stays = (right[:, None] | ~lineage).all(dim=-1)
+    tip = torch.where(stays, lineage.sum(dim=-1), 0).argmax(dim=-1)  # [B], the deepest that stays
+    order = torch.where(lineage[tip], torch.arange(len(parents), device=tokens.device), len(parents)).sort().values
+    return lineage[tip].sum(dim=-1) - 1, order.clamp_max(len(parents) - 1)
 
 
 @torch.no_grad()
-def decode(draft: Any, target: Any, input_ids: torch.Tensor, options: DecodeOptions) -> DecodeOutput:
-    """The decode loop. Arguments and errors as in `spec_generate`."""
-    _check_prompt(input_ids)
-    pair = Pair(draft, target, options.temperature)
-    text, statistics = _Text(input_ids, options), DecodeStatistics()
-    if options.max_new_tokens == 0:
-        return DecodeOutput(input_ids, statistics)
-    started = time.perf_counter()
-    with pair.tapped() as taps:
-        anchor = pair.prefill(input_ids)  # the target's first token, [1, 1]
-        text.commit(anchor[0].tolist())
-        statistics.prefill_seconds = time.perf_counter() - started
-        started = time.perf_counter()
-        context = taps.take()  # context features of the prompt, [1, P, taps * target_hidden]
-        while not text.finished:
-            block = pair.propose(anchor, context)  # draft: [1, Q], the anchor and Q - 1 drafted tokens
-            choices = pair.verify(block, text.length - 1)  # [1, Q]: the target's own token after each of them
-            accepted = accept(block, choices)  # how many drafted tokens stay
-            rewind(pair.target_cache, block.shape[1] - 1 - accepted)
-            statistics.committed.append(text.commit(choices[0, : accepted + 1].tolist()))
-            anchor, context = choices[:, accepted : accepted + 1], taps.take()[:, : accepted + 1]
-    statistics.decode_seconds = time.perf_counter() - started
-    return DecodeOutput(text.ids(), statistics)
+def decode(pair: "Pair", statistics: DecodeStatistics | None = None) -> None:
+    """The decode loop. What proposes a block, and what the texts do with it, are the pair's steps.
 
-
-def accept(block: torch.Tensor, choices: torch.Tensor) -> int:
-    """How many drafted tokens stay: those before the first that is not the target's own choice.
-
-    Args:
-        block `[1, Q]`: the anchor, then Q - 1 drafted tokens.
-        choices `[1, Q]`: at k, the target's token after position k of the block.
+    Raises:
+        ValueError: the target's logits are not numbers.
     """
-    matches = block[:, 1:] == choices[:, :-1]  # [1, Q - 1]
-    return int(matches.cumprod(dim=1).sum())
+    recorder = Recorder(statistics, pair.draft.device)
+    with pair.target.decoding():
+        with recorder.phase("prefill"):
+            pair.prefill()
+        while not pair.texts.finished:
+            with recorder.phase("draft"):
+                proposal = pair.propose()  # draft: a tree of tokens, [B, Q], with the anchor as its root
+            with recorder.phase("verify"):
+                logits = pair.verify(proposal)  # [B, Q, V]
+            with recorder.phase("rest"):
+                choices = pair.choose(proposal, logits)  # [B, Q]: the target's own token after each position
+                accepted, way = accept(proposal, choices)  # how many drafted tokens stay, and which
+                counts = pair.commit(proposal, choices, accepted, way)  # to the texts; the rest of the block is undone
+            if statistics is not None:
+                statistics.count(counts, proposal.tokens.shape[1])
+        pair.give_back()
 
 
 class Pair:
-    """A draft and its target while they decode one row: their caches, and the two forwards of a cycle."""
+    """A target and a draft while they decode a batch: the steps of a cycle, on all rows at once.
 
-    def __init__(self, draft: Any, target: Any, temperature: float = 0.0):
-        check_pair(draft.config, target)
-        self.draft, self.target = draft, target
-        self.embed, self.head = target.get_input_embeddings(), target.get_output_embeddings()
-        self.layers = decoder_layers(target)
-        self.target_cache = rewindable_cache(target.config.get_text_config(decoder=True))
-        self.draft_cache = rewindable_cache(draft.config)
-        self.noise = PositionNoise(temperature) if temperature > 0 else None
-        self.masks = torch.full((1, draft.config.block_size - 1), draft.config.mask_token_id, device=self.embed_device)
-
-    @property
-    def embed_device(self) -> torch.device:
-        return next(self.embed.parameters()).device
-
-    @contextmanager
-    def tapped(self) -> Iterator["Taps"]:
-        """Collect the outputs of the tapped layers during every target forward inside this context."""
-        taps = Taps(self.draft)
-        hooks = [self.layers[index].register_forward_hook(taps.keep) for index in self.draft.config.target_layer_ids]
-        try:
-            yield taps
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def prefill(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """`input_ids [1, P]` through the target; its first token `[1, 1]`."""
-        logits = self._target_logits(input_ids, logits_to_keep=1)
-        rewind(self.target_cache, 0)
-        return self._choose(logits, input_ids.shape[1])
-
-    def propose(self, anchor: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
-        """The anchor `[1, 1]` and the draft's argmax for the rest of the block: `[1, Q]`."""
-        noise_ids = torch.cat([anchor.to(self.embed_device), self.masks], dim=1)
-        noise_embeds = embed_noise(self.embed, noise_ids).to(self.draft.device, self.draft.dtype)
-        hidden = self.draft(noise_embeds, context, past_key_values=self.draft_cache).last_hidden_state
-        rewind(self.draft_cache, noise_ids.shape[1])
-        weight = next(self.head.parameters())
-        logits = self.head(hidden[:, 1:].to(weight.device, self.target.dtype))  # [1, Q - 1, V]
-        return torch.cat([anchor, logits.argmax(dim=-1).to(anchor.device)], dim=1)
-
-    def verify(self, block: torch.Tensor, position: int) -> torch.Tensor:
-        """The target's own token after each of `block [1, Q]`, whose anchor is at `position`: `[1, Q]`."""
-        return self._choose(self._target_logits(block), position + 1)
-
-    def _target_logits(self, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        kwargs |= {"past_key_values": self.target_cache, "use_cache": True, "return_dict": True}
-        return self.target(input_ids=input_ids, **kwargs).logits
-
-    def _choose(self, logits: torch.Tensor, position: int) -> torch.Tensor:
-        """`[1, Q]`: the target's token at `position` and on, from its `logits [1, Q, V]`."""
-        scores = logits if self.noise is None else self.noise.perturb(logits, position)
-        return scores.argmax(dim=-1)
-
-
-class Taps:
-    """Outputs of the tapped layers in one target forward."""
-
-    def __init__(self, draft: Any):
-        self.draft = draft
-        self.kept: list[torch.Tensor] = []  # [B, N, target_hidden] per tap, in layer order
-
-    def keep(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        self.kept.append(output[0] if isinstance(output, tuple) else output)
-
-    def take(self) -> torch.Tensor:
-        """The context features `[B, N, taps * target_hidden]`, on the draft's device and in its dtype; forgets them."""
-        features = torch.cat([kept.to(self.draft.device) for kept in self.kept], dim=-1)
-        self.kept = []
-        return features.to(self.draft.dtype)
-
-
-class PositionNoise:
-    """Gumbel noise, one row of V per absolute position, from one seed: argmax(logits / T + row) samples softmax."""
-
-    def __init__(self, temperature: float, seed: int | None = None):
-        self.temperature = temperature
-        self.seed = int(torch.randint(2**62, ())) if seed is None else seed  # torch.manual_seed governs it
-
-    def row(self, position: int, like: torch.Tensor) -> torch.Tensor:
-        """`[V]` for this position, the same however often and in whatever block it is asked for."""
-        generator = torch.Generator(like.device).manual_seed((self.seed + position) % 2**63)
-        noise = torch.empty(like.shape[-1], device=like.device, dtype=torch.float32)
-        return -noise.exponential_(generator=generator).log()
-
-    def perturb(self, logits: torch.Tensor, position: int) -> torch.Tensor:
-        """`logits [1, Q, V]` of `position` and on, tempered and perturbed, in float32."""
-        rows = torch.stack([self.row(position + offset, logits) for offset in range(logits.shape[1])])
-        return logits.float() / self.temperature + rows
-
-
-class _Text:
-    """The committed tokens, counted by position: a token that happens to be the mask is a token like any other."""
-
-    def __init__(self, input_ids: torch.Tensor, options: DecodeOptions):
-        self.prompt, self.options, self.finished = input_ids, options, False
-        self.new: list[int] = []
-
-    @property
-    def length(self) -> int:
-        return self.prompt.shape[1] + len(self.new)
-
-    def commit(self, tokens: list[int]) -> int:
-        """Make tokens final, up to the budget and the first stop token; how many were."""
-        tokens = tokens[: self.options.max_new_tokens - len(self.new)]
-        stop = next((index for index, token in enumerate(tokens) if token in self.options.stop_token_ids), None)
-        tokens = tokens if stop is None else tokens[: stop + 1]
-        self.new.extend(tokens)
-        self.finished = stop is not None or len(self.new) >= self.options.max_new_tokens
-        if self.options.on_commit is not None:
-            self.options.on_commit(tokens)
-        return len(tokens)
-
-    def ids(self) -> torch.Tensor:
-        return torch.cat([self.prompt, self.prompt.new_tensor([self.new])], dim=1)
-
-
-def check_pair(config: Any, target: Any) -> None:
-    """Refuse a target that a draft with this config was not made for, or that no draft can decode.
-
-    Raises:
-        ValueError: with both numbers.
+    Args:
+        prompt: the prompt and what `generate` prepared with it.
+        keep: of "scores" and "logits", those to keep of every committed token.
     """
-    if not hasattr(target, "get_output_embeddings"):
-        raise ValueError(f"target is {target!r}; pass the loaded model, not its name.")
-    if target.config.is_encoder_decoder or target.get_output_embeddings() is None:
-        raise ValueError(f"{type(target).__name__} is no decoder-only language model; a draft needs one as its target.")
-    text = target.config.get_text_config(decoder=True)
-    _refuse_moving_rope(text)
-    rows = target.get_input_embeddings().num_embeddings
-    config.check_target(text.hidden_size, text.num_hidden_layers, text.vocab_size, rows)
-    decoder_layers(target)
 
+    def __init__(self, draft: Any, model: Any, prompt: Prompt, texts: Texts, chooser: Chooser, keep: tuple = ()):
+        self.draft, self.model, self.prompt, self.texts, self.chooser = draft, model, prompt, texts, chooser
+        self.target = Target(model, tuple(draft.config.target_layer_ids))
+        self.drafter = Drafter(draft, model, prompt.hidden)
+        self.kept: dict[str, list[list[torch.Tensor]]] = {name: [[] for _ in texts.new] for name in keep}
+        self.masks: Masks | None = None
+        rows, device = len(texts.new), prompt.device
+        self.steps = torch.arange(draft.config.block_size, device=device)
+        self.start = torch.full((rows,), prompt.width - 1, device=device)  # [B], the column of each row's last token
+        self.anchor = prompt.input_ids[:, -1:]  # [B, 1], that token
+        self.active = torch.ones_like(self.start)  # [B], 0 where the text has ended
 
-def _refuse_moving_rope(text: Any) -> None:
-    """Refuse rotary frequencies that depend on the length so far: a rejected token would change them for good."""
-    rope = getattr(text, "rope_parameters", None) or {}
-    forms = [rope, *(form for form in rope.values() if isinstance(form, dict))]
-    for kind in {form.get("rope_type") for form in forms} & {"dynamic", "longrope"}:
-        raise ValueError(
-            f"{text.model_type} uses rotary embeddings of type {kind}, which change with the length of the text and "
-            "are not put back after a rejected token, so it is not decoded here: its text could come out wrong."
+    @property
+    def columns(self) -> list[int]:
+        """The column of each row's last token, as far as it is committed."""
+        return [self.prompt.width + len(new) - 1 for new in self.texts.new]
+
+    def prefill(self) -> None:
+        """The prompt through the target, its context features through the draft, and the first token of each row."""
+        done = take_over(self.prompt.cache, self.target, self.drafter)
+        for first, last in self.prompt.chunks(done, recurrent=bool(self.target.recurrence.states)):
+            logits = self._prompt_logits(first, last)
+            self.drafter.absorb(self.target.taps.take(self.draft.device, self.draft.dtype), first)
+        root = Proposal(self.anchor)
+        choices = self.choose(root, logits[:, None].to(self.start.device))
+        self._commit(choices, torch.zeros_like(self.start))
+
+    def _prompt_logits(self, first: int, last: int) -> torch.Tensor:
+        """`[B, V]`: of the last of the prompt's columns `first` to `last`, given those before."""
+        if first == 0:
+            return self.target.begin(self.prompt.model_inputs(self.model, last))
+        self.target.cache.reserve(last)
+        columns = torch.arange(first, last, device=self.prompt.device).expand(len(self.start), -1)
+        masks = Masks(self.prompt.widen(self.target.cache.capacity), columns[:, 0], last - first)
+        positions = self.prompt.positions[..., first:last]
+        return self.target.forward(self.prompt.ids(first, last), columns, positions, masks, keep=1)[:, -1]
+
+    def propose(self) -> Proposal:
+        """A chain: the anchor and the draft's tokens after it."""
+        columns, size = self.columns, len(self.steps)
+        logits = self.drafter.propose(self.anchor, self.start, max(columns) + size)
+        tokens = self.chooser.draft(logits, [range(column + 1, column + size) for column in columns])
+        return Proposal(torch.cat([self.anchor, tokens], dim=1))
+
+    def verify(self, proposal: Proposal) -> torch.Tensor:
+        """The target's logits after each position of the proposal, `[B, Q, V]`."""
+        cache, size = self.target.cache, proposal.tokens.shape[1]
+        cache.reserve(max(self.columns) + size)
+        self.masks = self._masks(proposal, self.prompt.widen(cache.capacity))
+        columns = self.start[:, None] + self.steps[:size]
+        positions = self.prompt.positions_at(self.start[:, None] + self.masks.depth)
+        self.target.recurrence.keep()
+        return self.target.forward(proposal.tokens, columns, positions, self.masks).to(columns.device)
+
+    def _masks(self, proposal: Proposal, hidden: torch.Tensor) -> Masks:
+        """The last cycle's masks, moved on, where they fit."""
+        if self.masks is None or self.masks.hidden is not hidden or proposal.parents is not None:
+            return Masks(hidden, self.start, proposal.tokens.shape[1], proposal.parents)
+        self.masks.move(self.start)
+        return self.masks
+
+    def choose(self, proposal: Proposal, logits: torch.Tensor) -> torch.Tensor:
+        """The target's own token after each position of the proposal, `[B, Q]`; -1 where its logits are NaN."""
+        depths = proposal.depths
+        prefixes = self.texts.prefixes(proposal.tokens, proposal.ways) if self.chooser.reads_text else None
+        scores = self.chooser.scores(logits, prefixes)
+        self.block = {"scores": scores, "logits": logits}
+        return self.chooser.choose(scores, [[column + depth + 1 for depth in depths] for column in self.columns])
+
+    def commit(
+        self, proposal: Proposal, choices: torch.Tensor, accepted: torch.Tensor, way: torch.Tensor
+    ) -> list[tuple[int, int]]:
+        """Make the choices along the way final, and leave every state as if nothing else had been in the block.
+
+        Returns:
+            For each row, how many drafted tokens were accepted and how many tokens the text kept.
+        """
+        start, features = self.start, self.target.taps.take(self.draft.device, self.draft.dtype)
+        if proposal.parents is not None:
+            choices = choices.gather(1, way)
+            self.block = {name: along(values, way) for name, values in self.block.items()}
+            features = along(features, way.to(features.device))
+            self.target.cache.move(start[:, None] + way, start[:, None] + self.steps[: way.shape[1]])
+        self.drafter.feed(features, start)
+        counts = self._commit(choices, accepted)
+        self.target.recurrence.settle([kept for _, kept in counts], way.shape[1])
+        return counts
+
+    def _commit(self, choices: torch.Tensor, accepted: torch.Tensor) -> list[tuple[int, int]]:
+        """The first `accepted [B]` + 1 of `choices [B, Q]` to each row's text, and every row to its new anchor."""
+        told = torch.cat([choices, accepted[:, None]], dim=1).tolist()  # the cycle's one transfer to the host
+        tokens = [row[: row[-1] + 1] for row in told]
+        if any(token < 0 for row, on in zip(tokens, self.texts.active, strict=True) if on for token in row):
+            raise ValueError(
+                f"The logits of {type(self.model).__name__} are NaN, so no token can be chosen: it may overflow in "
+                f"{self.model.dtype}, or its weights are broken."
+            )
+        kept = self.texts.commit(tokens)
+        for name, lines in self.kept.items():
+            for row, count in enumerate(kept):
+                lines[row].extend(self.block[name][row, :count].clone().unbind())
+        if self.texts.changed:
+            self.active = torch.tensor(self.texts.active, device=self.start.device).long()
+        self.start = self.start + (accepted + 1) * self.active
+        self.anchor = choices.gather(1, accepted[:, None])
+        return [(row[-1], count) for row, count in zip(told, kept, strict=True)]
+
+    def every_step(self, name: str) -> tuple[torch.Tensor, ...] | None:
+        """What was kept, `[B, V]` for each new column; zeros where a row had ended."""
+        if name not in self.kept:
+            return None
+        lines = self.kept[name]
+        longest = max(lines, key=len)
+        return tuple(
+            torch.stack([line[step] if step < len(line) else torch.zeros_like(longest[step]) for line in lines])
+            for step in range(min(len(longest), self.texts.longest))
         )
 
-
-def decoder_layers(target: Any) -> nn.ModuleList:
-    """The target's decoder layers, whose outputs are tapped.
-
-    Raises:
-        ValueError: they are not where transformers' models keep them.
-    """
-    layers = getattr(target.get_decoder(), "layers", None)
-    if layers is None:
-        raise ValueError(f"{type(target).__name__} shows no decoder layers to tap (`get_decoder().layers` is missing).")
-    return layers
+    def give_back(self) -> None:
+        """Leave in the cache that `generate` came with what plain `generate` would have left there."""
+        if self.prompt.cache_is_kept:
+            give_back(self)
 
 
-def embed_noise(embed: Any, ids: torch.Tensor) -> torch.Tensor:
-    """The target's embeddings of `ids [B, Q]`: `[B, Q, H]`. Drafts are trained without a norm inside the embedding."""
-    if getattr(embed, "embed_norm", None) is not None:
-        return nn.functional.embedding(ids, embed.weight)
-    return embed(ids)
-
-
-def _token_ids(tokens: Any) -> tuple[int, ...]:
-    """One id, several, a tensor of them, or None, as a tuple."""
-    if tokens is None:
-        return ()
-    found = tokens.flatten().tolist() if isinstance(tokens, torch.Tensor) else tokens
-    found = [found] if isinstance(found, int) else found
-    if isinstance(found, str) or not all(isinstance(token, int) for token in found):
-        raise ValueError(f"stop_token_ids is {tokens!r}; it must be token ids, such as [tokenizer.eos_token_id].")
-    return tuple(found)
-
-
-def _check_prompt(input_ids: torch.Tensor) -> None:
-    if not isinstance(input_ids, torch.Tensor) or input_ids.is_floating_point():
-        raise ValueError(f"input_ids is {type(input_ids).__name__}; pass a tensor of token ids, [1, P].")
-    shape = tuple(input_ids.shape)
-    if len(shape) != 2 or shape[0] != 1 or shape[1] == 0:
-        raise ValueError(f"input_ids has shape {shape}; decoding takes one row with at least one token, [1, P].")
+def along(values: torch.Tensor, way: torch.Tensor) -> torch.Tensor:
+    """`values [B, Q, D]` in the order of `way [B, Q]`."""
+    return values.gather(1, way[..., None].expand_as(values))

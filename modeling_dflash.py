@@ -29,8 +29,8 @@ from transformers.models.qwen3.modeling_qwen3 import (
 
 from .cache_dflash import rewindable_cache
 from .configuration_dflash import SLIDING, DFlashConfig
-from .generation_dflash import spec_generate
 from .repository_dflash import RepositoryMixin
+from .speculate_dflash import Speculate, spec_generate
 
 
 class DFlashRotaryEmbedding(Qwen3RotaryEmbedding):
@@ -77,11 +77,9 @@ class DFlashAttention(Qwen3Attention):
         read the first as packing.
         """
         sources = torch.cat([context_hidden_states, hidden_states], dim=1)  # [B, C + Q, H]
-        split = (hidden_states.shape[0], -1, self.head_dim)
-        query = self.q_norm(self.q_proj(hidden_states).unflatten(-1, split[1:])).transpose(1, 2)
-        key = self.k_norm(self.k_proj(sources).unflatten(-1, split[1:])).transpose(1, 2)
-        value = self.v_proj(sources).unflatten(-1, split[1:]).transpose(1, 2)
-        query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
+        query = self.q_norm(self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
+        query = rotate(query, *position_embeddings)
+        key, value = self.keys_and_values(sources, position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)  # [B, kv heads, K, head_dim]
 
@@ -100,6 +98,15 @@ class DFlashAttention(Qwen3Attention):
             **kwargs,
         )
         return self.o_proj(output.flatten(2)), weights
+
+
+    def keys_and_values(
+        self, sources: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of `sources [B, N, H]`, both `[B, kv heads, N, head_dim]`, the keys rotated."""
+        key = self.k_norm(self.k_proj(sources).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
+        value = self.v_proj(sources).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return rotate(key, *position_embeddings), value
 
 
 class DFlashDecoderLayer(Qwen3DecoderLayer):
@@ -121,6 +128,11 @@ class DFlashDraftModel(DFlashPreTrainedModel):
     """The DFlash 1 draft. It has no embedding and no head: both are the target's."""
 
     spec_generate = spec_generate
+
+    @property
+    def speculate(self) -> Speculate:
+        """The decoding function for the target's `generate`: `target.generate(..., custom_generate=draft.speculate)`."""
+        return Speculate(self)
 
     def __init__(self, config: DFlashConfig):
         super().__init__(config)
@@ -186,6 +198,18 @@ class DFlashDraftModel(DFlashPreTrainedModel):
                 **kwargs,
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def absorb(self, context_hidden_states: torch.Tensor, position_ids: torch.Tensor, past_key_values: Cache) -> None:
+        """Take context into the cache without predicting a block.
+
+        Args:
+            context_hidden_states `[B, C, taps * target_hidden_size]`: as in `forward`.
+            position_ids `[B, C]`: of those tokens.
+        """
+        features = self.hidden_norm(self.fc(context_hidden_states))  # [B, C, H]
+        position_embeddings = self.rotary_emb(features, position_ids)
+        for index, layer in enumerate(self.layers):
+            past_key_values.update(*layer.self_attn.keys_and_values(features, position_embeddings), index)
 
     def _check_inputs(self, noise_embeds: torch.Tensor, context_hidden_states: torch.Tensor) -> None:
         taps, width = len(self.config.target_layer_ids), self.config.target_hidden_size

@@ -1,0 +1,113 @@
+# Copyright 2026 the dflash-hub authors.
+# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+"""A conversation's cache, taken over at the start of a decode and left, at its end, as plain `generate` leaves it.
+
+This file travels with every pushed draft. The draft's own context rides along on the cache, so that the second turn of
+a conversation accepts as many tokens as the first; without it the draft sees the new turn only, and the text is the
+same.
+
+Shapes: B rows, L cached columns, H key and value heads, D head dim.
+"""
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, LinearAttentionLayer
+
+from .cache_dflash import ColumnLayer, Masks
+from .drafting_dflash import Drafter
+from .target_dflash import Target
+
+
+@dataclass
+class Companion:
+    """A draft's context for the columns of a target's cache."""
+
+    draft: "weakref.ref[Any]"
+    keys: Any
+    columns: int
+
+
+def take_over(cache: Cache | None, target: Target, drafter: Drafter) -> int:
+    """Copy what `cache` holds into the columns of target and draft; how many columns that is.
+
+    Raises:
+        ValueError: the cache keeps its keys and values in a form that is not theirs.
+    """
+    columns = 0 if cache is None else int(cache.get_seq_length())
+    if not columns:
+        return 0
+    target.cache.reserve(columns)
+    for index, (ours, theirs) in enumerate(zip(target.cache.layers, cache.layers, strict=True)):
+        if isinstance(ours, ColumnLayer):
+            _take_keys(ours, theirs, columns)
+        elif isinstance(ours, LinearAttentionLayer):
+            target.cache.layers[index] = target.recurrence.states[index] = _copy(theirs)
+    target.cache.seen = columns
+    companion = getattr(cache, "dflash", None)
+    if companion is not None and companion.draft() is drafter.draft and companion.columns == columns:
+        drafter.cache = companion.keys
+    else:
+        drafter.hide(columns)
+    return columns
+
+
+def _take_keys(ours: ColumnLayer, theirs: Any, columns: int) -> None:
+    if type(theirs).__name__ not in ("DynamicLayer", "DynamicSlidingWindowLayer"):
+        raise ValueError(
+            f"past_key_values holds a {type(theirs).__name__}; pass a DynamicCache, whose keys can be read as they are."
+        )
+    ours.lazy_initialization(theirs.keys, theirs.values)
+    ours.fill(columns - theirs.keys.shape[2], theirs.keys, theirs.values)
+
+
+def _copy(layer: LinearAttentionLayer) -> LinearAttentionLayer:
+    """A layer with copies of the states, so that the one given stays as it is until the end."""
+    fresh = LinearAttentionLayer(number_of_states=layer.number_of_states)
+    fresh.__dict__.update(layer.__dict__)
+    for name in ("conv_states", "recurrent_states"):
+        states = getattr(layer, name)
+        setattr(fresh, name, {key: None if state is None else state.clone() for key, state in states.items()})
+    for name in ("has_previous_state", "is_conv_states_initialized", "is_recurrent_states_initialized"):
+        setattr(fresh, name, dict(getattr(layer, name)))
+    return fresh
+
+
+def give_back(pair: Any) -> None:
+    """Leave every column but the last token's in the cache that `generate` came with, as views of our buffers."""
+    sequences = pair.texts.sequences()
+    columns = pair.prompt.width - pair.prompt.input_ids.shape[1] + sequences.shape[1] - 1
+    if len({len(new) for new in pair.texts.new}) > 1:
+        _complete(pair, sequences, columns)
+    for ours, theirs in zip(pair.target.cache.layers, pair.prompt.cache.layers, strict=True):
+        if isinstance(ours, ColumnLayer):
+            _give_keys(ours, theirs, columns)
+        elif isinstance(ours, LinearAttentionLayer):
+            theirs.__dict__.update(ours.__dict__)
+    pair.drafter.flush()
+    pair.prompt.cache.dflash = Companion(weakref.ref(pair.draft), pair.drafter.cache, columns)
+
+
+def _give_keys(ours: ColumnLayer, theirs: Any, columns: int) -> None:
+    first = 0 if ours.window is None else max(0, columns - ours.window + 1)
+    keys, values = (states[:, first:columns].transpose(1, 2) for states in (ours.keys, ours.values))
+    if not theirs.is_initialized:
+        theirs.lazy_initialization(keys, values)
+    theirs.keys, theirs.values = keys, values
+    if ours.window is not None:
+        theirs.cumulative_length = columns
+
+
+def _complete(pair: Any, sequences: torch.Tensor, columns: int) -> None:
+    """One more forward, where rows ended at different columns: the padding after an end is cached like any token."""
+    first = min(pair.columns)
+    before = pair.prompt.width - pair.prompt.input_ids.shape[1]
+    if first >= columns:
+        return
+    where = torch.arange(first, columns, device=sequences.device).expand(len(sequences), -1)
+    pair.target.cache.reserve(columns)
+    masks = Masks(pair.prompt.widen(pair.target.cache.capacity), where[:, 0], columns - first)
+    ids = sequences[:, first - before : columns - before]
+    pair.target.forward(ids, where, pair.prompt.positions_at(where), masks, keep=1)

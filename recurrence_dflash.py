@@ -1,0 +1,97 @@
+# Copyright 2026 the dflash-hub authors.
+# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+"""Taking back a block from layers that keep recurrent or convolutional state instead of keys and values.
+
+This file travels with every pushed draft. Such a state has no columns: it has swallowed the whole block. So it is kept
+from before the block, with what each mixer was given; after a rejection the mixers alone run again, over the accepted
+tokens. Rows that accepted the whole block are right as they are.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache, LinearAttentionLayer
+
+
+class Recurrence:
+    """The recurrent layers of a model and their states; nothing to do for a model without any."""
+
+    def __init__(self, cache: Cache, layers: nn.ModuleList):
+        self.states = {i: layer for i, layer in enumerate(cache.layers) if isinstance(layer, LinearAttentionLayer)}
+        self.mixers = {index: mixer(layers[index]) for index in self.states}
+        self.given: dict[int, tuple[tuple, dict[str, Any]]] = {}
+        self.before: dict[int, list[dict[int, torch.Tensor]]] = {}
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Keep what each mixer is given."""
+        hooks = [
+            module.register_forward_pre_hook(self._keeper(index), with_kwargs=True)
+            for index, module in self.mixers.items()
+        ]
+        try:
+            yield
+        finally:
+            self.given, self.before = {}, {}
+            for hook in hooks:
+                hook.remove()
+
+    def _keeper(self, index: int) -> Callable:
+        def keep(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            self.given[index] = (args, kwargs)
+
+        return keep
+
+    def keep(self) -> None:
+        """Copy every state as it is before a block; a mixer may write to them in place."""
+        for index, layer in self.states.items():
+            self.before[index] = [
+                {key: state.clone() for key, state in states.items() if state is not None}
+                for states in (layer.conv_states, layer.recurrent_states)
+            ]
+
+    def settle(self, committed: list[int], size: int) -> None:
+        """Leave the states as if each row had been given only its first `committed[row]` of `size` tokens."""
+        given = dict(self.given)
+        for count in sorted(set(committed) - {size}):
+            rows = [row for row, accepted in enumerate(committed) if accepted == count]
+            for index in self.states:
+                self._replay(index, rows, count, given[index])
+
+    def _replay(self, index: int, rows: list[int], count: int, given: tuple[tuple, dict[str, Any]]) -> None:
+        """Run one mixer again for some rows, over their first `count` tokens, and put their states back in place."""
+        layer = self.states[index]
+        after = (layer.conv_states, layer.recurrent_states)
+        conv, recurrent = ({key: state[rows] for key, state in states.items()} for states in self.before[index])
+        layer.conv_states, layer.recurrent_states = dict(conv), dict(recurrent)
+        if count:
+            args, kwargs = given
+            self.mixers[index](
+                *(_part(value, rows, count) for value in args),
+                **{name: _part(value, rows, count) for name, value in kwargs.items()},
+            )
+        for whole, part in zip(after, (layer.conv_states, layer.recurrent_states), strict=True):
+            for key, state in part.items():
+                whole[key][rows] = state
+        layer.conv_states, layer.recurrent_states = after
+
+
+def mixer(layer: nn.Module) -> nn.Module:
+    """The child of a decoder layer that keeps the state.
+
+    Raises:
+        ValueError: the layer does not hold one where transformers' hybrid models do.
+    """
+    for name in ("linear_attn", "mixer", "conv"):
+        found = getattr(layer, name, None)
+        if found is not None:
+            return found
+    raise ValueError(f"{type(layer).__name__} keeps recurrent state in a module that is not known here.")
+
+
+def _part(value: Any, rows: list[int], count: int) -> Any:
+    """The first `count` positions of some rows of a tensor `[B, Q, ...]`; anything else as it is."""
+    return value[rows][:, :count] if isinstance(value, torch.Tensor) and value.ndim > 1 else value

@@ -1,0 +1,229 @@
+# Copyright 2026 the dflash-hub authors.
+# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+"""The decoding function that a target's `generate` calls: `target.generate(..., custom_generate=draft.speculate)`.
+
+This file travels with every pushed draft. `generate` prepares everything, as for plain decoding; what has no meaning
+with a draft is refused here, with the reason.
+
+Shapes: B rows, P prompt tokens, T tokens of the longest text, V vocabulary.
+"""
+
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.utils import ModelOutput
+
+from .generation_dflash import DecodeStatistics, Pair, decode
+from .sampling_dflash import Chooser, PositionNoise, refuse_processors
+from .target_dflash import check_target
+from .text_dflash import Prompt, Stops, Texts
+
+DRAFT_SAMPLING = ("greedy", "coupled")
+
+
+class Speculate:
+    """A draft, as the decoding function of its target's `generate`.
+
+    Besides all that `generate` takes, it takes `statistics=DecodeStatistics()`, to be filled, and `draft_sampling=`:
+    "greedy" (the draft proposes its likeliest tokens) or "coupled" (when sampling, it draws them with the very noise
+    that the target draws with). Neither changes the text.
+    """
+
+    def __init__(self, draft: Any):
+        self.draft = draft
+
+    def __call__(
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        streamer: Any = None,
+        tokenizer: Any = None,
+        statistics: DecodeStatistics | None = None,
+        draft_sampling: str = "greedy",
+        **inputs: Any,
+    ) -> torch.Tensor | ModelOutput:
+        """Decode `input_ids [B, P]`; as `generate` returns it: `[B, T]`, or a dict with `sequences`.
+
+        Raises:
+            ValueError: the draft does not fit the target, the target cannot be decoded exactly, or something was asked
+                for that has no meaning with a draft.
+        """
+        streamer = streamer or _local("streamer", sys._getframe(1))
+        check_pair(self.draft.config, model)
+        refuse(generation_config, logits_processor, input_ids, inputs)
+        if draft_sampling not in DRAFT_SAMPLING:
+            raise ValueError(f"draft_sampling is {draft_sampling!r}; it must be one of {', '.join(DRAFT_SAMPLING)}.")
+        noise = PositionNoise() if generation_config.do_sample else None
+        pad = getattr(generation_config, "_pad_token_tensor", None)
+        texts = Texts(input_ids, Stops.of(stopping_criteria), 0 if pad is None else int(pad), streamer)
+        prompt = Prompt(input_ids, inputs, generation_config.return_dict_in_generate)
+        chooser = Chooser(logits_processor, noise, coupled=draft_sampling == "coupled")
+        pair = Pair(self.draft, model, prompt, texts, chooser, keep=_kept(generation_config))
+        decode(pair, statistics)
+        if streamer is not None:
+            streamer.end()
+        return _output(pair) if generation_config.return_dict_in_generate else texts.sequences()
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """What `generate` reads to learn which arguments of ours it may be given.
+
+        Up to 5.23 it drops `tokenizer`, which stop strings need, for every decoding function that is handed to it (and
+        `streamer`, for which see `_local`); here, where it is about to, it is put back among the arguments.
+        """
+        frame = sys._getframe(1)
+        while frame is not None and frame.f_code.co_filename == inspect.__file__:
+            frame = frame.f_back
+        prepared, arguments = _local("generation_mode_kwargs", frame), _local("kwargs", frame)
+        if isinstance(prepared, dict) and isinstance(arguments, dict) and "tokenizer" in prepared:
+            arguments["tokenizer"] = prepared["tokenizer"]
+        return inspect.signature(type(self).__call__.__get__(self))
+
+
+def _local(name: str, frame: Any) -> Any:
+    """A local variable of a frame of transformers' `generate`, which does not pass it on; None anywhere else."""
+    return frame.f_locals.get(name) if frame is not None and frame.f_globals.get("__name__") == GENERATE else None
+
+
+GENERATE = "transformers.generation.utils"
+
+
+def spec_generate(
+    self: Any,
+    target: Any,
+    input_ids: torch.Tensor,
+    max_new_tokens: int = 256,
+    stop_token_ids: list[int] | int | None = None,
+    temperature: float = 0.0,
+) -> torch.Tensor:
+    """Generate with `target`, sped up by this draft; the same call as z-lab/dflash's.
+
+    The target's own generation config plays no part in it: no penalties, no top-k. `target.generate(...,
+    custom_generate=draft.speculate)` honours it.
+
+    Args:
+        target: a causal language model of transformers.
+        input_ids `[B, P]`: the prompts, without padding.
+        max_new_tokens: budget of new tokens.
+        stop_token_ids: a text ends right after the first of these; None to use the whole budget.
+        temperature: 0 for exactly the target's greedy text; above, exactly its distribution.
+
+    Returns:
+        `[B, T]`: prompts and new tokens.
+
+    Raises:
+        ValueError: the target does not fit this draft, cannot be decoded exactly, or an argument is out of range.
+    """
+    stops = _token_ids(stop_token_ids)
+    _check_arguments(input_ids, max_new_tokens, temperature)
+    check_pair(self.config, target)
+    if max_new_tokens == 0:
+        return input_ids
+    plain = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=temperature > 0,
+        temperature=temperature or 1.0,
+        top_k=0,
+        eos_token_id=list(stops) or None,
+        pad_token_id=stops[0] if stops else 0,
+    )
+    return target.generate(
+        input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        generation_config=plain,
+        custom_generate=self.speculate,
+        use_model_defaults=False,
+    )
+
+
+def check_pair(config: Any, target: Any) -> None:
+    """Refuse a target that a draft with this config was not made for, or that no draft can decode.
+
+    Raises:
+        ValueError: with both numbers.
+    """
+    check_target(target)
+    text = target.config.get_text_config(decoder=True)
+    rows = target.get_input_embeddings().num_embeddings
+    config.check_target(text.hidden_size, text.num_hidden_layers, text.vocab_size, rows)
+
+
+def refuse(
+    config: GenerationConfig, processors: LogitsProcessorList, input_ids: torch.Tensor, inputs: dict[str, Any]
+) -> None:
+    """Refuse what has no meaning with a draft.
+
+    Raises:
+        ValueError: saying what, why, and what to do.
+    """
+    refuse_processors(processors)
+    cache = inputs.get("past_key_values")
+    reasons: dict[str, Callable[[], Any]] = {
+        "num_beams above 1: beams are searched with the scores of whole texts, a draft speeds up one text at a time": (
+            lambda: (config.num_beams or 1) > 1
+        ),
+        "penalty_alpha: contrastive search ranks several tokens by hidden states": lambda: config.penalty_alpha,
+        "dola_layers: DoLa takes its scores from two layers": lambda: config.dola_layers,
+        "output_attentions: attention over a block is not that of single tokens": lambda: config.output_attentions,
+        "output_hidden_states: of a block, only those of accepted tokens would count": (
+            lambda: config.output_hidden_states
+        ),
+        "inputs_embeds: the draft needs the token ids; pass input_ids": lambda: inputs.get("inputs_embeds") is not None,
+        "cache_implementation='quantized': its keys are not those of plain decoding once a token was rejected": (
+            lambda: config.cache_implementation == "quantized" or "Quantized" in type(cache).__name__
+        ),
+        "an offloaded cache: keys are kept on the target's device here": (
+            lambda: "offloaded" in str(config.cache_implementation) or getattr(cache, "offloading", False)
+        ),
+    }
+    for reason, asked in reasons.items():
+        if asked():
+            raise ValueError(f"A draft cannot be used with {reason}. Leave one of the two out.")
+    if input_ids.shape[1] == 0:
+        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; a prompt needs at least one token.")
+
+
+def _kept(config: GenerationConfig) -> tuple[str, ...]:
+    """What a returned dict is to hold of every token."""
+    wanted = {"scores": config.output_scores, "logits": config.output_logits}
+    return tuple(name for name, asked in wanted.items() if asked and config.return_dict_in_generate)
+
+
+def _output(pair: Pair) -> ModelOutput:
+    return GenerateDecoderOnlyOutput(
+        sequences=pair.texts.sequences(),
+        scores=pair.every_step("scores"),
+        logits=pair.every_step("logits"),
+        past_key_values=pair.prompt.cache,
+    )
+
+
+def _token_ids(tokens: Any) -> tuple[int, ...]:
+    """One id, several, a tensor of them, or None, as a tuple."""
+    if tokens is None:
+        return ()
+    found = tokens.flatten().tolist() if isinstance(tokens, torch.Tensor) else tokens
+    found = [found] if isinstance(found, int) else found
+    if isinstance(found, str) or not all(isinstance(token, int) for token in found):
+        raise ValueError(f"stop_token_ids is {tokens!r}; it must be token ids, such as [tokenizer.eos_token_id].")
+    return tuple(found)
+
+
+def _check_arguments(input_ids: torch.Tensor, max_new_tokens: int, temperature: float) -> None:
+    if not isinstance(input_ids, torch.Tensor) or input_ids.is_floating_point():
+        raise ValueError(f"input_ids is {type(input_ids).__name__}; pass a tensor of token ids, [B, P].")
+    if input_ids.ndim != 2 or input_ids.numel() == 0:
+        shape = tuple(input_ids.shape)
+        raise ValueError(f"input_ids has shape {shape}; decoding takes rows of at least one token, [B, P].")
+    if not isinstance(max_new_tokens, int) or max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens is {max_new_tokens!r}; it must be an int, 0 or more.")
+    if not isinstance(temperature, int | float) or not (temperature == 0 or 1e-5 <= temperature < float("inf")):
+        raise ValueError(f"temperature is {temperature}; it must be 0 (greedy) or a number from 1e-5 up.")

@@ -1,0 +1,258 @@
+# Copyright 2026 the dflash-hub authors.
+# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+"""The target while a draft speeds it up: which targets can be, their forwards over a block, and taking a block back.
+
+This file travels with every pushed draft. A prompt goes through the target exactly as in plain `generate`: its own
+attention, its own masks. After that the target's attention reads columns of a cache (`cache_dflash`), under masks of
+our own, until the decode ends; the target is then as it was found.
+
+Shapes: B rows, P prompt columns, N new positions, Q block positions, V vocabulary, F taps * target hidden size.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .cache_dflash import ColumnCache, Masks
+from .recurrence_dflash import Recurrence
+
+FAMILIES = frozenset(
+    "qwen2 qwen3 qwen3_moe llama mistral gemma2 gemma3_text gemma4_text gemma4_unified_text gpt_oss glm4_moe minimax_m2 "
+    "deepseek_v3 qwen3_next qwen3_5_text qwen3_5_moe_text lfm2 nemotron_h".split()
+)
+"""Text model types that are known to decode here token for token like their own `generate`."""
+
+_LAYERS = {"DynamicLayer", "DynamicSlidingWindowLayer", "LinearAttentionLayer", "DummyLayer"}
+
+
+class BlockAttention:
+    """Attention over columns of a cache, under masks by position, in place of a model's own.
+
+    Args:
+        kinds: of each layer, its window (None for all) and whether it is causal.
+
+    While active, the model's configs name this attention, for which transformers builds no masks. The model's
+    `sdpa` attention runs with its query heads packed by key head, so that keys are never repeated; `eager` attention,
+    and what only it can do (sinks, soft caps), is the model's own.
+    """
+
+    def __init__(self, model: nn.Module, kinds: list[tuple[int | None, bool]]):
+        configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+        self.configs = [config for config in configs.values() if hasattr(config, "_attn_implementation_internal")]
+        self.kinds, self.name = kinds, f"dflash_columns_{id(self):x}"
+        self.masks: Masks | None = None
+        self.length = 0
+        self.own = model.config.get_text_config(decoder=True)._attn_implementation
+
+    @contextmanager
+    def active(self, masks: Masks, length: int) -> Iterator[None]:
+        """Attention reads `length` columns under `masks`."""
+        before = [config._attn_implementation_internal for config in self.configs]
+        self.masks, self.length = masks, length
+        ALL_ATTENTION_FUNCTIONS[self.name] = self.attend
+        try:
+            for config in self.configs:
+                config._attn_implementation_internal = self.name
+            yield
+        finally:
+            for config, name in zip(self.configs, before, strict=True):
+                config._attn_implementation_internal = name
+            del ALL_ATTENTION_FUNCTIONS[self.name]
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`query [B, G * H, Q, D]` over `key, value [B, H, L, D]`: `[B, Q, G * H, D]`, and no weights."""
+        special = any(kwargs.get(name) is not None for name in ("softcap", "s_aux"))  # which `sdpa` passes over
+        eager = self.own == "eager" or (special and self.own != "sdpa")
+        groups = 1 if eager else query.shape[1] // key.shape[1]
+        mask = self._mask(module, groups, query)
+        if eager:
+            return own_eager(module)(module, query, key, value, mask, scaling=scaling, **kwargs)
+        packed = query.unflatten(1, (key.shape[1], groups)).flatten(2, 3)  # [B, H, G * Q, D]
+        output = scaled_dot_product_attention(packed, key, value, attn_mask=mask, scale=scaling)
+        return output.unflatten(2, (groups, query.shape[2])).flatten(1, 2).transpose(1, 2).contiguous(), None
+
+    def _mask(self, module: Any, groups: int, query: torch.Tensor) -> torch.Tensor:
+        """`[B, 1, G * Q, L]`, additive."""
+        assert self.masks is not None  # attention only comes here while active
+        return self.masks.get(*self.kinds[module.layer_idx], groups, query)[..., : self.length]
+
+
+def own_eager(module: nn.Module) -> Callable:
+    """The plain attention function of the file that defines `module`."""
+    return sys.modules[type(module).__module__].eager_attention_forward
+
+
+class Taps:
+    """Outputs of the tapped layers in one target forward."""
+
+    def __init__(self, layers: nn.ModuleList, ids: tuple[int, ...]):
+        self.layers, self.ids = layers, ids
+        self.kept: dict[int, torch.Tensor] = {}
+
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        hooks = [self.layers[index].register_forward_hook(self._keeper(index)) for index in self.ids]
+        try:
+            yield
+        finally:
+            self.kept = {}
+            for hook in hooks:
+                hook.remove()
+
+    def _keeper(self, index: int) -> Callable:
+        def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+            self.kept[index] = output[0] if isinstance(output, tuple) else output
+
+        return keep
+
+    def take(self, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        """The context features `[B, N, F]` of the last forward, on the draft's device and in its dtype."""
+        kept, self.kept = self.kept, {}
+        return torch.cat([kept[index].to(device) for index in self.ids], dim=-1).to(dtype)
+
+
+class Target:
+    """A target's forwards while it decodes, over a cache of columns."""
+
+    def __init__(self, model: Any, taps: tuple[int, ...]):
+        text = model.config.get_text_config(decoder=True)
+        self.model = model
+        self.layers = decoder_layers(model)
+        template = DynamicCache(config=text)
+        self.cache = ColumnCache(template)
+        self.attention = BlockAttention(model, [(window, True) for window in windows(text, template)])
+        self.taps = Taps(self.layers, taps)
+        self.recurrence = Recurrence(self.cache, self.layers)
+
+    @contextmanager
+    def decoding(self) -> Iterator[None]:
+        """Everything that watches the target, put in place, and taken away again whatever happens."""
+        with self.taps.collecting(), self.recurrence.recording():
+            yield
+
+    def begin(self, inputs: dict[str, Any]) -> torch.Tensor:
+        """The beginning of a text, as plain `generate` computes it; logits of its last position, `[B, V]`.
+
+        Args:
+            inputs: what `prepare_inputs_for_generation` made of the prompt.
+        """
+        self.cache.writes = None
+        length = inputs["input_ids"].shape[1]
+        self.cache.reserve(length)
+        # As a tensor: given a number, some models skip positions in their upper layers, and taps need them all.
+        keep = torch.tensor([length - 1], device=self.model.device)
+        ours = {"past_key_values": self.cache, "use_cache": True, "logits_to_keep": keep, "return_dict": True}
+        logits = self.model(**(inputs | ours)).logits
+        self.cache.seen = length
+        return logits[:, -1]
+
+    def forward(
+        self, ids: torch.Tensor, columns: torch.Tensor, positions: torch.Tensor, masks: Masks, keep: int = 0
+    ) -> torch.Tensor:
+        """Logits `[B, N, V]` of `ids [B, N]` at `columns [B, N]`, with `positions [B, N]` or `[3, B, N]`.
+
+        Args:
+            keep: how many of the last positions to give logits of; 0 for all.
+        """
+        self.cache.write_at(columns)
+        last = torch.arange(ids.shape[1] - keep, ids.shape[1], device=ids.device) if keep else 0
+        with self.attention.active(masks, self.cache.length):
+            return self.model(
+                input_ids=ids,
+                position_ids=positions,
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=last,
+                return_dict=True,
+            ).logits
+
+
+def windows(text: Any, template: DynamicCache) -> list[int | None]:
+    """The sliding window of each layer; None where it sees everything."""
+    kinds = getattr(text, "layer_types", None)
+    if kinds is None:
+        return [getattr(layer, "sliding_window", None) for layer in template.layers]
+    return [text.sliding_window if kind == "sliding_attention" else None for kind in kinds]
+
+
+def check_target(target: Any) -> None:
+    """Refuse what cannot be decoded exactly, by name, before the first token.
+
+    Raises:
+        ValueError: saying what the target is, and why it is refused.
+    """
+    if not hasattr(target, "get_output_embeddings"):
+        raise ValueError(f"target is {target!r}; pass the loaded model, not its name.")
+    if target.config.is_encoder_decoder or target.get_output_embeddings() is None:
+        raise ValueError(f"{type(target).__name__} is no decoder-only language model; a draft needs one as its target.")
+    text = target.config.get_text_config(decoder=True)
+    _refuse_moving_rope(text)
+    _refuse_unknown_state(text)
+    if text.model_type not in FAMILIES:
+        raise ValueError(
+            f"{text.model_type} is not a family that is known to decode exactly here ({', '.join(sorted(FAMILIES))}), "
+            "so it is refused rather than tried."
+        )
+    decoder_layers(target)
+
+
+def _refuse_unknown_state(text: Any) -> None:
+    """Refuse layers whose state is neither keys and values by column nor put back by `Recurrence`."""
+    layers = DynamicCache(config=text).layers
+    kinds = sorted({type(layer).__name__ for layer in layers} - _LAYERS)
+    chunked = "chunked_attention" in (getattr(text, "layer_types", None) or ())
+    if kinds or chunked or not any(isinstance(layer, CacheLayerMixin) for layer in layers):
+        what = ", ".join(kinds) or ("chunked attention" if chunked else "no attention layer at all")
+        raise ValueError(
+            f"{text.model_type} keeps state that cannot be put back exactly after a rejected token ({what}), so it is "
+            "not decoded here: its text could come out wrong."
+        )
+
+
+def _refuse_moving_rope(text: Any) -> None:
+    """Refuse rotary frequencies that depend on the length so far: a rejected token would change them for good."""
+    rope = getattr(text, "rope_parameters", None) or {}
+    forms = [rope, *(form for form in rope.values() if isinstance(form, dict))]
+    for kind in {form.get("rope_type") for form in forms} & {"dynamic", "longrope"}:
+        raise ValueError(
+            f"{text.model_type} uses rotary embeddings of type {kind}, which change with the length of the text and "
+            "are not put back after a rejected token, so it is not decoded here: its text could come out wrong."
+        )
+
+
+def decoder_layers(target: Any) -> nn.ModuleList:
+    """The target's decoder layers, whose outputs are tapped.
+
+    Raises:
+        ValueError: they are not where transformers' models keep them.
+    """
+    layers = getattr(target.get_decoder(), "layers", None)
+    if layers is None:
+        raise ValueError(f"{type(target).__name__} shows no decoder layers to tap (`get_decoder().layers` is missing).")
+    return layers
+
+
+def embed_noise(embed: Any, ids: torch.Tensor) -> torch.Tensor:
+    """The target's embeddings of `ids [B, Q]`: `[B, Q, H]`. Drafts are trained without a norm inside the embedding."""
+    if getattr(embed, "embed_norm", None) is not None:
+        return nn.functional.embedding(ids, embed.weight)
+    return embed(ids)
+
+
+__all__ = ["FAMILIES", "Cache", "Target", "check_target"]
