@@ -58,8 +58,9 @@ class Recurrence:
         given = dict(self.given)
         for count in sorted(set(committed) - {size}):
             rows = [row for row, accepted in enumerate(committed) if accepted == count]
-            for index in self.states:
-                self._replay(index, rows, count, given[index])
+            for index, states in self.before.items():
+                if any(states):  # some versions count layers without a mixer as recurrent; those never hold a state
+                    self._replay(index, rows, count, given[index])
 
     def _replay(self, index: int, rows: list[int], count: int, given: tuple[tuple, dict[str, Any]]) -> None:
         """Run one mixer again for some rows, over their first `count` tokens, and put their states back in place."""
