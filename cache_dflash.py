@@ -163,24 +163,27 @@ class Masks:
         self.hidden, self.start, self.size = hidden, start, size
         self.ancestors = chain(size, start.device) if parents is None else ancestors(parents)
         self.depth = self.ancestors.sum(-1) - 1  # [Q]
+        self.steps = torch.arange(size, device=start.device)  # [Q]
+        self.near = torch.arange(-size, size, device=start.device)
         self.kept: dict[tuple, torch.Tensor] = {}
 
-    def get(self, window: int | None, causal: bool, groups: int, like: torch.Tensor) -> torch.Tensor:
-        """`[B, 1, groups * Q, S]`, 0 where visible and -inf elsewhere, on the device and in the dtype of `like`."""
-        kind = (window, causal, groups, like.dtype, like.device)
+    def get(
+        self, window: int | None, causal: bool, groups: int, dtype: torch.dtype, device: torch.device
+    ) -> torch.Tensor:
+        """`[B, 1, groups * Q, S]`, 0 where visible and -inf elsewhere."""
+        kind = (window, causal, groups, dtype, device)
         if kind not in self.kept:
             everything = torch.arange(self.hidden.shape[1], device=self.start.device)[None]
             values = self._values(everything.expand(len(self.start), -1), window, causal)
-            values = values.to(like.device, like.dtype)[:, None, None]
+            values = values.to(device, dtype)[:, None, None]
             self.kept[kind] = values.expand(-1, 1, groups, -1, -1).contiguous()
         return self.kept[kind].flatten(2, 3)
 
     def move(self, start: torch.Tensor) -> None:
         """The blocks now begin at `start [B]`, at most Q columns after where they began."""
         self.start = start
-        near = torch.arange(-self.size, self.size, device=start.device)
         for (window, causal, _, dtype, device), mask in self.kept.items():
-            regions = near if window is None else torch.cat([near, near - window])
+            regions = self.near if window is None else torch.cat([self.near, self.near - window])
             columns = (start[:, None] + regions).clamp_min(0)
             values = self._values(columns, window, causal).to(device, dtype)[:, None, None]
             index = columns.to(device)[:, None, None, None].expand(*mask.shape[:-1], -1)
@@ -207,7 +210,7 @@ class Masks:
             there = torch.where(inside, self.depth[offset.clamp(0, self.size - 1)], offset)
             distance = self.depth[:, None] - there[:, None]  # [B, Q, M]
             seen = seen & (distance.abs() < window)
-        itself = offset[:, None] == torch.arange(self.size, device=offset.device)[:, None]
+        itself = offset[:, None] == self.steps[:, None]
         return (seen & ~self.hidden.gather(1, columns)[:, None]) | itself
 
 
@@ -227,6 +230,12 @@ def ancestors(parents: torch.Tensor) -> torch.Tensor:
         if parent >= 0:
             found[position] |= found[parent]
     return found
+
+
+def widen(hidden: torch.Tensor, columns: int) -> torch.Tensor:
+    """`hidden [B, S]` with at least this many columns, none of the new ones hidden; itself where it has them."""
+    missing = columns - hidden.shape[1]
+    return torch.nn.functional.pad(hidden, (0, missing)) if missing > 0 else hidden
 
 
 def rewindable_cache(config: Any) -> Cache:

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from .cache_dflash import Masks, ancestors
+from .cache_dflash import Masks, ancestors, widen
 from .drafting_dflash import Drafter
-from .handover_dflash import give_back, take_over
+from .handover_dflash import take_over
 from .sampling_dflash import Chooser
 from .target_dflash import Target
 from .text_dflash import Prompt, Texts
@@ -145,21 +145,19 @@ def decode(pair: "Pair", statistics: DecodeStatistics | None = None) -> None:
         ValueError: the target's logits are not numbers.
     """
     recorder = Recorder(statistics, pair.draft.device)
-    with pair.target.decoding():
-        with recorder.phase("prefill"):
-            pair.prefill()
-        while not pair.texts.finished:
-            with recorder.phase("draft"):
-                proposal = pair.propose()  # draft: a tree of tokens, [B, Q], with the anchor as its root
-            with recorder.phase("verify"):
-                logits = pair.verify(proposal)  # [B, Q, V]
-            with recorder.phase("rest"):
-                choices = pair.choose(proposal, logits)  # [B, Q]: the target's own token after each position
-                accepted, way = accept(proposal, choices)  # how many drafted tokens stay, and which
-                counts = pair.commit(proposal, choices, accepted, way)  # to the texts; the rest of the block is undone
-            if statistics is not None:
-                statistics.count(counts, proposal.tokens.shape[1])
-        pair.give_back()
+    with recorder.phase("prefill"):
+        pair.prefill()
+    while not pair.texts.finished:
+        with recorder.phase("draft"):
+            proposal = pair.propose()  # draft: a tree of tokens, [B, Q], with the anchor as its root
+        with recorder.phase("verify"):
+            logits = pair.verify(proposal)  # [B, Q, V]
+        with recorder.phase("rest"):
+            choices = pair.choose(proposal, logits)  # [B, Q]: the target's own token after each position
+            accepted, way = accept(proposal, choices)  # how many drafted tokens stay, and which
+            counts = pair.commit(proposal, choices, accepted, way)  # to the texts; the rest of the block is undone
+        if statistics is not None:
+            statistics.count(counts, proposal.tokens.shape[1])
 
 
 class Pair:
@@ -170,16 +168,14 @@ class Pair:
         keep: of "scores" and "logits", those to keep of every committed token.
     """
 
-    def __init__(self, draft: Any, model: Any, prompt: Prompt, texts: Texts, chooser: Chooser, keep: tuple = ()):
-        self.draft, self.model, self.prompt, self.texts, self.chooser = draft, model, prompt, texts, chooser
-        self.target = Target(model, tuple(draft.config.target_layer_ids))
-        self.drafter = Drafter(draft, model, prompt.hidden)
+    def __init__(self, target: Target, drafter: Drafter, prompt: Prompt, texts: Texts, chooser: Chooser, keep: tuple):
+        self.target, self.drafter, self.prompt, self.texts, self.chooser = target, drafter, prompt, texts, chooser
+        self.draft, self.model = drafter.draft, target.model
         self.kept: dict[str, list[list[torch.Tensor]]] = {name: [[] for _ in texts.new] for name in keep}
         self.masks: Masks | None = None
-        rows, device = len(texts.new), prompt.device
-        self.steps = torch.arange(draft.config.block_size, device=device)
-        self.start = torch.full((rows,), prompt.width - 1, device=device)  # [B], the column of each row's last token
-        self.anchor = prompt.input_ids[:, -1:]  # [B, 1], that token
+        self.hidden, self.end = prompt.hidden, prompt.end
+        self.start = torch.full((len(texts.new),), prompt.width - 1, device=prompt.device)  # [B], of each row's anchor
+        self.anchor = prompt.input_ids[:, -1:]  # [B, 1], each row's last token
         self.active = torch.ones_like(self.start)  # [B], 0 where the text has ended
 
     @property
@@ -192,44 +188,33 @@ class Pair:
         done = take_over(self.prompt.cache, self.target, self.drafter)
         for first, last in self.prompt.chunks(done, recurrent=bool(self.target.recurrence.states)):
             logits = self._prompt_logits(first, last)
-            self.drafter.absorb(self.target.taps.take(self.draft.device, self.draft.dtype), first)
-        root = Proposal(self.anchor)
-        choices = self.choose(root, logits[:, None].to(self.start.device))
+            self.drafter.absorb(self.target.taps.take(), first)
+        choices = self.choose(Proposal(self.anchor), logits[:, None].to(self.start.device))
         self._commit(choices, torch.zeros_like(self.start))
 
     def _prompt_logits(self, first: int, last: int) -> torch.Tensor:
         """`[B, V]`: of the last of the prompt's columns `first` to `last`, given those before."""
         if first == 0:
             return self.target.begin(self.prompt.model_inputs(self.model, last))
-        self.target.cache.reserve(last)
         columns = torch.arange(first, last, device=self.prompt.device).expand(len(self.start), -1)
-        masks = Masks(self.prompt.widen(self.target.cache.capacity), columns[:, 0], last - first)
         positions = self.prompt.positions[..., first:last]
-        return self.target.forward(self.prompt.ids(first, last), columns, positions, masks, keep=1)[:, -1]
+        return self.target.go_on(self.prompt.ids(first, last), columns, positions, self.hidden)
 
     def propose(self) -> Proposal:
         """A chain: the anchor and the draft's tokens after it."""
-        columns, size = self.columns, len(self.steps)
+        columns, size = self.columns, self.drafter.size
         logits = self.drafter.propose(self.anchor, self.start, max(columns) + size)
         tokens = self.chooser.draft(logits, [range(column + 1, column + size) for column in columns])
         return Proposal(torch.cat([self.anchor, tokens], dim=1))
 
     def verify(self, proposal: Proposal) -> torch.Tensor:
         """The target's logits after each position of the proposal, `[B, Q, V]`."""
-        cache, size = self.target.cache, proposal.tokens.shape[1]
-        cache.reserve(max(self.columns) + size)
-        self.masks = self._masks(proposal, self.prompt.widen(cache.capacity))
-        columns = self.start[:, None] + self.steps[:size]
-        positions = self.prompt.positions_at(self.start[:, None] + self.masks.depth)
-        self.target.recurrence.keep()
-        return self.target.forward(proposal.tokens, columns, positions, self.masks).to(columns.device)
-
-    def _masks(self, proposal: Proposal, hidden: torch.Tensor) -> Masks:
-        """The last cycle's masks, moved on, where they fit."""
-        if self.masks is None or self.masks.hidden is not hidden or proposal.parents is not None:
-            return Masks(hidden, self.start, proposal.tokens.shape[1], proposal.parents)
-        self.masks.move(self.start)
-        return self.masks
+        size = proposal.tokens.shape[1]
+        self.target.cache.reserve(max(self.columns) + size)
+        self.hidden = widen(self.hidden, self.target.cache.capacity)
+        if self.masks is None or self.masks.hidden is not self.hidden or proposal.parents is not None:
+            self.masks = Masks(self.hidden, self.start, size, proposal.parents)
+        return self.target.verify(proposal.tokens, self.start, self.masks, self.end).to(self.start.device)
 
     def choose(self, proposal: Proposal, logits: torch.Tensor) -> torch.Tensor:
         """The target's own token after each position of the proposal, `[B, Q]`; -1 where its logits are NaN."""
@@ -247,12 +232,12 @@ class Pair:
         Returns:
             For each row, how many drafted tokens were accepted and how many tokens the text kept.
         """
-        start, features = self.start, self.target.taps.take(self.draft.device, self.draft.dtype)
+        start, features = self.start, self.target.features
         if proposal.parents is not None:
             choices = choices.gather(1, way)
             self.block = {name: along(values, way) for name, values in self.block.items()}
             features = along(features, way.to(features.device))
-            self.target.cache.move(start[:, None] + way, start[:, None] + self.steps[: way.shape[1]])
+            self.target.cache.move(start[:, None] + way, start[:, None] + self.masks.steps)
         self.drafter.feed(features, start)
         counts = self._commit(choices, accepted)
         self.target.recurrence.settle([kept for _, kept in counts], way.shape[1])
@@ -287,11 +272,6 @@ class Pair:
             torch.stack([line[step] if step < len(line) else torch.zeros_like(longest[step]) for line in lines])
             for step in range(min(len(longest), self.texts.longest))
         )
-
-    def give_back(self) -> None:
-        """Leave in the cache that `generate` came with what plain `generate` would have left there."""
-        if self.prompt.cache_is_kept:
-            give_back(self)
 
 
 def along(values: torch.Tensor, way: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, LinearAttentionLayer
 
-from .cache_dflash import ColumnLayer, Masks
+from .cache_dflash import ColumnLayer
 from .drafting_dflash import Drafter
 from .target_dflash import Target
 
@@ -77,6 +77,8 @@ def _copy(layer: LinearAttentionLayer) -> LinearAttentionLayer:
 
 def give_back(pair: Any) -> None:
     """Leave every column but the last token's in the cache that `generate` came with, as views of our buffers."""
+    if not pair.prompt.cache_is_kept:
+        return
     sequences = pair.texts.sequences()
     columns = pair.prompt.width - pair.prompt.input_ids.shape[1] + sequences.shape[1] - 1
     if len({len(new) for new in pair.texts.new}) > 1:
@@ -107,7 +109,5 @@ def _complete(pair: Any, sequences: torch.Tensor, columns: int) -> None:
     if first >= columns:
         return
     where = torch.arange(first, columns, device=sequences.device).expand(len(sequences), -1)
-    pair.target.cache.reserve(columns)
-    masks = Masks(pair.prompt.widen(pair.target.cache.capacity), where[:, 0], columns - first)
     ids = sequences[:, first - before : columns - before]
-    pair.target.forward(ids, where, pair.prompt.positions_at(where), masks, keep=1)
+    pair.target.go_on(ids, where, pair.end + where, pair.hidden)

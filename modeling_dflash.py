@@ -132,7 +132,9 @@ class DFlashDraftModel(DFlashPreTrainedModel):
     @property
     def speculate(self) -> Speculate:
         """The decoding function for the target's `generate`: `target.generate(..., custom_generate=draft.speculate)`."""
-        return Speculate(self)
+        if "_speculate" not in self.__dict__:
+            self.__dict__["_speculate"] = Speculate(self)
+        return self.__dict__["_speculate"]
 
     def __init__(self, config: DFlashConfig):
         super().__init__(config)

@@ -10,7 +10,10 @@ Shapes: B rows, P prompt tokens, T tokens of the longest text, V vocabulary.
 
 import inspect
 import sys
-from collections.abc import Callable
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,9 +21,12 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.utils import ModelOutput
 
+from .capture_dflash import CAPTURE, settled
+from .drafting_dflash import Drafter
 from .generation_dflash import DecodeStatistics, Pair, decode
+from .handover_dflash import give_back
 from .sampling_dflash import Chooser, PositionNoise, refuse_processors
-from .target_dflash import check_target
+from .target_dflash import Target, check_target
 from .text_dflash import Prompt, Stops, Texts
 
 DRAFT_SAMPLING = ("greedy", "coupled")
@@ -36,6 +42,15 @@ class Speculate:
 
     def __init__(self, draft: Any):
         self.draft = draft
+        self.compiled: Session | None = None
+        """The last session, if it was compiled: what it was compiled to is good for the next text."""
+
+    def __reduce__(self) -> tuple:
+        return Speculate, (self.draft,)
+
+    def _session(self, model: Any) -> "Session":
+        kept = self.compiled
+        return kept if kept is not None and kept.target.model is model else Session(self.draft, model)
 
     def __call__(
         self,
@@ -48,6 +63,7 @@ class Speculate:
         tokenizer: Any = None,
         statistics: DecodeStatistics | None = None,
         draft_sampling: str = "greedy",
+        capture: str = "auto",
         **inputs: Any,
     ) -> torch.Tensor | ModelOutput:
         """Decode `input_ids [B, P]`; as `generate` returns it: `[B, T]`, or a dict with `sequences`.
@@ -59,15 +75,19 @@ class Speculate:
         streamer = streamer or _local("streamer", sys._getframe(1))
         check_pair(self.draft.config, model)
         refuse(generation_config, logits_processor, input_ids, inputs)
-        if draft_sampling not in DRAFT_SAMPLING:
-            raise ValueError(f"draft_sampling is {draft_sampling!r}; it must be one of {', '.join(DRAFT_SAMPLING)}.")
+        _one_of("draft_sampling", draft_sampling, DRAFT_SAMPLING)
+        _one_of("capture", capture, CAPTURE)
         noise = PositionNoise() if generation_config.do_sample else None
         pad = getattr(generation_config, "_pad_token_tensor", None)
         texts = Texts(input_ids, Stops.of(stopping_criteria), 0 if pad is None else int(pad), streamer)
         prompt = Prompt(input_ids, inputs, generation_config.return_dict_in_generate)
         chooser = Chooser(logits_processor, noise, coupled=draft_sampling == "coupled")
-        pair = Pair(self.draft, model, prompt, texts, chooser, keep=_kept(generation_config))
-        decode(pair, statistics)
+        session, how = self._session(model), settled(capture, model)
+        self.compiled = session if how == "compile" else None
+        with session.decoding(prompt, how):
+            pair = Pair(session.target, session.drafter, prompt, texts, chooser, _kept(generation_config))
+            decode(pair, statistics)
+            give_back(pair)
         if streamer is not None:
             streamer.end()
         return _output(pair) if generation_config.return_dict_in_generate else texts.sequences()
@@ -86,6 +106,28 @@ class Speculate:
         if isinstance(prepared, dict) and isinstance(arguments, dict) and "tokenizer" in prepared:
             arguments["tokenizer"] = prepared["tokenizer"]
         return inspect.signature(type(self).__call__.__get__(self))
+
+
+class Session:
+    """A target and a draft that decode together."""
+
+    _locks: "weakref.WeakKeyDictionary[Any, threading.RLock]" = weakref.WeakKeyDictionary()
+
+    def __init__(self, draft: Any, model: Any):
+        self.target = Target(model, tuple(draft.config.target_layer_ids))
+        self.drafter = Drafter(draft, model)
+
+    @contextmanager
+    def decoding(self, prompt: Prompt, how: str) -> Iterator[None]:
+        """Target and draft made ready, and left as they were found whatever happens; one decode at a time."""
+        lock = self._locks.setdefault(self.target.model, threading.RLock())
+        with lock, torch.no_grad(), self.target.decoding(how), self.drafter.decoding(prompt.hidden, how):
+            yield
+
+
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(known)}.")
 
 
 def _local(name: str, frame: Any) -> Any:

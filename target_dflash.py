@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+from transformers.cache_utils import CacheLayerMixin, DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .cache_dflash import ColumnCache, Masks
+from .cache_dflash import ColumnCache, Masks, widen
+from .capture_dflash import Captured
 from .recurrence_dflash import Recurrence
 
 FAMILIES = frozenset(
@@ -49,6 +50,8 @@ class BlockAttention:
         self.kinds, self.name = kinds, f"dflash_columns_{id(self):x}"
         self.masks: Masks | None = None
         self.length = 0
+        self.wanted: set[tuple] = set()
+        """Which masks this model's layers asked for: made, the next time, before anything runs."""
         self.own = model.config.get_text_config(decoder=True)._attn_implementation
 
     @contextmanager
@@ -56,6 +59,9 @@ class BlockAttention:
         """Attention reads `length` columns under `masks`."""
         before = [config._attn_implementation_internal for config in self.configs]
         self.masks, self.length = masks, length
+        if not masks.kept:
+            for kind in self.wanted:
+                masks.get(*kind)
         ALL_ATTENTION_FUNCTIONS[self.name] = self.attend
         try:
             for config in self.configs:
@@ -90,7 +96,11 @@ class BlockAttention:
     def _mask(self, module: Any, groups: int, query: torch.Tensor) -> torch.Tensor:
         """`[B, 1, G * Q, L]`, additive."""
         assert self.masks is not None  # attention only comes here while active
-        return self.masks.get(*self.kinds[module.layer_idx], groups, query)[..., : self.length]
+        window, causal = self.kinds[module.layer_idx]
+        kind = (window, causal, groups, query.dtype, query.device)
+        if kind not in self.masks.kept:
+            self.wanted.add(kind)
+        return self.masks.get(*kind)[..., : self.length]
 
 
 def own_eager(module: nn.Module) -> Callable:
@@ -104,14 +114,15 @@ class Taps:
     def __init__(self, layers: nn.ModuleList, ids: tuple[int, ...]):
         self.layers, self.ids = layers, ids
         self.kept: dict[int, torch.Tensor] = {}
+        self.keepers = {index: self._keeper(index) for index in ids}
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
-        hooks = [self.layers[index].register_forward_hook(self._keeper(index)) for index in self.ids]
+        hooks = [self.layers[index].register_forward_hook(keep) for index, keep in self.keepers.items()]
         try:
             yield
         finally:
-            self.kept = {}
+            self.kept.clear()
             for hook in hooks:
                 hook.remove()
 
@@ -121,30 +132,47 @@ class Taps:
 
         return keep
 
-    def take(self, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-        """The context features `[B, N, F]` of the last forward, on the draft's device and in its dtype."""
-        kept, self.kept = self.kept, {}
-        return torch.cat([kept[index].to(device) for index in self.ids], dim=-1).to(dtype)
+    def take(self) -> torch.Tensor:
+        """The context features `[B, N, F]` of the last forward, on the device of its last tap."""
+        kept = [self.kept[index] for index in self.ids]
+        self.kept.clear()
+        return torch.cat([features.to(kept[-1].device) for features in kept], dim=-1)
 
 
 class Target:
-    """A target's forwards while it decodes, over a cache of columns."""
+    """A target's forwards while it decodes, over a cache of columns.
+
+    One of these is kept for a target and used for one decode after another; between decodes it holds no tensors.
+    """
 
     def __init__(self, model: Any, taps: tuple[int, ...]):
         text = model.config.get_text_config(decoder=True)
-        self.model = model
+        self.model, self.text = model, text
         self.layers = decoder_layers(model)
-        template = DynamicCache(config=text)
-        self.cache = ColumnCache(template)
-        self.attention = BlockAttention(model, [(window, True) for window in windows(text, template)])
+        self.attention = BlockAttention(model, [(window, True) for window in windows(text)])
         self.taps = Taps(self.layers, taps)
+        self.block = Captured(self._block, lambda: (self.cache.length, self.cache.capacity))
+        self.clear()
+
+    def clear(self) -> None:
+        """Back to no text at all."""
+        self.cache = ColumnCache(DynamicCache(config=self.text))
         self.recurrence = Recurrence(self.cache, self.layers)
+        self.masks: Masks | None = None
+        self.prompt_end: torch.Tensor | None = None
 
     @contextmanager
-    def decoding(self) -> Iterator[None]:
-        """Everything that watches the target, put in place, and taken away again whatever happens."""
-        with self.taps.collecting(), self.recurrence.recording():
-            yield
+    def decoding(self, how: str) -> Iterator[None]:
+        """Everything that watches the target, put in place, and taken away again whatever happens.
+
+        Args:
+            how: blocks are run, see `Captured`.
+        """
+        with self.taps.collecting(), self.recurrence.recording(), self.block.running(how):
+            try:
+                yield
+            finally:
+                self.clear()
 
     def begin(self, inputs: dict[str, Any]) -> torch.Tensor:
         """The beginning of a text, as plain `generate` computes it; logits of its last position, `[B, V]`.
@@ -162,32 +190,58 @@ class Target:
         self.cache.seen = length
         return logits[:, -1]
 
-    def forward(
-        self, ids: torch.Tensor, columns: torch.Tensor, positions: torch.Tensor, masks: Masks, keep: int = 0
+    def go_on(
+        self, ids: torch.Tensor, columns: torch.Tensor, positions: torch.Tensor, hidden: torch.Tensor
     ) -> torch.Tensor:
-        """Logits `[B, N, V]` of `ids [B, N]` at `columns [B, N]`, with `positions [B, N]` or `[3, B, N]`.
+        """A further part of a text, `ids [B, N]` at the same `columns [B, N]` in every row; logits as in `begin`.
 
         Args:
-            keep: how many of the last positions to give logits of; 0 for all.
+            positions `[B, N]` or `[3, B, N]`.
+            hidden `[B, P]`: columns that nothing but themselves may see, True where padded.
         """
+        self.cache.reserve(int(columns[0, -1]) + 1)
         self.cache.write_at(columns)
-        last = torch.arange(ids.shape[1] - keep, ids.shape[1], device=ids.device) if keep else 0
+        masks = Masks(widen(hidden, self.cache.capacity), columns[:, 0], ids.shape[1])
+        keep = torch.tensor([ids.shape[1] - 1], device=ids.device)
         with self.attention.active(masks, self.cache.length):
-            return self.model(
-                input_ids=ids,
-                position_ids=positions,
-                past_key_values=self.cache,
-                use_cache=True,
-                logits_to_keep=last,
-                return_dict=True,
-            ).logits
+            return self._logits(ids, positions, keep)[:, -1]
+
+    def verify(self, tokens: torch.Tensor, start: torch.Tensor, masks: Masks, end: torch.Tensor) -> torch.Tensor:
+        """Logits `[B, Q, V]` of a block of `tokens [B, Q]` at the columns from `start [B]` on.
+
+        Args:
+            masks: for this block.
+            end `[B, 1]` or `[3, B, 1]`: position minus column, for the columns after the prompt.
+        """
+        self.masks, self.end = masks, end
+        self.recurrence.keep()
+        with self.attention.active(masks, self.cache.length):
+            logits, self.features = self.block(tokens, start)
+        return logits
+
+    def _block(self, tokens: torch.Tensor, start: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits `[B, Q, V]` and context features `[B, Q, F]`; nothing here depends on anything but tensors."""
+        self.masks.move(start)
+        self.cache.write_at(start[:, None] + self.masks.steps)
+        logits = self._logits(tokens, self.end + start[:, None] + self.masks.depth, 0)
+        return logits, self.taps.take()
+
+    def _logits(self, ids: torch.Tensor, positions: torch.Tensor, keep: torch.Tensor | int) -> torch.Tensor:
+        return self.model(
+            input_ids=ids,
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=keep,
+            return_dict=True,
+        ).logits
 
 
-def windows(text: Any, template: DynamicCache) -> list[int | None]:
+def windows(text: Any) -> list[int | None]:
     """The sliding window of each layer; None where it sees everything."""
     kinds = getattr(text, "layer_types", None)
     if kinds is None:
-        return [getattr(layer, "sliding_window", None) for layer in template.layers]
+        return [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=text).layers]
     return [text.sliding_window if kind == "sliding_attention" else None for kind in kinds]
 
 
@@ -253,6 +307,3 @@ def embed_noise(embed: Any, ids: torch.Tensor) -> torch.Tensor:
     if getattr(embed, "embed_norm", None) is not None:
         return nn.functional.embedding(ids, embed.weight)
     return embed(ids)
-
-
-__all__ = ["FAMILIES", "Cache", "Target", "check_target"]

@@ -49,12 +49,6 @@ class Prompt:
         """Whether anybody will look at the cache that `generate` came with."""
         return self.cache is not None and (self.returned or getattr(self.cache, "_is_user_defined", True))
 
-    def widen(self, columns: int) -> torch.Tensor:
-        """`hidden [B, S]` for this many columns; the same tensor until it has to grow."""
-        if columns > self.hidden.shape[1]:
-            self.hidden = pad(self.hidden, (0, columns - self.hidden.shape[1]))
-        return self.hidden
-
     def chunks(self, done: int, recurrent: bool) -> list[tuple[int, int]]:
         """First and last column of each part that goes through the target at once, after `done` columns.
 
@@ -79,9 +73,10 @@ class Prompt:
                 inputs[name] = inputs[name][..., :last]
         return model.prepare_inputs_for_generation(self.ids(0, last), is_first_iteration=True, **inputs)
 
-    def positions_at(self, columns: torch.Tensor) -> torch.Tensor:
-        """`[B, Q]` or `[3, B, Q]`: the positions of new columns `[B, Q]`, counted on from the prompt's last."""
-        return self.positions[..., -1:] + (columns - (self.width - 1))
+    @property
+    def end(self) -> torch.Tensor:
+        """`[B, 1]` or `[3, B, 1]`: position minus column, for the columns after the prompt."""
+        return self.positions[..., -1:] - (self.width - 1)
 
 
 @dataclass

@@ -1,0 +1,122 @@
+# Copyright 2026 the dflash-hub authors.
+# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+"""Running a block without paying for every operation of it: CUDA graphs, or torch.compile.
+
+This file travels with every pushed draft. A block has the same shapes in every cycle and works on buffers that stay
+where they are, so it can be captured once and replayed. What was captured is compared with the real thing before it is
+used; what cannot be captured runs as it is, and that is said once.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+CAPTURE = ("auto", "off", "graphs", "compile")
+
+
+def settled(capture: str, model: Any) -> str:
+    """How blocks are run: "auto" is CUDA graphs for dense targets on a GPU, and nothing elsewhere."""
+    if capture != "auto":
+        return capture
+    kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ()
+    dense = not any("expert" in name for name, _ in model.named_modules())
+    steady = not {"linear_attention", "conv", "mamba"} & set(kinds)
+    return "graphs" if dense and steady and model.device.type == "cuda" else "off"
+
+
+class Captured:
+    """A function of tensors that runs as it is, as a CUDA graph, or compiled.
+
+    Args:
+        function: gives a tensor or a tuple of them; run twice on the same inputs it must do the same again.
+        key: what else, besides its inputs' shapes, a recording of it holds for.
+    """
+
+    def __init__(self, function: Callable, key: Callable[[], Any]):
+        self.function, self.key = function, key
+        self.compiled = torch.compile(function)
+        self.how = "off"
+        self.known: Any = None
+        self.graph: Callable | None = None
+        self.trusted: set[Any] = set()
+        """What compiled code was compared for; a graph is compared whenever it is recorded."""
+
+    @contextmanager
+    def running(self, how: str) -> Iterator[None]:
+        """Run in this way inside the context. A graph, which holds on to memory, ends with it."""
+        self.how = how
+        try:
+            yield
+        finally:
+            self.known = self.graph = None
+
+    def __call__(self, *inputs: torch.Tensor) -> Any:
+        if self.how == "off":
+            return self.function(*inputs)
+        key = (self.key(), *(tensor.shape for tensor in inputs))
+        if self.how == "compile" and key in self.trusted:
+            return self.compiled(*inputs)
+        if key != self.known:  # buffers are new or have moved: what is made lazily is made now
+            self.known, self.graph = key, None
+            return self.function(*inputs)
+        if self.graph is None:
+            return self._record(*inputs)
+        return self.graph(*inputs)
+
+    def _record(self, *inputs: torch.Tensor) -> Any:
+        """Record, and compare with the function itself, whose result counts this time."""
+        expected = self.function(*inputs)
+        try:
+            graph = self.compiled if self.how == "compile" else Graph(self.function, inputs)
+            result = graph(*inputs)
+        except Exception as error:  # a compiler or a driver may raise anything; the function itself still runs
+            self._fall_back(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+        else:
+            if _alike(result, expected):
+                self.graph = graph
+                if self.how == "compile":
+                    self.trusted.add(self.known)
+            else:
+                self._fall_back("it gave other numbers")
+        return expected
+
+    def _fall_back(self, reason: str) -> None:
+        logger.warning_once(f"A block could not be run with capture={self.how!r} ({reason}); it runs uncaptured.")
+        self.how = "off"
+
+
+class Graph:
+    """A CUDA graph of a function, on inputs and outputs that stay where they are."""
+
+    def __init__(self, function: Callable, inputs: tuple[torch.Tensor, ...]):
+        self.inputs = [tensor.clone() for tensor in inputs]
+        self.replay, self.outputs = record(lambda: function(*self.inputs))
+
+    def __call__(self, *inputs: torch.Tensor) -> Any:
+        for ours, given in zip(self.inputs, inputs, strict=True):
+            ours.copy_(given)
+        self.replay()
+        return self.outputs
+
+
+def record(run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+    """What repeats `run` on the device, and what it gave; its tensors are written again by each repetition."""
+    if not torch.cuda.is_available():
+        raise RuntimeError("CUDA graphs need a CUDA device")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = run()
+    return graph.replay, outputs
+
+
+def _alike(result: Any, expected: Any) -> bool:
+    """Whether two results agree as far as the order of additions lets them."""
+    if isinstance(expected, tuple):
+        return all(_alike(*pair) for pair in zip(result, expected, strict=True))
+    scale = expected.float().abs().amax().clamp_min(1e-6)
+    return bool(((result.float() - expected.float()).abs().amax() / scale) < 0.05)
