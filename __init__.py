@@ -15,11 +15,12 @@ from transformers.utils import logging
 from .configuration_dflash import DFlashConfig, __version__
 
 if TYPE_CHECKING:
-    from .generation_dflash import DecodeOptions, DecodeOutput, DecodeStatistics, decode
+    from .generation_dflash import DecodeStatistics
     from .modeling_dflash import DFlashDraftModel, Qwen3DFlashDraftModel
     from .registry import (
         DFLASH_DRAFT_REGISTRY,
         DFlashDraftSpec,
+        dflash_generate,
         register_dflash_draft,
         resolve_dflash_draft_spec,
     )
@@ -32,10 +33,8 @@ _ON_DEMAND = {
     "DFlashDraftSpec": "registry",
     "register_dflash_draft": "registry",
     "resolve_dflash_draft_spec": "registry",
-    "DecodeOptions": "generation_dflash",
-    "DecodeOutput": "generation_dflash",
     "DecodeStatistics": "generation_dflash",
-    "decode": "generation_dflash",
+    "dflash_generate": "registry",
 }
 
 __all__ = [
@@ -43,12 +42,10 @@ __all__ = [
     "DFlashConfig",
     "DFlashDraftModel",
     "DFlashDraftSpec",
-    "DecodeOptions",
-    "DecodeOutput",
     "DecodeStatistics",
     "Qwen3DFlashDraftModel",
     "__version__",
-    "decode",
+    "dflash_generate",
     "register_dflash_draft",
     "resolve_dflash_draft_spec",
 ]

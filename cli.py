@@ -113,14 +113,7 @@ def generate(
     speculator = load_draft(model, draft, draft_revision).to(device).eval()
     row = encode(tokenizer, prompt, chat).to(device)
     warm_up(speculator, model, row)
-    streamer = TextStreamer(tokenizer)
-
-    def stream(tokens: list[int]) -> None:
-        for token in tokens:
-            streamer.put(torch.tensor([token]))
-
-    result = compare(speculator, model, row, max_new_tokens, on_commit=stream)
-    streamer.end()
+    result = compare(speculator, model, row, max_new_tokens, TextStreamer(tokenizer, skip_prompt=True))
     console.print()
     show_figures(result)
     if not result.identical and model.dtype != torch.float32:
@@ -185,9 +178,7 @@ def drafts(
     for column in ("draft", "made for", "architecture", "block", "revision", "runs here"):
         table.add_column(column, overflow="fold")
     for spec in found:
-        obstacle = spec.unsupported or (
-            spec.target_state and f"loads, but {spec.target_state}, so it does not decode yet"
-        )
+        obstacle = spec.unsupported or (spec.target_state and f"loads, but {spec.target_state}")
         runs = f"no: {obstacle}" if obstacle else "yes" + (f" ({spec.note})" if spec.note else "")
         made_for = "\n".join(spec.targets) or "not known"
         block = str(spec.details.get("block_size") or "?")
@@ -213,7 +204,7 @@ def resolve(target: Annotated[str, typer.Argument(help="Hub id or folder of the 
     table.add_row("revision", spec.revision or "the newest; no commit is known to pin")
     table.add_row("class", spec.draft_cls.__name__)
     table.add_row("why", why)
-    decodes = f"not by this version: {spec.target_state}" if spec.target_state else ""
+    decodes = f"no: {spec.target_state}" if spec.target_state else ""
     for name, value in (
         ("decodes", decodes),
         ("note", spec.note),

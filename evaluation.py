@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .generation_dflash import DecodeOptions, decode
+from .generation_dflash import DecodeStatistics
 
 
 @dataclass(frozen=True)
@@ -59,32 +59,37 @@ class Comparison:
 
 
 def compare(
-    draft: Any,
-    target: Any,
-    input_ids: torch.Tensor,
-    max_new_tokens: int,
-    on_commit: Callable[[list[int]], None] | None = None,
+    draft: Any, target: Any, input_ids: torch.Tensor, max_new_tokens: int, streamer: Any = None, capture: str = "auto"
 ) -> Comparison:
-    """Generate greedily from `input_ids [1, P]`, with DFlash and then with the target alone, and time both."""
-    options = DecodeOptions(max_new_tokens, stop_token_ids(target), on_commit=on_commit)
-    ours, ours_seconds = _timed(target, lambda: decode(draft, target, input_ids, options))
+    """Generate greedily from `input_ids [1, P]`, with DFlash and then with the target alone, and time both.
+
+    Args:
+        streamer: told the tokens of the first, one by one.
+        capture: how blocks are run, as in `target.generate(..., custom_generate=draft.speculate, capture=...)`.
+    """
+    statistics = DecodeStatistics()
+    ours_alone = {"custom_generate": draft.speculate, "statistics": statistics, "capture": capture}
+    ours, ours_seconds = _timed(
+        target, lambda: greedy(target, input_ids, max_new_tokens, streamer=streamer, **ours_alone)
+    )
     plain, plain_seconds = _timed(target, lambda: greedy(target, input_ids, max_new_tokens))
     prompt = input_ids.shape[1]
     return Comparison(
         plain=(tuple(plain[0, prompt:].tolist()),),
-        dflash=(tuple(ours.sequences[0, prompt:].tolist()),),
+        dflash=(tuple(ours[0, prompt:].tolist()),),
         plain_seconds=plain_seconds,
         dflash_seconds=ours_seconds,
-        committed=tuple(ours.statistics.committed),
+        committed=tuple(statistics.committed),
     )
 
 
-def warm_up(draft: Any, target: Any, input_ids: torch.Tensor) -> None:
-    """Both ways once, briefly: first calls pay for what later ones do not."""
-    compare(draft, target, input_ids, max_new_tokens=4 * draft.config.block_size)
+def warm_up(draft: Any, target: Any, input_ids: torch.Tensor, capture: str = "auto") -> None:
+    """Both ways, briefly: first calls pay for what later ones do not."""
+    for _ in range(3 if capture == "compile" else 1):
+        compare(draft, target, input_ids, max_new_tokens=4 * draft.config.block_size, capture=capture)
 
 
-def greedy(target: Any, input_ids: torch.Tensor, max_new_tokens: int) -> torch.Tensor:
+def greedy(target: Any, input_ids: torch.Tensor, max_new_tokens: int, **ways: Any) -> torch.Tensor:
     """`[1, P + new]`: the target's own greedy text, without the penalties its generation config may ask for."""
     plain = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
     stops = list(stop_token_ids(target)) or None
@@ -95,6 +100,7 @@ def greedy(target: Any, input_ids: torch.Tensor, max_new_tokens: int) -> torch.T
         eos_token_id=stops,
         pad_token_id=stops[0] if stops else 0,
         **plain,
+        **ways,
     )
 
 

@@ -256,10 +256,12 @@ class Pair:
         for name, lines in self.kept.items():
             for row, count in enumerate(kept):
                 lines[row].extend(self.block[name][row, :count].clone().unbind())
-        if self.texts.changed:
-            self.active = torch.tensor(self.texts.active, device=self.start.device).long()
-        self.start = self.start + (accepted + 1) * self.active
-        self.anchor = choices.gather(1, accepted[:, None])
+        steps = (accepted + 1) * self.active
+        if self.texts.changed:  # a row that ends stays at its last token; what it is given from now on is not its text
+            steps = torch.tensor(kept, device=steps.device)
+            self.active = torch.tensor(self.texts.active, device=steps.device).long()
+        self.start = self.start + steps
+        self.anchor = torch.where(steps[:, None] > 0, choices.gather(1, (steps[:, None] - 1).clamp_min(0)), self.anchor)
         return [(row[-1], count) for row, count in zip(told, kept, strict=True)]
 
     def every_step(self, name: str) -> tuple[torch.Tensor, ...] | None:

@@ -8,7 +8,9 @@ architecture alone never settles it.
 """
 
 import json
+import sys
 import warnings
+import weakref
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ from transformers import AutoConfig, PretrainedConfig
 
 from .configuration_dflash import DFlashConfig
 from .modeling_dflash import Qwen3DFlashDraftModel
+from .speculate_dflash import Speculate, local_of_generate
+from .target_dflash import check_target
 
 # Target architectures whose drafts are the Qwen3-style stack. One more line adds one.
 _QWEN3_ARCHITECTURES = (
@@ -38,8 +42,14 @@ _QWEN3_ARCHITECTURES = (
 )
 
 
-# Targets whose state cannot be put back after a rejected token: their drafts load, but do not decode here yet.
-_RECURRENT = {"Qwen3NextForCausalLM", "Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration"}
+# Targets of families that are not answered for: their drafts load and can be published, but do not decode here.
+_NOT_DECODED = {
+    "KimiK25ForConditionalGeneration",
+    "KimiK3ForConditionalGeneration",
+    "GlmMoeDsaForCausalLM",
+    "MuseGlimmerForConditionalGeneration",
+    "HYV3ForCausalLM",
+}
 
 
 @dataclass(frozen=True)
@@ -85,7 +95,7 @@ class DFlashDraftSpec:
     @property
     def target_state(self) -> str | None:
         """What keeps this version from decoding its target, though the draft itself loads and can be published."""
-        return "its target keeps recurrent state" if {*self.architectures} & _RECURRENT else None
+        return "targets of its family are not decoded here" if {*self.architectures} & _NOT_DECODED else None
 
     @property
     def target(self) -> str | None:
@@ -337,3 +347,28 @@ def _name_of(config: Any) -> str | None:
     """The checkpoint that a config was read from, if it is one on the Hub."""
     name = getattr(config, "_name_or_path", None) or None
     return name if name and not Path(name).exists() else None
+
+
+class _Resolved(Speculate):
+    """The decoding function that finds the draft of whatever target calls it, once for each."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.drafts: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+
+    def __call__(self, model: Any, input_ids: Any, *args: Any, streamer: Any = None, **kwargs: Any) -> Any:
+        streamer = streamer or local_of_generate("streamer", sys._getframe(1))
+        if model not in self.drafts:
+            check_target(model)
+            spec = resolve_dflash_draft_spec(model.config.architectures or [type(model).__name__], model)
+            self.drafts[model] = spec.load(dtype=model.dtype).to(model.device).eval()
+        return self.drafts[model].speculate(model, input_ids, *args, streamer=streamer, **kwargs)
+
+
+dflash_generate = _Resolved()
+"""`target.generate(**inputs, custom_generate=dflash_generate)`: the target's own draft, resolved and loaded once.
+
+Raises:
+    ValueError: no draft is known for this target, or as in `DFlashDraftModel.speculate`.
+    OSError: the draft cannot be downloaded.
+"""

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from transformers.utils import cached_file, logging
 
 from .configuration_dflash import check_layout
+from .custom_generate_dflash import generate as custom_generate
 from .dflash import DFlashDraftModel as EnginesEntry
 from .layouts_dflash import engines_layout
 
@@ -113,6 +114,9 @@ class RepositoryMixin:
         if layout == "engines":
             self.config.save_pretrained(save_directory, layout=layout)  # type: ignore[attr-defined]
             shutil.copyfile(inspect.getfile(EnginesEntry), Path(save_directory) / "dflash.py")
+        decoding = Path(save_directory) / "custom_generate" / "generate.py"
+        decoding.parent.mkdir(exist_ok=True)
+        shutil.copyfile(inspect.getfile(custom_generate), decoding)
         existing = Path(save_directory) / "README.md"
         card = ModelCard(existing.read_text(encoding="utf-8")) if existing.exists() else None
         self.write_card(save_directory, card)

@@ -12,12 +12,11 @@ import inspect
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList, TemperatureLogitsWarper
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.utils import ModelOutput
 
@@ -72,7 +71,7 @@ class Speculate:
             ValueError: the draft does not fit the target, the target cannot be decoded exactly, or something was asked
                 for that has no meaning with a draft.
         """
-        streamer = streamer or _local("streamer", sys._getframe(1))
+        streamer = streamer or local_of_generate("streamer", sys._getframe(1))
         check_pair(self.draft.config, model)
         refuse(generation_config, logits_processor, input_ids, inputs)
         _one_of("draft_sampling", draft_sampling, DRAFT_SAMPLING)
@@ -84,12 +83,7 @@ class Speculate:
         chooser = Chooser(logits_processor, noise, coupled=draft_sampling == "coupled")
         session, how = self._session(model), settled(capture, model)
         self.compiled = session if how == "compile" else None
-        with session.decoding(prompt, how):
-            pair = Pair(session.target, session.drafter, prompt, texts, chooser, _kept(generation_config))
-            decode(pair, statistics)
-            give_back(pair)
-        if streamer is not None:
-            streamer.end()
+        pair = session.decode(prompt, texts, chooser, how, _kept(generation_config), statistics)
         return _output(pair) if generation_config.return_dict_in_generate else texts.sequences()
 
     @property
@@ -97,15 +91,16 @@ class Speculate:
         """What `generate` reads to learn which arguments of ours it may be given.
 
         Up to 5.23 it drops `tokenizer`, which stop strings need, for every decoding function that is handed to it (and
-        `streamer`, for which see `_local`); here, where it is about to, it is put back among the arguments.
+        `streamer`, for which see `local_of_generate`); here, where it is about to, it is put back among the arguments.
         """
         frame = sys._getframe(1)
         while frame is not None and frame.f_code.co_filename == inspect.__file__:
             frame = frame.f_back
-        prepared, arguments = _local("generation_mode_kwargs", frame), _local("kwargs", frame)
+        prepared = local_of_generate("generation_mode_kwargs", frame)
+        arguments = local_of_generate("kwargs", frame)
         if isinstance(prepared, dict) and isinstance(arguments, dict) and "tokenizer" in prepared:
             arguments["tokenizer"] = prepared["tokenizer"]
-        return inspect.signature(type(self).__call__.__get__(self))
+        return inspect.signature(Speculate.__call__.__get__(self))
 
 
 class Session:
@@ -117,12 +112,24 @@ class Session:
         self.target = Target(model, tuple(draft.config.target_layer_ids))
         self.drafter = Drafter(draft, model)
 
-    @contextmanager
-    def decoding(self, prompt: Prompt, how: str) -> Iterator[None]:
-        """Target and draft made ready, and left as they were found whatever happens; one decode at a time."""
+    def decode(
+        self,
+        prompt: Prompt,
+        texts: Texts,
+        chooser: Chooser,
+        how: str = "off",
+        keep: tuple[str, ...] = (),
+        statistics: DecodeStatistics | None = None,
+    ) -> Pair:
+        """Decode to the end, one decode of a target at a time; both models are left as they were found."""
         lock = self._locks.setdefault(self.target.model, threading.RLock())
-        with lock, torch.no_grad(), self.target.decoding(how), self.drafter.decoding(prompt.hidden, how):
-            yield
+        with lock, self.target.decoding(how), self.drafter.decoding(prompt.hidden, how):
+            pair = Pair(self.target, self.drafter, prompt, texts, chooser, keep)
+            decode(pair, statistics)
+            give_back(pair)
+        if texts.streamer is not None:
+            texts.streamer.end()
+        return pair
 
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
@@ -130,7 +137,7 @@ def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(known)}.")
 
 
-def _local(name: str, frame: Any) -> Any:
+def local_of_generate(name: str, frame: Any) -> Any:
     """A local variable of a frame of transformers' `generate`, which does not pass it on; None anywhere else."""
     return frame.f_locals.get(name) if frame is not None and frame.f_globals.get("__name__") == GENERATE else None
 
@@ -164,26 +171,19 @@ def spec_generate(
     Raises:
         ValueError: the target does not fit this draft, cannot be decoded exactly, or an argument is out of range.
     """
-    stops = _token_ids(stop_token_ids)
-    _check_arguments(input_ids, max_new_tokens, temperature)
+    _check_arguments(target, input_ids, max_new_tokens, temperature)
+    stops = Stops(input_ids.shape[1] + max_new_tokens, frozenset(_token_ids(stop_token_ids)), has_eos=True)
+    target = target.get_base_model() if hasattr(target, "get_base_model") else target  # of PEFT, with its adapters in
     check_pair(self.config, target)
     if max_new_tokens == 0:
         return input_ids
-    plain = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=temperature > 0,
-        temperature=temperature or 1.0,
-        top_k=0,
-        eos_token_id=list(stops) or None,
-        pad_token_id=stops[0] if stops else 0,
-    )
-    return target.generate(
-        input_ids,
-        attention_mask=torch.ones_like(input_ids),
-        generation_config=plain,
-        custom_generate=self.speculate,
-        use_model_defaults=False,
-    )
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(float(temperature))] if temperature > 0 else [])
+    texts = Texts(input_ids, stops)
+    prompt = Prompt(input_ids, {"attention_mask": torch.ones_like(input_ids), "use_cache": True})
+    chooser = Chooser(warpers, PositionNoise() if temperature > 0 else None)
+    with torch.no_grad():
+        Session(self, target).decode(prompt, texts, chooser, settled("auto", target))
+    return texts.sequences()
 
 
 def check_pair(config: Any, target: Any) -> None:
@@ -259,7 +259,9 @@ def _token_ids(tokens: Any) -> tuple[int, ...]:
     return tuple(found)
 
 
-def _check_arguments(input_ids: torch.Tensor, max_new_tokens: int, temperature: float) -> None:
+def _check_arguments(target: Any, input_ids: torch.Tensor, max_new_tokens: int, temperature: float) -> None:
+    if not hasattr(target, "get_output_embeddings"):
+        raise ValueError(f"target is {target!r}; pass the loaded model, not its name.")
     if not isinstance(input_ids, torch.Tensor) or input_ids.is_floating_point():
         raise ValueError(f"input_ids is {type(input_ids).__name__}; pass a tensor of token ids, [B, P].")
     if input_ids.ndim != 2 or input_ids.numel() == 0:

@@ -251,8 +251,6 @@ def check_target(target: Any) -> None:
     Raises:
         ValueError: saying what the target is, and why it is refused.
     """
-    if not hasattr(target, "get_output_embeddings"):
-        raise ValueError(f"target is {target!r}; pass the loaded model, not its name.")
     if target.config.is_encoder_decoder or target.get_output_embeddings() is None:
         raise ValueError(f"{type(target).__name__} is no decoder-only language model; a draft needs one as its target.")
     text = target.config.get_text_config(decoder=True)

@@ -1,7 +1,7 @@
 """Tiny random targets and drafts of real architectures, made so that their text is not one token over and over."""
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from dflash_hub import DFlashConfig, DFlashDraftModel
 
@@ -111,6 +111,47 @@ def target(family: str, seed: int | None = None):
                 weight.mul_(next(scale for part, scale in scales.items() if part in name))
     model.generation_config.eos_token_id = None
     return model
+
+
+VISION = {"hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "num_attention_heads": 2, "patch_size": 4}
+
+
+def seeing(family: str, image: bool):
+    """A target that takes images, and a prompt for it, with an image in its middle or without."""
+    if family == "qwen3_5":
+        vision = {"depth": 1, "out_hidden_size": 32, "spatial_merge_size": 2, "num_position_embeddings": 16}
+        tokens = {"image_token_id": 10, "video_token_id": 11, "vision_start_token_id": 8, "vision_end_token_id": 9}
+        text = SMALL | DELTA | {"model_type": "qwen3_5_text"}
+        text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+        text["rope_parameters"]["partial_rotary_factor"] = 1.0
+        marks = [8, *[10] * 4, 9]
+    else:
+        vision = {"image_size": 16, "num_hidden_layers": 1, "vision_use_head": False}
+        tokens = {"image_token_id": 10, "image_token_index": 10, "boi_token_index": 8, "eoi_token_index": 9}
+        tokens["mm_tokens_per_image"] = 4
+        text = SMALL | FAMILIES["gemma3_text"] | {"model_type": "gemma3_text"}
+        marks = [8, *[10] * 4, 9]
+    tokens["tie_word_embeddings"] = False
+    config = AutoConfig.for_model(family, text_config=text, vision_config=VISION | vision, **tokens)
+    torch.manual_seed(1)
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
+    scales = {"embed": 10 if "gemma" in family else 50, "lm_head": 5, "visual": 1, "vision": 1, "": 30}
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim > 1:
+                weight.mul_(next(scale for part, scale in scales.items() if part in name))
+    model.generation_config.eos_token_id = None
+    words = torch.randint(0, 8, (14,), generator=torch.Generator().manual_seed(3)).tolist()
+    ids = torch.tensor([words[:6] + (marks if image else []) + words[6:]])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if image and family == "qwen3_5":
+        inputs["pixel_values"] = torch.randn(16, 3 * 2 * 4 * 4)
+        inputs["image_grid_thw"] = torch.tensor([[1, 4, 4]])
+        inputs["mm_token_type_ids"] = (ids == 10).int()
+    elif image:
+        inputs["pixel_values"] = torch.randn(1, 3, 16, 16)
+        inputs["token_type_ids"] = (ids == 10).long()
+    return model, inputs
 
 
 def draft(model, seed: int = 1, **fields):

@@ -1,0 +1,46 @@
+# Copyright 2026 the dflash-hub authors.
+# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+"""Decoding with this repository's draft: `target.generate(..., custom_generate="org/draft", trust_remote_code=True)`.
+
+A copy of this file lies in every pushed draft as `custom_generate/generate.py`, where transformers looks for it. It
+needs transformers and nothing else; the draft is loaded once, and kept for later calls.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModel
+
+_DRAFTS: dict[tuple, Any] = {}
+_HUB = ("revision", "token", "cache_dir", "force_download", "local_files_only", "proxies")
+
+
+def generate(model: Any, **kwargs: Any) -> Any:
+    """As `model.generate(**kwargs)`, sped up by the draft of this repository; the text is the same.
+
+    Args:
+        model: the target that this draft was made for.
+        kwargs: whatever `generate` takes, and `statistics`, `draft_sampling` and `capture` of the draft's `speculate`.
+
+    Raises:
+        ValueError: the draft was not made for this target, or something was asked for that has no meaning with it.
+    """
+    repository = sys._getframe(1).f_locals.get("custom_generate")  # `generate` does not tell which one it was given
+    if not isinstance(repository, str):
+        raise ValueError('Call this by `target.generate(..., custom_generate="org/draft", trust_remote_code=True)`.')
+    hub = {name: kwargs.pop(name) for name in _HUB if kwargs.get(name) is not None}
+    draft = _draft(repository, model, hub)
+    return model.generate(custom_generate=draft.speculate, **kwargs)
+
+
+def _draft(repository: str, model: Any, hub: dict[str, Any]) -> Any:
+    """The draft at the commit that this file came from, on the target's device and in its dtype."""
+    commit = Path(__file__).parents[1].name
+    if not Path(repository).is_dir():
+        hub = hub | {"revision": commit}
+    key = (repository, commit, model.device, model.dtype)
+    if key not in _DRAFTS:
+        loaded = AutoModel.from_pretrained(repository, dtype=model.dtype, trust_remote_code=True, **hub)
+        _DRAFTS[key] = loaded.to(model.device).eval()
+    return _DRAFTS[key]

@@ -1,0 +1,393 @@
+"""Whatever `generate` prepares is honoured as without a draft."""
+
+import copy
+import threading
+
+import pytest
+import torch
+from transformers import (
+    AutoTokenizer,
+    DynamicCache,
+    GenerationConfig,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+)
+
+import tiny
+from dflash_hub import DecodeStatistics
+from paths import TINY
+from test_decode import as_found, batch, partly_right
+
+
+def both(target, draft, **inputs):
+    """What `generate` gives without and with the draft."""
+    inputs = {"do_sample": False} | inputs
+    plain = target.generate(**copy.deepcopy(inputs) if "streamer" not in inputs else inputs)
+    return plain, target.generate(**inputs, custom_generate=draft.speculate)
+
+
+@pytest.fixture(scope="module")
+def pair():
+    target = tiny.target("qwen3")
+    return target, tiny.draft(target)
+
+
+PADDED = batch(9, pads=(0, 3, 5, 1))
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"max_new_tokens": 1},
+        {"max_new_tokens": 2},
+        {"max_new_tokens": 7},
+        {"max_length": 30},
+        {"max_new_tokens": 30, "eos_token_id": 7, "pad_token_id": 0},
+        {"max_new_tokens": 30, "eos_token_id": [2, 9], "pad_token_id": 11},
+        {"max_new_tokens": 30, "eos_token_id": [2, 9], "min_new_tokens": 12},
+        {"max_new_tokens": 30, "eos_token_id": [99, 7], "min_length": 25},
+        {"max_new_tokens": 30, "repetition_penalty": 1.5},
+        {"max_new_tokens": 30, "no_repeat_ngram_size": 2},
+        {"max_new_tokens": 30, "bad_words_ids": [[3], [4, 5]]},
+        {"max_new_tokens": 30, "suppress_tokens": [7, 3]},
+        {"max_new_tokens": 30, "sequence_bias": [[[5], 2.0], [[1, 2], -3.0]]},
+        {"max_new_tokens": 30, "forced_eos_token_id": 4, "eos_token_id": 4},
+        {"max_new_tokens": 30, "exponential_decay_length_penalty": (5, 1.2), "eos_token_id": 4},
+        {"max_new_tokens": 30, "encoder_repetition_penalty": 1.3},
+        {"max_new_tokens": 30, "prefix_allowed_tokens_fn": lambda row, ids: [row, row + 1, row + 2, 7, 8]},
+        {"max_new_tokens": 20, "prefill_chunk_size": 4},
+        {"max_new_tokens": 20, "use_cache": False},
+        {"max_new_tokens": 20, "cache_implementation": "static"},
+        {"max_new_tokens": 300},
+    ],
+    ids=lambda asked: ", ".join(f"{name}" for name in asked if name != "max_new_tokens") or str(asked),
+)
+@pytest.mark.parametrize("rows", [1, 4])
+def test_the_text_is_that_of_plain_generate(pair, asked, rows, monkeypatch):
+    inputs = {name: value[:rows] for name, value in PADDED.items()}
+    plain, ours = both(*pair, **inputs, **asked)
+    assert torch.equal(plain, ours)
+    partly_right(monkeypatch, torch.nn.functional.pad(plain, (0, 40)))
+    assert torch.equal(plain, both(*pair, **inputs, **asked)[1])
+
+
+def test_generation_settings_may_come_from_the_target_or_in_a_config(pair):
+    target, draft = pair
+    settings = GenerationConfig(max_new_tokens=12, repetition_penalty=1.4, eos_token_id=5, pad_token_id=0)
+    plain, ours = both(target, draft, **PADDED, generation_config=settings)
+    assert torch.equal(plain, ours)
+    before, target.generation_config = target.generation_config, settings
+    try:
+        assert torch.equal(plain, both(target, draft, **PADDED)[1])
+    finally:
+        target.generation_config = before
+
+
+def test_rows_end_at_different_times_and_are_padded(pair):
+    ends = set()
+    for stop in range(tiny.VOCAB):
+        plain, ours = both(*pair, **PADDED, max_new_tokens=40, eos_token_id=stop, pad_token_id=11)
+        assert torch.equal(plain, ours)
+        ends |= {row.index(stop) if stop in row else 40 for row in plain[:, 9:].tolist()}
+    assert len(ends) > 4
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_num_return_sequences_repeats_the_prompts(pair, count):
+    plain, ours = both(*pair, **PADDED, max_new_tokens=10, num_return_sequences=count, num_beams=1, do_sample=count > 1)
+    assert plain.shape == ours.shape == (4 * count, 19)
+    assert count > 1 or torch.equal(plain, ours)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_scores_and_logits_are_returned_for_every_step(pair, rows):
+    inputs = {name: value[:rows] for name, value in PADDED.items()}
+    asked = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True, "repetition_penalty": 1.3}
+    plain, ours = both(*pair, **inputs, max_new_tokens=20, **asked)
+    assert torch.equal(plain.sequences, ours.sequences)
+    for name in ("scores", "logits"):
+        assert len(plain[name]) == len(ours[name]) == 20
+        for one, other in zip(plain[name], ours[name], strict=True):
+            assert torch.allclose(one, other, atol=1e-3)
+    assert ours.past_key_values.get_seq_length() == 28
+
+
+class Seen:
+    """A streamer that keeps what it is told."""
+
+    def __init__(self):
+        self.told, self.ended = [], 0
+
+    def put(self, value):
+        self.told.append(value.tolist())
+
+    def end(self):
+        self.ended += 1
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_streamer_is_told_every_token_once_and_in_order(pair, rows):
+    target, draft = pair
+    inputs = {name: value[:rows] for name, value in PADDED.items()}
+    plain, ours = Seen(), Seen()
+    asked = {"max_new_tokens": 25, "eos_token_id": 6, "pad_token_id": 0, "do_sample": False}
+    target.generate(**inputs, **asked, streamer=plain)
+    target.generate(**inputs, **asked, streamer=ours, custom_generate=draft.speculate)
+    assert ours.told == plain.told
+    assert ours.ended == plain.ended == 1
+
+
+def test_a_streamer_in_another_thread_gives_the_text(tiny_target, tiny_draft):
+    tokenizer = AutoTokenizer.from_pretrained(TINY / "target")
+    inputs = tokenizer("def main():", return_tensors="pt")
+    asked = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None}
+    expected = tokenizer.decode(tiny_target.generate(**inputs, **asked)[0])
+    streamer = TextIteratorStreamer(tokenizer)
+    call = {**inputs, **asked, "streamer": streamer, "custom_generate": tiny_draft.speculate}
+    thread = threading.Thread(target=tiny_target.generate, kwargs=call)
+    thread.start()
+    assert "".join(streamer) == expected
+    thread.join()
+
+
+@pytest.mark.parametrize("eos", [None, 3])
+def test_stop_strings_end_a_text_where_they_do_without_a_draft(tiny_target, tiny_draft, eos):
+    tokenizer = AutoTokenizer.from_pretrained(TINY / "target")
+    inputs = tokenizer("def main():\n    return", return_tensors="pt")
+    asked = {"max_new_tokens": 60, "stop_strings": ["\n\n", "self"], "tokenizer": tokenizer, "eos_token_id": eos}
+    plain, ours = both(tiny_target, tiny_draft, **inputs, **asked)
+    assert torch.equal(plain, ours)
+    assert plain.shape[1] < inputs["input_ids"].shape[1] + 60
+
+
+class Ends(StoppingCriteria):
+    """A row ends with the second 5 after the prompt; keeps what it was shown."""
+
+    def __init__(self):
+        self.shown = []
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.shown.append(input_ids.shape[1])
+        return (input_ids[:, 9:] == 5).sum(dim=1) >= 2
+
+
+@pytest.mark.parametrize("eos", [None, 7])
+def test_a_stopping_criterion_of_ones_own_is_asked_at_every_token(pair, eos):
+    target, draft = pair
+    asked = {"max_new_tokens": 40, "eos_token_id": eos, "pad_token_id": 0}
+    plain = target.generate(**PADDED, **asked, do_sample=False, stopping_criteria=StoppingCriteriaList([Ends()]))
+    mine = Ends()
+    ours = target.generate(
+        **PADDED, **asked, do_sample=False, stopping_criteria=StoppingCriteriaList([mine]), custom_generate=draft.speculate
+    )
+    assert torch.equal(plain, ours)
+    assert set(range(10, 10 + len(set(mine.shown)))) == set(mine.shown)
+
+
+def test_max_time_ends_a_text_soon(pair):
+    target, draft = pair
+    inputs = {name: value[:1] for name, value in PADDED.items()}
+    text = target.generate(**inputs, max_new_tokens=5000, max_time=0.2, do_sample=False, custom_generate=draft.speculate)
+    assert 9 < text.shape[1] < 2000
+
+
+@pytest.mark.parametrize("mask", [[[1] * 4 + [0] * 3 + [1] * 2], [[0, 0, 1, 1, 1, 1, 1, 0, 0]], [[1] * 9]])
+@pytest.mark.parametrize("family", ["qwen3", "gemma3_text", "qwen3_next"])
+def test_a_mask_with_holes_hides_what_it_hides_without_a_draft(family, mask):
+    target = tiny.target(family)
+    inputs = {"input_ids": tiny.prompt(9), "attention_mask": torch.tensor(mask)}
+    plain, ours = both(target, tiny.draft(target), **inputs, max_new_tokens=30)
+    assert torch.equal(plain, ours)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3_text", "gemma4_text-shared", "gpt_oss", "qwen3_next", "lfm2"])
+def test_a_cache_carries_a_conversation_on(family):
+    """Three turns with one cache each: the texts are the same, and so is what the caches hold."""
+    target = tiny.target(family)
+    draft = tiny.draft(target)
+    texts = []
+    for extra in ({}, {"custom_generate": draft.speculate}):
+        cache, ids = DynamicCache(config=target.config), tiny.prompt(20)
+        for turn in range(3):
+            asked = {"max_new_tokens": 15, "do_sample": False, "past_key_values": cache}
+            ids = target.generate(ids, attention_mask=torch.ones_like(ids), **asked, **extra)
+            assert cache.get_seq_length() == ids.shape[1] - 1
+            ids = torch.cat([ids, tiny.prompt(6, seed=turn)], dim=1)
+        texts.append(ids)
+    assert torch.equal(*texts)
+
+
+def test_a_cache_of_ours_goes_on_without_a_draft_and_the_other_way_round():
+    target = tiny.target("gemma3_text")
+    draft, ids = tiny.draft(target), tiny.prompt(20)
+    ways = [{}, {"custom_generate": draft.speculate}]
+    texts = []
+    for first, second in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        asked = {"max_new_tokens": 15, "do_sample": False, "past_key_values": DynamicCache(config=target.config)}
+        text = target.generate(ids, attention_mask=torch.ones_like(ids), **asked, **ways[first])
+        text = torch.cat([text, tiny.prompt(4)], dim=1)
+        texts.append(target.generate(text, attention_mask=torch.ones_like(text), **asked, **ways[second]))
+    assert all(torch.equal(text, texts[0]) for text in texts)
+
+
+def test_a_second_turn_accepts_as_many_tokens_as_one_long_prompt(tiny_target, tiny_draft):
+    """The draft's own context rides along on the cache."""
+    ids = torch.arange(40, 60)[None]
+    asked = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None, "custom_generate": tiny_draft.speculate}
+    cache, second, whole = DynamicCache(config=tiny_target.config), DecodeStatistics(), DecodeStatistics()
+    text = tiny_target.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **asked)
+    cache = copy.deepcopy(cache)
+    more = torch.cat([text, ids[:, :5]], dim=1)
+    given = {"attention_mask": torch.ones_like(more), **asked}
+    one = tiny_target.generate(more, past_key_values=cache, statistics=second, **given)
+    other = tiny_target.generate(more, statistics=whole, **given)
+    assert torch.equal(one, other)
+    assert second.committed == whole.committed
+
+
+def test_a_batch_of_rows_that_ended_apart_leaves_the_cache_of_plain_generate():
+    target = tiny.target("gemma3_text")
+    draft = tiny.draft(target)
+    kept = []
+    for extra in ({}, {"custom_generate": draft.speculate}):
+        asked = {"max_new_tokens": 30, "eos_token_id": 6, "pad_token_id": 0, "return_dict_in_generate": True}
+        kept.append(target.generate(**PADDED, **asked, do_sample=False, **extra))
+    assert torch.equal(kept[0].sequences, kept[1].sequences)
+    for plain, ours in zip(*(one.past_key_values.layers for one in kept), strict=True):
+        assert torch.allclose(plain.keys[:, :, 5:], ours.keys[:, :, 5:], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("asked", "reason"),
+    [
+        ({"num_beams": 2}, "num_beams above 1"),
+        ({"penalty_alpha": 0.6, "top_k": 4}, "penalty_alpha|Contrastive"),
+        ({"guidance_scale": 1.5}, "guidance runs the target a second time"),
+        ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions"),
+        ({"output_hidden_states": True, "return_dict_in_generate": True}, "output_hidden_states"),
+        ({"dola_layers": "low"}, "dola_layers|Dola|DoLa"),
+        ({"draft_sampling": "hot"}, "draft_sampling is 'hot'; it must be one of greedy, coupled"),
+        ({"capture": "film"}, "capture is 'film'; it must be one of auto"),
+        ({"cache_implementation": "offloaded"}, "an offloaded cache"),
+    ],
+)
+def test_what_has_no_meaning_with_a_draft_is_refused_with_the_reason(pair, asked, reason):
+    target, draft = pair
+    with pytest.raises(ValueError, match=reason):
+        target.generate(**PADDED, max_new_tokens=5, custom_generate=draft.speculate, **asked)
+    assert as_found(target)
+
+
+def test_embeddings_in_place_of_ids_are_refused(pair):
+    target, draft = pair
+    embeds = target.get_input_embeddings()(PADDED["input_ids"])
+    with pytest.raises(ValueError, match="inputs_embeds: the draft needs the token ids"):
+        target.generate(inputs_embeds=embeds, max_new_tokens=5, custom_generate=draft.speculate)
+
+
+@pytest.mark.parametrize("family", ["qwen3_5", "gemma3"])
+@pytest.mark.parametrize("image", [False, True])
+def test_targets_that_see_images_decode_with_and_without_one(family, image):
+    target, inputs = tiny.seeing(family, image)
+    plain, ours = both(target, tiny.draft(target), **inputs, max_new_tokens=30)
+    assert torch.equal(plain, ours)
+    assert len(set(plain[0, inputs["input_ids"].shape[1] :].tolist())) > 4
+
+
+def test_draft_and_target_may_differ_in_dtype(pair):
+    target, _ = pair
+    draft = tiny.draft(target).to(torch.bfloat16)
+    plain, ours = both(target, draft, **PADDED, max_new_tokens=30)
+    assert torch.equal(plain, ours)
+
+
+def test_the_model_that_resolves_its_own_draft_loads_it_once(hub, repo_id):
+    from dflash_hub import DFlashDraftSpec, dflash_generate, register_dflash_draft
+    from dflash_hub.registry import DFLASH_DRAFT_REGISTRY
+
+    target = tiny.target("qwen3")
+    target.config.architectures = ["TinyForCausalLM"]
+    draft = tiny.draft(target)
+    draft.push_to_hub(repo_id)
+    spec = DFlashDraftSpec(repo_id, hidden_size=32, num_target_layers=4, vocab_size=tiny.VOCAB, targets=("tiny/target",))
+    register_dflash_draft("TinyForCausalLM", spec)
+    target.config._name_or_path = "tiny/target"
+    try:
+        plain = target.generate(**PADDED, max_new_tokens=12, do_sample=False)
+        first = target.generate(**PADDED, max_new_tokens=12, do_sample=False, custom_generate=dflash_generate)
+        hub.state.log.clear()
+        streamer = Seen()
+        second = target.generate(
+            **PADDED, max_new_tokens=12, do_sample=False, custom_generate=dflash_generate, streamer=streamer
+        )
+    finally:
+        del DFLASH_DRAFT_REGISTRY["TinyForCausalLM"]
+    assert torch.equal(plain, first)
+    assert torch.equal(plain, second)
+    assert streamer.ended == 1
+    assert not hub.state.log, "the draft was asked for again"
+
+
+def test_a_target_that_is_gone_is_not_kept_alive():
+    import gc
+    import weakref
+
+    target = tiny.target("qwen3")
+    draft = tiny.draft(target)
+    both(target, draft, **PADDED, max_new_tokens=5)
+    gone = weakref.ref(target)
+    del target
+    gc.collect()
+    assert gone() is None
+
+
+def test_graphs_work_on_inputs_and_outputs_that_stay_where_they_are(pair, monkeypatch):
+    """Where there is no GPU, a recording that runs its function again stands for a CUDA graph; all else is the same."""
+    from dflash_hub import capture_dflash
+
+    recorded, replayed = [], []
+
+    def record(run):
+        outputs = run()
+        recorded.append(run)
+
+        def replay():
+            replayed.append(run)
+            for old, new in zip(*([one] if isinstance(one, torch.Tensor) else one for one in (outputs, run())), strict=True):
+                old.copy_(new)
+
+        return replay, outputs
+
+    monkeypatch.setattr(capture_dflash, "record", record)
+    target, draft = pair
+    plain = target.generate(**PADDED, max_new_tokens=60, do_sample=False)
+    ours = target.generate(
+        **PADDED, max_new_tokens=60, do_sample=False, custom_generate=draft.speculate, capture="graphs"
+    )
+    assert torch.equal(plain, ours)
+    assert len(recorded) == 2
+    assert len(replayed) > 60
+
+
+@pytest.mark.parametrize("fault", ["raises", "lies"])
+def test_what_cannot_be_captured_runs_as_it_is_and_says_so(pair, fault, monkeypatch, caplog):
+    from dflash_hub import capture_dflash
+
+    def record(run):
+        if fault == "raises":
+            raise RuntimeError("operation not permitted when stream is capturing")
+        outputs = run()
+        return (lambda: [one.mul_(-1) for one in ([outputs] if isinstance(outputs, torch.Tensor) else outputs)]), outputs
+
+    monkeypatch.setattr(capture_dflash, "record", record)
+    monkeypatch.setattr(capture_dflash.logger, "warning_once", lambda text: said.append(text))
+    said: list[str] = []
+    target, draft = pair
+    plain = target.generate(**PADDED, max_new_tokens=30, do_sample=False)
+    ours = target.generate(
+        **PADDED, max_new_tokens=30, do_sample=False, custom_generate=draft.speculate, capture="graphs"
+    )
+    assert torch.equal(plain, ours)
+    assert len(said) == 2
+    assert "capture='graphs'" in said[0]
