@@ -86,20 +86,16 @@ class Chooser:
         return torch.stack([self._at(scores, texts, position) for position in range(scores.shape[1])], dim=1)
 
     def _at(self, scores: torch.Tensor, texts: list[list[torch.Tensor]], position: int) -> torch.Tensor:
-        """`[B, V]`: one position of every row. Rows of one length go together, as in plain `generate`.
+        """`[B, V]`: one position of every row, rows of one length together, as in plain `generate`.
 
-        Where lengths differ each row is shown as a whole batch of itself, so that processors which look at the index
-        of a row see the right one.
+        Every row keeps its index, which some processors look at: where a row is of another length, another stands in.
         """
-        here = [line[position] for line in texts]
-        scores = scores[:, position].clone()  # processors may write in place
-        if len({len(text) for text in here}) == 1:
-            return self.processors(torch.stack(here), scores)
-        rows = [
-            self.processors(text.expand(len(here), -1), scores[row].repeat(len(here), 1))[row]
-            for row, text in enumerate(here)
-        ]
-        return torch.stack(rows)
+        here, result = [line[position] for line in texts], torch.empty_like(scores[:, position])
+        for length in {len(text) for text in here}:
+            rows = [row for row, text in enumerate(here) if len(text) == length]
+            shown = torch.stack([text if len(text) == length else here[rows[0]] for text in here])
+            result[rows] = self.processors(shown, scores[:, position].clone())[rows]
+        return result
 
     def choose(self, scores: torch.Tensor, columns: list[list[int]]) -> torch.Tensor:
         """The tokens `[B, Q]` chosen for `columns` from `scores [B, Q, V]`; -1 where scores are NaN."""

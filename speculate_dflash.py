@@ -34,9 +34,13 @@ DRAFT_SAMPLING = ("greedy", "coupled")
 class Speculate:
     """A draft, as the decoding function of its target's `generate`.
 
-    Besides all that `generate` takes, it takes `statistics=DecodeStatistics()`, to be filled, and `draft_sampling=`:
-    "greedy" (the draft proposes its likeliest tokens) or "coupled" (when sampling, it draws them with the very noise
-    that the target draws with). Neither changes the text.
+    Besides all that `generate` takes, it takes three keywords, none of which changes the text:
+
+    statistics: a `DecodeStatistics`, to be filled.
+    draft_sampling: "coupled" (when sampling, the draft draws its tokens with the very noise that the target draws
+        with) or "greedy" (it always proposes its likeliest tokens, which are accepted less often).
+    capture: how blocks run. "auto" is CUDA graphs for dense targets on a GPU and nothing elsewhere; "graphs" and
+        "compile" (torch.compile, which takes its time at first) ask for one; "off" is neither.
     """
 
     def __init__(self, draft: Any):
@@ -61,7 +65,7 @@ class Speculate:
         streamer: Any = None,
         tokenizer: Any = None,
         statistics: DecodeStatistics | None = None,
-        draft_sampling: str = "greedy",
+        draft_sampling: str = "coupled",
         capture: str = "auto",
         **inputs: Any,
     ) -> torch.Tensor | ModelOutput:

@@ -218,6 +218,7 @@ class Texts:
 
     def sequences(self) -> torch.Tensor:
         """`[B, T]`: prompts and new tokens, padded after the end of a row."""
-        rows = [(new + [self.pad] * self.longest)[: self.longest] for new in self.new]
-        new = torch.tensor(rows, dtype=self.prompt.dtype, device=self.prompt.device).view(len(rows), self.longest)
+        longest = self.longest
+        rows = [(new + [self.pad] * (longest - len(new)))[:longest] for new in self.new]
+        new = torch.tensor(rows, dtype=self.prompt.dtype, device=self.prompt.device).view(len(rows), longest)
         return torch.cat([self.prompt, new], dim=1)
