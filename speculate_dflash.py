@@ -177,8 +177,8 @@ def spec_generate(
     """
     _check_arguments(target, input_ids, max_new_tokens, temperature)
     stops = Stops(input_ids.shape[1] + max_new_tokens, frozenset(_token_ids(stop_token_ids)), has_eos=True)
-    target = target.get_base_model() if hasattr(target, "get_base_model") else target  # of PEFT, with its adapters in
     check_pair(self.config, target)
+    target = target.get_base_model() if hasattr(target, "get_base_model") else target  # of PEFT, with its adapters in
     if max_new_tokens == 0:
         return input_ids
     warpers = LogitsProcessorList([TemperatureLogitsWarper(float(temperature))] if temperature > 0 else [])

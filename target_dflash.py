@@ -253,6 +253,7 @@ def check_target(target: Any) -> None:
     """
     if target.config.is_encoder_decoder or target.get_output_embeddings() is None:
         raise ValueError(f"{type(target).__name__} is no decoder-only language model; a draft needs one as its target.")
+    _refuse_virtual_tokens(target)
     text = target.config.get_text_config(decoder=True)
     _refuse_moving_rope(text)
     _refuse_unknown_state(text)
@@ -262,6 +263,17 @@ def check_target(target: Any) -> None:
             "so it is refused rather than tried."
         )
     decoder_layers(target)
+
+
+def _refuse_virtual_tokens(target: Any) -> None:
+    """Refuse PEFT methods that put tokens of their own before the prompt; adapters inside the layers are welcome."""
+    wrapper = getattr(target.prepare_inputs_for_generation, "__self__", target)  # PEFT puts its own method there
+    for config in (getattr(wrapper, "peft_config", None) or {}).values():
+        if config.is_prompt_learning:
+            raise ValueError(
+                f"The target is wrapped by PEFT with {config.peft_type.value}, which puts virtual tokens before the "
+                "prompt that have no ids, so a draft cannot read it. Merge or leave out that adapter."
+            )
 
 
 def _refuse_unknown_state(text: Any) -> None:

@@ -14,8 +14,7 @@ from dflash_hub.hub_probe import digests
 from dflash_hub.publishing import PublishOptions, publish
 from paths import ROOT, TINY
 
-TRAVELLING = [f"{name}_dflash.py" for name in ("configuration", "layouts", "modeling", "repository", "generation")]
-TRAVELLING += ["cache_dflash.py", "dflash.py"]
+TRAVELLING = sorted(path.name for path in ROOT.glob("*dflash.py"))
 SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
 
 LOAD = """
@@ -50,6 +49,7 @@ def assert_whole(hub, repo_id: str, revision: str = "main") -> None:
     assert {"config.json", "model.safetensors", "README.md", *TRAVELLING} <= set(present)
     for name in TRAVELLING:
         assert present[name] == (ROOT / name).read_bytes(), name
+    assert present["custom_generate/generate.py"] == (ROOT / "custom_generate_dflash.py").read_bytes()
 
 
 @pytest.mark.parametrize("layout", ["hub", "engines"])
@@ -122,7 +122,8 @@ def test_a_draft_loaded_from_either_layout_is_pushed_again_whole_in_either(hub, 
 
 def test_a_published_layout_without_code_is_saved_as_a_whole_repository(tmp_path, fresh_process):
     DFlashDraftModel.from_pretrained(TINY / "draft").save_pretrained(tmp_path)
-    assert {"config.json", "model.safetensors", "README.md", *TRAVELLING} == {path.name for path in tmp_path.iterdir()}
+    whole = {"config.json", "model.safetensors", "README.md", "custom_generate", *TRAVELLING}
+    assert whole == {path.name for path in tmp_path.iterdir()}
     _, found = load_elsewhere(fresh_process, str(tmp_path))
     assert found == digests(DFlashDraftModel.from_pretrained(TINY / "draft"))
 
@@ -444,3 +445,66 @@ def test_the_card_of_an_unpushed_draft_asks_to_be_named_and_the_push_names_it(hu
     draft.save_pretrained(tmp_path / "b", push_to_hub=True, repo_id=repo_id)
     assert_whole(hub, repo_id)
     assert repo_id in ModelCard.load(repo_id).text
+
+
+DECODE = """
+    import json, sys
+    sys.path.append({tests!r})
+    import torch
+    from transformers import AutoModelForCausalLM
+    target = AutoModelForCausalLM.from_pretrained({target!r})
+    ids = torch.arange(40, 60)[None]
+    asked = dict(attention_mask=torch.ones_like(ids), max_new_tokens=40, eos_token_id=None)
+    with_draft = dict(custom_generate={repo!r}, trust_remote_code=True)
+    same = [torch.equal(target.generate(ids, **asked), target.generate(ids, **asked, **with_draft)) for _ in range(2)]
+
+    class Statistics:
+        def count(self, counts, size):
+            self.kept = getattr(self, "kept", []) + [kept for _, kept in counts]
+    statistics = Statistics()
+    for phase in ("prefill", "draft", "verify", "rest"):
+        setattr(statistics, phase + "_seconds", 0.0)
+    target.generate(ids, **asked, **with_draft, statistics=statistics)
+    torch.manual_seed(0)
+    sampled = target.generate(ids, **asked, **with_draft, do_sample=True, temperature=2.0)
+    assert "dflash_hub" not in [name for name, module in sys.modules.items() if module is not None]
+    print(json.dumps([same, max(statistics.kept), list(sampled.shape)]))
+"""
+
+
+@pytest.mark.parametrize("where", ["Hub", "folder"])
+def test_a_target_decodes_with_a_draft_by_name_and_nothing_but_transformers(hub, repo_id, where, tmp_path, fresh_process):
+    draft = DFlashDraftModel.from_pretrained(TINY / "draft")
+    draft.push_to_hub(repo_id)
+    draft.save_pretrained(tmp_path)
+    repo = repo_id if where == "Hub" else str(tmp_path)
+    hub.state.log.clear()
+    code = DECODE.format(tests=str(ROOT / "tests"), target=str(TINY / "target"), repo=repo)
+    same, most, shape = json.loads(fresh_process(code).splitlines()[-1])
+    assert same == [True, True]
+    assert most > 1, "no drafted token was ever accepted"
+    assert shape == [1, 60]
+    weights = [line for line in hub.state.log if "model.safetensors" in str(line) and "GET" in str(line)]
+    assert len(weights) == (where == "Hub"), "the draft is loaded once"
+
+
+def test_by_name_without_trust_nothing_runs(hub, repo_id, tiny_target):
+    DFlashDraftModel.from_pretrained(TINY / "draft").push_to_hub(repo_id)
+    ids = torch.arange(40, 60)[None]
+    with pytest.raises(ValueError, match="custom generation code"):
+        tiny_target.generate(ids, custom_generate=repo_id, trust_remote_code=False, max_new_tokens=4)
+
+
+def test_by_name_with_the_package_installed_the_draft_is_of_our_class(hub, repo_id, tiny_target):
+    DFlashDraftModel.from_pretrained(TINY / "draft").push_to_hub(repo_id)
+    ids = torch.arange(40, 60)[None]
+    asked = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 30, "eos_token_id": None}
+    text = tiny_target.generate(ids, **asked, custom_generate=repo_id, trust_remote_code=True)
+    assert torch.equal(text, tiny_target.generate(ids, **asked))
+
+
+def test_another_targets_draft_is_refused_by_name_too(hub, repo_id):
+    DFlashDraftModel.from_pretrained(TINY / "draft").push_to_hub(repo_id)
+    target = tiny.target("qwen3")
+    with pytest.raises(ValueError, match="hidden_size is 128 in the draft, but the target has 32"):
+        target.generate(tiny.prompt(6), custom_generate=repo_id, trust_remote_code=True, max_new_tokens=4)

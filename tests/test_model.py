@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from dflash_hub import DFlashConfig, DFlashDraftModel
-from dflash_hub.cache_dflash import rewind, rewindable_cache
+from dflash_hub.cache_dflash import rewindable_cache
 from dflash_hub.modeling_dflash import Qwen3DFlashDraftModel, visible_keys
 from paths import DATA, TINY
 
@@ -43,7 +43,7 @@ def test_hidden_states_agree_with_the_original_code_without_and_with_cache(name,
 
     cache, half = rewindable_cache(draft.config), context.shape[1] // 2
     draft(noise, context[:, :half], past_key_values=cache)
-    rewind(cache, noise.shape[1])
+    cache.crop(-noise.shape[1])
     cached = draft(noise, context[:, half:], past_key_values=cache).last_hidden_state
     torch.testing.assert_close(cached, data["hidden_cached"], atol=2e-5, rtol=0)
 
@@ -109,7 +109,7 @@ def test_context_fed_in_pieces_through_a_cache_gives_what_one_call_gives(layers)
     cache, start = rewindable_cache(draft.config), 0
     for piece in (9, 1, 6, 2, 5):
         hidden = draft(noise, context[:, start : start + piece], past_key_values=cache).last_hidden_state
-        rewind(cache, noise.shape[1])
+        cache.crop(-noise.shape[1])
         start += piece
     torch.testing.assert_close(hidden, expected, atol=1e-5, rtol=0)
 

@@ -25,21 +25,20 @@ def test_the_public_names_are_these():
         "DFlashConfig",
         "DFlashDraftModel",
         "DFlashDraftSpec",
-        "DecodeOptions",
-        "DecodeOutput",
         "DecodeStatistics",
         "Qwen3DFlashDraftModel",
         "__version__",
-        "decode",
+        "dflash_generate",
         "register_dflash_draft",
         "resolve_dflash_draft_spec",
     ]
     assert all(getattr(dflash_hub, name) is not None for name in dflash_hub.__all__)
 
 
-def test_there_are_seven_travelling_files():
-    names = ["cache_", "configuration_", "", "generation_", "layouts_", "modeling_", "repository_"]
-    assert [path.name for path in TRAVELLING] == [f"{name}dflash.py" for name in names]
+def test_the_travelling_files_are_these():
+    names = "cache_ capture_ configuration_ custom_generate_ drafting_ generation_ handover_ layouts_ modeling_ "
+    names += "recurrence_ repository_ sampling_ speculate_ target_ text_"
+    assert {path.name for path in TRAVELLING} == {"dflash.py", *(f"{name}dflash.py" for name in names.split())}
 
 
 @pytest.mark.parametrize("path", TRAVELLING, ids=lambda path: path.name)

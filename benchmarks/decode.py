@@ -1,0 +1,348 @@
+# Copyright 2026 the dflash-hub authors.
+# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+"""Decoding speed, side by side in one process: plain `generate`, transformers' own DFlash loop, and ours.
+
+    python benchmarks/decode.py                                     # the built-in trained pair
+    python benchmarks/decode.py --capture compile                   # the same, with blocks compiled
+    python benchmarks/decode.py --shape hybrid --tau 3              # a target with recurrent state
+    python benchmarks/decode.py --shape qwen3-8b --device cuda --context 1024 --tau 6
+
+Shapes other than `tiny-pair` are built in place with random weights, so their drafts guess nothing: `--tau` has that
+many tokens committed per cycle, right tokens being put in place of the draft's after it ran. Texts are greedy, and
+compared with plain greedy's. Times are medians over the runs, the ways taking turns. The floor is what must be read
+from memory over the bandwidth measured here. The last line is JSON.
+"""
+
+import argparse
+import contextlib
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from dflash_hub import DecodeStatistics, DFlashConfig, DFlashDraftModel
+from dflash_hub.generation_dflash import Pair
+from dflash_hub.recurrence_dflash import Recurrence
+
+TINY = Path(__file__).parents[1] / "examples" / "tiny_pair"
+SHAPES: dict[str, dict[str, Any]] = {
+    "small": {
+        "model_type": "qwen3",
+        "hidden_size": 512,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "vocab_size": 8192,
+    },
+    "hybrid": {
+        "model_type": "qwen3_5_text",
+        "hidden_size": 256,
+        "intermediate_size": 768,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "vocab_size": 4096,
+        "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 2,
+        "linear_num_key_heads": 4,
+        "linear_num_value_heads": 8,
+        "linear_key_head_dim": 32,
+        "linear_value_head_dim": 32,
+    },
+    "qwen3-8b": {
+        "model_type": "qwen3",
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 151936,
+        "max_position_embeddings": 40960,
+    },
+}
+
+
+@dataclass
+class Figures:
+    """Of one way to decode; times are medians over the runs."""
+
+    seconds: float = 0.0
+    tokens_per_second: float = 0.0
+    ms_per_cycle: float | None = None
+    draft_ms: float | None = None
+    verify_ms: float | None = None
+    rest_ms: float | None = None
+    replay_ms: float | None = None
+    """Of the rest, running recurrent layers again after rejections."""
+    tau: float | None = None
+    peak_mib: float | None = None
+    same_text: bool = True
+    samples: list[float] = field(default_factory=list, repr=False)
+
+
+def main() -> None:
+    options = arguments()
+    torch.manual_seed(0)
+    torch.set_num_threads(options.threads)
+    target, draft, prompts = build(options)
+    for inputs in prompts:
+        inputs["max_new_tokens"], inputs["do_sample"], inputs["eos_token_id"] = options.new, False, None
+    ways = the_ways(target, draft, options)
+    figures = measure(target, ways, prompts, options)
+    floor = floor_ms(target, draft, options)
+    show(figures, floor, target, draft, options)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="tiny-pair", choices=["tiny-pair", *SHAPES])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default=None, help="float32 on a CPU, bfloat16 elsewhere, unless said")
+    parser.add_argument("--context", type=int, default=150, help="prompt tokens")
+    parser.add_argument("--new", type=int, default=96, help="new tokens of each text")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--block", type=int, default=16)
+    parser.add_argument("--layers", type=int, default=5, help="of the draft")
+    parser.add_argument("--tau", type=int, default=None, help="tokens committed per cycle, forced")
+    parser.add_argument("--capture", default="auto", choices=["auto", "off", "graphs", "compile"])
+    parser.add_argument("--prompts", type=int, default=6, help="of the tiny pair's")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    return parser.parse_args()
+
+
+def build(options: argparse.Namespace) -> tuple[Any, Any, list[dict[str, Any]]]:
+    """The target, its draft, and the prompts."""
+    dtype = getattr(torch, options.dtype or ("float32" if options.device == "cpu" else "bfloat16"))
+    if options.shape == "tiny-pair":
+        target = AutoModelForCausalLM.from_pretrained(TINY / "target", dtype=dtype).to(options.device).eval()
+        draft = DFlashDraftModel.from_pretrained(TINY / "draft", dtype=dtype).to(options.device).eval()
+        tokenizer = AutoTokenizer.from_pretrained(TINY / "target")
+        lines = (TINY / "prompts.jsonl").read_text(encoding="utf-8").splitlines()[: options.prompts]
+        ids = [tokenizer(json.loads(line)["prompt"], return_tensors="pt").input_ids for line in lines]
+        rows = [row[:, -options.context :].repeat(options.batch, 1).to(options.device) for row in ids]
+    else:
+        shape = dict(SHAPES[options.shape])
+        config = AutoConfig.for_model(shape.pop("model_type"), **shape, eos_token_id=None, pad_token_id=0)
+        with torch.device(options.device):
+            target = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+            draft = DFlashDraftModel(draft_config(config, options)).to(dtype).eval()
+        target.generation_config.eos_token_id = None
+        rows = [torch.randint(config.vocab_size, (options.batch, options.context), device=options.device)]
+    return target, draft, [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in rows]
+
+
+def draft_config(config: Any, options: argparse.Namespace) -> DFlashConfig:
+    """A draft of the published shape: taps spread from the second layer to the third-last."""
+    last = config.num_hidden_layers - 3
+    taps = sorted({1 + round(step * (last - 1) / 4) for step in range(5)})
+    same = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
+    return DFlashConfig(
+        block_size=options.block,
+        mask_token_id=0,
+        target_layer_ids=taps,
+        num_target_layers=config.num_hidden_layers,
+        num_hidden_layers=options.layers,
+        max_position_embeddings=config.max_position_embeddings,
+        **{name: getattr(config, name) for name in same},
+    )
+
+
+def the_ways(target: Any, draft: Any, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """What is added to the call of `generate` for each way to decode."""
+    ways: dict[str, dict[str, Any]] = {"plain": {}}
+    if options.device != "cpu":
+        ways["plain, static and compiled"] = {"cache_implementation": "static"}
+    recurrent = "linear_attention" in (getattr(target.config, "layer_types", None) or ())
+    if options.batch == 1 and not recurrent:
+        ways["transformers' own dflash"] = {"assistant_model": draft, "speculation_type": "dflash"}
+    ways["ours"] = {"custom_generate": draft.speculate, "capture": options.capture}
+    return ways
+
+
+def measure(
+    target: Any, ways: dict[str, dict[str, Any]], prompts: list[dict[str, Any]], options: argparse.Namespace
+) -> dict[str, Figures]:
+    """Every way in turn over every prompt, `runs` times, after a round that does not count."""
+    figures = {name: Figures() for name in ways}
+    cycles: dict[str, list[tuple[float, ...]]] = {name: [] for name in ways}
+    plain: dict[int, torch.Tensor] = {}
+    for run in range(-3 if options.capture == "compile" else -1, options.runs):
+        totals = dict.fromkeys(ways, 0.0)
+        for index, inputs in enumerate(prompts):
+            for name, way in ways.items():
+                with forced(options, plain.get(index), inputs) if name == "ours" else contextlib.nullcontext():
+                    text, seconds, peak = timed(target, lambda call=inputs | way: target.generate(**call))
+                totals[name] += seconds
+                figures[name].peak_mib = peak
+                if name == "plain":
+                    plain[index] = text
+                figures[name].same_text &= torch.equal(text, plain[index])
+                if run >= 0 and name != "plain":
+                    cycles[name] += count_cycles(target, name, inputs | way, options, plain[index])
+        if run >= 0:
+            for name, seconds in totals.items():
+                figures[name].samples.append(seconds)
+    tokens = options.new * options.batch * len(prompts)
+    for name, one in figures.items():
+        one.seconds = statistics.median(one.samples)
+        one.tokens_per_second = tokens / one.seconds
+        if cycles[name]:
+            sums = [sum(column) for column in zip(*cycles[name], strict=True)]
+            parts = [1e3 * second / sums[0] for second in sums[1:6]]
+            one.ms_per_cycle, one.draft_ms, one.verify_ms, one.rest_ms, one.replay_ms = parts
+            one.tau = sums[6] / sums[7]
+            if name != "ours":
+                one.draft_ms = one.verify_ms = one.rest_ms = one.replay_ms = None
+    return figures
+
+
+def count_cycles(
+    target: Any, name: str, call: dict[str, Any], options: argparse.Namespace, plain: torch.Tensor
+) -> list[tuple[float, ...]]:
+    """One text more, for its cycles: how many, seconds in all, draft, verify, rest, replay; tokens and row-cycles."""
+    if name == "ours":
+        record, replay = DecodeStatistics(), []
+        with forced(options, plain, call), timing_replays(replay):
+            target.generate(**call, statistics=record)
+        parts = (record.draft_seconds, record.verify_seconds, record.rest_seconds, sum(replay))
+        return [(record.cycles, record.decode_seconds, *parts, sum(record.committed), len(record.committed))]
+    moments: list[float] = []
+
+    def note(module: Any, inputs: Any, output: Any) -> None:
+        if target.device.type == "cuda":
+            torch.cuda.synchronize(target.device)
+        moments.append(time.perf_counter())
+
+    hook = target.register_forward_hook(note)
+    try:
+        target.generate(**call)
+    finally:
+        hook.remove()
+    cycles = len(moments) - 1  # the first is the prompt's; from each verify's end to the next is one cycle
+    if cycles < 1:
+        return []
+    return [(cycles, moments[-1] - moments[0], 0.0, 0.0, 0.0, 0.0, options.new - 1, cycles)]
+
+
+@contextlib.contextmanager
+def timing_replays(seconds: list[float]) -> Iterator[None]:
+    honest = Recurrence.settle
+
+    def settle(self: Recurrence, committed: list[int], size: int) -> None:
+        started = time.perf_counter()
+        honest(self, committed, size)
+        seconds.append(time.perf_counter() - started)
+
+    Recurrence.settle = settle  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Recurrence.settle = honest  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def forced(options: argparse.Namespace, plain: torch.Tensor | None, inputs: dict[str, Any]) -> Iterator[None]:
+    """Have `tau` tokens committed per cycle: after the draft ran, tokens of the plain text take its tokens' place."""
+    if options.tau is None or plain is None:
+        yield
+        return
+    honest, right = Pair.propose, options.tau - 1
+
+    def propose(self: Pair) -> Any:
+        proposal = honest(self)
+        start = self.start[:, None] + torch.arange(1, proposal.tokens.shape[1], device=plain.device)
+        truth = plain.gather(1, start.clamp_max(plain.shape[1] - 1))
+        proposal.tokens[:, 1 : 1 + right] = truth[:, :right]
+        proposal.tokens[:, 1 + right :] = (truth[:, right:] + 1) % self.model.config.vocab_size
+        return proposal
+
+    Pair.propose = propose  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Pair.propose = honest  # type: ignore[method-assign]
+
+
+def timed(target: Any, run: Callable[[], Any]) -> tuple[Any, float, float | None]:
+    """The result, seconds, and MiB at the peak where the device tells."""
+    on_gpu = target.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(target.device)
+        torch.cuda.synchronize(target.device)
+    started = time.perf_counter()
+    result = run()
+    if on_gpu:
+        torch.cuda.synchronize(target.device)
+    seconds = time.perf_counter() - started
+    return result, seconds, torch.cuda.max_memory_allocated(target.device) / 2**20 if on_gpu else None
+
+
+def floor_ms(target: Any, draft: Any, options: argparse.Namespace) -> dict[str, float]:
+    """Milliseconds that reading takes, at the bandwidth measured here: of a plain step and of a cycle."""
+    size = 2**28 if options.device == "cpu" else 2**32
+    source = torch.ones(size // 4, dtype=torch.float32, device=options.device)
+    copies = torch.empty_like(source)
+    seconds = min(timed(target, lambda: copies.copy_(source))[1] for _ in range(5))
+    bandwidth = 2 * size / seconds
+    del source, copies
+    embedding, head = target.get_input_embeddings().weight, target.get_output_embeddings().weight
+    weights = sum(weight.nbytes for weight in target.parameters())
+    if head is not embedding:
+        weights -= embedding.nbytes
+    text, length = target.config.get_text_config(decoder=True), options.context + options.new / 2
+    attention = [kind for kind in getattr(text, "layer_types", None) or [0] * text.num_hidden_layers if kind != "linear_attention"]
+    per_layer = 2 * text.num_key_value_heads * text.head_dim * head.element_size() * length * options.batch
+    plain = weights + len(attention) * per_layer
+    drafting = sum(weight.nbytes for weight in draft.parameters()) + head.nbytes
+    drafting += draft.config.num_hidden_layers * per_layer
+    return {
+        "bandwidth_gb_s": bandwidth / 1e9,
+        "plain_ms": 1e3 * plain / bandwidth,
+        "cycle_ms": 1e3 * (plain + drafting) / bandwidth,
+    }
+
+
+def show(figures: dict[str, Figures], floor: dict[str, float], target: Any, draft: Any, options: Any) -> None:
+    """The table, the ratios, and one line of JSON."""
+
+    def number(value: float | None, digits: int = 2) -> str:
+        return "-" if value is None else f"{value:.{digits}f}"
+
+    print(f"{options.shape}, {options.device}, {str(target.dtype)[6:]}, batch {options.batch}, context {options.context}, ", end="")
+    print(f"block {draft.config.block_size}, {options.new} new tokens, {options.threads} threads, capture {options.capture}")
+    print(f"{'':28}{'tok/s':>9}{'ms/cycle':>10}{'draft':>8}{'verify':>8}{'rest':>8}{'replay':>8}{'tau':>6}{'peak MiB':>10}  text")
+    for name, one in figures.items():
+        cells = [number(one.tokens_per_second, 1).rjust(9), number(one.ms_per_cycle).rjust(10)]
+        cells += [number(part).rjust(8) for part in (one.draft_ms, one.verify_ms, one.rest_ms, one.replay_ms)]
+        cells += [number(one.tau).rjust(6), number(one.peak_mib, 0).rjust(10)]
+        print(f"{name:28}{''.join(cells)}  {'same' if one.same_text else 'NOT the same'}")
+    plain, ours = figures["plain"], figures["ours"]
+    own = figures.get("transformers' own dflash")
+    ratios = {
+        "times_plain": plain.seconds / ours.seconds,
+        "cycle_over_transformers_own": ours.ms_per_cycle / own.ms_per_cycle if own else None,
+        "cycle_over_floor": ours.ms_per_cycle / floor["cycle_ms"],
+        "plain_step_over_floor": 1e3 * plain.seconds / options.new / (len(plain.samples) and prompts_of(options)) / floor["plain_ms"],
+    }
+    print(f"floor at {floor['bandwidth_gb_s']:.1f} GB/s: {floor['plain_ms']:.3f} ms a plain step, {floor['cycle_ms']:.3f} ms a cycle")
+    print(", ".join(f"{name.replace('_', ' ')} {number(value)}" for name, value in ratios.items()))
+    rows = {name: {key: value for key, value in asdict(one).items() if key != "samples"} for name, one in figures.items()}
+    print(json.dumps({"options": vars(options), "figures": rows, "floor": floor, "ratios": ratios}))
+
+
+def prompts_of(options: argparse.Namespace) -> int:
+    return options.prompts if options.shape == "tiny-pair" else 1
+
+
+if __name__ == "__main__":
+    main()
