@@ -38,10 +38,10 @@ class Drafter:
     def clear(self) -> None:
         """Back to no text at all."""
         self.cache = ColumnCache(DynamicCache(config=self.draft.config))
-        self.masks: Masks | None = None
-        self.context: torch.Tensor | None = None  # [B, Q, F], of the last block
-        self.start: torch.Tensor | None = None  # [B], the column of the first of them
-        self.hidden: torch.Tensor | None = None
+        self.masks: Any = None  # of the block, `Masks`
+        self.context: Any = None  # [B, Q, F], of the last block
+        self.start: Any = None  # [B], the column of the first of them
+        self.hidden: Any = None  # [B, S], columns that hold no context
 
     @contextmanager
     def decoding(self, hidden: torch.Tensor, how: str) -> Iterator[None]:

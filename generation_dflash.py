@@ -23,6 +23,7 @@ from .sampling_dflash import Chooser
 from .target_dflash import Target
 from .text_dflash import Prompt, Texts
 
+
 @dataclass
 class DecodeStatistics:
     """What a decode did. Filled while it runs, if given to `generate(..., statistics=...)`; several may add up."""
@@ -55,7 +56,7 @@ class DecodeStatistics:
         return [count / len(self.committed) for count in self.accepted_at]
 
     def count(self, counts: list[tuple[int, int]], size: int) -> None:
-        """One cycle of blocks of `size`: for each row, drafted tokens accepted and tokens kept (0 where it had ended)."""
+        """One cycle of blocks of `size`: for each row, drafted tokens accepted, and tokens kept (0 once ended)."""
         self.cycles += 1
         self.accepted_at = self.accepted_at or [0] * (size - 1)
         for accepted, kept in counts:
@@ -172,7 +173,7 @@ class Pair:
         self.target, self.drafter, self.prompt, self.texts, self.chooser = target, drafter, prompt, texts, chooser
         self.draft, self.model = drafter.draft, target.model
         self.kept: dict[str, list[list[torch.Tensor]]] = {name: [[] for _ in texts.new] for name in keep}
-        self.masks: Masks | None = None
+        self.masks: Any = None  # of the target's block, `Masks`
         self.hidden, self.end = prompt.hidden, prompt.end
         self.start = torch.full((len(texts.new),), prompt.width - 1, device=prompt.device)  # [B], of each row's anchor
         self.anchor = prompt.input_ids[:, -1:]  # [B, 1], each row's last token

@@ -36,9 +36,9 @@ def take_over(cache: Cache | None, target: Target, drafter: Drafter) -> int:
     Raises:
         ValueError: the cache keeps its keys and values in a form that is not theirs.
     """
-    columns = 0 if cache is None else int(cache.get_seq_length())
-    if not columns:
+    if cache is None or not cache.get_seq_length():
         return 0
+    columns = int(cache.get_seq_length())
     target.cache.reserve(columns)
     for index, (ours, theirs) in enumerate(zip(target.cache.layers, cache.layers, strict=True)):
         if isinstance(ours, ColumnLayer):

@@ -99,7 +99,6 @@ class DFlashAttention(Qwen3Attention):
         )
         return self.o_proj(output.flatten(2)), weights
 
-
     def keys_and_values(
         self, sources: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -131,7 +130,7 @@ class DFlashDraftModel(DFlashPreTrainedModel):
 
     @property
     def speculate(self) -> Speculate:
-        """The decoding function for the target's `generate`: `target.generate(..., custom_generate=draft.speculate)`."""
+        """The decoding function for the target: `target.generate(..., custom_generate=draft.speculate)`."""
         if "_speculate" not in self.__dict__:
             self.__dict__["_speculate"] = Speculate(self)
         return self.__dict__["_speculate"]
@@ -211,7 +210,8 @@ class DFlashDraftModel(DFlashPreTrainedModel):
         features = self.hidden_norm(self.fc(context_hidden_states))  # [B, C, H]
         position_embeddings = self.rotary_emb(features, position_ids)
         for index, layer in enumerate(self.layers):
-            past_key_values.update(*layer.self_attn.keys_and_values(features, position_embeddings), index)
+            attention: Any = layer.self_attn
+            past_key_values.update(*attention.keys_and_values(features, position_embeddings), index)
 
     def _check_inputs(self, noise_embeds: torch.Tensor, context_hidden_states: torch.Tensor) -> None:
         taps, width = len(self.config.target_layer_ids), self.config.target_hidden_size

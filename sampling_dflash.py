@@ -64,10 +64,8 @@ class Chooser:
         noise: None for the argmax.
     """
 
-    def __init__(
-        self, processors: LogitsProcessorList, noise: PositionNoise | None = None, coupled: bool = False
-    ):
-        self.processors, self.noise, self.coupled = processors, noise, coupled and noise is not None
+    def __init__(self, processors: LogitsProcessorList, noise: PositionNoise | None = None, coupled: bool = False):
+        self.processors, self.noise, self.coupled = processors, noise, coupled
         self.reads_text = not all(type(processor) in _POINTWISE for processor in processors)
 
     def scores(self, logits: torch.Tensor, texts: list[list[torch.Tensor]] | None) -> torch.Tensor:
@@ -106,7 +104,7 @@ class Chooser:
 
     def draft(self, logits: torch.Tensor, columns: list[range]) -> torch.Tensor:
         """The tokens `[B, Q - 1]` that a draft with these `logits [B, Q - 1, V]` proposes for `columns`."""
-        if not self.coupled:
+        if self.noise is None or not self.coupled:
             return logits.argmax(dim=-1)
         scores = logits.float() if self.reads_text else self.scores(logits, None)
         return (scores + self.noise.block(columns, scores)).argmax(dim=-1)

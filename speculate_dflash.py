@@ -97,7 +97,7 @@ class Speculate:
         Up to 5.23 it drops `tokenizer`, which stop strings need, for every decoding function that is handed to it (and
         `streamer`, for which see `local_of_generate`); here, where it is about to, it is put back among the arguments.
         """
-        frame = sys._getframe(1)
+        frame: Any = sys._getframe(1)
         while frame is not None and frame.f_code.co_filename == inspect.__file__:
             frame = frame.f_back
         prepared = local_of_generate("generation_mode_kwargs", frame)

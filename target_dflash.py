@@ -25,8 +25,11 @@ from .capture_dflash import Captured
 from .recurrence_dflash import Recurrence
 
 FAMILIES = frozenset(
-    "qwen2 qwen3 qwen3_moe llama mistral gemma2 gemma3_text gemma4_text gemma4_unified_text gpt_oss glm4_moe minimax_m2 "
-    "deepseek_v3 qwen3_next qwen3_5_text qwen3_5_moe_text lfm2 nemotron_h".split()
+    {
+        *("qwen2", "qwen3", "qwen3_moe", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"),
+        *("gemma2", "gemma3_text", "gemma4_text", "gemma4_unified_text"),
+        *("llama", "mistral", "gpt_oss", "glm4_moe", "minimax_m2", "deepseek_v3", "lfm2", "nemotron_h"),
+    }
 )
 """Text model types that are known to decode here token for token like their own `generate`."""
 
@@ -44,7 +47,7 @@ class BlockAttention:
     and what only it can do (sinks, soft caps), is the model's own.
     """
 
-    def __init__(self, model: nn.Module, kinds: list[tuple[int | None, bool]]):
+    def __init__(self, model: Any, kinds: list[tuple[int | None, bool]]):
         configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
         self.configs = [config for config in configs.values() if hasattr(config, "_attn_implementation_internal")]
         self.kinds, self.name = kinds, f"dflash_columns_{id(self):x}"
@@ -158,8 +161,8 @@ class Target:
         """Back to no text at all."""
         self.cache = ColumnCache(DynamicCache(config=self.text))
         self.recurrence = Recurrence(self.cache, self.layers)
-        self.masks: Masks | None = None
-        self.prompt_end: torch.Tensor | None = None
+        self.masks: Any = None  # of the block, `Masks`
+        self.end: Any = None  # [B, 1] or [3, B, 1], position minus column
 
     @contextmanager
     def decoding(self, how: str) -> Iterator[None]:
@@ -257,6 +260,8 @@ def check_target(target: Any) -> None:
     text = target.config.get_text_config(decoder=True)
     _refuse_moving_rope(text)
     _refuse_unknown_state(text)
+    if getattr(text, "use_bidirectional_attention", None) in (True, "all"):
+        raise ValueError(f"{text.model_type} with bidirectional attention writes no text that could be continued.")
     if text.model_type not in FAMILIES:
         raise ValueError(
             f"{text.model_type} is not a family that is known to decode exactly here ({', '.join(sorted(FAMILIES))}), "

@@ -15,7 +15,6 @@ import torch
 from torch.nn.functional import pad
 from transformers import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, StoppingCriteria, StoppingCriteriaList
 
-
 PREFILL_CHUNK = 2048
 """Prompt columns that go through the target at once."""
 
@@ -97,7 +96,9 @@ class Stops:
         lengths = [one.max_length for one in criteria if isinstance(one, MaxLengthCriteria)]
         ends = [one for one in criteria if isinstance(one, EosTokenCriteria)]
         clocks = [one for one in criteria if isinstance(one, MaxTimeCriteria)]
-        others = [one for one in criteria if not isinstance(one, MaxLengthCriteria | EosTokenCriteria | MaxTimeCriteria)]
+        others = [
+            one for one in criteria if not isinstance(one, MaxLengthCriteria | EosTokenCriteria | MaxTimeCriteria)
+        ]
         ids = frozenset(token for one in ends for token in one.eos_token_id.flatten().tolist())
         has_eos = any(hasattr(one, "eos_token_id") for one in criteria)
         return cls(min(lengths, default=2**62), ids, has_eos, clocks, others)
@@ -196,9 +197,7 @@ class Texts:
         if ways[-1] == list(range(len(ways))):  # a chain: one text, and its beginnings
             lines = [self.text(row, tokens[row, 1:]) for row in range(len(self.new))]
             return [[line[: len(line) - len(ways) + 1 + position] for position in range(len(ways))] for line in lines]
-        return [
-            [torch.cat([self.text(row), tokens[row, way[1:]]]) for way in ways] for row in range(len(self.new))
-        ]
+        return [[torch.cat([self.text(row), tokens[row, way[1:]]]) for way in ways] for row in range(len(self.new))]
 
     def _tell(self) -> None:
         """Hand the streamer every column that all rows have by now."""

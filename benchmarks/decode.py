@@ -289,22 +289,17 @@ def timed(target: Any, run: Callable[[], Any]) -> tuple[Any, float, float | None
 
 def floor_ms(target: Any, draft: Any, options: argparse.Namespace) -> dict[str, float]:
     """Milliseconds that reading takes, at the bandwidth measured here: of a plain step and of a cycle."""
-    size = 2**28 if options.device == "cpu" else 2**32
-    source = torch.ones(size // 4, dtype=torch.float32, device=options.device)
-    copies = torch.empty_like(source)
-    seconds = min(timed(target, lambda: copies.copy_(source))[1] for _ in range(5))
-    bandwidth = 2 * size / seconds
-    del source, copies
+    bandwidth = measured_bandwidth(target, 2**28 if options.device == "cpu" else 2**32)
     embedding, head = target.get_input_embeddings().weight, target.get_output_embeddings().weight
     weights = sum(weight.nbytes for weight in target.parameters())
     if head is not embedding:
         weights -= embedding.nbytes
     text, length = target.config.get_text_config(decoder=True), options.context + options.new / 2
-    attention = [kind for kind in getattr(text, "layer_types", None) or [0] * text.num_hidden_layers if kind != "linear_attention"]
-    per_layer = 2 * text.num_key_value_heads * text.head_dim * head.element_size() * length * options.batch
-    plain = weights + len(attention) * per_layer
+    kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
+    layer = 2 * text.num_key_value_heads * text.head_dim * head.element_size() * length * options.batch
+    plain = weights + layer * (len(kinds) - kinds.count("linear_attention"))
     drafting = sum(weight.nbytes for weight in draft.parameters()) + head.nbytes
-    drafting += draft.config.num_hidden_layers * per_layer
+    drafting += draft.config.num_hidden_layers * layer
     return {
         "bandwidth_gb_s": bandwidth / 1e9,
         "plain_ms": 1e3 * plain / bandwidth,
@@ -312,36 +307,52 @@ def floor_ms(target: Any, draft: Any, options: argparse.Namespace) -> dict[str, 
     }
 
 
+def measured_bandwidth(target: Any, size: int) -> float:
+    """Bytes per second, read and written, of a copy of `size` bytes."""
+    source = torch.ones(size // 4, dtype=torch.float32, device=target.device)
+    sink = torch.empty_like(source)
+
+    def copy() -> None:
+        sink.copy_(source)
+
+    return 2 * size / min(timed(target, copy)[1] for _ in range(5))
+
+
 def show(figures: dict[str, Figures], floor: dict[str, float], target: Any, draft: Any, options: Any) -> None:
     """The table, the ratios, and one line of JSON."""
-
-    def number(value: float | None, digits: int = 2) -> str:
-        return "-" if value is None else f"{value:.{digits}f}"
-
-    print(f"{options.shape}, {options.device}, {str(target.dtype)[6:]}, batch {options.batch}, context {options.context}, ", end="")
-    print(f"block {draft.config.block_size}, {options.new} new tokens, {options.threads} threads, capture {options.capture}")
-    print(f"{'':28}{'tok/s':>9}{'ms/cycle':>10}{'draft':>8}{'verify':>8}{'rest':>8}{'replay':>8}{'tau':>6}{'peak MiB':>10}  text")
+    dtype = str(target.dtype).removeprefix("torch.")
+    print(f"{options.shape}, {options.device}, {dtype}, batch {options.batch}, context {options.context}, ", end="")
+    print(f"block {draft.config.block_size}, {options.new} new tokens, {options.threads} threads, ", end="")
+    print(f"capture {options.capture}")
+    heads = ("tok/s", "ms/cycle", "draft", "verify", "rest", "replay", "tau", "peak MiB")
+    print(" " * 28 + "".join(head.rjust(10) for head in heads) + "  text")
     for name, one in figures.items():
-        cells = [number(one.tokens_per_second, 1).rjust(9), number(one.ms_per_cycle).rjust(10)]
-        cells += [number(part).rjust(8) for part in (one.draft_ms, one.verify_ms, one.rest_ms, one.replay_ms)]
-        cells += [number(one.tau).rjust(6), number(one.peak_mib, 0).rjust(10)]
-        print(f"{name:28}{''.join(cells)}  {'same' if one.same_text else 'NOT the same'}")
-    plain, ours = figures["plain"], figures["ours"]
-    own = figures.get("transformers' own dflash")
-    ratios = {
-        "times_plain": plain.seconds / ours.seconds,
-        "cycle_over_transformers_own": ours.ms_per_cycle / own.ms_per_cycle if own else None,
-        "cycle_over_floor": ours.ms_per_cycle / floor["cycle_ms"],
-        "plain_step_over_floor": 1e3 * plain.seconds / options.new / (len(plain.samples) and prompts_of(options)) / floor["plain_ms"],
-    }
-    print(f"floor at {floor['bandwidth_gb_s']:.1f} GB/s: {floor['plain_ms']:.3f} ms a plain step, {floor['cycle_ms']:.3f} ms a cycle")
+        parts = (one.ms_per_cycle, one.draft_ms, one.verify_ms, one.rest_ms, one.replay_ms, one.tau, one.peak_mib)
+        cells = "".join(number(part).rjust(10) for part in (one.tokens_per_second, *parts))
+        print(f"{name:28}{cells}  {'same' if one.same_text else 'NOT the same'}")
+    ratios = ratios_of(figures, floor, options)
+    print(f"floor at {floor['bandwidth_gb_s']:.1f} GB/s: {floor['plain_ms']:.3f} ms a plain step, ", end="")
+    print(f"{floor['cycle_ms']:.3f} ms a cycle")
     print(", ".join(f"{name.replace('_', ' ')} {number(value)}" for name, value in ratios.items()))
-    rows = {name: {key: value for key, value in asdict(one).items() if key != "samples"} for name, one in figures.items()}
+    rows = {name: asdict(one) | {"samples": None} for name, one in figures.items()}
     print(json.dumps({"options": vars(options), "figures": rows, "floor": floor, "ratios": ratios}))
 
 
-def prompts_of(options: argparse.Namespace) -> int:
-    return options.prompts if options.shape == "tiny-pair" else 1
+def ratios_of(figures: dict[str, Figures], floor: dict[str, float], options: Any) -> dict[str, float | None]:
+    """What is compared with what; one run's figures only."""
+    plain, ours, own = figures["plain"], figures["ours"], figures.get("transformers' own dflash")
+    cycle = ours.ms_per_cycle or 0.0
+    steps = options.new * (options.prompts if options.shape == "tiny-pair" else 1)
+    return {
+        "times_plain": plain.seconds / ours.seconds,
+        "cycle_over_transformers_own": cycle / own.ms_per_cycle if own and own.ms_per_cycle else None,
+        "cycle_over_floor": cycle / floor["cycle_ms"],
+        "plain_step_over_floor": 1e3 * plain.seconds / steps / floor["plain_ms"],
+    }
+
+
+def number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
 if __name__ == "__main__":

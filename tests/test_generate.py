@@ -17,7 +17,6 @@ from transformers import (
 import tiny
 from dflash_hub import DecodeStatistics
 from paths import TINY
-from test_decode import as_found, batch, partly_right
 
 
 def both(target, draft, **inputs):
@@ -33,7 +32,7 @@ def pair():
     return target, tiny.draft(target)
 
 
-PADDED = batch(9, pads=(0, 3, 5, 1))
+PADDED = tiny.batch(9, pads=(0, 3, 5, 1))
 
 
 @pytest.mark.parametrize(
@@ -68,7 +67,7 @@ def test_the_text_is_that_of_plain_generate(pair, asked, rows, monkeypatch):
     inputs = {name: value[:rows] for name, value in PADDED.items()}
     plain, ours = both(*pair, **inputs, **asked)
     assert torch.equal(plain, ours)
-    partly_right(monkeypatch, torch.nn.functional.pad(plain, (0, 40)))
+    tiny.partly_right(monkeypatch, torch.nn.functional.pad(plain, (0, 40)))
     assert torch.equal(plain, both(*pair, **inputs, **asked)[1])
 
 
@@ -179,7 +178,11 @@ def test_a_stopping_criterion_of_ones_own_is_asked_at_every_token(pair, eos):
     plain = target.generate(**PADDED, **asked, do_sample=False, stopping_criteria=StoppingCriteriaList([Ends()]))
     mine = Ends()
     ours = target.generate(
-        **PADDED, **asked, do_sample=False, stopping_criteria=StoppingCriteriaList([mine]), custom_generate=draft.speculate
+        **PADDED,
+        **asked,
+        do_sample=False,
+        stopping_criteria=StoppingCriteriaList([mine]),
+        custom_generate=draft.speculate,
     )
     assert torch.equal(plain, ours)
     assert set(range(10, 10 + len(set(mine.shown)))) == set(mine.shown)
@@ -188,7 +191,9 @@ def test_a_stopping_criterion_of_ones_own_is_asked_at_every_token(pair, eos):
 def test_max_time_ends_a_text_soon(pair):
     target, draft = pair
     inputs = {name: value[:1] for name, value in PADDED.items()}
-    text = target.generate(**inputs, max_new_tokens=5000, max_time=0.2, do_sample=False, custom_generate=draft.speculate)
+    text = target.generate(
+        **inputs, max_new_tokens=5000, max_time=0.2, do_sample=False, custom_generate=draft.speculate
+    )
     assert 9 < text.shape[1] < 2000
 
 
@@ -276,7 +281,7 @@ def test_what_has_no_meaning_with_a_draft_is_refused_with_the_reason(pair, asked
     target, draft = pair
     with pytest.raises(ValueError, match=reason):
         target.generate(**PADDED, max_new_tokens=5, custom_generate=draft.speculate, **asked)
-    assert as_found(target)
+    assert tiny.as_found(target)
 
 
 def test_embeddings_in_place_of_ids_are_refused(pair):
@@ -286,10 +291,13 @@ def test_embeddings_in_place_of_ids_are_refused(pair):
         target.generate(inputs_embeds=embeds, max_new_tokens=5, custom_generate=draft.speculate)
 
 
-@pytest.mark.parametrize("family", ["qwen3_5", "gemma3"])
+@pytest.mark.parametrize("family", ["qwen3_5", "qwen3_5_moe", "gemma3"])
 @pytest.mark.parametrize("image", [False, True])
-def test_targets_that_see_images_decode_with_and_without_one(family, image):
+@pytest.mark.parametrize("rows", [1, 2])
+def test_targets_that_see_images_decode_with_and_without_one(family, image, rows):
     target, inputs = tiny.seeing(family, image)
+    if rows == 1:
+        inputs = {name: value[: len(value) // 2] for name, value in inputs.items()}
     plain, ours = both(target, tiny.draft(target), **inputs, max_new_tokens=30)
     assert torch.equal(plain, ours)
     assert len(set(plain[0, inputs["input_ids"].shape[1] :].tolist())) > 4
@@ -310,7 +318,9 @@ def test_the_model_that_resolves_its_own_draft_loads_it_once(hub, repo_id):
     target.config.architectures = ["TinyForCausalLM"]
     draft = tiny.draft(target)
     draft.push_to_hub(repo_id)
-    spec = DFlashDraftSpec(repo_id, hidden_size=32, num_target_layers=4, vocab_size=tiny.VOCAB, targets=("tiny/target",))
+    spec = DFlashDraftSpec(
+        repo_id, hidden_size=32, num_target_layers=4, vocab_size=tiny.VOCAB, targets=("tiny/target",)
+    )
     register_dflash_draft("TinyForCausalLM", spec)
     target.config._name_or_path = "tiny/target"
     try:
@@ -354,7 +364,9 @@ def test_graphs_work_on_inputs_and_outputs_that_stay_where_they_are(pair, monkey
 
         def replay():
             replayed.append(run)
-            for old, new in zip(*([one] if isinstance(one, torch.Tensor) else one for one in (outputs, run())), strict=True):
+            for old, new in zip(
+                *([one] if isinstance(one, torch.Tensor) else one for one in (outputs, run())), strict=True
+            ):
                 old.copy_(new)
 
         return replay, outputs
@@ -378,7 +390,9 @@ def test_what_cannot_be_captured_runs_as_it_is_and_says_so(pair, fault, monkeypa
         if fault == "raises":
             raise RuntimeError("operation not permitted when stream is capturing")
         outputs = run()
-        return (lambda: [one.mul_(-1) for one in ([outputs] if isinstance(outputs, torch.Tensor) else outputs)]), outputs
+        return (
+            lambda: [one.mul_(-1) for one in ([outputs] if isinstance(outputs, torch.Tensor) else outputs)]
+        ), outputs
 
     monkeypatch.setattr(capture_dflash, "record", record)
     monkeypatch.setattr(capture_dflash.logger, "warning_once", lambda text: said.append(text))

@@ -9,7 +9,6 @@ from transformers import LogitsProcessorList
 import tiny
 from dflash_hub import DecodeStatistics, sampling_dflash
 from dflash_hub.sampling_dflash import PositionNoise
-from test_decode import batch
 
 SETTINGS = {
     "temperature": {"temperature": 0.6, "top_k": 0},
@@ -53,7 +52,7 @@ def sample(target, how, seed, **asked):
 def test_text_is_token_for_token_that_of_plain_sampling_with_the_same_noise(setting, draft_sampling):
     target = tiny.target("qwen3")
     draft, statistics = tiny.draft(target), DecodeStatistics()
-    asked = batch(8, pads=(0, 5, 2)) | {"max_new_tokens": 30} | SETTINGS[setting]
+    asked = tiny.batch(8, pads=(0, 5, 2)) | {"max_new_tokens": 30} | SETTINGS[setting]
     ours = {"statistics": statistics, "draft_sampling": draft_sampling}
     expected = sample(target, Plain(), 11, **asked)
     assert torch.equal(sample(target, draft.speculate, 11, **asked, **ours), expected)
@@ -65,7 +64,7 @@ def test_text_is_token_for_token_that_of_plain_sampling_with_the_same_noise(sett
 def test_sampling_is_exact_for_other_families_too(family):
     target = tiny.target(family)
     draft = tiny.draft(target)
-    asked = batch(8, pads=(0, 5, 2)) | {"max_new_tokens": 30, "temperature": 1.5}
+    asked = tiny.batch(8, pads=(0, 5, 2)) | {"max_new_tokens": 30, "temperature": 1.5}
     assert torch.equal(sample(target, draft.speculate, 3, **asked), sample(target, Plain(), 3, **asked))
 
 
@@ -198,5 +197,3 @@ def test_processors_see_every_row_at_its_own_place(monkeypatch):
     for row in range(2):
         alone = RepetitionPenaltyLogitsProcessor(2.0)(texts[row][0][None], logits[row].clone())
         assert torch.equal(scores[row], alone)
-
-

@@ -4,6 +4,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from dflash_hub import DFlashConfig, DFlashDraftModel
+from dflash_hub.generation_dflash import Pair
 
 VOCAB = 12
 SMALL = {
@@ -21,7 +22,13 @@ SMALL = {
     "tie_word_embeddings": False,
 }
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "decoder_sparse_step": 1}
-GROUPED = {"n_group": 1, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1, "routed_scaling_factor": 1.0}
+GROUPED = {
+    "n_group": 1,
+    "topk_group": 1,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.0,
+}
 DELTA = {
     "layer_types": ["linear_attention", "full_attention"] * 2,
     "linear_num_key_heads": 2,
@@ -51,7 +58,9 @@ FAMILIES = {
         "layer_types": ["sliding_attention", "full_attention"] * 3,
         "num_kv_shared_layers": 2,
     },
-    "gpt_oss": SLIDING | {"num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": {"rope_type": "default"}},
+    "gemma4_unified_text": SLIDING | {"global_head_dim": 16},
+    "gpt_oss": SLIDING
+    | {"num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": {"rope_type": "default"}},
     "glm4_moe": GROUPED | {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
     "minimax_m2": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "deepseek_v3": GROUPED
@@ -117,11 +126,11 @@ VISION = {"hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "num_atten
 
 
 def seeing(family: str, image: bool):
-    """A target that takes images, and a prompt for it, with an image in its middle or without."""
-    if family == "qwen3_5":
+    """A target that takes images, and two prompts for it, with an image in each or without; the second is padded."""
+    if family.startswith("qwen3_5"):
         vision = {"depth": 1, "out_hidden_size": 32, "spatial_merge_size": 2, "num_position_embeddings": 16}
         tokens = {"image_token_id": 10, "video_token_id": 11, "vision_start_token_id": 8, "vision_end_token_id": 9}
-        text = SMALL | DELTA | {"model_type": "qwen3_5_text"}
+        text = SMALL | FAMILIES[f"{family}_text"] | {"model_type": f"{family}_text"}
         text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
         text["rope_parameters"]["partial_rotary_factor"] = 1.0
         marks = [8, *[10] * 4, 9]
@@ -141,15 +150,16 @@ def seeing(family: str, image: bool):
             if weight.ndim > 1:
                 weight.mul_(next(scale for part, scale in scales.items() if part in name))
     model.generation_config.eos_token_id = None
-    words = torch.randint(0, 8, (14,), generator=torch.Generator().manual_seed(3)).tolist()
-    ids = torch.tensor([words[:6] + (marks if image else []) + words[6:]])
+    words = torch.randint(0, 8, (2, 14), generator=torch.Generator().manual_seed(3)).tolist()
+    ids = torch.tensor([line[:6] + (marks if image else []) + line[6:] for line in words])
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if image and family == "qwen3_5":
-        inputs["pixel_values"] = torch.randn(16, 3 * 2 * 4 * 4)
-        inputs["image_grid_thw"] = torch.tensor([[1, 4, 4]])
+    inputs["attention_mask"][1, :4] = 0
+    if image and family.startswith("qwen3_5"):
+        inputs["pixel_values"] = torch.randn(32, 3 * 2 * 4 * 4)
+        inputs["image_grid_thw"] = torch.tensor([[1, 4, 4]] * 2)
         inputs["mm_token_type_ids"] = (ids == 10).int()
     elif image:
-        inputs["pixel_values"] = torch.randn(1, 3, 16, 16)
+        inputs["pixel_values"] = torch.randn(2, 3, 16, 16)
         inputs["token_type_ids"] = (ids == 10).long()
     return model, inputs
 
@@ -186,3 +196,37 @@ def prompt(length: int, seed: int = 2) -> torch.Tensor:
 def greedy(model, ids: torch.Tensor, new: int) -> torch.Tensor:
     """The target's own greedy text."""
     return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False)
+
+
+def batch(length: int, pads: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    """Four left-padded prompts."""
+    ids = torch.cat([prompt(length, seed=seed) for seed in range(len(pads))])
+    mask = torch.ones_like(ids)
+    for row, pad in enumerate(pads):
+        mask[row, :pad] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def partly_right(monkeypatch, expected: torch.Tensor, seed: int = 0):
+    """Let the draft run, then replace its proposals: in each row a random number of tokens is right, the next wrong."""
+    wanted = torch.Generator().manual_seed(seed)
+    honest = Pair.propose
+
+    def propose(self):
+        proposal = honest(self)
+        size = proposal.tokens.shape[1]
+        for row, column in enumerate(self.columns):
+            right = int(torch.randint(0, size, (), generator=wanted))
+            truth = expected[row, column + 1 : column + 1 + right]
+            proposal.tokens[row, 1 : 1 + len(truth)] = truth
+            wrong = expected[row, column + 1 + right : column + 2 + right]
+            proposal.tokens[row, 1 + right : 1 + right + len(wrong[: size - 1 - right])] = (wrong + 1) % VOCAB
+        return proposal
+
+    monkeypatch.setattr(Pair, "propose", propose)
+
+
+def as_found(target) -> bool:
+    """No hooks, no changed attention, no attribute of ours."""
+    hooks = any(module._forward_hooks or module._forward_pre_hooks for module in target.modules())
+    return not hooks and target.config._attn_implementation in ("sdpa", "eager")
