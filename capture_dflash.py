@@ -41,6 +41,7 @@ class Captured:
         self.function, self.key = function, key
         self.compiled = torch.compile(function)
         self.how = "off"
+        self.failed: set[str] = set()
         self.known: Any = None
         self.graph: Callable | None = None
         self.trusted: set[Any] = set()
@@ -49,7 +50,7 @@ class Captured:
     @contextmanager
     def running(self, how: str) -> Iterator[None]:
         """Run in this way inside the context. A graph, which holds on to memory, ends with it."""
-        self.how = how
+        self.how = "off" if how in self.failed else how
         try:
             yield
         finally:
@@ -86,7 +87,8 @@ class Captured:
         return expected
 
     def _fall_back(self, reason: str) -> None:
-        logger.warning_once(f"A block could not be run with capture={self.how!r} ({reason}); it runs uncaptured.")
+        logger.warning_once(f"A block could not be run with capture={self.how!r} ({reason}); it runs as it is.")
+        self.failed.add(self.how)
         self.how = "off"
 
 

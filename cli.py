@@ -24,6 +24,9 @@ console = Console()
 
 Target = Annotated[str, typer.Option(help="Hub id or folder of the target.")]
 NewTokens = Annotated[int, typer.Option(min=1, help="Budget of new tokens.")]
+Capture = Annotated[
+    str, typer.Option(help="How blocks run: auto, off, graphs (CUDA), or compile (half a minute first).")
+]
 
 
 def main() -> None:
@@ -51,8 +54,11 @@ def version() -> None:
 
 
 @app.command()
-def demo(prompts: Annotated[int, typer.Option(min=1, help="How many held-out prompts.")] = 8) -> None:
-    """The built-in pair: the target's own text and DFlash's beside it. Offline; seconds on two cores."""
+def demo(
+    prompts: Annotated[int, typer.Option(min=1, help="How many held-out prompts.")] = 8,
+    capture: Capture = "compile",
+) -> None:
+    """The built-in pair: the target's own text and DFlash's beside it. Offline; half a minute the first time."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -68,8 +74,9 @@ def demo(prompts: Annotated[int, typer.Option(min=1, help="How many held-out pro
     draft = DFlashDraftModel.from_pretrained(home / "draft")
     lines = (home / "prompts.jsonl").read_text(encoding="utf-8").splitlines()[:prompts]
     rows = [tokenizer(json.loads(line)["prompt"], return_tensors="pt").input_ids[:, -150:] for line in lines]
-    warm_up(draft, target, rows[0])
-    results = [compare(draft, target, row, max_new_tokens=96) for row in rows]
+    with console.status("Warming up; compiling takes half a minute, the first time"):
+        warm_up(draft, target, rows[0], capture)
+    results = [compare(draft, target, row, max_new_tokens=96, capture=capture) for row in rows]
     total = sum(results[1:], results[0])
 
     # A target this small often repeats itself; the most varied text shows most.
@@ -100,6 +107,7 @@ def generate(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 ..., or auto for the target's own.")] = "auto",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; the best there is if not given.")] = None,
     chat: Annotated[bool, typer.Option(help="Use the target's chat template, if it has one.")] = True,
+    capture: Capture = "auto",
 ) -> None:
     """Generate greedily with any target, streaming; then the target alone, and the figures of both."""
     import torch
@@ -112,8 +120,8 @@ def generate(
     model = AutoModelForCausalLM.from_pretrained(target, dtype=dtype).to(device).eval()
     speculator = load_draft(model, draft, draft_revision).to(device).eval()
     row = encode(tokenizer, prompt, chat).to(device)
-    warm_up(speculator, model, row)
-    result = compare(speculator, model, row, max_new_tokens, TextStreamer(tokenizer, skip_prompt=True))
+    warm_up(speculator, model, row, capture)
+    result = compare(speculator, model, row, max_new_tokens, TextStreamer(tokenizer, skip_prompt=True), capture)
     console.print()
     show_figures(result)
     if not result.identical and model.dtype != torch.float32:

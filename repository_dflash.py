@@ -29,7 +29,7 @@ from .layouts_dflash import engines_layout
 logger = logging.get_logger(__name__)
 
 PLACEHOLDER = "your-name/your-draft"
-TAGS = ("dflash", "speculative-decoding", "draft-model")
+TAGS = ("dflash", "speculative-decoding", "draft-model", "custom_generate")
 # Weights of an earlier push must not outlive it: transformers prefers one file over shards, so stale ones would load.
 STALE = ["*.safetensors", "*.safetensors.index.json", "pytorch_model*"]
 # The Muse assistant of transformers keeps the feature projection in a submodule.
@@ -46,8 +46,7 @@ _SHORT_CARD = """---
 A DFlash draft model for {{ target }}: block size {{ config.block_size }}, taps {{ config.target_layer_ids }}, mask
 token {{ config.mask_token_id }}. Not measured.
 
-    draft = AutoModel.from_pretrained("{{ repo_id }}", trust_remote_code=True)
-    target.generate(**inputs, assistant_model=draft, speculation_type="dflash")
+    target.generate(**inputs, custom_generate="{{ repo_id }}", trust_remote_code=True)
 """
 
 

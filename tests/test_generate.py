@@ -310,10 +310,10 @@ def test_draft_and_target_may_differ_in_dtype(pair):
     assert torch.equal(plain, ours)
 
 
-def test_the_model_that_resolves_its_own_draft_loads_it_once(hub, repo_id):
-    from dflash_hub import DFlashDraftSpec, dflash_generate, register_dflash_draft
-    from dflash_hub.registry import DFLASH_DRAFT_REGISTRY
+def test_a_target_without_a_draft_gets_its_own_resolved_and_loaded_once(hub, repo_id, monkeypatch):
+    from dflash_hub import DFlashDraftSpec, dflash_generate, register_dflash_draft, registry
 
+    monkeypatch.setattr(registry, "CATALOGUE", list(registry.CATALOGUE))
     target = tiny.target("qwen3")
     target.config.architectures = ["TinyForCausalLM"]
     draft = tiny.draft(target)
@@ -332,11 +332,18 @@ def test_the_model_that_resolves_its_own_draft_loads_it_once(hub, repo_id):
             **PADDED, max_new_tokens=12, do_sample=False, custom_generate=dflash_generate, streamer=streamer
         )
     finally:
-        del DFLASH_DRAFT_REGISTRY["TinyForCausalLM"]
+        del registry.DFLASH_DRAFT_REGISTRY["TinyForCausalLM"]
     assert torch.equal(plain, first)
     assert torch.equal(plain, second)
     assert streamer.ended == 1
     assert not hub.state.log, "the draft was asked for again"
+
+
+def test_a_target_that_no_draft_is_known_for_is_told_so(pair):
+    from dflash_hub import dflash_generate
+
+    with pytest.raises(ValueError, match=r"No DFlash draft|made for|fits"):
+        pair[0].generate(**PADDED, max_new_tokens=4, custom_generate=dflash_generate)
 
 
 def test_a_target_that_is_gone_is_not_kept_alive():
