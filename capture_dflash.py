@@ -39,7 +39,7 @@ class Captured:
 
     def __init__(self, function: Callable, key: Callable[[], Any]):
         self.function, self.key = function, key
-        self.compiled = torch.compile(function)
+        self.compiled: Callable = function  # until it is asked for: the compiler takes seconds to import
         self.how = "off"
         self.failed: set[str] = set()
         self.known: Any = None
@@ -51,6 +51,8 @@ class Captured:
     def running(self, how: str) -> Iterator[None]:
         """Run in this way inside the context. A graph, which holds on to memory, ends with it."""
         self.how = "off" if how in self.failed else how
+        if self.how == "compile" and self.compiled is self.function:
+            self.compiled = torch.compile(self.function)
         try:
             yield
         finally:

@@ -42,12 +42,14 @@ class Drafter:
         self.context: Any = None  # [B, Q, F], of the last block
         self.start: Any = None  # [B], the column of the first of them
         self.hidden: Any = None  # [B, S], columns that hold no context
+        self.offset: Any = None  # [B], the column at which each row's text begins
+        self.noise_ids: Any = None  # [B, Q - 1], mask tokens
 
     @contextmanager
     def decoding(self, hidden: torch.Tensor, how: str) -> Iterator[None]:
         """For rows whose columns are padding where `hidden [B, S]` says so."""
         self.hidden = hidden.to(self.draft.device)
-        self.offset = (~self.hidden).int().argmax(dim=1)  # [B], the column at which each row's text begins
+        self.offset = (~self.hidden).int().argmax(dim=1)
         shape = (len(hidden), self.size - 1)
         self.noise_ids = torch.full(shape, self.draft.config.mask_token_id, device=hidden.device)
         with self.block.running(how):
@@ -67,7 +69,7 @@ class Drafter:
         self.draft.absorb(features, self._positions(columns), self.cache)
 
     def feed(self, features: torch.Tensor, start: torch.Tensor) -> None:
-        """Context features `[B, Q, F]` of the block at `start [B]`, in the order of the text; rejected ones may follow.
+        """Context features `[B, N, F]` of the block at `start [B]`, in the order of the text; rejected ones may follow.
 
         They reach the draft with its next block.
         """
@@ -76,7 +78,8 @@ class Drafter:
     def flush(self) -> None:
         """Take in what the draft was fed last; rejected columns are overwritten by whatever follows."""
         if self.start is not None:
-            self._absorb(self.context, self.start[:, None] + torch.arange(self.size, device=self.draft.device))
+            columns = torch.arange(self.context.shape[1], device=self.draft.device)
+            self._absorb(self.context, self.start[:, None] + columns)
 
     def hide(self, columns: int) -> None:
         """The first `columns` hold no context: they were cached without this draft."""
@@ -94,7 +97,7 @@ class Drafter:
             width = self.draft.config.fc_width
             self.context = torch.zeros(len(start), self.size, width, device=home.device, dtype=self.draft.dtype)
             self.start = home
-        self.cache.reserve(room)
+        self.cache.reserve(room + max(0, self.context.shape[1] - self.size))  # what was verified may be a wider tree
         self.hidden = widen(self.hidden, self.cache.capacity)
         if self.masks is None or self.masks.hidden is not self.hidden:
             self.masks = Masks(self.hidden, home, self.size)
@@ -107,7 +110,7 @@ class Drafter:
         """`[B, Q - 1, V]`; nothing here depends on anything but tensors."""
         self.masks.move(start)
         columns = start[:, None] + self.masks.steps  # [B, Q]
-        before = context_start[:, None] + self.masks.steps
+        before = context_start[:, None] + torch.arange(context.shape[1], device=start.device)
         # Rejected positions of the context share their columns with the block, which is written after it.
         self.cache.write_at(before, columns)
         noise_embeds = self._at_home(embed_noise(self.embed, torch.cat([anchor, self.noise_ids], dim=1)))

@@ -113,6 +113,8 @@ class Proposal:
     @property
     def depths(self) -> list[int]:
         """How far each position is from the root."""
+        if self.parents is None:
+            return list(range(self.tokens.shape[1]))
         return [len(way) - 1 for way in self.ways]
 
 

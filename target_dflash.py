@@ -71,6 +71,7 @@ class BlockAttention:
                 config._attn_implementation_internal = self.name
             yield
         finally:
+            self.masks = None
             for config, name in zip(self.configs, before, strict=True):
                 config._attn_implementation_internal = name
             del ALL_ATTENTION_FUNCTIONS[self.name]
@@ -163,6 +164,7 @@ class Target:
         self.recurrence = Recurrence(self.cache, self.layers)
         self.masks: Any = None  # of the block, `Masks`
         self.end: Any = None  # [B, 1] or [3, B, 1], position minus column
+        self.features: Any = None  # [B, Q, F], of the last block
 
     @contextmanager
     def decoding(self, how: str) -> Iterator[None]:

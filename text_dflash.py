@@ -19,6 +19,9 @@ PREFILL_CHUNK = 2048
 """Prompt columns that go through the target at once."""
 
 
+_ANY = torch.zeros(1, 1, dtype=torch.long)  # a text on the CPU, for clocks, which do not look at it
+
+
 class Prompt:
     """A prompt laid out by column, with what `generate` prepared for the target.
 
@@ -141,7 +144,7 @@ class Texts:
 
     def commit(self, tokens: list[list[int]]) -> list[int]:
         """Make these tokens final, each row's up to where it ends; how many were, row by row."""
-        overtime = any(bool(clock(self.prompt, None).any()) for clock in self.stops.clocks)
+        overtime = any(bool(clock(_ANY, None).any()) for clock in self.stops.clocks)
         before = self.active
         counts = [
             self._commit(row, given, overtime) if active else 0

@@ -242,6 +242,31 @@ def test_nothing_is_copied_but_what_a_block_writes():
     assert len(where) == 4 + 2
 
 
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_cycle_brings_one_tensor_to_the_host(rows, monkeypatch):
+    target, brought = tiny.target("qwen3"), []
+    draft, inputs = tiny.draft(target), tiny.batch(9, pads=(0, 3, 5, 1)[:rows])
+    for name in ("tolist", "item", "cpu", "numpy", "__bool__", "__int__", "__float__", "nonzero"):
+        honest = getattr(torch.Tensor, name)
+
+        def bring(self, *args, honest=honest, name=name, **kwargs):
+            brought.append(name)
+            return honest(self, *args, **kwargs)
+
+        monkeypatch.setattr(torch.Tensor, name, bring)
+    per_cycle, honest_propose = [], Pair.propose
+
+    def propose(self):
+        per_cycle.append(list(brought))
+        brought.clear()
+        return honest_propose(self)
+
+    monkeypatch.setattr(Pair, "propose", propose)
+    target.generate(**inputs, max_new_tokens=40, do_sample=False, custom_generate=draft.speculate)
+    assert len(per_cycle) > 10
+    assert all(names == ["tolist"] for names in per_cycle[1:])
+
+
 TREE = torch.tensor([-1, 0, 0, 1, 1, 2])
 
 
@@ -268,7 +293,8 @@ def test_acceptance_keeps_the_drafted_tokens_before_the_first_mismatch(tokens, c
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma3_text", "gpt_oss"])
-def test_a_tree_of_proposals_runs_in_the_same_loop(family, monkeypatch):
+@pytest.mark.parametrize("block", [4, 6, 9])
+def test_a_tree_of_proposals_runs_in_the_same_loop(family, block, monkeypatch):
     """Two ways on from the anchor: one that is right for a while, one that is wrong at once, in either order."""
     target = tiny.target(family)
     inputs = tiny.batch(12, pads=(0, 5, 9, 2))
@@ -288,7 +314,7 @@ def test_a_tree_of_proposals_runs_in_the_same_loop(family, monkeypatch):
         return Proposal(torch.cat([anchor, *ways], dim=1), parents)
 
     monkeypatch.setattr(Pair, "propose", propose)
-    draft, statistics = tiny.draft(target, block_size=6), DecodeStatistics()
+    draft, statistics = tiny.draft(target, block_size=block), DecodeStatistics()
     more = {"max_new_tokens": 40, "do_sample": False, "custom_generate": draft.speculate, "statistics": statistics}
     assert torch.equal(target.generate(**inputs, **more), expected)
     assert {3, 4} <= set(statistics.committed)

@@ -71,6 +71,15 @@ def test_the_text_is_that_of_plain_generate(pair, asked, rows, monkeypatch):
     assert torch.equal(plain, both(*pair, **inputs, **asked)[1])
 
 
+def test_the_draft_may_also_be_given_as_the_assistant(pair):
+    target, draft = pair
+    inputs = {name: value[:1] for name, value in PADDED.items()}
+    plain, ours = both(target, draft, **inputs, max_new_tokens=20)
+    both_ways = {"assistant_model": draft, "custom_generate": draft.speculate}
+    assert torch.equal(target.generate(**inputs, max_new_tokens=20, do_sample=False, **both_ways), plain)
+    assert torch.equal(plain, ours)
+
+
 def test_generation_settings_may_come_from_the_target_or_in_a_config(pair):
     target, draft = pair
     settings = GenerationConfig(max_new_tokens=12, repetition_penalty=1.4, eos_token_id=5, pad_token_id=0)
@@ -291,7 +300,7 @@ def test_embeddings_in_place_of_ids_are_refused(pair):
         target.generate(inputs_embeds=embeds, max_new_tokens=5, custom_generate=draft.speculate)
 
 
-@pytest.mark.parametrize("family", ["qwen3_5", "qwen3_5_moe", "gemma3"])
+@pytest.mark.parametrize("family", ["qwen3_5", "qwen3_5_moe", "gemma3", "gemma4"])
 @pytest.mark.parametrize("image", [False, True])
 @pytest.mark.parametrize("rows", [1, 2])
 def test_targets_that_see_images_decode_with_and_without_one(family, image, rows):

@@ -134,6 +134,12 @@ def seeing(family: str, image: bool):
         text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
         text["rope_parameters"]["partial_rotary_factor"] = 1.0
         marks = [8, *[10] * 4, 9]
+    elif family == "gemma4":
+        vision = {"num_hidden_layers": 1, "num_key_value_heads": 2, "head_dim": 16, "pooling_kernel_size": 2}
+        vision["position_embedding_size"] = 16
+        tokens = {"image_token_id": 10, "video_token_id": 11, "boi_token_id": 8, "eoi_token_id": 9}
+        text = SMALL | FAMILIES["gemma4_text"] | {"model_type": "gemma4_text", "use_bidirectional_attention": "vision"}
+        marks = [8, *[10] * 4, 9]
     else:
         vision = {"image_size": 16, "num_hidden_layers": 1, "vision_use_head": False}
         tokens = {"image_token_id": 10, "image_token_index": 10, "boi_token_index": 8, "eoi_token_index": 9}
@@ -157,6 +163,10 @@ def seeing(family: str, image: bool):
     if image and family.startswith("qwen3_5"):
         inputs["pixel_values"] = torch.randn(32, 3 * 2 * 4 * 4)
         inputs["image_grid_thw"] = torch.tensor([[1, 4, 4]] * 2)
+        inputs["mm_token_type_ids"] = (ids == 10).int()
+    elif image and family == "gemma4":
+        inputs["pixel_values"] = torch.rand(2, 16, 3 * 4 * 4)
+        inputs["image_position_ids"] = torch.cartesian_prod(torch.arange(4), torch.arange(4)).expand(2, -1, -1)
         inputs["mm_token_type_ids"] = (ids == 10).int()
     elif image:
         inputs["pixel_values"] = torch.randn(2, 3, 16, 16)
