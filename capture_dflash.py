@@ -19,14 +19,21 @@ logger = logging.get_logger(__name__)
 CAPTURE = ("auto", "off", "graphs", "compile")
 
 
-def settled(capture: str, model: Any) -> str:
-    """How blocks are run: "auto" is CUDA graphs for dense targets on a GPU, and nothing elsewhere."""
+def settled(capture: str, model: Any, recurrent: bool) -> str:
+    """How blocks are run: "auto" is CUDA graphs for dense targets on a GPU, and nothing elsewhere.
+
+    A recurrent target's block changes its state, so it cannot be repeated to compare what was captured.
+    """
+    if recurrent and capture not in ("auto", "off"):
+        logger.warning_once(f"capture={capture!r} is not for targets with recurrent state; blocks run as they are.")
+    if recurrent:
+        return "off"
     if capture != "auto":
         return capture
-    kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ()
+    if model.device.type != "cuda":
+        return "off"
     dense = not any("expert" in name for name, _ in model.named_modules())
-    steady = not {"linear_attention", "conv", "mamba"} & set(kinds)
-    return "graphs" if dense and steady and model.device.type == "cuda" else "off"
+    return "graphs" if dense else "off"
 
 
 class Captured:
@@ -113,7 +120,7 @@ def record(run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
     if not torch.cuda.is_available():
         raise RuntimeError("CUDA graphs need a CUDA device")
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may go on, a streamer's reader say
         outputs = run()
     return graph.replay, outputs
 

@@ -213,6 +213,10 @@ class Pair:
     def verify(self, proposal: Proposal) -> torch.Tensor:
         """The target's logits after each position of the proposal, `[B, Q, V]`."""
         size = proposal.tokens.shape[1]
+        if proposal.parents is not None and self.target.recurrence.states:
+            raise ValueError(
+                f"{type(self.model).__name__} keeps recurrent state, which branches of a tree cannot share."
+            )
         self.target.cache.reserve(max(self.columns) + size)
         self.hidden = widen(self.hidden, self.target.cache.capacity)
         if self.masks is None or self.masks.hidden is not self.hidden or proposal.parents is not None:

@@ -82,6 +82,9 @@ def give_back(pair: Any) -> None:
     sequences = pair.texts.sequences()
     columns = pair.prompt.width - pair.prompt.input_ids.shape[1] + sequences.shape[1] - 1
     if len({len(new) for new in pair.texts.new}) > 1:
+        if pair.target.recurrence.states:
+            pair.prompt.cache = None  # states of rows that ended apart cannot be brought to one column
+            return
         _complete(pair, sequences, columns)
     for ours, theirs in zip(pair.target.cache.layers, pair.prompt.cache.layers, strict=True):
         if isinstance(ours, ColumnLayer):

@@ -25,7 +25,7 @@ from .drafting_dflash import Drafter
 from .generation_dflash import DecodeStatistics, Pair, decode
 from .handover_dflash import give_back
 from .sampling_dflash import Chooser, PositionNoise, refuse_processors
-from .target_dflash import Target, check_target
+from .target_dflash import Target, check_target, recurrent
 from .text_dflash import Prompt, Stops, Texts
 
 DRAFT_SAMPLING = ("greedy", "coupled")
@@ -85,7 +85,9 @@ class Speculate:
         texts = Texts(input_ids, Stops.of(stopping_criteria), 0 if pad is None else int(pad), streamer)
         prompt = Prompt(input_ids, inputs, generation_config.return_dict_in_generate)
         chooser = Chooser(logits_processor, noise, coupled=draft_sampling == "coupled")
-        session, how = self._session(model), settled(capture, model)
+        if len(input_ids) > 1 and getattr(prompt.cache, "_is_user_defined", False):
+            refuse_recurrent(model)
+        session, how = self._session(model), settled(capture, model, recurrent(model))
         self.compiled = session if how == "compile" else None
         pair = session.decode(prompt, texts, chooser, how, _kept(generation_config), statistics)
         return _output(pair) if generation_config.return_dict_in_generate else texts.sequences()
@@ -186,7 +188,7 @@ def spec_generate(
     prompt = Prompt(input_ids, {"attention_mask": torch.ones_like(input_ids), "use_cache": True})
     chooser = Chooser(warpers, PositionNoise() if temperature > 0 else None)
     with torch.no_grad():
-        Session(self, target).decode(prompt, texts, chooser, settled("auto", target))
+        Session(self, target).decode(prompt, texts, chooser, settled("auto", target, recurrent(target)))
     return texts.sequences()
 
 
@@ -235,6 +237,19 @@ def refuse(
             raise ValueError(f"A draft cannot be used with {reason}. Leave one of the two out.")
     if input_ids.shape[1] == 0:
         raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; a prompt needs at least one token.")
+
+
+def refuse_recurrent(model: Any) -> None:
+    """Refuse to leave the state of several rows, which end at different columns, in one cache.
+
+    Raises:
+        ValueError: the target keeps recurrent state.
+    """
+    if recurrent(model):
+        raise ValueError(
+            f"{type(model).__name__} keeps recurrent state, and rows of a batch may end at different columns, so no "
+            "cache of theirs can be carried on. Leave past_key_values out, or give one row at a time."
+        )
 
 
 def _kept(config: GenerationConfig) -> tuple[str, ...]:

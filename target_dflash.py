@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers.cache_utils import CacheLayerMixin, DynamicCache
+from transformers.cache_utils import CacheLayerMixin, DynamicCache, LinearAttentionLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cache_dflash import ColumnCache, Masks, widen
@@ -248,6 +248,12 @@ def windows(text: Any) -> list[int | None]:
     if kinds is None:
         return [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=text).layers]
     return [text.sliding_window if kind == "sliding_attention" else None for kind in kinds]
+
+
+def recurrent(model: Any) -> bool:
+    """Whether the target keeps state that is no keys and values by column."""
+    layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
+    return any(isinstance(layer, LinearAttentionLayer) for layer in layers)
 
 
 def check_target(target: Any) -> None:

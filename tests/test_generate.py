@@ -232,6 +232,19 @@ def test_a_cache_carries_a_conversation_on(family):
     assert torch.equal(*texts)
 
 
+def test_a_batch_with_recurrent_state_leaves_no_cache_behind_that_could_be_wrong():
+    target = tiny.target("qwen3_next")
+    draft = tiny.draft(target)
+    asked = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": 6, "pad_token_id": 0}
+    ours = asked | {"custom_generate": draft.speculate, "return_dict_in_generate": True}
+    plain = target.generate(**PADDED, **asked)
+    given = target.generate(**PADDED, **ours)
+    assert torch.equal(given.sequences, plain)
+    assert given.past_key_values is None
+    one = {name: value[:1] for name, value in PADDED.items()}
+    assert target.generate(**one, **ours).past_key_values.get_seq_length() > 9
+
+
 def test_a_cache_of_ours_goes_on_without_a_draft_and_the_other_way_round():
     target = tiny.target("gemma3_text")
     draft, ids = tiny.draft(target), tiny.prompt(20)
