@@ -259,7 +259,7 @@ def test_an_existing_card_is_kept_and_its_metadata_completed(hub, repo_id, draft
     card = ModelCard.load(repo_id)
     assert card.text.strip() == "# My words"
     assert (card.data.license, card.data.base_model) == ("mit", "org/target")
-    assert card.data.tags == ["mine", "dflash", "speculative-decoding", "draft-model"]
+    assert card.data.tags == ["mine", "dflash", "speculative-decoding", "draft-model", "custom_generate"]
 
 
 def test_what_is_said_of_a_draft_corrects_the_card_on_the_hub(hub, repo_id, draft):
