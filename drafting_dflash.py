@@ -8,7 +8,7 @@ Shapes: B rows, N new columns, Q block positions, S columns of a buffer, V vocab
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -52,7 +52,7 @@ class Drafter:
         self.offset = (~self.hidden).int().argmax(dim=1)
         shape = (len(hidden), self.size - 1)
         self.noise_ids = torch.full(shape, self.draft.config.mask_token_id, device=hidden.device)
-        with self.block.running(how):
+        with self.block.running(how), self.attention.hold() if how == "compile" else nullcontext():
             try:
                 yield
             finally:

@@ -11,7 +11,7 @@ Shapes: B rows, P prompt columns, N new positions, Q block positions, V vocabula
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -53,6 +53,8 @@ class BlockAttention:
         self.kinds, self.name = kinds, f"dflash_columns_{id(self):x}"
         self.masks: Masks | None = None
         self.length = 0
+        self.held = False
+        self.before: list[str] = []
         self.wanted: set[tuple] = set()
         """Which masks this model's layers asked for: made, the next time, before anything runs."""
         self.own = model.config.get_text_config(decoder=True)._attn_implementation
@@ -60,21 +62,45 @@ class BlockAttention:
     @contextmanager
     def active(self, masks: Masks, length: int) -> Iterator[None]:
         """Attention reads `length` columns under `masks`."""
-        before = [config._attn_implementation_internal for config in self.configs]
         self.masks, self.length = masks, length
         if not masks.kept:
             for kind in self.wanted:
                 masks.get(*kind)
-        ALL_ATTENTION_FUNCTIONS[self.name] = self.attend
         try:
-            for config in self.configs:
-                config._attn_implementation_internal = self.name
-            yield
+            with nullcontext() if self.held else self.hold():
+                yield
         finally:
             self.masks = None
-            for config, name in zip(self.configs, before, strict=True):
-                config._attn_implementation_internal = name
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """The model's configs name this attention; compiled code is quicker if they do so all the time."""
+        self.before = [config._attn_implementation_internal for config in self.configs]
+        ALL_ATTENTION_FUNCTIONS[self.name] = self.attend
+        try:
+            self._name([self.name] * len(self.configs))
+            self.held = True
+            yield
+        finally:
+            self.held = False
+            self._name(self.before)
             del ALL_ATTENTION_FUNCTIONS[self.name]
+
+    @contextmanager
+    def released(self) -> Iterator[None]:
+        """The model's own attention, also while this one is held."""
+        if not self.held:
+            yield
+            return
+        self._name(self.before)
+        try:
+            yield
+        finally:
+            self._name([self.name] * len(self.configs))
+
+    def _name(self, names: list[str]) -> None:
+        for config, name in zip(self.configs, names, strict=True):
+            config._attn_implementation_internal = name
 
     def attend(
         self,
@@ -173,7 +199,8 @@ class Target:
         Args:
             how: blocks are run, see `Captured`.
         """
-        with self.taps.collecting(), self.recurrence.recording(), self.block.running(how):
+        held = self.attention.hold() if how == "compile" else nullcontext()
+        with self.taps.collecting(), self.recurrence.recording(), self.block.running(how), held:
             try:
                 yield
             finally:
@@ -191,7 +218,8 @@ class Target:
         # As a tensor: given a number, some models skip positions in their upper layers, and taps need them all.
         keep = torch.tensor([length - 1], device=self.model.device)
         ours = {"past_key_values": self.cache, "use_cache": True, "logits_to_keep": keep, "return_dict": True}
-        logits = self.model(**(inputs | ours)).logits
+        with self.attention.released():
+            logits = self.model(**(inputs | ours)).logits
         self.cache.seen = length
         return logits[:, -1]
 
