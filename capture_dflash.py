@@ -79,7 +79,7 @@ class Captured:
         return self.graph(*inputs)
 
     def _compiled(self, key: Any, *inputs: torch.Tensor) -> Any:
-        """Compiled code checks whether it still applies, at a quarter of its cost: once a decode, and when `key` moves."""
+        """Compiled code checks whether it applies, at a quarter of its cost: once a decode, and when `key` moves."""
         checked, self.known = key == self.known, key
         with torch.compiler.set_stance(skip_guard_eval_unsafe=checked):
             return self.compiled(*inputs)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, LinearAttentionLayer
+from transformers.cache_utils import Cache, DynamicCache, LinearAttentionLayer
 
 from .cache_dflash import ColumnLayer
 from .drafting_dflash import Drafter
@@ -78,6 +78,9 @@ def _copy(layer: LinearAttentionLayer) -> LinearAttentionLayer:
 def give_back(pair: Any) -> None:
     """Leave every column but the last token's in the cache that `generate` came with, as views of our buffers."""
     if not pair.prompt.cache_is_kept:
+        return
+    if not isinstance(pair.prompt.cache, DynamicCache):  # made by `generate` for a cache_implementation
+        pair.prompt.cache = None
         return
     sequences = pair.texts.sequences()
     columns = pair.prompt.width - pair.prompt.input_ids.shape[1] + sequences.shape[1] - 1

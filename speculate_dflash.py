@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList, TemperatureLogitsWarper
+from transformers.cache_utils import DynamicCache
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.utils import ModelOutput
 
@@ -232,6 +233,8 @@ def refuse(
             lambda: "offloaded" in str(config.cache_implementation) or getattr(cache, "offloading", False)
         ),
     }
+    if cache is not None and not isinstance(cache, DynamicCache) and config.cache_implementation is None:
+        raise ValueError(f"past_key_values is a {type(cache).__name__}; with a draft only a DynamicCache carries on.")
     for reason, asked in reasons.items():
         if asked():
             raise ValueError(f"A draft cannot be used with {reason}. Leave one of the two out.")

@@ -1,6 +1,7 @@
 """Whatever `generate` prepares is honoured as without a draft."""
 
 import copy
+import shutil
 import threading
 
 import pytest
@@ -9,6 +10,7 @@ from transformers import (
     AutoTokenizer,
     DynamicCache,
     GenerationConfig,
+    StaticCache,
     StoppingCriteria,
     StoppingCriteriaList,
     TextIteratorStreamer,
@@ -303,6 +305,51 @@ def test_what_has_no_meaning_with_a_draft_is_refused_with_the_reason(pair, asked
     target, draft = pair
     with pytest.raises(ValueError, match=reason):
         target.generate(**PADDED, max_new_tokens=5, custom_generate=draft.speculate, **asked)
+    assert tiny.as_found(target)
+
+
+def test_a_cache_that_could_not_be_carried_on_is_refused(pair):
+    target, draft = pair
+    cache = StaticCache(config=target.config, max_cache_len=64)
+    with pytest.raises(ValueError, match="past_key_values is a StaticCache; with a draft only a Dynamic"):
+        target.generate(**PADDED, max_new_tokens=5, past_key_values=cache, custom_generate=draft.speculate)
+
+
+def test_a_prompt_without_tokens_is_refused(pair):
+    target, draft = pair
+    nothing = {name: value[:1, :0] for name, value in PADDED.items()}
+    with pytest.raises(ValueError, match=r"input_ids has shape \(1, 0\); a prompt needs at least one token"):
+        target.generate(**nothing, max_new_tokens=5, custom_generate=draft.speculate)
+
+
+def test_two_threads_on_one_target_take_turns(pair):
+    target, draft = pair
+    asked = {**PADDED, "max_new_tokens": 30, "do_sample": False}
+    plain, texts = target.generate(**asked), []
+
+    def run():
+        texts.append(target.generate(**asked, custom_generate=draft.speculate))
+
+    threads = [threading.Thread(target=run) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(texts) == 3
+    assert all(torch.equal(text, plain) for text in texts)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU; install g++")
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_blocks_give_the_same_text_while_batches_change_and_buffers_grow():
+    target = tiny.target("gemma3_text")
+    draft, statistics = tiny.draft(target), DecodeStatistics()
+    for rows, length, new in ((1, 240, 40), (3, 12, 20)):
+        inputs = tiny.batch(length, pads=(0, 3, 5)[:rows])
+        plain = target.generate(**inputs, max_new_tokens=new, do_sample=False)
+        ways = {"custom_generate": draft.speculate, "capture": "compile", "statistics": statistics}
+        assert torch.equal(target.generate(**inputs, max_new_tokens=new, do_sample=False, **ways), plain)
+    assert draft.speculate.compiled.target.block.trusted
     assert tiny.as_found(target)
 
 
