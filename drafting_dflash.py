@@ -29,7 +29,8 @@ class Drafter:
     def __init__(self, draft: Any, target: Any):
         self.draft, self.size = draft, draft.config.block_size
         self.embed, self.head = target.get_input_embeddings(), target.get_output_embeddings()
-        self.weight = next(self.head.parameters())
+        # Weights of few bits have dtypes that are not those of their inputs.
+        self.head_device, self.head_dtype = next(self.head.parameters()).device, target.dtype
         self.attention = BlockAttention(draft, layer_kinds(draft.config))
         self.no_masks = dict.fromkeys(draft.config.layer_types)
         self.block = Captured(self._block, lambda: (self.cache.length, self.cache.capacity))
@@ -116,7 +117,7 @@ class Drafter:
         noise_embeds = self._at_home(embed_noise(self.embed, torch.cat([anchor, self.noise_ids], dim=1)))
         positions = self._positions(torch.cat([before, columns], dim=1))
         states = self.draft(noise_embeds, context, self.no_masks, positions, self.cache).last_hidden_state
-        return self.head(states[:, 1:].to(self.weight.device, self.weight.dtype))
+        return self.head(states[:, 1:].to(self.head_device, self.head_dtype))
 
     def _positions(self, columns: torch.Tensor) -> torch.Tensor:
         """Positions in each row's text of `columns [B, N]`."""
