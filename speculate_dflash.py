@@ -54,7 +54,8 @@ class Speculate:
 
     def _session(self, model: Any) -> "Session":
         kept = self.compiled
-        return kept if kept is not None and kept.target.model is model else Session(self.draft, model)
+        same = kept is not None and kept.target.model is model and kept.traits == traits(self.draft, model)
+        return kept if same and kept is not None else Session(self.draft, model)
 
     def __call__(
         self,
@@ -118,6 +119,7 @@ class Session:
     def __init__(self, draft: Any, model: Any):
         self.target = Target(model, tuple(draft.config.target_layer_ids))
         self.drafter = Drafter(draft, model)
+        self.traits = traits(draft, model)
 
     def decode(
         self,
@@ -137,6 +139,13 @@ class Session:
         if texts.streamer is not None:
             texts.streamer.end()
         return pair
+
+
+def traits(draft: Any, model: Any) -> tuple:
+    """What a session was made for, and may have changed since."""
+    return tuple(
+        (one.dtype, one.device, one.config.get_text_config(decoder=True)._attn_implementation) for one in (draft, model)
+    )
 
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:

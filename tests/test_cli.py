@@ -31,7 +31,7 @@ def test_python_dash_m_runs_it_and_errors_have_no_traceback():
 
 
 def test_the_demo_shows_both_texts_and_the_figures():
-    output = run("demo", "--prompts", "2").output
+    output = run("demo", "--prompts", "2", "--capture", "off").output
     for text in ("the target alone", "with DFlash", "tokens/s", "acceptance length", "tokens per cycle"):
         assert text in output
     assert "The two texts are identical." in output

@@ -91,7 +91,7 @@ def test_the_wheel_installs_and_its_demo_runs_elsewhere(built, tmp_path):
     borrowed = [path for path in sys.path if path.endswith("site-packages")]
     (site / "borrowed.pth").write_text("\n".join(borrowed))
     code = "import dflash_hub, sys; print(dflash_hub.__file__); from dflash_hub.cli import main; main()"
-    command = [home / "bin" / "python", "-c", code, "demo", "--prompts", "1"]
+    command = [home / "bin" / "python", "-c", code, "demo", "--prompts", "1", "--capture", "off"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(str(home))
