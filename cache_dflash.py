@@ -28,10 +28,9 @@ def bucket(columns: int) -> int:
 class ColumnLayer(CacheLayerMixin):
     """Keys and values of one layer, `[B, S, H, D]` each; every column is kept, also where the layer slides."""
 
-    def __init__(self, cache: "ColumnCache", window: int | None = None):
+    def __init__(self, cache: "ColumnCache", is_sliding: bool = False):
         super().__init__()
-        self.cache, self.window = cache, window
-        self.is_sliding = window is not None
+        self.cache, self.is_sliding = cache, is_sliding
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Buffers for the shapes of `key_states, value_states [B, H, N, D]`; those two may differ in D."""
@@ -116,8 +115,7 @@ class ColumnCache(Cache):
         """Flat columns `[B * N]` of each part of the next forward's keys; None at the beginning of a text."""
 
     def _layer(self, layer: Any) -> Any:
-        window = getattr(layer, "sliding_window", None)
-        return ColumnLayer(self, window) if isinstance(layer, CacheLayerMixin) else layer
+        return ColumnLayer(self, layer.is_sliding) if isinstance(layer, CacheLayerMixin) else layer
 
     def reserve(self, columns: int) -> None:
         """Let the next forward write and read up to this many columns."""

@@ -89,7 +89,10 @@ def give_back(pair: Any) -> None:
             pair.prompt.cache = None  # states of rows that ended apart cannot be brought to one column
             return
         _complete(pair, sequences, columns)
-    for ours, theirs in zip(pair.target.cache.layers, pair.prompt.cache.layers, strict=True):
+    layers = pair.prompt.cache.layers
+    if not layers and not pair.target.recurrence.states:  # a cache made without a config makes its layers when used
+        layers.extend(pair.prompt.cache.layer_class_to_replicate() for _ in pair.target.cache.layers)
+    for ours, theirs in zip(pair.target.cache.layers, layers, strict=True):
         if isinstance(ours, ColumnLayer):
             _give_keys(ours, theirs, columns)
         elif isinstance(ours, LinearAttentionLayer):
@@ -99,12 +102,13 @@ def give_back(pair: Any) -> None:
 
 
 def _give_keys(ours: ColumnLayer, theirs: Any, columns: int) -> None:
-    first = 0 if ours.window is None else max(0, columns - ours.window + 1)
+    window = getattr(theirs, "sliding_window", None)  # one that was made without a config keeps everything
+    first = 0 if window is None else max(0, columns - window + 1)
     keys, values = (states[:, first:columns].transpose(1, 2) for states in (ours.keys, ours.values))
     if not theirs.is_initialized:
         theirs.lazy_initialization(keys, values)
     theirs.keys, theirs.values = keys, values
-    if ours.window is not None:
+    if window is not None:
         theirs.cumulative_length = columns
 
 

@@ -217,21 +217,32 @@ def test_a_mask_with_holes_hides_what_it_hides_without_a_draft(family, mask):
     assert torch.equal(plain, ours)
 
 
+def conversation(target, cache, **extra) -> torch.Tensor:
+    """Three turns with one cache; the text, with what was said after the last."""
+    ids = tiny.prompt(20)
+    for turn in range(3):
+        asked = {"max_new_tokens": 15, "do_sample": False, "past_key_values": cache}
+        ids = target.generate(ids, attention_mask=torch.ones_like(ids), **asked, **extra)
+        assert cache.get_seq_length() == ids.shape[1] - 1
+        ids = torch.cat([ids, tiny.prompt(6, seed=turn)], dim=1)
+    return ids
+
+
 @pytest.mark.parametrize("family", ["qwen3", "gemma3_text", "gemma4_text-shared", "gpt_oss", "qwen3_next", "lfm2"])
 def test_a_cache_carries_a_conversation_on(family):
-    """Three turns with one cache each: the texts are the same, and so is what the caches hold."""
     target = tiny.target(family)
     draft = tiny.draft(target)
-    texts = []
-    for extra in ({}, {"custom_generate": draft.speculate}):
-        cache, ids = DynamicCache(config=target.config), tiny.prompt(20)
-        for turn in range(3):
-            asked = {"max_new_tokens": 15, "do_sample": False, "past_key_values": cache}
-            ids = target.generate(ids, attention_mask=torch.ones_like(ids), **asked, **extra)
-            assert cache.get_seq_length() == ids.shape[1] - 1
-            ids = torch.cat([ids, tiny.prompt(6, seed=turn)], dim=1)
-        texts.append(ids)
-    assert torch.equal(*texts)
+    plain = conversation(target, DynamicCache(config=target.config))
+    ours = conversation(target, DynamicCache(config=target.config), custom_generate=draft.speculate)
+    assert torch.equal(plain, ours)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3_text", "deepseek_v3"])
+def test_a_cache_made_without_a_config_carries_a_conversation_on(family):
+    target = tiny.target(family)
+    draft = tiny.draft(target)
+    plain = conversation(target, DynamicCache())
+    assert torch.equal(plain, conversation(target, DynamicCache(), custom_generate=draft.speculate))
 
 
 def test_a_batch_with_recurrent_state_leaves_no_cache_behind_that_could_be_wrong():
