@@ -2,7 +2,6 @@
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
 """What a draft does for a target on given prompts: the same text twice, plain and with DFlash, and the time of both."""
 
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .generation_dflash import DecodeStatistics
+from .generation_dflash import DecodeStatistics, now
 
 
 @dataclass(frozen=True)
@@ -111,11 +110,6 @@ def stop_token_ids(target: Any) -> tuple[int, ...]:
 
 
 def _timed(target: Any, run: Callable[[], Any]) -> tuple[Any, float]:
-    def now() -> float:
-        if target.device.type == "cuda":
-            torch.cuda.synchronize(target.device)
-        return time.perf_counter()
-
-    started = now()
+    started = now(target.device)
     result = run()
-    return result, now() - started
+    return result, now(target.device) - started

@@ -77,15 +77,17 @@ class Recorder:
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
-        started = self._now()
+        started = now(self.device)
         yield
         field_name = f"{name}_seconds"
-        setattr(self.statistics, field_name, getattr(self.statistics, field_name) + self._now() - started)
+        setattr(self.statistics, field_name, getattr(self.statistics, field_name) + now(self.device) - started)
 
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+
+def now(device: torch.device) -> float:
+    """Seconds, once the device has done what it was asked to."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 @dataclass
@@ -175,7 +177,6 @@ class Pair:
         self.target, self.drafter, self.prompt, self.texts, self.chooser = target, drafter, prompt, texts, chooser
         self.draft, self.model = drafter.draft, target.model
         self.kept: dict[str, list[list[torch.Tensor]]] = {name: [[] for _ in texts.new] for name in keep}
-        self.masks: Any = None  # of the target's block, `Masks`
         self.hidden, self.end = prompt.hidden, prompt.end
         self.start = torch.full((len(texts.new),), prompt.width - 1, device=prompt.device)  # [B], of each row's anchor
         self.anchor = prompt.input_ids[:, -1:]  # [B, 1], each row's last token
@@ -219,9 +220,10 @@ class Pair:
             )
         self.target.cache.reserve(max(self.columns) + size)
         self.hidden = widen(self.hidden, self.target.cache.capacity)
-        if self.masks is None or self.masks.hidden is not self.hidden or proposal.parents is not None:
-            self.masks = Masks(self.hidden, self.start, size, proposal.parents)
-        return self.target.verify(proposal.tokens, self.start, self.masks, self.end).to(self.start.device)
+        masks = self.target.masks
+        if masks is None or masks.hidden is not self.hidden or proposal.parents is not None:
+            masks = Masks(self.hidden, self.start, size, proposal.parents)
+        return self.target.verify(proposal.tokens, self.start, masks, self.end).to(self.start.device)
 
     def choose(self, proposal: Proposal, logits: torch.Tensor) -> torch.Tensor:
         """The target's own token after each position of the proposal, `[B, Q]`; -1 where its logits are NaN."""
@@ -244,7 +246,7 @@ class Pair:
             choices = choices.gather(1, way)
             self.block = {name: along(values, way) for name, values in self.block.items()}
             features = along(features, way.to(features.device))
-            self.target.cache.move(start[:, None] + way, start[:, None] + self.masks.steps)
+            self.target.cache.move(start[:, None] + way, start[:, None] + self.target.masks.steps)
         self.drafter.feed(features, start)
         counts = self._commit(choices, accepted)
         self.target.recurrence.settle([kept for _, kept in counts], way.shape[1])

@@ -83,7 +83,7 @@ def give_back(pair: Any) -> None:
         pair.prompt.cache = None
         return
     sequences = pair.texts.sequences()
-    columns = pair.prompt.width - pair.prompt.input_ids.shape[1] + sequences.shape[1] - 1
+    columns = pair.prompt.before + sequences.shape[1] - 1
     if len({len(new) for new in pair.texts.new}) > 1:
         if pair.target.recurrence.states:
             pair.prompt.cache = None  # states of rows that ended apart cannot be brought to one column
@@ -115,9 +115,8 @@ def _give_keys(ours: ColumnLayer, theirs: Any, columns: int) -> None:
 def _complete(pair: Any, sequences: torch.Tensor, columns: int) -> None:
     """One more forward, where rows ended at different columns: the padding after an end is cached like any token."""
     first = min(pair.columns)
-    before = pair.prompt.width - pair.prompt.input_ids.shape[1]
     if first >= columns:
         return
     where = torch.arange(first, columns, device=sequences.device).expand(len(sequences), -1)
-    ids = sequences[:, first - before : columns - before]
+    ids = sequences[:, first - pair.prompt.before : columns - pair.prompt.before]
     pair.target.go_on(ids, where, pair.end + where, pair.hidden)

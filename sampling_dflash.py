@@ -11,7 +11,6 @@ Shapes: B rows, Q block positions, V vocabulary.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from transformers import LogitsProcessorList
@@ -124,6 +123,3 @@ def refuse_processors(processors: LogitsProcessorList) -> None:
         reason = stateful.get(type(processor).__name__)
         if reason:
             raise ValueError(f"{type(processor).__name__} cannot be used with a draft: {reason}. Leave it out.")
-
-
-__all__: list[Any] = ["Chooser", "PositionNoise", "refuse_processors"]

@@ -54,8 +54,9 @@ class Speculate:
 
     def _session(self, model: Any) -> "Session":
         kept = self.compiled
-        same = kept is not None and kept.target.model is model and kept.traits == traits(self.draft, model)
-        return kept if same and kept is not None else Session(self.draft, model)
+        if kept is None or kept.target.model is not model or kept.traits != traits(self.draft, model):
+            return Session(self.draft, model)
+        return kept
 
     def __call__(
         self,

@@ -125,7 +125,10 @@ class BlockAttention:
 
     def _mask(self, module: Any, groups: int, query: torch.Tensor) -> torch.Tensor:
         """`[B, 1, G * Q, L]`, additive."""
-        assert self.masks is not None  # attention only comes here while active
+        if self.masks is None:
+            raise RuntimeError(
+                "The target was called from elsewhere while a draft decodes with it; call it afterwards."
+            )
         window, causal = self.kinds[module.layer_idx]
         kind = (window, causal, groups, query.dtype, query.device)
         if kind not in self.masks.kept:

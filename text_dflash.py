@@ -39,6 +39,8 @@ class Prompt:
         known = [tensor.shape[-1] for tensor in (input_ids, mask, positions) if tensor is not None]
         self.width = max(known)
         """Columns of the prompt, those that the cache holds included."""
+        self.before = self.width - input_ids.shape[1]
+        """Columns before the first of `input_ids`, where the cache holds what they follow."""
         shape = (input_ids.shape[0], self.width)
         hidden = torch.zeros(shape, dtype=torch.bool, device=self.device) if mask is None else mask == 0
         self.hidden = hidden  # [B, P or more], True where padded
@@ -64,8 +66,7 @@ class Prompt:
 
     def ids(self, first: int, last: int) -> torch.Tensor:
         """`[B, last - first]` ids."""
-        before = self.width - self.input_ids.shape[1]
-        return self.input_ids[:, first - before : last - before]
+        return self.input_ids[:, first - self.before : last - self.before]
 
     def model_inputs(self, model: Any, last: int) -> dict[str, Any]:
         """What the target's forward takes for the columns before `last`, as plain `generate` prepares it."""

@@ -26,9 +26,11 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from dflash_hub import DecodeStatistics, DFlashConfig, DFlashDraftModel
-from dflash_hub.generation_dflash import Pair
+from dflash_hub import DecodeStatistics, DFlashDraftModel, DFlashDraftSpec
+from dflash_hub.capture_dflash import CAPTURE
+from dflash_hub.generation_dflash import Pair, now
 from dflash_hub.recurrence_dflash import Recurrence
+from dflash_hub.target_dflash import recurrent
 
 TINY = Path(__file__).parents[1] / "examples" / "tiny_pair"
 SHAPES: dict[str, dict[str, Any]] = {
@@ -113,7 +115,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--block", type=int, default=16)
     parser.add_argument("--layers", type=int, default=5, help="of the draft")
     parser.add_argument("--tau", type=int, default=None, help="tokens committed per cycle, forced")
-    parser.add_argument("--capture", default="auto", choices=["auto", "off", "graphs", "compile"])
+    parser.add_argument("--capture", default="auto", choices=CAPTURE)
     parser.add_argument("--prompts", type=int, default=6, help="of the tiny pair's")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
@@ -135,26 +137,11 @@ def build(options: argparse.Namespace) -> tuple[Any, Any, list[dict[str, Any]]]:
         config = AutoConfig.for_model(shape.pop("model_type"), **shape, eos_token_id=None, pad_token_id=0)
         with torch.device(options.device):
             target = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-            draft = DFlashDraftModel(draft_config(config, options)).to(dtype).eval()
+            fresh = {"mask_token_id": 0, "block_size": options.block, "num_hidden_layers": options.layers}
+            draft = DFlashDraftSpec("benchmark").build(config, **fresh).to(dtype).eval()
         target.generation_config.eos_token_id = None
         rows = [torch.randint(config.vocab_size, (options.batch, options.context), device=options.device)]
     return target, draft, [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in rows]
-
-
-def draft_config(config: Any, options: argparse.Namespace) -> DFlashConfig:
-    """A draft of the published shape: taps spread from the second layer to the third-last."""
-    last = config.num_hidden_layers - 3
-    taps = sorted({1 + round(step * (last - 1) / 4) for step in range(5)})
-    same = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
-    return DFlashConfig(
-        block_size=options.block,
-        mask_token_id=0,
-        target_layer_ids=taps,
-        num_target_layers=config.num_hidden_layers,
-        num_hidden_layers=options.layers,
-        max_position_embeddings=config.max_position_embeddings,
-        **{name: getattr(config, name) for name in same},
-    )
 
 
 def the_ways(target: Any, draft: Any, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
@@ -162,8 +149,7 @@ def the_ways(target: Any, draft: Any, options: argparse.Namespace) -> dict[str, 
     ways: dict[str, dict[str, Any]] = {"plain": {}}
     if options.device != "cpu":
         ways["plain, static and compiled"] = {"cache_implementation": "static"}
-    recurrent = "linear_attention" in (getattr(target.config, "layer_types", None) or ())
-    if options.batch == 1 and not recurrent:
+    if options.batch == 1 and not recurrent(target):
         ways["transformers' own dflash"] = {"assistant_model": draft, "speculation_type": "dflash"}
     ways["ours"] = {"custom_generate": draft.speculate, "capture": options.capture}
     return ways
@@ -180,7 +166,7 @@ def measure(
         totals = dict.fromkeys(ways, 0.0)
         for index, inputs in enumerate(prompts):
             for name, way in ways.items():
-                with forced(options, plain.get(index), inputs) if name == "ours" else contextlib.nullcontext():
+                with forced(options, plain.get(index)) if name == "ours" else contextlib.nullcontext():
                     text, seconds, peak = timed(target, lambda call=inputs | way: target.generate(**call))
                 totals[name] += seconds
                 figures[name].peak_mib = peak
@@ -212,16 +198,14 @@ def count_cycles(
     """One text more, for its cycles: how many, seconds in all, draft, verify, rest, replay; tokens and row-cycles."""
     if name == "ours":
         record, replay = DecodeStatistics(), []
-        with forced(options, plain, call), timing_replays(replay):
+        with forced(options, plain), timing_replays(replay):
             target.generate(**call, statistics=record)
         parts = (record.draft_seconds, record.verify_seconds, record.rest_seconds, sum(replay))
         return [(record.cycles, record.decode_seconds, *parts, sum(record.committed), len(record.committed))]
     moments: list[float] = []
 
     def note(module: Any, inputs: Any, output: Any) -> None:
-        if target.device.type == "cuda":
-            torch.cuda.synchronize(target.device)
-        moments.append(time.perf_counter())
+        moments.append(now(target.device))
 
     hook = target.register_forward_hook(note)
     try:
@@ -251,7 +235,7 @@ def timing_replays(seconds: list[float]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def forced(options: argparse.Namespace, plain: torch.Tensor | None, inputs: dict[str, Any]) -> Iterator[None]:
+def forced(options: argparse.Namespace, plain: torch.Tensor | None) -> Iterator[None]:
     """Have `tau` tokens committed per cycle: after the draft ran, tokens of the plain text take its tokens' place."""
     if options.tau is None or plain is None:
         yield
@@ -278,12 +262,9 @@ def timed(target: Any, run: Callable[[], Any]) -> tuple[Any, float, float | None
     on_gpu = target.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(target.device)
-        torch.cuda.synchronize(target.device)
-    started = time.perf_counter()
+    started = now(target.device)
     result = run()
-    if on_gpu:
-        torch.cuda.synchronize(target.device)
-    seconds = time.perf_counter() - started
+    seconds = now(target.device) - started
     return result, seconds, torch.cuda.max_memory_allocated(target.device) / 2**20 if on_gpu else None
 
 

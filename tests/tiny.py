@@ -113,7 +113,13 @@ def target(family: str, seed: int | None = None):
     config = AutoConfig.for_model(extra.pop("model_type", family), **(SMALL | extra))
     torch.manual_seed(SEEDS.get(family, 0) if seed is None else seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    scales = {"embed": 10 if "gemma" in family else 50, "lm_head": 5, "": SCALES.get(family, 30)}
+    return scaled(model, family)
+
+
+def scaled(model, family: str):
+    """The model with its weights scaled up, those that see images apart, and without an end token."""
+    scales = {"embed": 10 if "gemma" in family else 50, "lm_head": 5, "visual": 1, "vision": 1}
+    scales[""] = SCALES.get(family, 30)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.ndim > 1:
@@ -133,29 +139,21 @@ def seeing(family: str, image: bool):
         text = SMALL | FAMILIES[f"{family}_text"] | {"model_type": f"{family}_text"}
         text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
         text["rope_parameters"]["partial_rotary_factor"] = 1.0
-        marks = [8, *[10] * 4, 9]
     elif family == "gemma4":
         vision = {"num_hidden_layers": 1, "num_key_value_heads": 2, "head_dim": 16, "pooling_kernel_size": 2}
         vision["position_embedding_size"] = 16
         tokens = {"image_token_id": 10, "video_token_id": 11, "boi_token_id": 8, "eoi_token_id": 9}
         text = SMALL | FAMILIES["gemma4_text"] | {"model_type": "gemma4_text", "use_bidirectional_attention": "vision"}
-        marks = [8, *[10] * 4, 9]
     else:
         vision = {"image_size": 16, "num_hidden_layers": 1, "vision_use_head": False}
         tokens = {"image_token_id": 10, "image_token_index": 10, "boi_token_index": 8, "eoi_token_index": 9}
         tokens["mm_tokens_per_image"] = 4
         text = SMALL | FAMILIES["gemma3_text"] | {"model_type": "gemma3_text"}
-        marks = [8, *[10] * 4, 9]
     tokens["tie_word_embeddings"] = False
     config = AutoConfig.for_model(family, text_config=text, vision_config=VISION | vision, **tokens)
     torch.manual_seed(1)
-    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
-    scales = {"embed": 10 if "gemma" in family else 50, "lm_head": 5, "visual": 1, "vision": 1, "": 30}
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.ndim > 1:
-                weight.mul_(next(scale for part, scale in scales.items() if part in name))
-    model.generation_config.eos_token_id = None
+    model = scaled(AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval(), family)
+    marks = [8, *[10] * 4, 9]  # an image: where it begins, its four tokens, where it ends
     words = torch.randint(0, 8, (2, 14), generator=torch.Generator().manual_seed(3)).tolist()
     ids = torch.tensor([line[:6] + (marks if image else []) + line[6:] for line in words])
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
