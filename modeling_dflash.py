@@ -149,7 +149,7 @@ class DFlashDraftModel(DFlashPreTrainedModel):
         self,
         noise_embeds: torch.Tensor,
         context_hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
+        attention_mask: torch.Tensor | dict[Any, Any] | None = None,
         position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
@@ -162,7 +162,8 @@ class DFlashDraftModel(DFlashPreTrainedModel):
             context_hidden_states `[B, C, taps * target_hidden_size]`: the tapped outputs of the target's layers for
                 the committed tokens that the cache does not hold yet, concatenated in the order of `target_layer_ids`.
             attention_mask: None; or `[B, past + C + Q]`, 0 at padding; or, used as it is, a 4D mask
-                `[B, 1, Q, K]` (or a dict of them by layer type) as the attention implementation wants it.
+                `[B, 1, Q, K]` as the attention implementation wants it, or a dict of them by layer type, or by layer
+                type and causality, `("full_attention", False)`.
             position_ids `[B, C + Q]`: of the context tokens, then of the block; counted on from the cache by default.
             past_key_values: keys and values of earlier context. The block's are appended too; crop them afterwards.
 
@@ -228,7 +229,7 @@ class DFlashDraftModel(DFlashPreTrainedModel):
 
     def _masks(
         self,
-        attention_mask: torch.Tensor | dict[str, torch.Tensor] | None,
+        attention_mask: torch.Tensor | dict[Any, Any] | None,
         position_ids: torch.Tensor,
         noise_embeds: torch.Tensor,
         past_key_values: Cache | None,
@@ -238,7 +239,7 @@ class DFlashDraftModel(DFlashPreTrainedModel):
         for index, kind in enumerate(zip(self.config.layer_types, self.config.causal_layers, strict=True)):
             kinds.setdefault(kind, index)
         if isinstance(attention_mask, dict):
-            return {kind: attention_mask[kind[0]] for kind in kinds}
+            return {kind: attention_mask[kind if kind in attention_mask else kind[0]] for kind in kinds}
         if attention_mask is not None and attention_mask.ndim == 4:
             return dict.fromkeys(kinds, attention_mask)
         padding = self._padding(attention_mask, position_ids, past_key_values)

@@ -1,0 +1,202 @@
+# Copyright 2026 the dflash-hub authors.
+# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+"""Make the tiny pair anew: a target that writes Python, trained on Python's own library, and a DFlash draft for it.
+
+    python examples/tiny_pair/train.py --output-dir tiny_pair
+
+Needs `pip install "dflash-hub[train]"`, two cores and less than an hour; nothing is downloaded. A stage that finished
+is not run again, so an interrupted run goes on where it was. The stages:
+
+1. tokenizer: byte-level BPE of 512 tokens, on the sources of the standard library, without the held-out files;
+2. target: Qwen3 with 6 layers of 128, on the same sources;
+3. text: what the target itself writes, greedily, after passages of those sources;
+4. draft: trained with `DFlashTrainer` on that text;
+5. acceptance length over the held-out prompts.
+"""
+
+import argparse
+import json
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import ByteLevelBPETokenizer
+from torch.utils.data import Dataset
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from dflash_hub import DFlashDraftModel, DFlashDraftSpec
+from dflash_hub.evaluation import compare
+from dflash_hub.training import DFlashTrainer, DFlashTrainingArguments
+
+HERE = Path(__file__).parent
+PROMPTS = [json.loads(line) for line in (HERE / "prompts.jsonl").read_text(encoding="utf-8").splitlines()]
+WIDTH, PROMPT = 256, 150
+SKIPPED = {"site-packages", "test", "tests", "idlelib"}
+
+
+def main() -> None:
+    options = arguments()
+    torch.set_num_threads(options.threads)
+    tokenizer = make_tokenizer(options.output_dir)
+    target = make_target(options, tokenizer)
+    rows = write_text(options, target, tokenizer)
+    draft = make_draft(options, target, rows)
+    print(json.dumps(measure(draft, target, tokenizer)))
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output-dir", type=Path, default=Path("tiny_pair"))
+    parser.add_argument("--target-steps", type=int, default=2200, help="of 16 rows of 256 tokens")
+    parser.add_argument("--texts", type=int, default=12288, help="passages that the target goes on from")
+    parser.add_argument("--draft-steps", type=int, default=5000, help="of 12 rows of 256 tokens, 32 anchors each")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+def sources() -> list[str]:
+    """The standard library's own modules, without its tests and without the files that the prompts are from."""
+    held_out = {prompt["source"] for prompt in PROMPTS}
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = sorted(path for path in root.rglob("*.py") if not {*path.relative_to(root).parts[:-1]} & SKIPPED)
+    return [path.read_text(encoding="utf-8", errors="ignore") for path in files if path.name not in held_out]
+
+
+def make_tokenizer(folder: Path) -> Any:
+    if not (folder / "target" / "tokenizer.json").exists():
+        bpe = ByteLevelBPETokenizer()
+        bpe.train_from_iterator(sources(), vocab_size=512, special_tokens=["<|endoftext|>", "<|mask|>"])
+        special = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "extra_special_tokens": ["<|mask|>"]}
+        made = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, **special)
+        made.save_pretrained(folder / "target")
+    return AutoTokenizer.from_pretrained(folder / "target")
+
+
+class Windows(Dataset):
+    """Random windows of one long text, the same ones for a seed."""
+
+    def __init__(self, tokens: torch.Tensor, width: int, count: int, seed: int):
+        generator = torch.Generator().manual_seed(seed)
+        self.tokens, self.width = tokens, width
+        self.starts = torch.randint(len(tokens) - width, (count,), generator=generator).tolist()
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        window = self.tokens[self.starts[index] : self.starts[index] + self.width]
+        return {"input_ids": window, "labels": window}
+
+
+def tokens_of(tokenizer: Any) -> torch.Tensor:
+    """`[N]`: all sources, each with an end token behind it."""
+    encoded = tokenizer(sources()).input_ids
+    return torch.tensor([token for ids in encoded for token in [*ids, tokenizer.eos_token_id]])
+
+
+def make_target(options: argparse.Namespace, tokenizer: Any) -> Any:
+    folder = options.output_dir / "target"
+    if not (folder / "model.safetensors").exists():
+        shape = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 6, "num_attention_heads": 4}
+        shape |= {"num_key_value_heads": 2, "head_dim": 32, "vocab_size": len(tokenizer), "tie_word_embeddings": True}
+        shape |= {"max_position_embeddings": 2048, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
+        end = tokenizer.eos_token_id
+        set_seed(options.seed)
+        target = Qwen3ForCausalLM(Qwen3Config(**shape, bos_token_id=end, eos_token_id=end, pad_token_id=end))
+        args = TrainingArguments(
+            options.output_dir / "runs" / "target",
+            max_steps=options.target_steps,
+            per_device_train_batch_size=16,
+            learning_rate=4e-3,
+            adam_beta2=0.98,
+            weight_decay=0.05,
+            lr_scheduler_type="cosine",
+            warmup_steps=0.03,
+            logging_steps=100,
+            save_strategy="no",
+            report_to="none",
+            seed=options.seed,
+        )
+        windows = Windows(tokens_of(tokenizer), WIDTH, 16 * options.target_steps, options.seed)
+        trainer = Trainer(target, args, train_dataset=windows)
+        trainer.train()
+        target.save_pretrained(folder)
+        (folder / "log.json").write_text(json.dumps(trainer.state.log_history), encoding="utf-8")
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+@torch.no_grad()
+def write_text(options: argparse.Namespace, target: Any, tokenizer: Any) -> list[dict[str, list[int]]]:
+    """Rows of 256 tokens: 150 of a source, then what the target goes on with, which alone is supervised."""
+    file = options.output_dir / "runs" / "text.pt"
+    if not file.exists():
+        passages = Windows(tokens_of(tokenizer), PROMPT, options.texts, options.seed + 1)
+        texts = []
+        for start in range(0, options.texts, 128):
+            part = torch.stack([passages[index]["input_ids"] for index in range(start, min(start + 128, options.texts))])
+            texts.append(
+                target.generate(
+                    input_ids=part,
+                    attention_mask=torch.ones_like(part),
+                    max_new_tokens=WIDTH - PROMPT,
+                    min_new_tokens=WIDTH - PROMPT,
+                    do_sample=False,
+                )
+            )
+        file.parent.mkdir(exist_ok=True)
+        torch.save(torch.cat(texts), file)
+    supervised = [0] * PROMPT + [1] * (WIDTH - PROMPT)
+    return [{"input_ids": ids, "supervised": supervised} for ids in torch.load(file).tolist()]
+
+
+def make_draft(options: argparse.Namespace, target: Any, rows: list[dict[str, list[int]]]) -> Any:
+    folder = options.output_dir / "draft"
+    if not (folder / "model.safetensors").exists():
+        set_seed(options.seed)
+        shape = {"block_size": 8, "num_hidden_layers": 2, "target_layer_ids": [1, 2, 4], "mask_token_id": 1}
+        draft = DFlashDraftSpec("tiny").build(target.config, **shape)
+        args = DFlashTrainingArguments(
+            options.output_dir / "runs" / "draft",
+            max_steps=options.draft_steps,
+            per_device_train_batch_size=12,
+            per_device_eval_batch_size=12,
+            num_anchors=32,
+            max_length=WIDTH,
+            learning_rate=3e-3,
+            adam_beta2=0.98,
+            logging_steps=100,
+            save_steps=1000,
+            save_total_limit=1,
+            report_to="none",
+            seed=options.seed,
+        )
+        trainer = DFlashTrainer(draft, target, args, train_dataset=rows)
+        trainer.train()
+        trainer.save_model(folder)
+        (folder / "log.json").write_text(json.dumps(trainer.state.log_history), encoding="utf-8")
+    return DFlashDraftModel.from_pretrained(folder).eval()
+
+
+def measure(draft: Any, target: Any, tokenizer: Any) -> dict[str, Any]:
+    """Greedy, the last 150 tokens of each held-out prompt, 96 new tokens, the end token off."""
+    target.generation_config.eos_token_id = None
+    rows = [tokenizer(prompt["prompt"], return_tensors="pt").input_ids[:, -PROMPT:] for prompt in PROMPTS]
+    results = [compare(draft, target, row, max_new_tokens=96) for row in rows]
+    total = sum(results[1:], results[0])
+    lengths = sorted(round(result.acceptance_length, 2) for result in results)
+    return {"acceptance_length": total.acceptance_length, "by_prompt": lengths, "identical": total.identical}
+
+
+if __name__ == "__main__":
+    main()

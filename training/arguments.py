@@ -1,0 +1,82 @@
+# Copyright 2026 the dflash-hub authors.
+# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+"""The Trainer's own options, with the published recipe (arXiv 2602.06036) as their defaults, and a few of ours."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from .objective import Recipe
+
+
+def _gpu_has_bf16() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+
+
+@dataclass
+class DFlashTrainingArguments(TrainingArguments):
+    """`transformers.TrainingArguments`; AdamW at 6e-4 with a cosine schedule, warm-up 0.04, clip 1.0, 6 epochs."""
+
+    num_anchors: int = field(default=512, metadata={"help": "Blocks drawn in each row, each step."})
+    loss_gamma: float | None = field(
+        default=None,
+        metadata={
+            "help": "The weight at position k of a block is exp(-(k - 1) / gamma). 7 for blocks of 16 unless said."
+        },
+    )
+    distillation: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the divergence (forward KL) from the target's own distribution in the loss, 0 to 1."
+        },
+    )
+    max_length: int = field(default=3072, metadata={"help": "Tokens of a packed row."})
+    packing: bool = field(default=True, metadata={"help": "Put several documents into a row."})
+    draft_attention: str = field(
+        default="auto",
+        metadata={
+            "help": "flex (FlexAttention), dense (a mask), or auto: flex on a GPU.",
+            "choices": ["auto", "flex", "dense"],
+        },
+    )
+    eval_acceptance_prompts: int = field(
+        default=0,
+        metadata={"help": "At each evaluation, decode this many held-out prompts and count what is accepted."},
+    )
+    eval_acceptance_tokens: int = field(default=128, metadata={"help": "New tokens for each of those prompts."})
+
+    output_dir: str | None = field(default="dflash-draft", metadata={"help": "Where the draft and its checkpoints go."})
+    learning_rate: float = field(default=6e-4, metadata={"help": "The highest learning rate."})
+    lr_scheduler_type: Any = field(default="cosine", metadata={"help": "The schedule of the learning rate."})
+    warmup_steps: float = field(default=0.04, metadata={"help": "Steps of warm-up; below 1, a share of all steps."})
+    num_train_epochs: float = field(default=6.0, metadata={"help": "How often the data is seen."})
+    per_device_train_batch_size: int = field(default=1, metadata={"help": "Packed rows in a step, on each device."})
+    per_device_eval_batch_size: int = field(default=1, metadata={"help": "Packed rows in an evaluation step."})
+    logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of the log."})
+    bf16: bool = field(default_factory=_gpu_has_bf16, metadata={"help": "Mixed precision; on where a GPU has it."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Off: a loss that is no number ends the run."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.fp16:
+            self.bf16 = False
+        checks = {
+            "num_anchors": (self.num_anchors >= 1, "at least 1"),
+            "loss_gamma": (self.loss_gamma is None or self.loss_gamma > 0, "above 0"),
+            "distillation": (0 <= self.distillation <= 1, "from 0 to 1"),
+            "max_length": (self.max_length >= 2, "at least 2"),
+            "draft_attention": (self.draft_attention in ("auto", "flex", "dense"), "auto, flex or dense"),
+            "remove_unused_columns": (not self.remove_unused_columns, "False: rows are no arguments of the draft"),
+        }
+        for name, (sound, wanted) in checks.items():
+            if not sound:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {wanted}.")
+
+    @property
+    def recipe(self) -> Recipe:
+        return Recipe(self.loss_gamma, self.distillation, self.draft_attention)

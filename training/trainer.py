@@ -1,0 +1,216 @@
+# Copyright 2026 the dflash-hub authors.
+# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+"""The Hugging Face Trainer, with a draft to train and a target that stays as it is."""
+
+from typing import Any
+
+import torch
+from torch.nn import Module
+from transformers import Trainer
+from transformers.trainer_callback import TrainerCallback
+
+from ..evaluation import compare
+from ..speculate_dflash import check_pair
+from .arguments import DFlashTrainingArguments
+from .blocks import Blocks, draw_anchors
+from .data import Collator, Reading, Report, prepare, rows_of
+from .objective import Figures, Objective
+
+EVALUATION = -1
+"""The step whose anchors every evaluation draws, so that evaluations can be compared."""
+
+
+class DFlashTrainer(Trainer):
+    """Trains a draft for a target, which is frozen and never saved.
+
+    Args:
+        model: the draft; `DFlashDraftSpec.build` makes a fresh one.
+        target: the target; its parameters are frozen, and it is moved to the trainer's device unless it is spread over
+            several or quantised.
+        args: how to train.
+        train_dataset, eval_dataset: rows with `messages`, `text` or `input_ids` (see `data`), or packed ones.
+        processing_class: the target's tokenizer; not needed for rows of ids.
+        callbacks, optimizers: as for `Trainer`.
+
+    Raises:
+        ValueError: the draft does not fit the target, the target cannot be tapped, or the data cannot be read.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        target: Any,
+        args: DFlashTrainingArguments | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+    ):
+        args = args or DFlashTrainingArguments()
+        check_pair(model.config, target)
+        self.tokenizer = processing_class
+        self.reports: dict[str, Report] = {}
+        reading = reading_for(processing_class, target, model.config, args)
+        train_dataset = self._prepared(train_dataset, reading, "train")
+        eval_dataset = self._prepared(eval_dataset, reading, "eval")
+        super().__init__(
+            model,
+            args,
+            data_collator=Collator(args.max_length if args.world_size > 1 else None),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            # Not a loss for Trainer's own use: told that there is one, it leaves the scale to us.
+            compute_loss_func=self.compute_loss,
+            compute_metrics=_figures,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        if getattr(target, "hf_device_map", None) is None and not getattr(target, "is_quantized", False):
+            target = target.to(args.device)
+        self.target = target
+        self.objective = Objective(model.config, target, args.recipe)
+        model.set_attn_implementation("flex_attention" if self.objective.flex(args.device) else "sdpa")
+        self._counts: torch.Tensor | None = None  # [4, Q - 1], since the last line of the log
+
+    def _prepared(self, rows: Any, reading: Reading, name: str) -> Any:
+        """Packed rows, of which `self.reports` tells."""
+        if rows is None or "lengths" in (getattr(rows, "column_names", None) or (rows[0] if len(rows) else ())):
+            return rows
+        rows, self.reports[name] = prepare(rows, reading)
+        return rows
+
+    # One step --------------------------------------------------------------------------------------------------
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
+        """Draw the anchors of a step; the sum of their weights over all of its batches, on all processes."""
+        if not batch_samples:
+            return None
+        weights = torch.zeros((), device=device)
+        for batch in batch_samples:
+            batch["anchors"] = draw_anchors(
+                rows_of(batch), self.args.num_anchors, self.args.seed, self.state.global_step
+            )
+            weights += self._blocks(batch).weights(self.objective.gamma).sum().to(device)
+        return self.accelerator.reduce(weights)
+
+    def _blocks(self, batch: dict[str, torch.Tensor]) -> Blocks:
+        return self.objective.blocks(rows_of(batch), batch["anchors"])
+
+    def compute_loss(
+        self,
+        model: Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> Any:
+        """The mean over all counted positions of the step, weighted; this process's share of it, for its gradient.
+
+        Raises:
+            ValueError: the loss is no number.
+        """
+        loss, counts = self.objective(model, self._blocks(inputs))
+        weights = (
+            num_items_in_batch
+            if num_items_in_batch is not None
+            else self._get_num_items_in_batch([inputs], loss.device)
+        )
+        # Gradients are averaged over processes, and the sum is wanted.
+        loss = loss / torch.as_tensor(weights).clamp_min(1e-9) * self.accelerator.num_processes
+        if not torch.isfinite(loss):
+            raise ValueError(
+                f"The loss is {loss.item()} at step {self.state.global_step + 1}; the last checkpoint is from before. "
+                "Try a lower learning_rate or a longer warm-up, or bf16 in place of fp16."
+            )
+        counts = counts.sum(0)
+        self._counts = counts if self._counts is None else self._counts + counts
+        return (loss, counts) if return_outputs else loss
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Not counted: most of them are the target's."""
+        return 0
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As in Trainer; beside the loss stand accuracy and expected acceptance length since the last line."""
+        if "loss" in logs and self._counts is not None:
+            figures = Figures.of(self.accelerator.reduce(self._counts))
+            logs |= {"accuracy": figures.accuracy, "acceptance_length": figures.acceptance_length}
+            self._counts = None
+        super().log(logs, start_time)
+
+    # Evaluation ------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def prediction_step(
+        self,
+        model: Module,
+        inputs: dict[str, torch.Tensor],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[None, torch.Tensor, torch.Tensor]:
+        """Counts of each row, `[B, 4, Q - 1]`, and its loss and weight, `[B, 2]`; all of them add up."""
+        batch = dict(self._prepare_inputs(inputs))
+        counts, sums = [], []
+        for index in range(len(batch["input_ids"])):
+            row = {name: values[index : index + 1] for name, values in batch.items()}
+            row["anchors"] = draw_anchors(rows_of(row), self.args.num_anchors, self.args.seed, EVALUATION)
+            blocks = self._blocks(row)
+            with self.compute_loss_context_manager():
+                loss, counted = self.objective(model, blocks)
+            counts.append(counted)
+            sums.append(torch.stack([loss, blocks.weights(self.objective.gamma).sum()]))
+        return None, torch.cat(counts), torch.stack(sums)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As in Trainer: loss, accuracy by position, expected acceptance length; decoded, where it is asked for."""
+        metrics = super().evaluate(*args, **kwargs)
+        if self.args.eval_acceptance_prompts:
+            decoded = {"eval_decoded_acceptance_length": self.decoded_acceptance()}
+            self.log(decoded)
+            metrics |= decoded
+        return metrics
+
+    @torch.no_grad()
+    def decoded_acceptance(self) -> float:
+        """Tokens per cycle over the first held-out prompts, decoded greedily by the engine."""
+        draft = self.accelerator.unwrap_model(self.model)
+        training = draft.training
+        draft.eval()
+        results = []
+        for row in list(self.eval_dataset.take(self.args.eval_acceptance_prompts)):
+            ids = prompt_of(row).to(self.target.device)
+            results.append(compare(draft, self.target, ids, max_new_tokens=self.args.eval_acceptance_tokens))
+        draft.train(training)
+        return sum(results[1:], results[0]).acceptance_length
+
+
+def reading_for(tokenizer: Any, target: Any, config: Any, args: DFlashTrainingArguments) -> Reading:
+    """How rows are read for this pair."""
+    stops = target.generation_config.eos_token_id
+    stops = [] if stops is None else stops if isinstance(stops, list) else [stops]
+    own = [] if tokenizer is None or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return Reading(
+        tokenizer,
+        config.block_size,
+        config.mask_token_id,
+        args.max_length,
+        args.packing,
+        frozenset([*stops, *own]),
+    )
+
+
+def prompt_of(row: dict[str, Any]) -> torch.Tensor:
+    """`[1, P]`: the first document of a packed row up to its first supervised token, or its half if all is."""
+    length = (row.get("lengths") or [len(row["input_ids"])])[0]
+    supervised = row["supervised"][:length]
+    end = supervised.index(1) or max(1, length // 2)
+    return torch.tensor([row["input_ids"][:end]])
+
+
+def _figures(prediction: Any) -> dict[str, float]:
+    """Trainer's `compute_metrics`, of what `prediction_step` gave for every row."""
+    figures = Figures.of(torch.as_tensor(prediction.predictions).sum(0))
+    loss, weight = torch.as_tensor(prediction.label_ids).double().sum(0).tolist()
+    by_position = {f"accuracy_{k}": value for k, value in enumerate(figures.by_position, start=1)}
+    named = {"accuracy": figures.accuracy, "acceptance_length": figures.acceptance_length}
+    return {"loss": loss / max(weight, 1e-9)} | named | by_position
