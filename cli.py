@@ -223,6 +223,17 @@ def resolve(target: Annotated[str, typer.Argument(help="Hub id or folder of the 
     console.print(table)
 
 
+PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+@app.command(context_settings=PASSED_ON, add_help_option=False)
+def train(context: typer.Context) -> None:
+    """Train a draft: --target ID --data FILE_OR_DATASET --output-dir DIR, and the Trainer's own options (--help)."""
+    from .training.command import train
+
+    train(context.args)
+
+
 @app.command()
 def push(
     directory: Annotated[Path, typer.Argument(help="Folder of the draft, in any layout.")],

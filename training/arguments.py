@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.trainer_utils import SchedulerType
 
 from .objective import Recipe
 
@@ -49,13 +50,17 @@ class DFlashTrainingArguments(TrainingArguments):
 
     output_dir: str | None = field(default="dflash-draft", metadata={"help": "Where the draft and its checkpoints go."})
     learning_rate: float = field(default=6e-4, metadata={"help": "The highest learning rate."})
-    lr_scheduler_type: Any = field(default="cosine", metadata={"help": "The schedule of the learning rate."})
+    lr_scheduler_type: SchedulerType | str = field(
+        default="cosine", metadata={"help": "The schedule of the learning rate."}
+    )
     warmup_steps: float = field(default=0.04, metadata={"help": "Steps of warm-up; below 1, a share of all steps."})
     num_train_epochs: float = field(default=6.0, metadata={"help": "How often the data is seen."})
     per_device_train_batch_size: int = field(default=1, metadata={"help": "Packed rows in a step, on each device."})
     per_device_eval_batch_size: int = field(default=1, metadata={"help": "Packed rows in an evaluation step."})
     logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of the log."})
     bf16: bool = field(default_factory=_gpu_has_bf16, metadata={"help": "Mixed precision; on where a GPU has it."})
+    dataloader_pin_memory: bool = field(default_factory=torch.cuda.is_available, metadata={"help": "On with a GPU."})
+    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Off: a draft uses all it has."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off."})
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Off: a loss that is no number ends the run."}
@@ -76,6 +81,10 @@ class DFlashTrainingArguments(TrainingArguments):
         for name, (sound, wanted) in checks.items():
             if not sound:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {wanted}.")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the token: these are pickled beside every checkpoint, and pushed."""
+        return self.__dict__ | {"hub_token": None}
 
     @property
     def recipe(self) -> Recipe:

@@ -62,9 +62,10 @@ def draw_anchors(rows: Rows, most: int, seed: int, step: int) -> torch.Tensor:
     process and batch the row is, and again after a run was resumed.
     """
     drawn = []
-    for ids, candidates in zip(rows.input_ids.cpu(), rows.candidates.cpu(), strict=True):
+    every = zip(rows.input_ids.cpu(), rows.documents.cpu(), rows.candidates.cpu(), strict=True)
+    for ids, documents, candidates in every:
         columns = candidates.nonzero()[:, 0]
-        key = hashlib.blake2b(ids.numpy().tobytes(), digest_size=8, key=f"{seed} {step}".encode())
+        key = hashlib.blake2b(ids[documents > 0].numpy().tobytes(), digest_size=8, key=f"{seed} {step}".encode())
         generator = torch.Generator().manual_seed(int.from_bytes(key.digest(), "little") >> 1)
         drawn.append(columns[torch.randperm(len(columns), generator=generator)[:most]].sort().values)
     anchors = torch.nn.utils.rnn.pad_sequence(drawn, batch_first=True, padding_value=-1)

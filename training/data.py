@@ -130,9 +130,8 @@ def _read(batch: dict[str, list], column: str, reading: Reading) -> dict[str, li
         for ids, supervised in _documents(row, column, reading) or [([], [])]:
             if reading.mask_token_id in ids:
                 raise ValueError(
-                    f"The data contains the mask token {reading.mask_token_id} "
-                    f"({reading.tokenizer.convert_ids_to_tokens(reading.mask_token_id)!r}), in the row "
-                    f"{str(row[column])[:60]!r} ...; choose a mask_token_id that does not occur in text."
+                    f"The data contains the mask token {reading.mask_token_id}, in the row {str(row[column])[:60]!r} "
+                    "...; choose a mask_token_id that does not occur in text."
                 )
             found["input_ids"].append(ids)
             found["supervised"].append(supervised)

@@ -2,9 +2,16 @@
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
 """The Hugging Face Trainer, with a draft to train and a target that stays as it is."""
 
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import ModelCard
+from safetensors import SafetensorError
 from torch.nn import Module
 from transformers import Trainer
 from transformers.trainer_callback import TrainerCallback
@@ -15,9 +22,13 @@ from .arguments import DFlashTrainingArguments
 from .blocks import Blocks, draw_anchors
 from .data import Collator, Reading, Report, prepare, rows_of
 from .objective import Figures, Objective
+from .progress import write_progress
 
 EVALUATION = -1
 """The step whose anchors every evaluation draws, so that evaluations can be compared."""
+_FOR_RESUMING = re.compile(
+    r"optimizer|scheduler|scaler|rng_state|trainer_state|training_args|checkpoint-|last-checkpoint|runs"
+)
 
 
 class DFlashTrainer(Trainer):
@@ -138,6 +149,98 @@ class DFlashTrainer(Trainer):
             self._counts = None
         super().log(logs, start_time)
 
+    # Saving ----------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """As in Trainer; True goes on from the last checkpoint that was written whole.
+
+        Raises:
+            ValueError: there is none to go on from, or an earlier run's would be overwritten.
+        """
+        found = last_checkpoint(self.args.output_dir)
+        if resume_from_checkpoint in (True, "true", "True") and found is None:
+            raise ValueError(f"{self.args.output_dir} holds no whole checkpoint to go on from; leave the option out.")
+        if not resume_from_checkpoint and found is not None and self.args.save_strategy != "no":
+            raise ValueError(
+                f"{found} is of an earlier run. Go on from it with resume_from_checkpoint=True, or choose another "
+                "output_dir."
+            )
+        if resume_from_checkpoint in (True, "true", "True"):
+            resume_from_checkpoint = str(found)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """A whole repository, and how the run went."""
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            write_progress(Path(output_dir or self.args.output_dir), self.state.log_history, self._facts())
+
+    def _facts(self) -> dict[str, Any]:
+        """What the card says of the run."""
+        args = self.args
+        rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return {
+            "steps": f"{self.state.global_step:,} of {rows} rows, up to {args.max_length:,} tokens each",
+            "anchors": f"up to {args.num_anchors} in a row, gamma {self.objective.gamma:g}",
+            "loss": f"cross-entropy, {args.distillation:g} of it replaced by distillation"
+            if args.distillation
+            else "cross-entropy",
+            "optimizer": f"{args.optim}, learning rate {args.learning_rate:g}, {args.lr_scheduler_type} schedule",
+        }
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """As in Trainer; what was written of a checkpoint that could not be is removed.
+
+        Raises:
+            OSError: with what to do.
+        """
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            partial = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            if last_checkpoint(self.args.output_dir) != partial:
+                shutil.rmtree(partial, ignore_errors=True)
+            whole = last_checkpoint(self.args.output_dir)
+            advice = f"The last whole one is {whole}: make room, and go on from it (--resume-from-checkpoint true)."
+            raise OSError(
+                f"The checkpoint of step {self.state.global_step} could not be written: {error}\n"
+                f"{advice if whole else 'There is no earlier one.'}"
+            ) from error
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The draft's own card, written with it; it becomes the repository's."""
+        path = Path(self.args.output_dir)
+        if self.is_world_process_zero():
+            self.accelerator.unwrap_model(self.model).write_card(
+                path, ModelCard.load(path / "README.md"), self.hub_model_id
+            )
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Trainer.
+
+        Raises:
+            RuntimeError: the Hub did not take it; where the draft is, and how to push it later.
+        """
+        return kept_safe(
+            lambda: super(DFlashTrainer, self).push_to_hub(*args, **kwargs),
+            self.args.output_dir,
+            self.args.hub_model_id,
+        )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """As in Trainer, whose list of files to push lacks the code and the card that travel with a draft."""
+        if self.is_world_process_zero():
+            for path in Path(checkpoint_folder).iterdir():
+                if not _FOR_RESUMING.match(path.name):
+                    copy = shutil.copytree if path.is_dir() else shutil.copyfile
+                    copy(
+                        path,
+                        Path(self.args.output_dir) / path.name,
+                        **({"dirs_exist_ok": True} if path.is_dir() else {}),
+                    )
+            self.create_model_card()
+        super()._push_from_checkpoint(checkpoint_folder)
+
     # Evaluation ------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -182,6 +285,34 @@ class DFlashTrainer(Trainer):
             results.append(compare(draft, self.target, ids, max_new_tokens=self.args.eval_acceptance_tokens))
         draft.train(training)
         return sum(results[1:], results[0]).acceptance_length
+
+
+def last_checkpoint(folder: Any) -> Path | None:
+    """The last checkpoint in `folder` that was written whole: its state is what is written last."""
+    found = sorted(Path(folder).glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2] or 0))
+    return next((path for path in reversed(found) if _is_whole(path)), None)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        return "global_step" in json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+
+
+def kept_safe(push: Callable[[], Any], folder: Any, repo_id: str | None) -> Any:
+    """Push what a long run made; if the Hub fails, say where it is.
+
+    Raises:
+        RuntimeError: with the command that pushes it later.
+    """
+    try:
+        return push()
+    except (OSError, RuntimeError) as error:
+        raise RuntimeError(
+            f"The run is over and the draft is safe in {folder}, but the Hub did not take it: {error}\n"
+            f"Push it later: dflash-hub push {folder} {repo_id or 'me/my-draft'}"
+        ) from error
 
 
 def reading_for(tokenizer: Any, target: Any, config: Any, args: DFlashTrainingArguments) -> Reading:

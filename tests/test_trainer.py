@@ -1,0 +1,241 @@
+"""Runs of the trainer: what learns, what is saved, and what happens when a run is interrupted, split or spoiled."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import tiny
+import training_run
+from dflash_hub import DFlashDraftModel
+from dflash_hub.evaluation import compare
+from dflash_hub.hub_probe import digests
+from dflash_hub.training import DFlashTrainer, DFlashTrainingArguments
+from dflash_hub.training.trainer import last_checkpoint
+from paths import ROOT
+
+RUN = str(ROOT / "tests" / "training_run.py")
+
+
+def run(folder, *words: str, processes: int = 1, signal: int = 0, **args) -> dict | None:
+    """A run as a program; its losses, figures and weights, or None where it was killed by `signal`."""
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command += [RUN, str(folder), "--args", json.dumps(args), *words]
+    env = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HOME": str(folder)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == -signal, done.stdout + done.stderr
+    return None if signal else json.loads((folder / "result.json").read_text())
+
+
+def test_a_run_killed_at_any_step_and_resumed_is_the_run_that_was_not(tmp_path):
+    """Killed by SIGKILL, with a checkpoint every third step: losses and weights are the same, bit by bit."""
+    options = {"save_strategy": "steps", "save_steps": 3, "max_steps": 10, "gradient_accumulation_steps": 2}
+    options |= {"per_device_train_batch_size": 2}
+    whole = run(tmp_path / "whole", **options)
+    for step in (4, 6):
+        folder = tmp_path / f"killed-{step}"
+        run(folder, "--kill-at", str(step), signal=9, **options)
+        resumed = run(folder, "--resume", **options)
+        assert resumed["losses"] == whole["losses"]
+        assert resumed["weights"] == whole["weights"]
+
+
+def test_a_checkpoint_that_was_not_written_whole_is_passed_over(tmp_path):
+    run(tmp_path, save_strategy="steps", save_steps=4, max_steps=8)
+    assert last_checkpoint(tmp_path).name == "checkpoint-8"
+    state = tmp_path / "checkpoint-8" / "trainer_state.json"
+    state.write_text(state.read_text()[:100])
+    assert last_checkpoint(tmp_path).name == "checkpoint-4"
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
+def test_two_processes_are_one_with_twice_the_batch(tmp_path, how):
+    """Rows divide evenly among steps here; else processes repeat some at the end of an epoch, as always."""
+    one = run(tmp_path / "one", per_device_train_batch_size=4, packing=False)
+    sharded = {"fsdp": True, "fsdp_config": {"fsdp_version": 2}} if how == "fsdp2" else {}
+    two = run(
+        tmp_path / "two", processes=2, per_device_train_batch_size=2, packing=False, ddp_backend="gloo", **sharded
+    )
+    assert list(two["losses"].values()) == pytest.approx(list(one["losses"].values()), rel=1e-4)
+    assert two["figures"] == pytest.approx(one["figures"], rel=0.05)
+    weights = [load_file(tmp_path / name / "draft" / "model.safetensors") for name in ("one", "two")]
+    for name, values in weights[0].items():
+        torch.testing.assert_close(weights[1][name], values, rtol=1e-3, atol=1e-4)
+
+
+def test_accumulated_gradients_are_those_of_the_larger_batch(tmp_path):
+    losses = []
+    for rows, steps in ((4, 1), (2, 2), (1, 4)):
+        trainer = training_run.trainer(tmp_path, per_device_train_batch_size=rows, gradient_accumulation_steps=steps)
+        trainer.train()
+        losses.append([line["loss"] for line in trainer.state.log_history if "loss" in line])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert losses[2] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path):
+    new = "activation_checkpointing" in DFlashTrainingArguments.__dataclass_fields__
+    option = "activation_checkpointing" if new else "gradient_checkpointing"
+    plain, saving = (training_run.trainer(tmp_path, **{option: on}) for on in (False, True))
+    for trainer in (plain, saving):
+        trainer.train()
+    for name, values in plain.model.state_dict().items():
+        torch.testing.assert_close(saving.model.state_dict()[name], values)
+
+
+def test_only_the_draft_learns_and_only_the_draft_is_saved(tmp_path):
+    trainer = training_run.trainer(tmp_path)
+    target, before = digests(trainer.target), digests(trainer.model)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    after = digests(trainer.model)
+    assert all(after[name] != before[name] for name in after)
+    assert digests(trainer.target) == target
+    assert not any(weight.requires_grad for weight in trainer.target.parameters())
+    assert not trainer.target.training
+    assert tiny.as_found(trainer.target)
+    assert set(load_file(tmp_path / "saved" / "model.safetensors")) == set(trainer.model.state_dict())
+
+
+def test_the_trained_draft_reloads_bit_equal_and_accepts_as_before(tmp_path):
+    trainer = training_run.trainer(tmp_path, max_steps=30)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    again = DFlashDraftModel.from_pretrained(tmp_path / "saved").eval()
+    assert digests(again) == digests(trainer.model)
+    ids = tiny.prompt(20)
+    results = [compare(draft, trainer.target, ids, 40) for draft in (trainer.model.eval(), again)]
+    assert results[0].committed == results[1].committed
+    assert results[1].identical
+
+
+def test_mixed_precision_trains_and_leaves_float32_weights(tmp_path):
+    trainer = training_run.trainer(tmp_path, bf16=True)
+    trainer.train()
+    assert {weight.dtype for weight in trainer.model.parameters()} == {torch.float32}
+    assert trainer.state.log_history[-2]["loss"] < 4
+
+
+def test_learning_shows_in_loss_and_acceptance_on_held_out_text(tmp_path, tiny_target):
+    """The built-in target, for a quarter of a minute: loss falls, and expected and decoded acceptance rise."""
+    from dflash_hub import DFlashDraftSpec
+
+    torch.manual_seed(0)
+    shape = {"block_size": 8, "num_hidden_layers": 1, "target_layer_ids": [1, 2, 4], "mask_token_id": 1}
+    draft = DFlashDraftSpec("tiny").build(tiny_target.config, **shape)
+    prompt = torch.randint(2, 512, (64, 8))
+    text = tiny_target.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=88, min_new_tokens=88, do_sample=False
+    )
+    rows = [{"input_ids": ids, "supervised": [0] * 8 + [1] * 88} for ids in text.tolist()]
+    args = DFlashTrainingArguments(
+        str(tmp_path),
+        **training_run.SMALL | {"max_steps": 160, "learning_rate": 4e-3, "max_length": 96, "num_anchors": 24},
+        eval_acceptance_prompts=4,
+        eval_acceptance_tokens=48,
+    )
+    trainer = DFlashTrainer(draft, tiny_target, args, rows[:56], rows[56:])
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
+    assert after["eval_loss"] < 0.7 * before["eval_loss"]
+    assert before["eval_acceptance_length"] < 1.1
+    assert after["eval_acceptance_length"] > 1.25
+    assert after["eval_decoded_acceptance_length"] > before["eval_decoded_acceptance_length"] + 0.2
+    assert after["eval_accuracy_1"] > after["eval_accuracy_7"]
+
+
+def test_evaluation_does_not_depend_on_the_batch_and_is_the_same_each_time(tmp_path):
+    results = []
+    for size in (1, 3):
+        trainer = training_run.trainer(tmp_path, per_device_eval_batch_size=size)
+        trainer.eval_dataset = trainer.train_dataset
+        results += [trainer.evaluate(), trainer.evaluate()]
+    for key in ("eval_loss", "eval_accuracy", "eval_acceptance_length"):
+        assert [line[key] for line in results] == pytest.approx([results[0][key]] * 4)
+
+
+# Bad input -----------------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_says_what_to_try(tmp_path):
+    trainer = training_run.trainer(tmp_path)
+    with torch.no_grad():
+        trainer.model.fc.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"The loss is nan at step 1; .* Try a lower learning_rate"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"mask_token_id": 99, "vocab_size": None}, "mask_token_id is 99 in the draft, but the target has 12"),
+        ({"target_layer_ids": [0, 7], "num_target_layers": None}, "last tapped layer is 7 .* the target has 4"),
+        ({"block_size": 64}, "No row can be trained on: .* 24 too short.* at least 64 tokens"),
+        ({"mask_token_id": 5}, "The data contains the mask token 5"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_the_first_step(tmp_path, fields, message):
+    with pytest.raises(ValueError, match=message):
+        training_run.trainer(tmp_path, fields)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("num_anchors", 0), ("loss_gamma", -1.0), ("distillation", 2.0), ("remove_unused_columns", True)],
+)
+def test_options_that_make_no_sense_are_refused_by_name(tmp_path, option, value):
+    with pytest.raises(ValueError, match=f"{option} is {value}"):
+        DFlashTrainingArguments(str(tmp_path), **{option: value})
+
+
+def test_a_target_whose_layers_cannot_be_tapped_is_refused(tmp_path):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model("gpt2", n_layer=4, n_embd=32, n_head=4, vocab_size=tiny.VOCAB)
+    target = AutoModelForCausalLM.from_config(config)
+    draft = tiny.draft(tiny.target("qwen3"))
+    with pytest.raises(ValueError, match="gpt2 is not a family"):
+        DFlashTrainer(draft, target, DFlashTrainingArguments(str(tmp_path), use_cpu=True), training_run.rows())
+
+
+def test_an_earlier_run_is_not_overwritten_by_a_new_one(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 4, "max_steps": 4}
+    training_run.trainer(tmp_path, **options).train()
+    with pytest.raises(ValueError, match="checkpoint-4 is of an earlier run"):
+        training_run.trainer(tmp_path, **options).train()
+    with pytest.raises(ValueError, match="no whole checkpoint"):
+        training_run.trainer(tmp_path / "empty", **options).train(resume_from_checkpoint=True)
+
+
+def test_a_full_disk_ends_the_run_with_the_last_whole_checkpoint_named(tmp_path, fresh_process):
+    """A limit on the size of files stands for the disk: from the second checkpoint on nothing can be written."""
+    code = f"""
+        import resource, sys
+        sys.path.insert(0, {str(ROOT / "tests")!r})
+        import training_run
+        from transformers import TrainerCallback
+
+        class Full(TrainerCallback):
+            def on_step_end(self, args, state, control, **kwargs):
+                if state.global_step == 5:
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
+
+        trainer = training_run.trainer({str(tmp_path)!r}, save_strategy="steps", save_steps=4)
+        trainer.add_callback(Full())
+        try:
+            trainer.train()
+        except OSError as error:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            print(error)
+    """
+    said = fresh_process(code, block=False)
+    assert "The checkpoint of step 8 could not be written" in said
+    assert "checkpoint-4: make room, and go on from it" in said
+    assert last_checkpoint(tmp_path).name == "checkpoint-4"
+    assert not (tmp_path / "checkpoint-8").exists()

@@ -1,0 +1,216 @@
+"""Training sees what decoding sees, and its loss is the plain one."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
+
+import tiny
+from dflash_hub.drafting_dflash import Drafter
+from dflash_hub.target_dflash import Target, embed_noise
+from dflash_hub.training import loss as loss_module
+from dflash_hub.training.blocks import Blocks, Rows, default_gamma, draw_anchors
+from dflash_hub.training.loss import Scores, weighted_loss
+from dflash_hub.training.objective import Figures, Objective, Recipe, count
+
+SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 7}
+KINDS = {
+    "full": {},
+    "full and causal": {"is_causal": True},
+    "sliding and causal": SLIDING,
+    "sliding, not causal": SLIDING | {"is_causal": False},
+    "one layer causal": {"is_causal": [True, False]},
+}
+
+
+def packed(*lengths: tuple[int, ...], seed: int = 0) -> Rows:
+    """Rows of random documents with these lengths, everything supervised."""
+    width = max(map(sum, lengths))
+    ids = torch.randint(0, tiny.VOCAB, (len(lengths), width), generator=torch.Generator().manual_seed(seed))
+    documents = torch.zeros(len(lengths), width, dtype=torch.long)
+    for row, sizes in enumerate(lengths):
+        documents[row, : sum(sizes)] = torch.arange(1, len(sizes) + 1).repeat_interleave(torch.tensor(sizes))
+    return Rows(ids, documents > 0, documents)
+
+
+@torch.no_grad()
+def decoded_states(draft, target, ids: torch.Tensor, block: int) -> torch.Tensor:
+    """The decode path's states `[Q, H]` of a block: its anchor is the last of `ids [1, P]`; a cache has the others."""
+    seen: list[torch.Tensor] = []
+    hook = draft.register_forward_hook(lambda module, inputs, output: seen.append(output.last_hidden_state[0]))
+    drafter, engine = Drafter(draft, target), Target(target, tuple(draft.config.target_layer_ids))
+    hidden = torch.zeros(1, ids.shape[1], dtype=torch.bool)
+    with engine.decoding("off"), drafter.decoding(hidden, "off"):
+        if ids.shape[1] > 1:
+            engine.begin({"input_ids": ids[:, :-1]})
+            drafter.absorb(engine.taps.take(), 0)
+        start = torch.tensor([ids.shape[1] - 1])
+        drafter.propose(ids[:, -1:], start, ids.shape[1] + block)
+    hook.remove()
+    return seen[0]
+
+
+@torch.no_grad()
+def trained_states(draft, target, rows: Rows, anchors: torch.Tensor) -> torch.Tensor:
+    """The training forward's `[B, A, Q, H]`."""
+    objective = Objective(draft.config, target, Recipe(attention="dense"))
+    blocks = objective.blocks(rows, anchors)
+    features, _ = objective.target.read(rows, False)
+    noise_embeds = embed_noise(objective.target.embed, blocks.noise_ids(draft.config.mask_token_id))
+    return objective.states(draft, blocks, noise_embeds, features).unflatten(1, (-1, draft.config.block_size))
+
+
+def assert_same_as_decoding(draft, target, rows: Rows, anchors: torch.Tensor) -> float:
+    """Compare every block, within 1e-5 of the largest state; how far they are apart at most."""
+    trained = trained_states(draft, target, rows, anchors)
+    furthest = 0.0
+    for row, columns in enumerate(anchors.tolist()):
+        for number, column in enumerate(columns):
+            first = column - int(rows.positions[row, column])
+            decoded = decoded_states(
+                draft, target, rows.input_ids[row : row + 1, first : column + 1], draft.config.block_size
+            )
+            furthest = max(furthest, float((trained[row, number] - decoded).abs().max()))
+    assert furthest < 1e-5 * max(1.0, float(trained.abs().max()))
+    assert float(trained.std()) > 0.1
+    return furthest
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_and_decoding_give_the_same_states(kind):
+    """Full, sliding, causal and bidirectional layers; documents alone and packed, anchors at their ends too."""
+    target = tiny.target("qwen3")
+    draft = tiny.draft(target, **KINDS[kind])
+    rows = packed((40,), (9, 21, 10))
+    anchors = torch.tensor([[0, 1, 13, 37, 39], [0, 8, 9, 25, 32]])
+    assert_same_as_decoding(draft, target, rows, anchors)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_training_and_decoding_give_the_same_states_for_every_family(family):
+    """Packed: recurrent layers and sliding windows of the target know nothing of the neighbours either."""
+    target = tiny.target(family)
+    draft = tiny.draft(target, **SLIDING)
+    assert_same_as_decoding(draft, target, packed((17, 20), (5, 30)), torch.tensor([[3, 30], [4, 33]]))
+
+
+def test_a_block_sees_its_own_document_before_its_anchor_and_itself():
+    rows = packed((3, 4))
+    mask = Blocks(rows, torch.tensor([[1, 5, -1]]), 3).dense_mask(None, False)[0, 0]
+    context, blocks = mask[:, :7].int().tolist(), mask[:, 7:]
+    assert context[0] == context[2] == [1, 0, 0, 0, 0, 0, 0]
+    assert context[3] == [0, 0, 0, 1, 1, 0, 0]
+    assert context[6] == [0] * 7
+    assert torch.equal(blocks, torch.block_diag(*[torch.ones(3, 3)] * 3).bool())
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize(("window", "causal"), [(None, False), (None, True), (4, False), (4, True)])
+def test_flex_attention_and_the_dense_mask_give_the_same(window, causal):
+    from torch.nn.attention.flex_attention import flex_attention
+
+    rows = packed((30, 14), (44,))
+    blocks = Blocks(rows, draw_anchors(rows, 9, 0, 0), 4)
+    queries = blocks.anchors.shape[1] * 4
+    torch.manual_seed(0)
+    query = torch.randn(2, 2, queries, 8)
+    key, value = torch.randn(2, 2, 2, 44 + queries, 8)
+    dense = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=blocks.dense_mask(window, causal)
+    )
+    flex = flex_attention(query, key, value, block_mask=blocks.flex_mask(window, causal))
+    torch.testing.assert_close(flex, dense)
+
+
+# The loss ------------------------------------------------------------------------------------------------------
+
+
+def plain_loss(states: torch.Tensor, rows: Rows, anchors: torch.Tensor, target, gamma: float, distillation: float):
+    """The sum and the weights, position by position, as one would write them without a thought for cost."""
+    total, weights = 0.0, 0.0
+    final = target.get_decoder()(input_ids=rows.input_ids).last_hidden_state
+    for row, columns in enumerate(anchors.tolist()):
+        for number, column in enumerate(columns):
+            for step in range(1, states.shape[2]):
+                place = column + step
+                if column < 0 or place >= rows.input_ids.shape[1]:
+                    continue
+                if rows.documents[row, place] != rows.documents[row, column] or not rows.supervised[row, place]:
+                    continue
+                weight = torch.exp(torch.tensor(-(step - 1) / gamma))
+                logits = target.lm_head(states[row, number, step]).float()
+                loss = cross_entropy(logits[None], rows.input_ids[row, place][None])
+                own = log_softmax(target.lm_head(final[row, place - 1]).float(), dim=-1)
+                divergence = kl_div(log_softmax(logits, dim=-1), own, reduction="sum", log_target=True)
+                total = total + weight * ((1 - distillation) * loss + distillation * divergence)
+                weights += weight
+    return total, weights
+
+
+@pytest.mark.parametrize("distillation", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loss_and_gradient_are_those_of_the_plain_reference(dtype, distillation, monkeypatch):
+    """With an empty block, a short row, unsupervised tokens, and chunks smaller than the positions."""
+    monkeypatch.setattr(loss_module, "CHUNK_LOGITS", 5 * tiny.VOCAB)
+    target = tiny.target("qwen3").to(dtype)
+    draft = tiny.draft(target).to(dtype)
+    rows = packed((30,), (12,))
+    rows.supervised[0, 20:24] = False
+    anchors = torch.tensor([[2, 18, 28], [8, 10, -1]])
+    objective = Objective(draft.config, target, Recipe(gamma=3.0, distillation=distillation, attention="dense"))
+    blocks = objective.blocks(rows, anchors)
+    features, final = objective.target.read(rows, True)
+    noise_embeds = embed_noise(objective.target.embed, blocks.noise_ids(3))
+    states = objective.states(draft, blocks, noise_embeds, features).detach()
+    ours, theirs = states.clone().requires_grad_(), states.clone().requires_grad_()
+    loss = weighted_loss(
+        ours[blocks.counted.flatten(1)], objective._scores(blocks, final if distillation else None), 12
+    )
+    expected, weights = plain_loss(theirs.unflatten(1, (-1, 5)), rows, anchors, target, 3.0, distillation)
+    (loss / weights).backward()
+    (expected / weights).backward()
+    close = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 1e-3}
+    torch.testing.assert_close(loss, torch.as_tensor(expected), **close)
+    torch.testing.assert_close(ours.grad, theirs.grad, **close)
+    assert float(blocks.weights(3.0).sum()) == pytest.approx(float(weights))
+
+
+def test_the_published_gammas():
+    assert [default_gamma(size) for size in (16, 10, 8)] == [7, 5, 4]
+    assert default_gamma(2) >= 1
+
+
+def test_a_chunk_is_forgotten_before_the_next(monkeypatch):
+    monkeypatch.setattr(loss_module, "CHUNK_LOGITS", 100 * 7)
+    sizes = []
+    head = torch.nn.Linear(4, 100)
+    scores = Scores(lambda states: sizes.append(len(states)) or head(states), torch.arange(20), torch.ones(20))
+    weighted_loss(torch.randn(20, 4, requires_grad=True), scores, 100).backward()
+    assert sizes == [7, 7, 6]
+
+
+def test_anchors_depend_on_the_row_the_seed_and_the_step_alone():
+    rows = packed((50,), (50,), (30,))
+    drawn = draw_anchors(rows, 8, seed=1, step=5)
+    alone = draw_anchors(Rows(rows.input_ids[1:2], rows.supervised[1:2], rows.documents[1:2]), 8, 1, 5)
+    assert torch.equal(drawn[1:2], alone)
+    assert not torch.equal(drawn, draw_anchors(rows, 8, seed=1, step=6))
+    assert not torch.equal(drawn, draw_anchors(rows, 8, seed=2, step=5))
+    assert (drawn.diff() > 0).all()
+
+
+def test_anchors_are_supervised_tokens_with_one_to_predict():
+    rows = packed((4, 4))
+    some = torch.tensor([[0, 1, 1, 1, 1, 0, 1, 1]]).bool()
+    assert draw_anchors(replace(rows, supervised=some), 99, 0, 0).tolist() == [[1, 2, 6]]
+    assert draw_anchors(replace(rows, supervised=~some & some), 99, 0, 0).tolist() == [[-1]]
+
+
+def test_expected_acceptance_is_that_of_whole_prefixes_and_blocks_cut_short_do_not_weigh_it_down():
+    counted = torch.tensor([[[0, 1, 1, 1], [0, 1, 1, 1], [0, 1, 0, 0]]]).bool()
+    correct = torch.tensor([1, 1, 0, 0, 1, 1, 1]).bool()  # two of three, none, and one of one
+    figures = Figures.of(count(counted, correct)[0])
+    assert figures.by_position == pytest.approx((2 / 3, 1.0, 0.5))
+    assert figures.acceptance_length == pytest.approx(1 + 2 / 3 + 2 / 3 * 1 + 0)
+    assert figures.accuracy == pytest.approx(5 / 7)

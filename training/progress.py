@@ -1,0 +1,94 @@
+# Copyright 2026 the dflash-hub authors.
+# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+"""How a run went: a plot beside every checkpoint, and a section of the model card that shows it."""
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard
+
+PLOT = "training.png"
+_HEADING = "## Training"
+
+
+def write_progress(folder: Path, history: list[dict[str, float]], facts: dict[str, Any]) -> None:
+    """Write the plot and the card's section into `folder`, which holds a draft; an older section is replaced.
+
+    Args:
+        history: Trainer's `state.log_history`.
+        facts: what the section's table says of the run.
+    """
+    path = folder / "README.md"
+    drawn = draw(folder / PLOT, history)
+    card = ModelCard(path.read_text(encoding="utf-8"))
+    before, _, rest = card.text.partition(_HEADING)
+    following = rest[rest.index("\n## ") + 1 :] if "\n## " in rest else ""
+    card.text = before.rstrip() + "\n\n" + section(history, facts, drawn) + "\n" + following
+    card.save(path)
+
+
+def section(history: list[dict[str, float]], facts: dict[str, Any], drawn: bool) -> str:
+    """The card's section: what was done, what came of it, and the plot."""
+    shown = facts | {
+        "loss, first and last of the log": _ends(history, "loss"),
+        "held-out loss": _ends(history, "eval_loss"),
+        "expected acceptance length, held-out text": _ends(history, "eval_acceptance_length"),
+        "acceptance length, held-out prompts decoded greedily": _ends(history, "eval_decoded_acceptance_length"),
+    }
+    lines = [_HEADING, "", "| | |", "|---|---|"]
+    lines += [f"| {name} | {value} |" for name, value in shown.items() if value is not None]
+    by_position = _last(history, "eval_accuracy_1")
+    if by_position is not None:
+        positions = [key for key in by_position if key.startswith("eval_accuracy_")]
+        shares = ", ".join(f"{by_position[key]:.2f}" for key in positions)
+        lines.append(f"| accuracy at positions 1 to {len(positions)} of a block, held-out text | {shares} |")
+    lines += ["", f"![The run: loss and acceptance by step]({PLOT})", ""] if drawn else [""]
+    return "\n".join(lines)
+
+
+def _last(history: list[dict[str, float]], key: str) -> dict[str, float] | None:
+    return next((line for line in reversed(history) if key in line), None)
+
+
+def _ends(history: list[dict[str, float]], key: str) -> str | None:
+    values = [line[key] for line in history if key in line]
+    if not values:
+        return None
+    return f"{values[0]:.3f}" if len(values) == 1 else f"{values[0]:.3f}, then {values[-1]:.3f}"
+
+
+def draw(path: Path, history: list[dict[str, float]]) -> bool:
+    """Loss, acceptance length and accuracy by position as a PNG; False where there is nothing to show yet."""
+    from matplotlib.figure import Figure
+
+    panels = {
+        "loss": {"training": "loss", "held out": "eval_loss"},
+        "acceptance length": {
+            "training, expected": "acceptance_length",
+            "held out, expected": "eval_acceptance_length",
+            "held out, decoded": "eval_decoded_acceptance_length",
+        },
+    }
+    if not any(key in line for line in history for series in panels.values() for key in series.values()):
+        return False
+    figure = Figure(figsize=(11, 3.2), layout="constrained")
+    loss, acceptance, accuracy = figure.subplots(1, 3)
+    for axes, (title, series) in zip((loss, acceptance), panels.items(), strict=True):
+        for label, key in series.items():
+            points = [(line["step"], line[key]) for line in history if key in line]
+            if points:
+                axes.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 3 else None)
+        axes.set(title=title, xlabel="step")
+        axes.legend(fontsize="small")
+    _bars(accuracy, _last(history, "eval_accuracy_1"))
+    figure.savefig(path, dpi=110)
+    return True
+
+
+def _bars(axes: Any, line: dict[str, float] | None) -> None:
+    axes.set(title="held-out accuracy by position", xlabel="position in the block", ylim=(0, 1))
+    if line is None:
+        axes.text(0.5, 0.5, "no evaluation", ha="center", transform=axes.transAxes)
+        return
+    values = [line[key] for key in line if key.startswith("eval_accuracy_")]
+    axes.bar(range(1, len(values) + 1), values)
