@@ -135,13 +135,14 @@ def _read(batch: dict[str, list], column: str, reading: Reading) -> dict[str, li
                 )
             found["input_ids"].append(ids)
             found["supervised"].append(supervised)
-            found["dropped"].append(_reason(ids, supervised, reading.block_size))
+            found["dropped"].append(_reason(ids, supervised, row, reading.block_size))
     return found
 
 
-def _reason(ids: list[int], supervised: list[int], block_size: int) -> str:
+def _reason(ids: list[int], supervised: list[int], row: dict[str, Any], block_size: int) -> str:
     if not ids:
-        return REFUSED
+        answers = any(message.get("role") == "assistant" for message in row["messages"] or [])
+        return REFUSED if answers else UNSUPERVISED
     if len(ids) < block_size:
         return TOO_SHORT
     return "" if any(a and b for a, b in pairwise(supervised)) else UNSUPERVISED

@@ -144,7 +144,9 @@ def write_text(options: argparse.Namespace, target: Any, tokenizer: Any) -> list
         passages = Windows(tokens_of(tokenizer), PROMPT, options.texts, options.seed + 1)
         texts = []
         for start in range(0, options.texts, 128):
-            part = torch.stack([passages[index]["input_ids"] for index in range(start, min(start + 128, options.texts))])
+            part = torch.stack(
+                [passages[index]["input_ids"] for index in range(start, min(start + 128, options.texts))]
+            )
             texts.append(
                 target.generate(
                     input_ids=part,

@@ -1,0 +1,159 @@
+"""Answers rewritten with the target's own, by a real server over HTTP and in this process."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from datasets import Dataset
+from transformers import AutoTokenizer
+
+from dflash_hub.training import regenerate as module
+from dflash_hub.training.regenerate import Asking, InProcess, Server, check_columns, finished_rows, regenerate
+from paths import TINY
+
+CHATS = [
+    {"messages": [{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": "old"}]} for n in range(8)
+]
+
+
+class Backend(ThreadingHTTPServer):
+    """Speaks OpenAI's protocol: an answer is 're: ' and the last message, or what the prompt was."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.questions: list[dict] = []
+        self.broken = 0  # requests to be answered by an error
+        self.url = f"http://127.0.0.1:{self.server_port}/v1"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        self._say({"data": [{"id": "tiny"}]})
+
+    def do_POST(self):
+        question = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.questions.append(question)
+        if self.server.broken > 0:
+            self.server.broken -= 1
+            self._say({"error": "overloaded"}, 503)
+        elif self.path.endswith("/chat/completions"):
+            said = {
+                "role": "assistant",
+                "content": "re: " + question["messages"][-1]["content"],
+                "reasoning_content": None,
+            }
+            self._say({"choices": [{"message": said}]})
+        else:
+            self._say({"choices": [{"text": " and on"}]})
+
+    def _say(self, content, status=200):
+        body = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+@pytest.fixture
+def backend():
+    server = Backend()
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.fixture
+def tokenizer():
+    return AutoTokenizer.from_pretrained(TINY / "target")
+
+
+def lines(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def quiet(done: int, failed: int) -> None:
+    pass
+
+
+def test_answers_of_a_server_replace_those_of_the_data_turn_by_turn(backend, tokenizer, tmp_path):
+    talk = [("system", "be brief"), ("user", "a"), ("assistant", "x"), ("user", "b"), ("assistant", "y")]
+    rows = [{"messages": [{"role": role, "content": content} for role, content in talk]}]
+    answer = Server(backend.url, tokenizer, Asking(max_new_tokens=9, temperature=0.5))
+    assert regenerate(rows, tmp_path / "out.jsonl", answer, 2, quiet) == (1, [])
+    said = [message["content"] for message in lines(tmp_path / "out.jsonl")[0]["messages"]]
+    assert said == ["be brief", "a", "re: a", "b", "re: b"]
+    assert backend.questions[1]["messages"][2] == {"role": "assistant", "content": "re: a"}
+    assert {key: backend.questions[0][key] for key in ("model", "max_tokens", "temperature")} == {
+        "model": "tiny",
+        "max_tokens": 9,
+        "temperature": 0.5,
+    }
+
+
+def test_text_keeps_its_first_tokens_and_goes_on_as_the_target_would(backend, tokenizer, tmp_path):
+    text = "import os\nimport sys\n\n\ndef main():\n    pass\n"
+    start = tokenizer.decode(tokenizer(text).input_ids[:5])
+    answer = Server(backend.url, tokenizer, Asking(prompt_tokens=5))
+    regenerate([{"text": text}], tmp_path / "out.jsonl", answer, 1, quiet)
+    assert lines(tmp_path / "out.jsonl") == [{"row": 0, "text": start + " and on"}]
+    assert text.startswith(start)
+
+
+def test_an_interrupted_run_goes_on_where_it_was_and_nothing_is_written_twice(backend, tokenizer, tmp_path):
+    """Half the rows are there, the last line cut off in the middle."""
+    path = tmp_path / "out.jsonl"
+    answer = Server(backend.url, tokenizer, Asking())
+    regenerate(CHATS[:4], path, answer, 3, quiet)
+    path.write_bytes(path.read_bytes()[:-7])
+    assert len(finished_rows(path)) == 3
+    before = len(backend.questions)
+    assert regenerate(CHATS, path, answer, 3, quiet) == (8, [])
+    assert len(backend.questions) - before == 5
+    assert sorted(line["row"] for line in lines(path)) == list(range(8))
+    assert {line["row"]: line["messages"][1]["content"] for line in lines(path)} == {n: f"re: q{n}" for n in range(8)}
+
+
+def test_rows_that_fail_are_reported_and_tried_again_by_the_next_run(backend, tokenizer, tmp_path):
+    backend.broken = 3
+    answer = Server(backend.url, tokenizer, Asking())
+    done, failed = regenerate(CHATS, tmp_path / "out.jsonl", answer, 1, quiet)
+    assert (done, len(failed)) == (5, 3)
+    assert "503" in failed[0]
+    assert regenerate(CHATS, tmp_path / "out.jsonl", answer, 1, quiet) == (8, [])
+
+
+def test_a_server_that_is_gone_ends_the_run_with_what_there_is_kept(backend, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "GIVE_UP", 3)
+    answer = Server(backend.url, tokenizer, Asking())
+    regenerate(CHATS[:2], tmp_path / "out.jsonl", answer, 1, quiet)
+    backend.broken = 99
+    with pytest.raises(RuntimeError, match=r"3 rows in succession .* holds 2, and the same command goes on"):
+        regenerate(CHATS, tmp_path / "out.jsonl", answer, 1, quiet)
+    assert len(lines(tmp_path / "out.jsonl")) == 2
+
+
+def test_a_server_that_is_not_there_and_a_foreign_file_are_refused(tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="No server that lists its models answers at http"):
+        Server("http://127.0.0.1:9/v1", tokenizer, Asking())
+    (tmp_path / "mine.jsonl").write_text('{"text": "precious"}\n')
+    with pytest.raises(ValueError, match="was not written by regenerate"):
+        finished_rows(tmp_path / "mine.jsonl")
+    with pytest.raises(ValueError, match="has the columns question; 'messages' or 'text' is read"):
+        check_columns(Dataset.from_list([{"question": "?"}]))
+
+
+def test_in_process_the_text_is_the_targets_own(tiny_target, tokenizer, tmp_path):
+    text = (TINY / "train.py").read_text()[:400]
+    answer = InProcess(tiny_target, tokenizer, Asking(max_new_tokens=12, temperature=0, prompt_tokens=30))
+    regenerate([{"text": text}], tmp_path / "out.jsonl", answer, 1, quiet)
+    ids = tokenizer(text, return_tensors="pt").input_ids[:, :30]
+    again = tokenizer(tokenizer.decode(ids[0]), return_tensors="pt").input_ids
+    own = tiny_target.generate(again, attention_mask=again * 0 + 1, max_new_tokens=12, do_sample=False)
+    assert lines(tmp_path / "out.jsonl")[0]["text"] == tokenizer.decode(own[0], skip_special_tokens=True)
