@@ -83,6 +83,8 @@ def publish(
         for layout, path in staged.items():
             report(f"Staging and checking the {layout} layout")
             stage(draft, path, layout, options.card)
+            for picture in Path(directory).glob("*.png"):  # which the card may show
+                shutil.copyfile(picture, path / picture.name)
             check_staged(draft, path)
         api = HfApi(token=options.token)
         repo_id = make_repo(api, repo_id, options.private)
@@ -124,7 +126,9 @@ def check_staged(draft: DFlashDraftModel, folder: Path) -> None:
 
 
 def _card_to_keep(directory: Any, repo_id: str, token: str | None) -> ModelCard | None:
-    """The folder's own card if somebody wrote it; else the one on the Hub; else None, for a new one."""
-    local = Path(directory) / "README.md"
-    text = local.read_text(encoding="utf-8") if local.exists() else PLACEHOLDER
-    return card_on_hub(repo_id, token) if PLACEHOLDER in text else ModelCard(text)
+    """The folder's own card if somebody wrote it; else the one on the Hub, if any; else the folder's, if any."""
+    path = Path(directory) / "README.md"
+    local = ModelCard(path.read_text(encoding="utf-8")) if path.exists() else None
+    if local is not None and PLACEHOLDER not in local.text:
+        return local
+    return card_on_hub(repo_id, token) or local

@@ -167,7 +167,9 @@ class RepositoryMixin:
         metadata = {"library_name": "transformers", "pipeline_tag": "text-generation"}
         metadata |= self.card_known | _lasting(source) | self.card_metadata
         card = existing or _new_card(self, repo_id or PLACEHOLDER, metadata)
-        card.text = card.text.replace(PLACEHOLDER, repo_id or PLACEHOLDER)
+        if repo_id is not None:
+            title = f"# {PLACEHOLDER.split('/')[-1]}\n"
+            card.text = card.text.replace(PLACEHOLDER, repo_id).replace(title, f"# {repo_id.split('/')[-1]}\n")
         for key, value in metadata.items():
             if card.data.get(key) is None or key in self.card_metadata:
                 card.data[key] = value

@@ -109,6 +109,8 @@ def build(options: TrainOptions, args: DFlashTrainingArguments) -> DFlashTrainer
     tokenizer = AutoTokenizer.from_pretrained(options.target, **trust)
     target = AutoModelForCausalLM.from_pretrained(options.target, dtype=options.target_dtype, **trust)
     draft = make_draft(options, target, tokenizer)
+    if not Path(options.target).exists():
+        draft.card_metadata = {"base_model": options.target}
     rows, held_out = _split(options, args)
     trainer = DFlashTrainer(draft, target, args, rows, held_out, tokenizer)
     for name, report in trainer.reports.items():
@@ -176,9 +178,8 @@ def finish(trainer: DFlashTrainer, options: TrainOptions) -> None:
         return
     console.print(f"The draft is in [bold]{folder}[/bold].")
     if trainer.args.push_to_hub:
-        push = PublishOptions(
-            trainer.args.hub_private_repo, trainer.args.hub_token, card={"base_model": options.target}
-        )
+        trainer.create_model_card()
+        push = PublishOptions(trainer.args.hub_private_repo, trainer.args.hub_token)
         done = kept_safe(lambda: publish(folder, repo or Path(folder).name, push), folder, repo)
         where = f"main at {done.commit[:8]}, engines at {done.engines_commit[:8]}"
         console.print(f"[bold]{done.repo_id}[/bold] is published: {where}.")

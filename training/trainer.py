@@ -308,9 +308,9 @@ def kept_safe(push: Callable[[], Any], folder: Any, repo_id: str | None) -> Any:
     """
     try:
         return push()
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise RuntimeError(
-            f"The run is over and the draft is safe in {folder}, but the Hub did not take it: {error}\n"
+            f"The run is over and the draft is safe in {folder}, but it is not on the Hub: {error}\n"
             f"Push it later: dflash-hub push {folder} {repo_id or 'me/my-draft'}"
         ) from error
 

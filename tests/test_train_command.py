@@ -1,0 +1,146 @@
+"""`dflash-hub train` from end to end: data from a file, a draft on the Hub, and a stranger who uses it."""
+
+import json
+
+import pytest
+from huggingface_hub import HfApi, ModelCard
+from typer.testing import CliRunner
+
+from dflash_hub import DFlashDraftModel, cli
+from dflash_hub.hub_probe import digests
+from dflash_hub.training import command
+from paths import ROOT, TINY
+
+SHAPE = ["--mask-token-id", "1", "--block-size", "8", "--num-layers", "1", "--target-layer-ids", "1", "2", "4"]
+SMALL = ["--max-length", "96", "--num-anchors", "8", "--max-steps", "6", "--logging-steps", "2", "--report-to", "none"]
+SMALL += ["--disable-tqdm", "true", "--use-cpu", "true", "--per-device-train-batch-size", "2"]
+
+USE = """
+    import torch
+    from transformers import AutoModel, AutoModelForCausalLM
+    target = AutoModelForCausalLM.from_pretrained({target!r})
+    ids = torch.arange(40, 80)[None]
+    ask = dict(attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False, eos_token_id=None)
+    own = target.generate(ids, **ask)
+    draft = AutoModel.from_pretrained({repo!r}, trust_remote_code=True)
+    print(type(draft).__module__)
+    print(torch.equal(own, target.generate(ids, custom_generate=draft.speculate, **ask)))
+    print(torch.equal(own, target.generate(ids, custom_generate={repo!r}, trust_remote_code=True, **ask)))
+"""
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch):
+    for module in (cli, command):
+        monkeypatch.setattr(module.console, "width", 200, raising=False)
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    sources = sorted(ROOT.glob("*_dflash.py"))
+    path.write_text("".join(json.dumps({"text": source.read_text()[:1500]}) + "\n" for source in sources))
+    return str(path)
+
+
+def train(data, folder, *words: str, target=TINY / "target"):
+    given = ["train", "--target", str(target), "--data", data, "--output-dir", str(folder), *SMALL, *words]
+    return CliRunner().invoke(cli.app, given, env={"COLUMNS": "200"}, catch_exceptions=False)
+
+
+def test_a_draft_is_trained_pushed_and_used_by_a_stranger(hub, repo_id, data, tmp_path, fresh_process):
+    """Checkpoints are pushed while it trains; at the end both layouts, checked, with how the run went on the card."""
+    evaluate = ["--eval-rows", "3", "--eval-strategy", "steps", "--eval-steps", "3", "--eval-acceptance-prompts", "1"]
+    push = ["--push-to-hub", repo_id, "--save-strategy", "steps", "--save-steps", "3", "--hub-strategy", "every_save"]
+    output = train(data, tmp_path / "draft", *SHAPE, *evaluate, *push).output
+    assert f"{repo_id} is published: main at" in output
+    here = DFlashDraftModel.from_pretrained(tmp_path / "draft")
+    assert digests(DFlashDraftModel.from_pretrained(repo_id)) == digests(here)
+    assert digests(DFlashDraftModel.from_pretrained(repo_id, revision="engines")) == digests(here)
+    said = fresh_process(USE.format(target=str(TINY / "target"), repo=repo_id)).splitlines()[-3:]
+    assert said[0].startswith("transformers_modules.")
+    assert said[1:] == ["True", "True"]
+    card = ModelCard.load(repo_id)
+    assert card.data.base_model is None  # a folder is none
+    assert "## Training" in card.text
+    assert card.text.count("training.png") == 1
+    assert "accuracy at positions 1 to 7" in card.text
+    assert "held-out prompts decoded greedily" in card.text
+    files = HfApi().list_repo_files(repo_id)
+    assert {"training.png", "README.md", "modeling_dflash.py", "custom_generate/generate.py"} <= set(files)
+    assert not [name for name in files if "optimizer" in name or "checkpoint" in name]
+    assert any("Training in progress, step 3" in commit.title for commit in HfApi().list_repo_commits(repo_id))
+
+
+def test_a_hub_that_is_down_at_the_end_leaves_the_draft_on_disk_and_says_how_to_push_it(hub, repo_id, data, tmp_path):
+    hub.state.fail["/commit/"] = 501
+    with pytest.raises(RuntimeError, match=r"(?s)the draft is safe in .*Push it later: dflash-hub push .* tester/"):
+        train(data, tmp_path / "draft", *SHAPE, "--push-to-hub", repo_id)
+    hub.state.fail.clear()
+    words = ["push", str(tmp_path / "draft"), repo_id]
+    assert "is published" in CliRunner().invoke(cli.app, words, env={"COLUMNS": "200"}, catch_exceptions=False).output
+    card = ModelCard.load(repo_id).text
+    assert card.startswith(f"\n# {repo_id.split('/')[1]}\n")
+    assert "## Training" in card
+    assert "your-draft" not in card
+    for revision in ("main", "engines"):
+        assert "training.png" in HfApi().list_repo_files(repo_id, revision=revision)
+
+
+def test_a_dry_run_checks_everything_leaves_nothing_and_tells_the_cost(data, tmp_path):
+    output = train(data, tmp_path / "draft", *SHAPE, "--dry-run").output
+    for text in ("data: ", "parameters", "GiB", "s a step", "for 6 steps", "reloads bit-equal", "the target's own"):
+        assert text in output
+    assert not (tmp_path / "draft").exists()
+
+
+def test_training_goes_on_from_a_published_draft_and_from_an_interrupted_run(data, tmp_path):
+    saved = ["--save-strategy", "steps", "--save-steps", "3"]
+    train(data, tmp_path / "one", "--draft", str(TINY / "draft"), *saved, "--learning-rate", "0")
+    assert digests(DFlashDraftModel.from_pretrained(tmp_path / "one")) == digests(
+        DFlashDraftModel.from_pretrained(TINY / "draft")
+    )
+    with pytest.raises(ValueError, match="checkpoint-6 is of an earlier run"):
+        train(data, tmp_path / "one", "--draft", str(TINY / "draft"), *saved)
+    resume = [*saved, "--resume-from-checkpoint", "true", "--max-steps", "8"]
+    train(data, tmp_path / "one", "--draft", str(TINY / "draft"), *resume)
+    assert (tmp_path / "one" / "checkpoint-8").exists() or (tmp_path / "one" / "model.safetensors").exists()
+
+
+def test_options_for_the_shape_of_a_fresh_draft(data, tmp_path):
+    fresh = ["--mask-token-id", "1", "--block-size", "6", "--num-layers", "3", "--target_layer_ids", "0", "3"]
+    train(data, tmp_path / "draft", *fresh, "--sliding-window", "32", "--causal", "--distillation", "0.5")
+    config = DFlashDraftModel.from_pretrained(tmp_path / "draft").config
+    assert config.layer_types == ["sliding_attention"] * 2 + ["full_attention"]
+    assert (config.sliding_window, config.is_causal, config.block_size) == (32, True, 6)
+
+
+def test_a_stream_is_trained_on(data, tmp_path):
+    train(data, tmp_path / "draft", *SHAPE, "--streaming")
+    assert DFlashDraftModel.from_pretrained(tmp_path / "draft").config.block_size == 8
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--block-size", "8", "--target-layer-ids", "1"], "--mask-token-id must be given: .* such as 1 "),
+        ([*SHAPE, "--nonsense", "1"], "--nonsense"),
+        ([*SHAPE, "--eval-rows", "999"], "eval_rows is 999, but the data has only"),
+        (["--mask-token-id", "1"], "too few to spread 5 taps"),
+        ([*SHAPE[:-3], "1", "9"], "asks for layer 9"),
+        (["--mask-token-id", "512", *SHAPE[2:]], "mask_token_id is 512"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_trained(data, tmp_path, words, message):
+    with pytest.raises(ValueError, match=message):
+        train(data, tmp_path / "draft", *words)
+    assert not (tmp_path / "draft" / "model.safetensors").exists()
+
+
+def test_regenerated_text_trains(data, tmp_path):
+    words = ["regenerate", "--target", str(TINY / "target"), "--data", data, "--output", str(tmp_path / "own.jsonl")]
+    words += ["--max-new-tokens", "64", "--temperature", "0", "--prompt-tokens", "20", "--limit", "4"]
+    output = CliRunner().invoke(cli.app, words, env={"COLUMNS": "200"}, catch_exceptions=False).output
+    assert "own.jsonl holds 4 rows" in output.replace("\n", "")
+    train(str(tmp_path / "own.jsonl"), tmp_path / "draft", *SHAPE)
+    assert (tmp_path / "draft" / "model.safetensors").exists()
