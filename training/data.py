@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 
+from ..configuration_dflash import __version__
 from .blocks import Rows
 
 COLUMNS = ("messages", "text", "input_ids")
@@ -43,6 +44,8 @@ class Reading:
     max_length: int = 3072
     packing: bool = True
     stop_ids: frozenset[int] = field(default_factory=frozenset)
+    version: str = __version__
+    """What was read is kept by `datasets`, under a key that this is part of."""
 
 
 @dataclass
@@ -90,7 +93,7 @@ def prepare(rows: Any, reading: Reading) -> tuple[Any, Report]:
 
     rows = Dataset.from_list(rows) if isinstance(rows, list) else rows
     streamed = isinstance(rows, IterableDataset)
-    columns = list(rows.column_names or next(iter(rows), {}))
+    columns = columns_of(rows)
     column = next((name for name in COLUMNS if name in columns), None)
     if column is None:
         raise ValueError(
@@ -113,6 +116,11 @@ def prepare(rows: Any, reading: Reading) -> tuple[Any, Report]:
         partial(pack, length=reading.max_length if reading.packing else 0), batched=True, remove_columns=["dropped"]
     )
     return packed, report
+
+
+def columns_of(rows: Any) -> list[str]:
+    """The names of the columns; of rows that do not say, the first row's."""
+    return list(getattr(rows, "column_names", None) or next(iter(rows), {}))
 
 
 def _tally(document: dict[str, Any], report: Report) -> bool:

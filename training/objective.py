@@ -106,7 +106,9 @@ class Objective:
         # A target has one dtype in training and in decoding; only the draft's forward is in mixed precision.
         with torch.autocast(blocks.anchors.device.type, enabled=False):
             features, final = self.target.read(blocks.rows, self.recipe.distillation > 0)
-            noise_embeds = embed_noise(self.target.embed, blocks.noise_ids(self.config.mask_token_id))
+            noise_embeds = embed_noise(
+                self.target.embed, blocks.noise_ids(self.config.mask_token_id).to(self.target.device)
+            )
         states = self.states(draft, blocks, noise_embeds, features)
         counted = blocks.counted.flatten(1)
         with torch.autocast(blocks.anchors.device.type, enabled=False):

@@ -18,6 +18,8 @@ from typing import Any
 import httpx
 import torch
 
+from .data import columns_of
+
 ROW = "row"
 """The column with the number of the source row."""
 
@@ -143,7 +145,7 @@ def prompt_text(tokenizer: Any, text: str, tokens: int) -> str:
 
 def check_columns(rows: Any) -> None:
     """Raises ValueError: there is neither `messages` nor `text`."""
-    columns = rows.column_names or next(iter(rows), {})
+    columns = columns_of(rows)
     if not {"messages", "text"} & set(columns):
         raise ValueError(f"The data has the columns {', '.join(columns)}; 'messages' or 'text' is read.")
 

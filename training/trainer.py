@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +17,18 @@ from torch.nn import Module
 from transformers import Trainer
 from transformers.trainer_callback import TrainerCallback
 
-from ..evaluation import compare
+from ..evaluation import greedy
+from ..generation_dflash import DecodeStatistics
 from ..speculate_dflash import check_pair
 from .arguments import DFlashTrainingArguments
 from .blocks import Blocks, draw_anchors
-from .data import Collator, Reading, Report, prepare, rows_of
+from .data import Collator, Reading, Report, columns_of, prepare, rows_of
 from .objective import Figures, Objective
 from .progress import write_progress
 
 EVALUATION = -1
 """The step whose anchors every evaluation draws, so that evaluations can be compared."""
-_FOR_RESUMING = re.compile(
-    r"optimizer|scheduler|scaler|rng_state|trainer_state|training_args|checkpoint-|last-checkpoint|runs"
-)
+_FOR_RESUMING = re.compile("optimizer|scheduler|scaler|rng_state|trainer_state|training_args")
 
 
 class DFlashTrainer(Trainer):
@@ -60,11 +60,13 @@ class DFlashTrainer(Trainer):
     ):
         args = args or DFlashTrainingArguments()
         check_pair(model.config, target)
-        self.tokenizer = processing_class
+        if args.eval_acceptance_prompts and args.fsdp:
+            raise ValueError("eval_acceptance_prompts needs a whole draft on each process; leave it out with FSDP.")
+        self.reading = reading_for(processing_class, target, model.config, args)
         self.reports: dict[str, Report] = {}
-        reading = reading_for(processing_class, target, model.config, args)
-        train_dataset = self._prepared(train_dataset, reading, "train")
-        eval_dataset = self._prepared(eval_dataset, reading, "eval")
+        with args.main_process_first(desc="reading the data"):
+            train_dataset = self._prepared(train_dataset, "train")
+            eval_dataset = self._prepared(eval_dataset, "eval")
         super().__init__(
             model,
             args,
@@ -84,11 +86,13 @@ class DFlashTrainer(Trainer):
         model.set_attn_implementation("flex_attention" if self.objective.flex(args.device) else "sdpa")
         self._counts: torch.Tensor | None = None  # [4, Q - 1], since the last line of the log
 
-    def _prepared(self, rows: Any, reading: Reading, name: str) -> Any:
+    def _prepared(self, rows: Any, name: str) -> Any:
         """Packed rows, of which `self.reports` tells."""
-        if rows is None or "lengths" in (getattr(rows, "column_names", None) or (rows[0] if len(rows) else ())):
+        if isinstance(rows, dict):
+            return {key: self._prepared(part, f"{name} {key}") for key, part in rows.items()}
+        if rows is None or isinstance(rows, str) or "lengths" in columns_of(rows):
             return rows
-        rows, self.reports[name] = prepare(rows, reading)
+        rows, self.reports[name] = prepare(rows, self.reading)
         return rows
 
     # One step --------------------------------------------------------------------------------------------------
@@ -231,13 +235,11 @@ class DFlashTrainer(Trainer):
         """As in Trainer, whose list of files to push lacks the code and the card that travel with a draft."""
         if self.is_world_process_zero():
             for path in Path(checkpoint_folder).iterdir():
-                if not _FOR_RESUMING.match(path.name):
-                    copy = shutil.copytree if path.is_dir() else shutil.copyfile
-                    copy(
-                        path,
-                        Path(self.args.output_dir) / path.name,
-                        **({"dirs_exist_ok": True} if path.is_dir() else {}),
-                    )
+                copy = Path(self.args.output_dir) / path.name
+                if path.is_dir():
+                    shutil.copytree(path, copy, dirs_exist_ok=True)
+                elif not _FOR_RESUMING.match(path.name):
+                    shutil.copyfile(path, copy)
             self.create_model_card()
         super()._push_from_checkpoint(checkpoint_folder)
 
@@ -264,27 +266,32 @@ class DFlashTrainer(Trainer):
             sums.append(torch.stack([loss, blocks.weights(self.objective.gamma).sum()]))
         return None, torch.cat(counts), torch.stack(sums)
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
         """As in Trainer: loss, accuracy by position, expected acceptance length; decoded, where it is asked for."""
-        metrics = super().evaluate(*args, **kwargs)
-        if self.args.eval_acceptance_prompts:
-            decoded = {"eval_decoded_acceptance_length": self.decoded_acceptance()}
+        eval_dataset = self._prepared(eval_dataset, metric_key_prefix)
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        rows = self.eval_dataset[rows] if isinstance(rows, str) else rows
+        if self.args.eval_acceptance_prompts and not isinstance(rows, dict):
+            decoded = {f"{metric_key_prefix}_decoded_acceptance_length": self.decoded_acceptance(rows)}
             self.log(decoded)
             metrics |= decoded
         return metrics
 
     @torch.no_grad()
-    def decoded_acceptance(self) -> float:
-        """Tokens per cycle over the first held-out prompts, decoded greedily by the engine."""
+    def decoded_acceptance(self, rows: Any) -> float:
+        """Tokens per cycle after the first prompts of packed `rows`, decoded greedily by the engine."""
         draft = self.accelerator.unwrap_model(self.model)
-        training = draft.training
+        training, statistics = draft.training, DecodeStatistics()
         draft.eval()
-        results = []
-        for row in list(self.eval_dataset.take(self.args.eval_acceptance_prompts)):
+        for row in islice(rows, self.args.eval_acceptance_prompts):
             ids = prompt_of(row).to(self.target.device)
-            results.append(compare(draft, self.target, ids, max_new_tokens=self.args.eval_acceptance_tokens))
+            ways = {"custom_generate": draft.speculate, "statistics": statistics}
+            greedy(self.target, ids, self.args.eval_acceptance_tokens, **ways)
         draft.train(training)
-        return sum(results[1:], results[0]).acceptance_length
+        return statistics.acceptance_length
 
 
 def last_checkpoint(folder: Any) -> Path | None:
