@@ -34,7 +34,7 @@ def main() -> None:
     try:
         app()
     except Exception as error:
-        expected = isinstance(error, (ValueError, OSError, RuntimeError))
+        expected = isinstance(error, (ValueError, OSError, RuntimeError, ImportError))
         message = str(error) if expected else f"{type(error).__name__}: {error}"
         Console(stderr=True).print(f"[red]Error:[/red] {escape(message)}", soft_wrap=True)
         sys.exit(1)

@@ -4,10 +4,9 @@
 
 from importlib.util import find_spec
 
-if find_spec("accelerate") is None or find_spec("datasets") is None:
-    raise ImportError(
-        "Training needs accelerate and datasets, which are not installed: pip install 'dflash-hub[train]'"
-    )
+_MISSING = [name for name in ("accelerate", "datasets", "matplotlib", "httpx") if find_spec(name) is None]
+if _MISSING:
+    raise ImportError(f"Training needs {', '.join(_MISSING)}, not installed here: pip install 'dflash-hub[train]'")
 
 from .arguments import DFlashTrainingArguments
 from .trainer import DFlashTrainer

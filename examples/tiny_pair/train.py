@@ -57,7 +57,7 @@ def main() -> None:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, default=Path("tiny_pair"))
-    parser.add_argument("--target-steps", type=int, default=2200, help="of 16 rows of 256 tokens")
+    parser.add_argument("--target-steps", type=int, default=2500, help="of 16 rows of 256 tokens")
     parser.add_argument("--texts", type=int, default=12288, help="passages that the target goes on from")
     parser.add_argument("--draft-steps", type=int, default=5000, help="of 12 rows of 256 tokens, 32 anchors each")
     parser.add_argument("--threads", type=int, default=2)
