@@ -2,8 +2,9 @@
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
 """dflash-hub: DFlash draft models for Transformers, from and to the Hugging Face Hub.
 
-Importing it registers the pair `DFlashConfig` / `DFlashDraftModel` with `AutoConfig` and `AutoModel`: drafts in the hub
-layout then load by the Auto classes without `trust_remote_code`, and no downloaded code runs.
+Importing it registers the pairs `DFlashConfig` / `DFlashDraftModel` and `DFlash2Config` / `DFlash2DraftModel` with
+`AutoConfig` and `AutoModel`: drafts in the hub layout then load by the Auto classes without `trust_remote_code`, and no
+downloaded code runs.
 """
 
 from importlib import import_module
@@ -13,20 +14,24 @@ from transformers import AutoConfig, AutoModel
 from transformers.utils import logging
 
 from .configuration_dflash import DFlashConfig, __version__
+from .configuration_dflash2 import DFlash2Config
 
 if TYPE_CHECKING:
     from .generation_dflash import DecodeStatistics
     from .modeling_dflash import DFlashDraftModel, Qwen3DFlashDraftModel
+    from .modeling_dflash2 import DFlash2DraftModel
     from .registry import (
         DFLASH_DRAFT_REGISTRY,
         DFlashDraftSpec,
         dflash_generate,
+        load_draft,
         register_dflash_draft,
         resolve_dflash_draft_spec,
     )
 
 # Loaded when first asked for: the base class of every model costs transformers more than a second to import.
 _ON_DEMAND = {
+    "DFlash2DraftModel": "modeling_dflash2",
     "DFlashDraftModel": "modeling_dflash",
     "Qwen3DFlashDraftModel": "modeling_dflash",
     "DFLASH_DRAFT_REGISTRY": "registry",
@@ -35,10 +40,13 @@ _ON_DEMAND = {
     "resolve_dflash_draft_spec": "registry",
     "DecodeStatistics": "generation_dflash",
     "dflash_generate": "registry",
+    "load_draft": "registry",
 }
 
 __all__ = [
     "DFLASH_DRAFT_REGISTRY",
+    "DFlash2Config",
+    "DFlash2DraftModel",
     "DFlashConfig",
     "DFlashDraftModel",
     "DFlashDraftSpec",
@@ -46,6 +54,7 @@ __all__ = [
     "Qwen3DFlashDraftModel",
     "__version__",
     "dflash_generate",
+    "load_draft",
     "register_dflash_draft",
     "resolve_dflash_draft_spec",
 ]
@@ -55,10 +64,10 @@ def __getattr__(name: str) -> Any:
     if name not in _ON_DEMAND:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(f".{_ON_DEMAND[name]}", __name__), name)
-    if _ON_DEMAND[name] == "modeling_dflash":
+    if _ON_DEMAND[name].startswith("modeling_"):
         value.register_for_auto_class("AutoModel")
-        if DFlashConfig in AutoModel._model_mapping:
-            AutoModel.register(DFlashConfig, value, exist_ok=True)
+        if value.config_class in AutoModel._model_mapping:
+            AutoModel.register(value.config_class, value, exist_ok=True)
     return value
 
 
@@ -66,31 +75,35 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-class _DraftOnDemand:
-    """Stands for `DFlashDraftModel` in AutoModel's table until a draft is wanted."""
+def _on_demand(config: Any) -> type:
+    """Stands for the model of `config` in AutoModel's table until a draft is wanted."""
 
-    config_class = DFlashConfig
+    class DraftOnDemand:
+        config_class = config
 
-    @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        return __getattr__("DFlashDraftModel").from_pretrained(*args, **kwargs)
+        @classmethod
+        def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+            return __getattr__(config.architecture).from_pretrained(*args, **kwargs)
 
-    @classmethod
-    def _from_config(cls, *args: Any, **kwargs: Any) -> Any:
-        return __getattr__("DFlashDraftModel")._from_config(*args, **kwargs)
+        @classmethod
+        def _from_config(cls, *args: Any, **kwargs: Any) -> Any:
+            return __getattr__(config.architecture)._from_config(*args, **kwargs)
+
+    return DraftOnDemand
 
 
-def _register() -> None:
+def _register(config: Any) -> None:
     """Config and model together: a registered config alone would mix ours with the repository's model code."""
     try:
-        AutoConfig.register(DFlashConfig.model_type, DFlashConfig)
-        AutoModel.register(DFlashConfig, _DraftOnDemand, exist_ok=True)
+        AutoConfig.register(config.model_type, config)
+        AutoModel.register(config, _on_demand(config), exist_ok=True)
     except ValueError as error:
         logging.get_logger(__name__).warning(
-            f"This transformers has a model type {DFlashConfig.model_type!r} of its own ({error}). The Auto classes "
-            "will use that one; DFlashDraftModel.from_pretrained still uses dflash-hub's."
+            f"This transformers has a model type {config.model_type!r} of its own ({error}). The Auto classes "
+            f"will use that one; {config.architecture}.from_pretrained still uses dflash-hub's."
         )
-    DFlashConfig.register_for_auto_class()
+    config.register_for_auto_class()
 
 
-_register()
+for _config in (DFlashConfig, DFlash2Config):
+    _register(_config)

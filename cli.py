@@ -64,14 +64,14 @@ def demo(
     from transformers.utils import logging
 
     from .evaluation import compare, warm_up
-    from .modeling_dflash import DFlashDraftModel
+    from .registry import load_draft
 
     logging.disable_progress_bar()
     torch.set_num_threads(1)  # models this small gain nothing from more, and lose much where the cores are busy
     home = Path(__file__).parent / "examples" / "tiny_pair"
     tokenizer = AutoTokenizer.from_pretrained(home / "target")
     target = AutoModelForCausalLM.from_pretrained(home / "target")
-    draft = DFlashDraftModel.from_pretrained(home / "draft")
+    draft = load_draft(home / "draft")
     lines = (home / "prompts.jsonl").read_text(encoding="utf-8").splitlines()[:prompts]
     rows = [tokenizer(json.loads(line)["prompt"], return_tensors="pt").input_ids[:, -150:] for line in lines]
     with console.status("Warming up; compiling takes half a minute, the first time"):
@@ -118,7 +118,7 @@ def generate(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = AutoTokenizer.from_pretrained(target)
     model = AutoModelForCausalLM.from_pretrained(target, dtype=dtype).to(device).eval()
-    speculator = load_draft(model, draft, draft_revision).to(device).eval()
+    speculator = find_draft(model, draft, draft_revision).to(device).eval()
     row = encode(tokenizer, prompt, chat).to(device)
     warm_up(speculator, model, row, capture)
     result = compare(speculator, model, row, max_new_tokens, TextStreamer(tokenizer, skip_prompt=True), capture)
@@ -131,13 +131,12 @@ def generate(
         )
 
 
-def load_draft(model: Any, draft: str | None, revision: str | None) -> Any:
+def find_draft(model: Any, draft: str | None, revision: str | None) -> Any:
     """The draft that was named, or the one that the registry knows for this target, in the target's dtype."""
-    from .modeling_dflash import DFlashDraftModel
-    from .registry import explain_resolution
+    from .registry import explain_resolution, load_draft
 
     if draft is not None:
-        return DFlashDraftModel.from_pretrained(draft, revision=revision, dtype=model.dtype)
+        return load_draft(draft, revision=revision, dtype=model.dtype)
     spec, why = explain_resolution(model.config.architectures, model)
     console.print(f"Draft: [bold]{spec.repo_id}[/bold]. {why}", style="dim")
     return spec.load(dtype=model.dtype)

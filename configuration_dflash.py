@@ -29,7 +29,6 @@ from transformers.configuration_utils import PretrainedConfig  # noqa: E402
 
 from .layouts_dflash import FULL, SLIDING, engines_layout, read_layout  # noqa: E402
 
-ARCHITECTURE = "DFlashDraftModel"
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
 
@@ -56,6 +55,7 @@ class DFlashConfig(PretrainedConfig):
     """
 
     model_type = "dflash"
+    architecture = "DFlashDraftModel"
     _auto_class = "AutoConfig"
     default_theta = 1_000_000.0
     # The version 5.15 of transformers builds a default config to shorten what it writes, unless told that it cannot.
@@ -89,7 +89,7 @@ class DFlashConfig(PretrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         self._settle_rope(kwargs)
-        self.architectures = [ARCHITECTURE]
+        self.architectures = [self.architecture]
         if self.target_hidden_size is None:
             self.target_hidden_size = self.hidden_size
         if self.layer_types is None:
@@ -210,6 +210,11 @@ class DFlashConfig(PretrainedConfig):
         """Input width of the feature projection: taps x tap width."""
         return len(self.target_layer_ids) * int(self.target_hidden_size or self.hidden_size)
 
+    @classmethod
+    def own_fields(cls) -> list[str]:
+        """The fields that are a draft's, and not every model's."""
+        return [name for one in cls.__mro__ if issubclass(one, DFlashConfig) for name in one.__annotations__]
+
     # Reading ---------------------------------------------------------------------------------------------------
 
     @classmethod
@@ -237,7 +242,7 @@ class DFlashConfig(PretrainedConfig):
         given = {name: kwargs.pop(name) for name in list(kwargs) if name in names}
         if kwargs.get("dtype") not in (None, "auto"):
             given["dtype"] = kwargs["dtype"]
-        return super().from_dict(read_layout(config_dict, given), **kwargs)
+        return super().from_dict(read_layout(config_dict, given, cls.model_type), **kwargs)
 
     # Writing ---------------------------------------------------------------------------------------------------
 

@@ -17,14 +17,19 @@ class DFlashDraftModel:
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        from .modeling_dflash import DFlashDraftModel as Draft
-
         # Older versions (5.15 is one) register what auto_map names for the config's class: every Qwen3 model that
         # AutoModel loads later in this process would then be taken for a draft.
         registered = AutoModel._model_mapping._extra_content
         if registered.get(Qwen3Config) is cls:
             del registered[Qwen3Config]
-        return Draft.from_pretrained(*args, **kwargs)
+        return cls.draft().from_pretrained(*args, **kwargs)
+
+    @classmethod
+    def draft(cls) -> Any:
+        """The class that is loaded; imported only now, since it imports this file."""
+        from .modeling_dflash import DFlashDraftModel as Draft
+
+        return Draft
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:

@@ -45,6 +45,8 @@ class Drafter:
         self.hidden: Any = None  # [B, S], columns that hold no context
         self.offset: Any = None  # [B], the column at which each row's text begins
         self.noise_ids: Any = None  # [B, Q - 1], mask tokens
+        self.states: Any = None  # [B, Q - 1, H], of the last block
+        self.anchor: Any = None  # [B, 1], of the last block
 
     @contextmanager
     def decoding(self, hidden: torch.Tensor, how: str) -> Iterator[None]:
@@ -102,13 +104,25 @@ class Drafter:
         self.hidden = widen(self.hidden, self.cache.capacity)
         if self.masks is None or self.masks.hidden is not self.hidden:
             self.masks = Masks(self.hidden, home, self.size)
+        self.anchor = anchor
         with self.attention.active(self.masks, self.cache.length):
-            return self.block(anchor, self.context, self.start, home).to(start.device)
+            logits, self.states = self.block(anchor, self.context, self.start, home)
+        return logits.to(start.device)
+
+    def pick(self, scores: torch.Tensor, weight: float = 1.0) -> torch.Tensor:
+        """The tokens `[B, Q - 1]` that the last block proposes.
+
+        Args:
+            scores `[B, Q - 1, V]`: its logits, or what processors and noise made of them.
+            weight: of what the draft adds to them, which processors did not see.
+        """
+        home = self.states.device
+        return self.draft.pick(scores.to(home), self.states, self.anchor.to(home), weight).to(scores.device)
 
     def _block(
         self, anchor: torch.Tensor, context: torch.Tensor, context_start: torch.Tensor, start: torch.Tensor
-    ) -> torch.Tensor:
-        """`[B, Q - 1, V]`; nothing here depends on anything but tensors."""
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits `[B, Q - 1, V]` and states `[B, Q - 1, H]`; nothing here depends on anything but tensors."""
         self.masks.move(start)
         columns = start[:, None] + self.masks.steps  # [B, Q]
         before = context_start[:, None] + torch.arange(context.shape[1], device=start.device)
@@ -116,8 +130,8 @@ class Drafter:
         self.cache.write_at(before, columns)
         noise_embeds = self._at_home(embed_noise(self.embed, torch.cat([anchor, self.noise_ids], dim=1)))
         positions = self._positions(torch.cat([before, columns], dim=1))
-        states = self.draft(noise_embeds, context, self.no_masks, positions, self.cache).last_hidden_state
-        return self.head(states[:, 1:].to(self.head_device, self.head_dtype))
+        states = self.draft(noise_embeds, context, self.no_masks, positions, self.cache).last_hidden_state[:, 1:]
+        return self.draft.logits(states.to(self.head_device, self.head_dtype), self.head), states
 
     def _positions(self, columns: torch.Tensor) -> torch.Tensor:
         """Positions in each row's text of `columns [B, N]`."""

@@ -208,7 +208,7 @@ class Pair:
         """A chain: the anchor and the draft's tokens after it."""
         columns, size = self.columns, self.drafter.size
         logits = self.drafter.propose(self.anchor, self.start, max(columns) + size)
-        tokens = self.chooser.draft(logits, [range(column + 1, column + size) for column in columns])
+        tokens = self.chooser.draft(logits, [range(column + 1, column + size) for column in columns], self.drafter.pick)
         return Proposal(torch.cat([self.anchor, tokens], dim=1))
 
     def verify(self, proposal: Proposal) -> torch.Tensor:

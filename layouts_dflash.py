@@ -12,7 +12,10 @@ from typing import Any
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 MUSE = "MuseGlimmerAssistantModel"
-DRAFT_ARCHITECTURES = ("DFlashDraftModel", "Qwen3DFlashDraftModel", MUSE)
+DRAFT_ARCHITECTURES = {
+    "dflash": ("DFlashDraftModel", "Qwen3DFlashDraftModel", MUSE),
+    "dflash2": ("DFlash2DraftModel", "Qwen3DFlash2DraftModel"),
+}
 
 # Field -> every place where it may stand; "dflash_config.x" is the key x of the nested dict.
 _PLACES = {
@@ -58,6 +61,9 @@ _REQUIRED = (
     "rms_norm_eps",
     "max_position_embeddings",
 )
+# What DFlash 2 adds: all of the first, and these of the second that are not 1.
+_SECOND = ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k")
+_SECOND_SCALES = ("output_multiplier", "input_embedding_scale")
 # Feature -> (place, values that mean "not used"); a value outside them asks for something this model does not have.
 _OFF = (None, False, 0)
 _FEATURES = (
@@ -65,10 +71,6 @@ _FEATURES = (
     ("the speculators layout", "speculators_config", _OFF),
     ("the speculators layout", "transformer_layer_config", _OFF),
     ("the speculators layout", "aux_hidden_state_layer_ids", _OFF),
-    ("DFlash 2's dynamic convolution", "conv_kernel_size", _OFF),
-    ("DFlash 2's dynamic convolution", "conv_group_size", _OFF),
-    ("DFlash 2's candidate selector", "selector_rank", _OFF),
-    ("DFlash 2's candidate selector", "selector_top_k", _OFF),
     ("a Markov head", "markov_rank", _OFF),
     ("a Markov head", "dspark_markov_rank", _OFF),
     ("a Markov head", "markov_head_type", _OFF),
@@ -95,7 +97,8 @@ _FEATURES = (
     ("interleaved (not NeoX-style) rotary embeddings", "rope_is_neox_style", (None, True)),
 )
 _HEADS_BY_ARCHITECTURE = (
-    ("DFlash2", "DFlash 2's dynamic convolutions and candidate selector"),
+    ("DFlash2Beam", "DFlash 2's beam head"),
+    ("MiniMaxDFlash2", "MiniMax's own kind of DFlash 2"),
     ("DSpark", "a DSpark (Markov) head"),
     ("Domino", "a Domino head"),
     ("Laguna", "per-tap norms and attention gates (Laguna)"),
@@ -105,24 +108,34 @@ _HEADS_BY_ARCHITECTURE = (
 )
 
 
-def read_layout(config: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """Translate the config.json of any published layout into the keywords of `DFlashConfig`.
+def variant_of(config: dict[str, Any]) -> str:
+    """ "dflash2" where a config.json, in whatever layout, says anything of DFlash 2; else "dflash"."""
+    nested = config.get("dflash_config")
+    places = [config, nested if isinstance(nested, dict) else {}]
+    named = [config.get("foreign_model_type"), config.get("model_type"), config.get("speculators_model_type")]
+    said = any(place.get(name) not in _OFF for place in places for name in _SECOND)
+    return "dflash2" if said or "dflash2" in named or "DFlash2" in str(config.get("architectures")) else "dflash"
+
+
+def read_layout(config: dict[str, Any], given: dict[str, Any], variant: str = "dflash") -> dict[str, Any]:
+    """Translate the config.json of any published layout into the keywords of `DFlashConfig` or `DFlash2Config`.
 
     Args:
         config: the file's content.
         given: fields said by the caller, which replace what the file says or lacks.
+        variant: "dflash" or "dflash2", which the file must be.
 
     Raises:
         ValueError: a field is missing or contradicts itself, or the draft needs a feature that is not here.
     """
-    return _Layout(config, given).fields()
+    return _Layout(config, given, variant).fields()
 
 
 class _Layout:
     """One config.json, asked for fields by their places."""
 
-    def __init__(self, config: dict[str, Any], given: dict[str, Any]):
-        self.config, self.given = config, given
+    def __init__(self, config: dict[str, Any], given: dict[str, Any], variant: str):
+        self.config, self.given, self.variant = config, given, variant
         self.nested = config.get("dflash_config") or {}
         architectures = config.get("architectures") or []
         if not isinstance(self.nested, dict) or not isinstance(architectures, list | tuple):
@@ -153,6 +166,8 @@ class _Layout:
         self.refuse_foreign()
         fields = {field: self.agreed(field, places) for field, places in _PLACES.items()}
         fields |= {field: self.agreed(field, (field,)) for field in _SAME_NAME}
+        added = (*_SECOND, *_SECOND_SCALES) if self.variant == "dflash2" else ()
+        fields |= {field: self.agreed(field, (field, f"dflash_config.{field}")) for field in added}
         fields["target_layer_ids"] = self.taps()
         self.require(fields)
         fields["layer_types"] = self.layer_types(fields["num_hidden_layers"])
@@ -171,15 +186,30 @@ class _Layout:
             if part in (self.architecture or ""):
                 raise ValueError(_refusal(feature, "architectures", self.architecture))
         for feature, key, unused in _FEATURES:
+            if key in _SECOND_SCALES and self.variant == "dflash2":
+                continue
             for place in (key, f"dflash_config.{key}"):
                 if self.at(place) not in unused:
                     raise ValueError(_refusal(feature, place, self.at(place)))
+        self.refuse_other_variant()
+        known = DRAFT_ARCHITECTURES[self.variant]
         no_draft = not self.nested and self.at("target_layer_ids") is None and self.at("mask_token_id") is None
-        if (self.architecture not in (None, *DRAFT_ARCHITECTURES)) or (no_draft and not self.given):
+        if (self.architecture not in (None, *known)) or (no_draft and not self.given):
             raise ValueError(
                 f"This config.json describes {self.architecture or self.config.get('model_type')}, not a DFlash draft "
-                f"(architectures known here: {', '.join(DRAFT_ARCHITECTURES)}). Pass the draft's repository, not its "
-                "target's."
+                f"(architectures known here: {', '.join(known)}). Pass the draft's repository, not its target's."
+            )
+
+    def refuse_other_variant(self) -> None:
+        """Refuse a DFlash 2 draft where a DFlash 1 draft is read, and the reverse, saying what reads it."""
+        found = variant_of(self.config | self.given)
+        names = {"dflash": ("DFlash 1", "DFlashDraftModel"), "dflash2": ("DFlash 2", "DFlash2DraftModel")}
+        is_draft = self.architecture in DRAFT_ARCHITECTURES[found] or found == "dflash2"
+        if found != self.variant and is_draft:
+            (name, reader), (_, ours) = names[found], names[self.variant]
+            raise ValueError(
+                f"This config.json describes a {name} draft, which {ours} does not run; load it with "
+                f"{reader}.from_pretrained, or with dflash_hub.load_draft, which tells them apart."
             )
 
     def refuse_shapes(self, fields: dict[str, Any]) -> None:
@@ -200,7 +230,8 @@ class _Layout:
         return _one_of("target_layer_ids", said)
 
     def require(self, fields: dict[str, Any]) -> None:
-        for name in _REQUIRED:
+        added = (*_SECOND, "vocab_size") if self.variant == "dflash2" else ()
+        for name in (*_REQUIRED, *added):
             if fields[name] is None:
                 raise ValueError(
                     f"The draft's config.json does not say {name}, and it is not guessed; supply it: "
@@ -333,7 +364,7 @@ def engines_layout(config: Any) -> dict[str, Any]:
     """The config.json that vLLM, SGLang, TensorRT-LLM, llama.cpp and the MLX readers load unmodified.
 
     Args:
-        config: a `DFlashConfig`.
+        config: a `DFlashConfig` or `DFlash2Config`.
 
     Raises:
         ValueError: the config lacks what engines need, or says what they cannot be told.
@@ -346,11 +377,14 @@ def engines_layout(config: Any) -> dict[str, Any]:
     causal = _engines_causality(config)
     window = _engines_window(config)
     content = {
-        "architectures": ["DFlashDraftModel"],
+        "architectures": [config.architecture],
         "model_type": "qwen3",
-        "auto_map": {"AutoModel": "dflash.DFlashDraftModel"},
+        "auto_map": {"AutoModel": f"{config.model_type}.{config.architecture}"},
         **shared,
-        "dflash_config": shared | ({} if causal is None else {"causal": causal}) | window.pop("dflash_config"),
+        "dflash_config": shared
+        | ({} if causal is None else {"causal": causal})
+        | window.pop("dflash_config")
+        | _engines_second(config),
         **({} if causal is None else {"is_causal": causal}),
         **window,
         **_engines_rope(config),
@@ -364,6 +398,17 @@ def engines_layout(config: Any) -> dict[str, Any]:
     content |= {name: value for name, value in extras.items() if value != optional[name]}
     content |= {"dtype": str(config.dtype).removeprefix("torch.")} if config.dtype is not None else {}
     return content
+
+
+def _engines_second(config: Any) -> dict[str, Any]:
+    """What DFlash 2 adds, where engines read it; {} for a DFlash 1 draft."""
+    if config.model_type != "dflash2":
+        return {}
+    scales = {name: getattr(config, name) for name in _SECOND_SCALES if getattr(config, name) != 1}
+    cap = config.final_logit_softcapping
+    return (
+        {name: getattr(config, name) for name in _SECOND} | scales | ({"final_logit_softcapping": cap} if cap else {})
+    )
 
 
 def _engines_causality(config: Any) -> bool | None:

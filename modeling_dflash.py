@@ -127,6 +127,7 @@ class DFlashDraftModel(DFlashPreTrainedModel):
     """The DFlash 1 draft. It has no embedding and no head: both are the target's."""
 
     spec_generate = spec_generate
+    layer_class = DFlashDecoderLayer
 
     @property
     def speculate(self) -> Speculate:
@@ -139,7 +140,7 @@ class DFlashDraftModel(DFlashPreTrainedModel):
         super().__init__(config)
         self.fc = nn.Linear(config.fc_width, config.hidden_size, bias=False)
         self.hidden_norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.layers = nn.ModuleList([DFlashDecoderLayer(config, index) for index in range(config.num_hidden_layers)])
+        self.layers = nn.ModuleList([self.layer_class(config, index) for index in range(config.num_hidden_layers)])
         self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = DFlashRotaryEmbedding(config)
         self.gradient_checkpointing = False
@@ -213,6 +214,19 @@ class DFlashDraftModel(DFlashPreTrainedModel):
         for index, layer in enumerate(self.layers):
             attention: Any = layer.self_attn
             past_key_values.update(*attention.keys_and_values(features, position_embeddings), index)
+
+    def logits(self, states: torch.Tensor, head: Any) -> torch.Tensor:
+        """The target's `head` of `states [..., H]`: `[..., V]`."""
+        return head(states)
+
+    def pick(self, scores: torch.Tensor, states: torch.Tensor, anchor: torch.Tensor, weight: float) -> torch.Tensor:
+        """The tokens that a block proposes, `[B, Q - 1]`: at each position the best by itself.
+
+        Args:
+            scores `[B, Q - 1, V]`: of the tokens.
+            states `[B, Q - 1, H]`, anchor `[B, 1]`, weight: for drafts that look at more.
+        """
+        return scores.argmax(dim=-1)
 
     def _check_inputs(self, noise_embeds: torch.Tensor, context_hidden_states: torch.Tensor) -> None:
         taps, width = len(self.config.target_layer_ids), self.config.target_hidden_size

@@ -17,6 +17,7 @@ from huggingface_hub import HfApi, ModelCard
 
 from .hub_probe import digests
 from .modeling_dflash import DFlashDraftModel
+from .registry import load_draft
 from .repository_dflash import PLACEHOLDER, card_on_hub, make_repo, upload
 
 ENGINES_BRANCH = "engines"
@@ -77,7 +78,7 @@ def publish(
     """
     options = options or PublishOptions()
     report("Loading the draft")
-    draft = DFlashDraftModel.from_pretrained(directory)
+    draft = load_draft(directory)
     with tempfile.TemporaryDirectory() as folder:
         staged = {layout: Path(folder) / layout for layout in _LAYOUTS}
         for layout, path in staged.items():

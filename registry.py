@@ -18,7 +18,9 @@ from typing import Any
 from transformers import AutoConfig, PretrainedConfig
 
 from .configuration_dflash import DFlashConfig
-from .modeling_dflash import Qwen3DFlashDraftModel
+from .layouts_dflash import variant_of
+from .modeling_dflash import DFlashDraftModel, Qwen3DFlashDraftModel
+from .modeling_dflash2 import DFlash2DraftModel
 from .speculate_dflash import Speculate, local_of_generate
 from .target_dflash import check_target
 
@@ -37,16 +39,21 @@ _QWEN3_ARCHITECTURES = (
     "KimiK25ForConditionalGeneration",
     "KimiK3ForConditionalGeneration",
     "GlmMoeDsaForCausalLM",
+    "Glm5NextForConditionalGeneration",
     "MuseGlimmerForConditionalGeneration",
     "HYV3ForCausalLM",
 )
 
+
+VARIANTS: dict[str, type[DFlashDraftModel]] = {"dflash": Qwen3DFlashDraftModel, "dflash2": DFlash2DraftModel}
+"""The classes that run drafts, by what they are called in the catalogue and in `build`."""
 
 # Targets of families that are not answered for: their drafts load and can be published, but do not decode here.
 _NOT_DECODED = {
     "KimiK25ForConditionalGeneration",
     "KimiK3ForConditionalGeneration",
     "GlmMoeDsaForCausalLM",
+    "Glm5NextForConditionalGeneration",
     "MuseGlimmerForConditionalGeneration",
     "HYV3ForCausalLM",
 }
@@ -58,7 +65,7 @@ class DFlashDraftSpec:
 
     Args:
         repo_id: the draft's repository on the Hub, or a local folder.
-        draft_cls: the class that runs it.
+        draft_cls: the class that runs it, `DFlashDraftModel` or `DFlash2DraftModel`.
         revision: the commit to load; the newest where it is None.
         subfolder: where in the repository it lies.
         targets: checkpoints it was made for, as Hub ids.
@@ -71,7 +78,7 @@ class DFlashDraftSpec:
     """
 
     repo_id: str
-    draft_cls: type[Qwen3DFlashDraftModel] = Qwen3DFlashDraftModel
+    draft_cls: type[DFlashDraftModel] = Qwen3DFlashDraftModel
     revision: str | None = None
     subfolder: str = ""
     targets: tuple[str, ...] = ()
@@ -102,7 +109,7 @@ class DFlashDraftSpec:
         """The first of `targets`."""
         return self.targets[0] if self.targets else None
 
-    def load(self, **from_pretrained_kwargs: Any) -> Qwen3DFlashDraftModel:
+    def load(self, **from_pretrained_kwargs: Any) -> DFlashDraftModel:
         """Download and instantiate with our class: code of the repository never runs, and only safetensors are read.
 
         Keywords go to `from_pretrained` (`dtype`, `device_map`, `cache_dir`, `token`, `block_size` ...).
@@ -118,7 +125,7 @@ class DFlashDraftSpec:
         draft.card_known = {key: value for key, value in known.items() if value}
         return draft
 
-    def build(self, target_config: PretrainedConfig, **overrides: Any) -> Qwen3DFlashDraftModel:
+    def build(self, target_config: PretrainedConfig, variant: str | None = None, **overrides: Any) -> DFlashDraftModel:
         """A fresh draft of the right shape for a target, to be trained.
 
         5 layers, 5 taps spread evenly from the target's second to its third-last layer, block size 16, and the
@@ -126,7 +133,8 @@ class DFlashDraftSpec:
 
         Args:
             target_config: of the target, whole or its text part.
-            overrides: fields of `DFlashConfig`; `mask_token_id` must be among them.
+            variant: "dflash" or "dflash2"; the one that `draft_cls` runs where it is None.
+            overrides: fields of the draft's config; `mask_token_id` must be among them.
 
         Raises:
             ValueError: no `mask_token_id`, a field that does not exist, or one that does not fit the target.
@@ -136,16 +144,18 @@ class DFlashDraftSpec:
                 "mask_token_id must be given: the id of a token that has a row in the target's embedding and does not "
                 "occur in its text, such as 151669 for Qwen3."
             )
-        unknown = set(overrides) - {"rope_theta"} - set(DFlashConfig.__dataclass_fields__)
+        draft_cls = self.draft_cls if variant is None else _variant(variant)
+        config_cls: Any = draft_cls.config_class
+        unknown = set(overrides) - {"rope_theta"} - set(config_cls.__dataclass_fields__)
         if unknown:
-            raise ValueError(f"{', '.join(sorted(unknown))}: no such field in DFlashConfig.")
+            raise ValueError(f"{', '.join(sorted(unknown))}: no such field in {config_cls.__name__}.")
         text = target_config.get_text_config(decoder=True)
         shape = _shape_for(text, overrides)
         if "rope_theta" in overrides:
             shape["rope_parameters"] = {"rope_type": "default", "rope_theta": overrides.pop("rope_theta")}
-        config = DFlashConfig(**(shape | overrides))
+        config = config_cls(**(shape | overrides))
         config.check_target(text.hidden_size, text.num_hidden_layers, text.vocab_size, text.vocab_size)
-        draft = self.draft_cls(config).to(config.dtype)
+        draft = draft_cls(config).to(config.dtype)
         name = _name_of(target_config)
         draft.card_known = {} if name is None else {"base_model": name}
         return draft
@@ -215,7 +225,10 @@ def _read_catalogue() -> list[DFlashDraftSpec]:
         values: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in entry.items() if key in names
         }
-        specs.append(DFlashDraftSpec(**values, details={key: entry[key] for key in entry if key not in names}))
+        details = {key: entry[key] for key in entry if key not in names}
+        specs.append(
+            DFlashDraftSpec(draft_cls=VARIANTS.get(entry["variant"], Qwen3DFlashDraftModel), **values, details=details)
+        )
     return specs
 
 
@@ -223,7 +236,15 @@ CATALOGUE: list[DFlashDraftSpec] = _read_catalogue()
 
 
 def _default_for(architecture: str) -> DFlashDraftSpec:
-    return next(spec for spec in CATALOGUE if architecture in spec.architectures and not spec.unsupported)
+    """The first draft that runs, or the better one for the same checkpoint."""
+    first = next(spec for spec in CATALOGUE if architecture in spec.architectures and not spec.unsupported)
+    return drafts_for(first.targets[0])[0] if first.targets else first
+
+
+def drafts_for(target: str) -> list[DFlashDraftSpec]:
+    """The drafts made for a checkpoint, by its Hub id: those that run first, and of those DFlash 2 first."""
+    made_for = [spec for spec in CATALOGUE if target.casefold() in (name.casefold() for name in spec.targets)]
+    return sorted(made_for, key=lambda spec: (spec.unsupported is not None, spec.draft_cls is not DFlash2DraftModel))
 
 
 # Target architecture -> its default draft: the first in the catalogue that runs.
@@ -254,12 +275,6 @@ def register_dflash_draft(architecture: str, spec: DFlashDraftSpec, *, overwrite
 def _same_draft(one: DFlashDraftSpec, other: DFlashDraftSpec) -> bool:
     """The same draft, for whichever architectures it is registered."""
     return replace(one, architectures=()) == replace(other, architectures=())
-
-
-def drafts_for(target: str) -> list[DFlashDraftSpec]:
-    """The drafts made for a checkpoint, by its Hub id; those that run first."""
-    made_for = [spec for spec in CATALOGUE if target.casefold() in (name.casefold() for name in spec.targets)]
-    return sorted(made_for, key=lambda spec: spec.unsupported is not None)
 
 
 def resolve_dflash_draft_spec(
@@ -347,6 +362,29 @@ def _name_of(config: Any) -> str | None:
     """The checkpoint that a config was read from, if it is one on the Hub."""
     name = getattr(config, "_name_or_path", None) or None
     return name if name and not Path(name).exists() else None
+
+
+def load_draft(name: str | Path, **from_pretrained_kwargs: Any) -> DFlashDraftModel:
+    """Load a draft of either kind, in whatever layout it is, from the Hub or a folder; no code of its repository runs.
+
+    Args:
+        name: Hub id or folder.
+        from_pretrained_kwargs: of `from_pretrained` (`revision`, `dtype`, `token` ...).
+
+    Raises:
+        ValueError: this version cannot run the draft, or its config or weights are not sound.
+        OSError: nothing there, no access, no connection, or a damaged download.
+    """
+    places = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "force_download")
+    where = {key: value for key, value in from_pretrained_kwargs.items() if key in places}
+    content, _ = DFlashConfig.get_config_dict(name, **where)
+    return VARIANTS[variant_of(content)].from_pretrained(name, **from_pretrained_kwargs)
+
+
+def _variant(name: str) -> type[DFlashDraftModel]:
+    if name not in VARIANTS:
+        raise ValueError(f"variant is {name!r}; it must be one of {', '.join(VARIANTS)}.")
+    return VARIANTS[name]
 
 
 class _Resolved(Speculate):

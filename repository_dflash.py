@@ -53,6 +53,8 @@ token {{ config.mask_token_id }}. Not measured.
 class RepositoryMixin:
     """`from_pretrained`, `save_pretrained` and `push_to_hub` of a draft; comes before `PreTrainedModel`."""
 
+    # What `auto_map` names in the engines layout.
+    engines_entry: type = EnginesEntry
     # What the model card shall say of this draft beyond its config: base_model, license, datasets, language ...
     card_metadata: dict[str, Any] = {}
     # What is known of it without being asked: it completes a card, where `card_metadata` has the last word.
@@ -112,7 +114,9 @@ class RepositoryMixin:
             return
         if layout == "engines":
             self.config.save_pretrained(save_directory, layout=layout)  # type: ignore[attr-defined]
-            shutil.copyfile(inspect.getfile(EnginesEntry), Path(save_directory) / "dflash.py")
+            for entry in self.engines_entry.__mro__[:-1]:
+                source = Path(inspect.getfile(entry))
+                shutil.copyfile(source, Path(save_directory) / source.name)
         decoding = Path(save_directory) / "custom_generate" / "generate.py"
         decoding.parent.mkdir(exist_ok=True)
         shutil.copyfile(inspect.getfile(custom_generate), decoding)
@@ -307,10 +311,11 @@ def _own_config(config_class: Any, config: Any, name: Any, kwargs: dict[str, Any
     took are seen as values that differ from the file's, or from the default where the file is silent; those that it
     left are taken out of `kwargs`.
     """
-    if getattr(config, "model_type", "dflash") == "dflash" or isinstance(config, str | Path):
+    own_type = config_class.model_type
+    if getattr(config, "model_type", own_type) == own_type or isinstance(config, str | Path):
         return config
     raw, _ = config_class.get_config_dict(name, **_where(kwargs))
-    fields = [*config_class.__annotations__, "rope_theta"]
+    fields = [*config_class.own_fields(), "rope_theta"]
     given = {}
     for field in set(fields) - {"layer_types", "rope_parameters"}:
         value = getattr(config, field, None)

@@ -10,10 +10,11 @@ it equals this draw, so any proposal and any processor is exact.
 Shapes: B rows, Q block positions, V vocabulary.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import torch
-from transformers import LogitsProcessorList
+from transformers import LogitsProcessorList, TemperatureLogitsWarper
 from transformers.generation import logits_process
 
 _POINTWISE = tuple(
@@ -101,12 +102,24 @@ class Chooser:
         best = scores.max(dim=-1)
         return best.indices.masked_fill_(best.values.isnan(), -1)
 
-    def draft(self, logits: torch.Tensor, columns: list[range]) -> torch.Tensor:
-        """The tokens `[B, Q - 1]` that a draft with these `logits [B, Q - 1, V]` proposes for `columns`."""
+    def draft(
+        self, logits: torch.Tensor, columns: list[range], pick: Callable[[torch.Tensor, float], torch.Tensor]
+    ) -> torch.Tensor:
+        """The tokens `[B, Q - 1]` that a draft with these `logits [B, Q - 1, V]` proposes for `columns`.
+
+        Args:
+            pick: scores `[B, Q - 1, V]`, and the weight of what a draft adds to them, to tokens `[B, Q - 1]`.
+        """
         if self.noise is None or not self.coupled:
-            return logits.argmax(dim=-1)
+            return pick(logits, 1.0)
         scores = logits.float() if self.reads_text else self.scores(logits, None)
-        return (scores + self.noise.block(columns, scores)).argmax(dim=-1)
+        return pick(scores + self.noise.block(columns, scores), 1.0 if self.reads_text else 1 / self.temperature)
+
+    @property
+    def temperature(self) -> float:
+        """What the processors divide scores by."""
+        found = [one.temperature for one in self.processors if isinstance(one, TemperatureLogitsWarper)]
+        return math.prod(found)
 
 
 def refuse_processors(processors: LogitsProcessorList) -> None:

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from dflash_hub import DecodeStatistics, DFlashDraftModel, DFlashDraftSpec
+from dflash_hub import DecodeStatistics, DFlashDraftSpec, load_draft
 from dflash_hub.capture_dflash import CAPTURE
 from dflash_hub.generation_dflash import Pair, now
 from dflash_hub.recurrence_dflash import Recurrence
@@ -114,6 +114,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--block", type=int, default=16)
     parser.add_argument("--layers", type=int, default=5, help="of the draft")
+    parser.add_argument("--variant", default="dflash", choices=["dflash", "dflash2"], help="of a draft built in place")
     parser.add_argument("--tau", type=int, default=None, help="tokens committed per cycle, forced")
     parser.add_argument("--capture", default="auto", choices=CAPTURE)
     parser.add_argument("--prompts", type=int, default=6, help="of the tiny pair's")
@@ -127,7 +128,7 @@ def build(options: argparse.Namespace) -> tuple[Any, Any, list[dict[str, Any]]]:
     dtype = getattr(torch, options.dtype or ("float32" if options.device == "cpu" else "bfloat16"))
     if options.shape == "tiny-pair":
         target = AutoModelForCausalLM.from_pretrained(TINY / "target", dtype=dtype).to(options.device).eval()
-        draft = DFlashDraftModel.from_pretrained(TINY / "draft", dtype=dtype).to(options.device).eval()
+        draft = load_draft(TINY / "draft", dtype=dtype).to(options.device).eval()
         tokenizer = AutoTokenizer.from_pretrained(TINY / "target")
         lines = (TINY / "prompts.jsonl").read_text(encoding="utf-8").splitlines()[: options.prompts]
         ids = [tokenizer(json.loads(line)["prompt"], return_tensors="pt").input_ids for line in lines]
@@ -138,7 +139,7 @@ def build(options: argparse.Namespace) -> tuple[Any, Any, list[dict[str, Any]]]:
         with torch.device(options.device):
             target = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
             fresh = {"mask_token_id": 0, "block_size": options.block, "num_hidden_layers": options.layers}
-            draft = DFlashDraftSpec("benchmark").build(config, **fresh).to(dtype).eval()
+            draft = DFlashDraftSpec("benchmark").build(config, options.variant, **fresh).to(dtype).eval()
         target.generation_config.eos_token_id = None
         rows = [torch.randint(config.vocab_size, (options.batch, options.context), device=options.device)]
     return target, draft, [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in rows]

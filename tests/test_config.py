@@ -64,9 +64,6 @@ READ = {
 }
 REFUSED = {
     "XiaomiMiMo__MiMo-V2.5-Pro-FP4-DFlash": "attention sinks",
-    "z-lab__Qwen3.8-27B-DFlash2": "DFlash 2",
-    "z-lab__Muse-Glimmer-30B-DFlash2": "DFlash 2",
-    "incoai__GLM-5.3-Flash-DFlash2": "DFlash 2",
     "RedHatAI__gemma-4-31B-it-speculator.dflash": "speculators layout",
     "converted_z-lab__Qwen3.6-35B-A3B-DFlash": "speculators layout",
     "early_speculators_test_repo": "speculators layout",

@@ -41,7 +41,7 @@ def test_every_architecture_has_a_default_that_runs():
     assert set(DFLASH_DRAFT_REGISTRY) == set(_QWEN3_ARCHITECTURES)
     for architecture, spec in DFLASH_DRAFT_REGISTRY.items():
         assert resolve_dflash_draft_spec([architecture]) is spec
-        assert spec.draft_cls is Qwen3DFlashDraftModel
+        assert issubclass(spec.draft_cls, Qwen3DFlashDraftModel)
         assert spec.unsupported is None
         assert architecture in spec.architectures
 
@@ -131,8 +131,6 @@ def test_an_unknown_hub_id_is_judged_by_its_config(hub, repo_id):
 @pytest.mark.parametrize(
     ("target", "architecture", "reason"),
     [
-        ("Qwen/Qwen3.8-27B", "Qwen3_5ForConditionalGeneration", "DFlash 2"),
-        ("zai-org/GLM-5.3-Flash", "Glm5NextForConditionalGeneration", "DFlash 2"),
         ("XiaomiMiMo/MiMo-V2.5-Pro-FP4-DFlash", "MiMoV2ForCausalLM", "attention sinks"),
         ("poolside/Laguna-S-2.1", "LagunaForCausalLM", "per-tap norms"),
     ],

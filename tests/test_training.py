@@ -165,7 +165,9 @@ def test_loss_and_gradient_are_those_of_the_plain_reference(dtype, distillation,
     states = objective.states(draft, blocks, noise_embeds, features).detach()
     ours, theirs = states.clone().requires_grad_(), states.clone().requires_grad_()
     loss = weighted_loss(
-        ours[blocks.counted.flatten(1)], objective._scores(blocks, final if distillation else None), 12
+        ours[blocks.counted.flatten(1)],
+        objective._scores(draft, blocks, ours[blocks.counted.flatten(1)], final if distillation else None),
+        12,
     )
     expected, weights = plain_loss(theirs.unflatten(1, (-1, 5)), rows, anchors, target, 3.0, distillation)
     (loss / weights).backward()
@@ -210,7 +212,7 @@ def test_anchors_are_supervised_tokens_with_one_to_predict():
 def test_expected_acceptance_is_that_of_whole_prefixes_and_blocks_cut_short_do_not_weigh_it_down():
     counted = torch.tensor([[[0, 1, 1, 1], [0, 1, 1, 1], [0, 1, 0, 0]]]).bool()
     correct = torch.tensor([1, 1, 0, 0, 1, 1, 1]).bool()  # two of three, none, and one of one
-    figures = Figures.of(count(counted, correct)[0])
+    figures = Figures.of(count(counted, correct, correct & False)[0])
     assert figures.by_position == pytest.approx((2 / 3, 1.0, 0.5))
     assert figures.acceptance_length == pytest.approx(1 + 2 / 3 + 2 / 3 * 1 + 0)
     assert figures.accuracy == pytest.approx(5 / 7)

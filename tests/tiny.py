@@ -3,7 +3,7 @@
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from dflash_hub import DFlashConfig, DFlashDraftModel
+from dflash_hub import DFlash2Config, DFlash2DraftModel, DFlashConfig, DFlashDraftModel
 from dflash_hub.generation_dflash import Pair
 
 VOCAB = 12
@@ -190,11 +190,20 @@ def draft(model, seed: int = 1, **fields):
         "max_position_embeddings": 1024,
     }
     torch.manual_seed(seed)
-    model = DFlashDraftModel(DFlashConfig(**(shape | fields))).eval()
+    second = "selector_rank" in fields
+    config, kind = (DFlash2Config, DFlash2DraftModel) if second else (DFlashConfig, DFlashDraftModel)
+    model = kind(config(**(shape | fields))).eval()
     with torch.no_grad():
-        for weight in model.parameters():
-            weight.mul_(10 if weight.ndim > 1 else 1)
+        for name, weight in model.named_parameters():
+            if "conv" in name or "codebook" in name:  # fresh, they do nothing
+                weight.add_(0.3 * torch.randn_like(weight))
+            else:
+                weight.mul_(10 if weight.ndim > 1 else 1)
     return model
+
+
+SECOND = {"conv_kernel_size": 2, "conv_group_size": 8, "selector_rank": 6, "selector_top_k": 4}
+"""What makes a draft a DFlash 2 draft."""
 
 
 def prompt(length: int, seed: int = 2) -> torch.Tensor:

@@ -59,9 +59,10 @@ def main() -> None:
     parser.add_argument("--args", type=json.loads, default={})
     parser.add_argument("--kill-at", type=int)
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--second", action="store_true", help="a DFlash 2 draft")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    run = trainer(options.folder, **options.args)
+    run = trainer(options.folder, tiny.SECOND if options.second else None, **options.args)
     if options.kill_at:
         run.add_callback(Killed(options.kill_at))
     run.train(resume_from_checkpoint=options.resume)

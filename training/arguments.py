@@ -33,6 +33,9 @@ class DFlashTrainingArguments(TrainingArguments):
             "help": "Share of the divergence (forward KL) from the target's own distribution in the loss, 0 to 1."
         },
     )
+    selector_loss_weight: float = field(
+        default=1.0, metadata={"help": "Of the selector's cross-entropy beside the draft's, for a DFlash 2 draft."}
+    )
     max_length: int = field(default=3072, metadata={"help": "Tokens of a packed row."})
     packing: bool = field(default=True, metadata={"help": "Put several documents into a row."})
     draft_attention: str = field(
@@ -74,6 +77,7 @@ class DFlashTrainingArguments(TrainingArguments):
             "num_anchors": (self.num_anchors >= 1, "at least 1"),
             "loss_gamma": (self.loss_gamma is None or self.loss_gamma > 0, "above 0"),
             "distillation": (0 <= self.distillation <= 1, "from 0 to 1"),
+            "selector_loss_weight": (self.selector_loss_weight >= 0, "at least 0"),
             "max_length": (self.max_length >= 2, "at least 2"),
             "draft_attention": (self.draft_attention in ("auto", "flex", "dense"), "auto, flex or dense"),
             "remove_unused_columns": (not self.remove_unused_columns, "False: rows are no arguments of the draft"),
@@ -88,4 +92,4 @@ class DFlashTrainingArguments(TrainingArguments):
 
     @property
     def recipe(self) -> Recipe:
-        return Recipe(self.loss_gamma, self.distillation, self.draft_attention)
+        return Recipe(self.loss_gamma, self.distillation, self.draft_attention, self.selector_loss_weight)

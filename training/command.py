@@ -16,9 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 from ..evaluation import compare
 from ..hub_probe import digests
-from ..modeling_dflash import DFlashDraftModel
 from ..publishing import PublishOptions, check_staged, publish, stage
-from ..registry import DFlashDraftSpec
+from ..registry import DFlashDraftSpec, load_draft
 from .arguments import DFlashTrainingArguments
 from .data import load_rows
 from .trainer import DFlashTrainer, kept_safe, prompt_of
@@ -40,6 +39,9 @@ class TrainOptions:
     draft_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of that draft."})
     mask_token_id: int | None = field(
         default=None, metadata={"help": "A token that never occurs; the first unused row of the embedding unless said."}
+    )
+    variant: str = field(
+        default="dflash", metadata={"help": "Kind of a fresh draft.", "choices": ["dflash", "dflash2"]}
     )
     block_size: int = field(default=16, metadata={"help": "Positions of a block, the anchor included."})
     num_layers: int = field(default=5, metadata={"help": "Layers of a fresh draft."})
@@ -134,7 +136,7 @@ def _split(options: TrainOptions, args: DFlashTrainingArguments) -> tuple[Any, A
 def make_draft(options: TrainOptions, target: Any, tokenizer: Any) -> Any:
     """The draft to start from, in float32, which optimizers need."""
     if options.draft is not None:
-        return DFlashDraftModel.from_pretrained(options.draft, revision=options.draft_revision, dtype=torch.float32)
+        return load_draft(options.draft, revision=options.draft_revision, dtype=torch.float32)
     shape: dict[str, Any] = {"block_size": options.block_size, "num_hidden_layers": options.num_layers}
     shape |= {"is_causal": True} if options.causal else {}
     if options.target_layer_ids:
@@ -145,7 +147,7 @@ def make_draft(options: TrainOptions, target: Any, tokenizer: Any) -> Any:
     if options.mask_token_id is None:
         options.mask_token_id = unused_token(target, tokenizer)
     spec = DFlashDraftSpec(options.target, targets=(options.target,))
-    return spec.build(target.config, mask_token_id=options.mask_token_id, dtype=torch.float32, **shape)
+    return spec.build(target.config, options.variant, mask_token_id=options.mask_token_id, dtype=torch.float32, **shape)
 
 
 def unused_token(target: Any, tokenizer: Any) -> int:
@@ -236,7 +238,7 @@ def _checked(trainer: DFlashTrainer, folder: Path) -> list[str]:
     """
     draft = trainer.accelerator.unwrap_model(trainer.model).eval()
     trainer.save_model(str(folder / "saved"), _internal_call=True)
-    again = DFlashDraftModel.from_pretrained(folder / "saved").to(draft.device).eval()
+    again = load_draft(folder / "saved").to(draft.device).eval()
     if digests(again) != digests(draft):
         raise ValueError("The saved draft reloads otherwise than it was.")
     for layout in ("hub", "engines"):

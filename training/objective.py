@@ -7,14 +7,16 @@ and target, F taps * target hidden size, V vocabulary.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 
 from ..drafting_dflash import layer_kinds
 from ..target_dflash import Taps, decoder_layers, embed_noise
 from .blocks import Blocks, Rows, default_gamma
-from .loss import Scores, weighted_loss
+from .loss import Scores, Selection, weighted_loss
 
 
 @dataclass(frozen=True)
@@ -24,12 +26,14 @@ class Recipe:
     Args:
         gamma: how slowly the weights fall inside a block; None for the published one.
         distillation: share of the divergence from the target's own distribution in the loss, 0 to 1.
+        selector_weight: of the selector's cross-entropy beside the draft's, for DFlash 2.
         attention: "flex" (FlexAttention with a block mask), "dense", or "auto": flex on a GPU.
     """
 
     gamma: float | None = None
     distillation: float = 0.0
     attention: str = "auto"
+    selector_weight: float = 1.0
 
 
 class FrozenTarget:
@@ -81,9 +85,9 @@ class FrozenTarget:
         logits = self.head(states)
         return logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
 
-    def draft_logits(self, states: torch.Tensor) -> torch.Tensor:
-        """The draft's logits `[n, V]` from its `states [n, H]`, as when decoding."""
-        return self.head(states.to(next(self.head.parameters()).device, self.model.dtype))
+    def draft_logits(self, draft: Any, states: torch.Tensor) -> torch.Tensor:
+        """The logits `[n, V]` of `draft` from its `states [n, H]`, as when decoding."""
+        return draft.logits(states.to(next(self.head.parameters()).device, self.model.dtype), self.head)
 
 
 class Objective:
@@ -98,7 +102,7 @@ class Objective:
         return Blocks(rows, anchors, self.config.block_size)
 
     def __call__(self, draft: Any, blocks: Blocks) -> tuple[torch.Tensor, torch.Tensor]:
-        """The weighted sum of losses, to be divided by the sum of weights, and `Counts` `[B, 4, Q - 1]`.
+        """The weighted sum of losses, to be divided by the sum of weights, and counts `[B, 5, Q - 1]`, see `count`.
 
         Args:
             draft: the model, wrapped or not.
@@ -110,11 +114,11 @@ class Objective:
                 self.target.embed, blocks.noise_ids(self.config.mask_token_id).to(self.target.device)
             )
         states = self.states(draft, blocks, noise_embeds, features)
-        counted = blocks.counted.flatten(1)
+        states = states[blocks.counted.flatten(1)]  # [N, H]
         with torch.autocast(blocks.anchors.device.type, enabled=False):
-            scores = self._scores(blocks, final)
-            loss = weighted_loss(states[counted], scores, self.target.vocab_size)
-        return loss, count(blocks.counted, scores.correct)
+            scores = self._scores(extract_model_from_parallel(draft), blocks, states, final)
+            loss = weighted_loss(states, scores, self.target.vocab_size)
+        return loss, count(blocks.counted, scores.correct, scores.found)
 
     def states(self, draft: Any, blocks: Blocks, noise_embeds: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         """The draft's states `[B, A * Q, H]` of the blocks, from `noise_embeds [B, A * Q, H]`, `features [B, S, F]`."""
@@ -134,10 +138,11 @@ class Objective:
         wanted = self.recipe.attention
         return wanted == "flex" or (wanted == "auto" and device.type == "cuda")
 
-    def _scores(self, blocks: Blocks, final: torch.Tensor | None) -> Scores:
+    def _scores(self, draft: Any, blocks: Blocks, states: torch.Tensor, final: torch.Tensor | None) -> Scores:
+        """What the draft's `states [N, H]` are scored against."""
         counted = blocks.counted
         scores = Scores(
-            self.target.draft_logits,
+            partial(self.target.draft_logits, draft),
             blocks.tokens[counted],
             blocks.weights(self.gamma)[counted],
             distillation=self.recipe.distillation,
@@ -152,6 +157,12 @@ class Objective:
                     return self.target.own_logits(own[part])
 
             scores.teacher = teacher
+        selector = getattr(draft, "candidate_selector", None)
+        if selector is not None:
+            before = blocks.tokens.roll(1, dims=-1)[counted]  # [N], the true token before each position
+            gates = selector.gates(states.to(selector.hidden_projection.weight.dtype), before[:, None])[:, 0]
+            weight = self.recipe.selector_weight
+            scores.selection = Selection(gates, selector.successor_codebook, selector.top_k, weight)
         return scores
 
 
@@ -166,21 +177,23 @@ def _alike(spans: list[tuple[int, int, int]]) -> list[list[tuple[int, int, int]]
     return groups
 
 
-def count(counted: torch.Tensor, correct: torch.Tensor) -> torch.Tensor:
-    """What adds up to figures: `[B, 4, Q - 1]`, for each row and position k of its blocks how many
+def count(counted: torch.Tensor, correct: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+    """What adds up to figures: `[B, 5, Q - 1]`, for each row and position k of its blocks how many
 
-    0. were counted, 1. of those were right, 2. were counted with all before them right, 3. of those were right.
+    0. were counted, 1. of those were right, 2. were counted with all before them right, 3. of those were right, 4. had
+    the text's token among the candidates of a DFlash 2 draft.
 
     Args:
         counted `[B, A, Q]`: positions with something to learn.
-        correct `[N]`: of the counted ones, in order, whether the likeliest token was the text's.
+        correct `[N]`: of the counted ones, in order, whether the draft's token was the text's.
+        found `[N]`: of those, whether the text's token was a candidate.
     """
-    right = torch.zeros_like(counted)
-    right[counted] = correct
-    counted, right = counted[..., 1:], right[..., 1:]
+    right, candidate = torch.zeros_like(counted), torch.zeros_like(counted)
+    right[counted], candidate[counted] = correct, found
+    counted, right, candidate = counted[..., 1:], right[..., 1:], candidate[..., 1:]
     kept = right.int().cumprod(-1).bool()
     reached = counted & torch.nn.functional.pad(kept[..., :-1], (1, 0), value=True)
-    return torch.stack([counted.sum(1), right.sum(1), reached.sum(1), kept.sum(1)], dim=1)
+    return torch.stack([part.sum(1) for part in (counted, right, reached, kept, candidate)], dim=1)
 
 
 @dataclass(frozen=True)
@@ -193,17 +206,29 @@ class Figures:
         acceptance_length: tokens per cycle to expect, the target's own included: 1 + the sum over k of the chance
             that positions 1 to k are all right. A position counts where its block reaches it, so a block at the end of
             a text does not weigh it down.
+        candidate_recall: of a DFlash 2 draft, share of positions whose token was among the selector's candidates; 0
+            for a draft without a selector.
+        selector_accuracy: share of right tokens over those positions.
     """
 
     accuracy: float
     by_position: tuple[float, ...]
     acceptance_length: float
+    candidate_recall: float
+    selector_accuracy: float
 
     @classmethod
     def of(cls, counts: torch.Tensor) -> "Figures":
-        """From counts `[4, Q - 1]`, summed over whatever they shall cover."""
-        counted, right, reached, kept = counts.double().cpu()
+        """From counts `[5, Q - 1]`, summed over whatever they shall cover."""
+        counted, right, reached, kept, found = counts.double().cpu()
         by_position = right / counted.clamp_min(1)
         survival = (kept / reached.clamp_min(1)).cumprod(0)
-        accuracy = float(right.sum() / counted.sum().clamp_min(1))
-        return cls(accuracy, tuple(by_position.tolist()), 1 + float(survival.sum()))
+        shares = [right.sum() / counted.sum(), found.sum() / counted.sum(), right.sum() / found.sum()]
+        accuracy, recall, selector = (float(share.nan_to_num(posinf=0.0)) for share in shares)
+        return cls(accuracy, tuple(by_position.tolist()), 1 + float(survival.sum()), recall, selector)
+
+    def named(self) -> dict[str, float]:
+        """For a log; the selector's only of a draft that has one."""
+        chosen = {"candidate_recall": self.candidate_recall, "selector_accuracy": self.selector_accuracy}
+        figures = {"accuracy": self.accuracy, "acceptance_length": self.acceptance_length}
+        return figures | (chosen if self.candidate_recall else {})

@@ -84,7 +84,7 @@ class DFlashTrainer(Trainer):
         self.target = target
         self.objective = Objective(model.config, target, args.recipe)
         model.set_attn_implementation("flex_attention" if self.objective.flex(args.device) else "sdpa")
-        self._counts: torch.Tensor | None = None  # [4, Q - 1], since the last line of the log
+        self._counts: torch.Tensor | None = None  # [5, Q - 1], since the last line of the log
 
     def _prepared(self, rows: Any, name: str) -> Any:
         """Packed rows, of which `self.reports` tells."""
@@ -148,8 +148,7 @@ class DFlashTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in Trainer; beside the loss stand accuracy and expected acceptance length since the last line."""
         if "loss" in logs and self._counts is not None:
-            figures = Figures.of(self.accelerator.reduce(self._counts))
-            logs |= {"accuracy": figures.accuracy, "acceptance_length": figures.acceptance_length}
+            logs |= Figures.of(self.accelerator.reduce(self._counts)).named()
             self._counts = None
         super().log(logs, start_time)
 
@@ -253,7 +252,7 @@ class DFlashTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[None, torch.Tensor, torch.Tensor]:
-        """Counts of each row, `[B, 4, Q - 1]`, and its loss and weight, `[B, 2]`; all of them add up."""
+        """Counts of each row, `[B, 5, Q - 1]`, and its loss and weight, `[B, 2]`; all of them add up."""
         batch = dict(self._prepare_inputs(inputs))
         counts, sums = [], []
         for index in range(len(batch["input_ids"])):
@@ -350,5 +349,4 @@ def _figures(prediction: Any) -> dict[str, float]:
     figures = Figures.of(torch.as_tensor(prediction.predictions).sum(0))
     loss, weight = torch.as_tensor(prediction.label_ids).double().sum(0).tolist()
     by_position = {f"accuracy_{k}": value for k, value in enumerate(figures.by_position, start=1)}
-    named = {"accuracy": figures.accuracy, "acceptance_length": figures.acceptance_length}
-    return {"loss": loss / max(weight, 1e-9)} | named | by_position
+    return {"loss": loss / max(weight, 1e-9)} | figures.named() | by_position

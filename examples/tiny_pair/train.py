@@ -34,7 +34,7 @@ from transformers import (
     set_seed,
 )
 
-from dflash_hub import DFlashDraftModel, DFlashDraftSpec
+from dflash_hub import DFlashDraftSpec, load_draft
 from dflash_hub.evaluation import compare
 from dflash_hub.training import DFlashTrainer, DFlashTrainingArguments
 
@@ -187,7 +187,7 @@ def make_draft(options: argparse.Namespace, target: Any, rows: list[dict[str, li
         trainer.train()
         trainer.save_model(folder)
         (folder / "log.json").write_text(json.dumps(trainer.state.log_history), encoding="utf-8")
-    return DFlashDraftModel.from_pretrained(folder).eval()
+    return load_draft(folder).eval()
 
 
 def measure(draft: Any, target: Any, tokenizer: Any) -> dict[str, Any]:

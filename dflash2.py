@@ -1,0 +1,20 @@
+# Copyright 2026 the dflash-hub authors.
+# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+"""What `auto_map` names in the engines layout of a DFlash 2 draft; the counterpart of `dflash.py`.
+
+This file travels with every pushed DFlash 2 draft.
+"""
+
+from typing import Any
+
+from .dflash import DFlashDraftModel as Entry
+
+
+class DFlash2DraftModel(Entry):
+    """Loads the draft of `modeling_dflash2`."""
+
+    @classmethod
+    def draft(cls) -> Any:
+        from .modeling_dflash2 import DFlash2DraftModel as Draft
+
+        return Draft

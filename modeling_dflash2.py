@@ -1,0 +1,181 @@
+# Copyright 2026 the dflash-hub authors.
+# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+"""The DFlash 2 draft: DFlash 1, a dynamic convolution around every sublayer, and a selector of one coherent path.
+
+This file travels with every pushed DFlash 2 draft, and holds what differs from DFlash 1. After DFlash 2
+(inco.ai/blog/dflash2) and its reference implementation, z-lab/dflash.
+
+Shapes: B batch, N positions of one or several blocks, Q block positions, H hidden size, K conv_kernel_size, G groups of
+channels, R selector_rank, k selector_top_k, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import embedding, pad
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from .configuration_dflash2 import DFlash2Config
+from .dflash2 import DFlash2DraftModel as EnginesEntry
+from .modeling_dflash import DFlashDecoderLayer, DFlashDraftModel
+
+
+class DynamicConv(nn.Module):
+    """Two convolutions over the positions of a block, one before a sublayer and one after it.
+
+    conv(x)_t = sum over i of k_{t,i} x_{t-i}, channel by channel; what lies before the block is zero. A kernel is a
+    learned one plus a correction that is predicted from the sublayer's input and shared by a group of channels.
+    """
+
+    def __init__(self, config: DFlash2Config):
+        super().__init__()
+        self.taps, self.group_size, self.block_size = (
+            config.conv_kernel_size,
+            config.conv_group_size,
+            config.block_size,
+        )
+        groups = config.hidden_size // config.conv_group_size
+        self.base_kernel = nn.Parameter(torch.zeros(2, self.taps, config.hidden_size))
+        self.kernel_projection = nn.Linear(config.hidden_size, 2 * self.taps * groups, bias=False)
+
+    def before(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`states [B, N, H]` for the sublayer, and the corrections `[B, N, K, G]` for what comes out of it."""
+        corrections = self.kernel_projection(states).unflatten(-1, (2, self.taps, -1))
+        return self._convolve(states, corrections[:, :, 0], 0), corrections[:, :, 1]
+
+    def after(self, states: torch.Tensor, corrections: torch.Tensor) -> torch.Tensor:
+        """`[B, N, H]`, of what came out of the sublayer."""
+        return self._convolve(states, corrections, 1)
+
+    def _convolve(self, states: torch.Tensor, corrections: torch.Tensor, side: int) -> torch.Tensor:
+        kernels = self.base_kernel[side] + corrections.repeat_interleave(self.group_size, dim=-1)  # [B, N, K, H]
+        blocks = states.unflatten(1, (-1, min(self.block_size, states.shape[1])))
+        result = kernels[:, :, 0] * states
+        for tap in range(1, self.taps):
+            result = result + kernels[:, :, tap] * pad(blocks, (0, 0, tap, 0))[:, :, :-tap].flatten(1, 2)
+        return result
+
+
+class CandidateSelector(nn.Module):
+    """Scores pairs of neighbouring candidates: S_t(a, b) = U_t(b) + <A(a) * H(h_t), B(b)>."""
+
+    def __init__(self, config: DFlash2Config):
+        super().__init__()
+        self.top_k = config.selector_top_k
+        self.predecessor_codebook = nn.Parameter(torch.zeros(config.vocab_size, config.selector_rank))
+        self.successor_codebook = nn.Parameter(torch.zeros(config.vocab_size, config.selector_rank))
+        self.hidden_projection = nn.Linear(config.hidden_size, config.selector_rank, bias=False)
+
+    def gates(self, states: torch.Tensor, predecessors: torch.Tensor) -> torch.Tensor:
+        """A(a) * H(h): `[..., p, R]`, of `states [..., H]` and p `predecessors [..., p]` of each."""
+        return embedding(predecessors, self.predecessor_codebook) * self.hidden_projection(states).unsqueeze(-2)
+
+    def walk(self, scores: torch.Tensor, states: torch.Tensor, anchor: torch.Tensor, weight: float) -> torch.Tensor:
+        """One path through the best candidates of each position, `[B, Q - 1]`.
+
+        All pairs are scored at once; the walk itself follows pointers, and never waits for the device.
+
+        Args:
+            scores `[B, Q - 1, V]`: of the tokens by themselves.
+            states `[B, Q - 1, H]`: the draft's.
+            anchor `[B, 1]`: the token before them.
+            weight: of what the selector adds to the scores.
+        """
+        unary, candidates = scores.topk(self.top_k)  # [B, Q - 1, k]
+        first = anchor[:, None].expand(-1, 1, self.top_k)
+        gates = self.gates(states, torch.cat([first, candidates[:, :-1]], dim=1))  # [B, Q - 1, k, R]
+        pairs = gates @ embedding(candidates, self.successor_codebook).mT  # [B, Q - 1, k, k], predecessor by candidate
+        best = (unary.float()[:, :, None] + weight * pairs.float()).argmax(dim=-1)  # [B, Q - 1, k]
+        steps = [best[:, 0, :1]]
+        for position in range(1, best.shape[1]):
+            steps.append(best[:, position].gather(1, steps[-1]))
+        return candidates.gather(-1, torch.cat(steps, dim=1)[..., None])[..., 0]
+
+
+class DFlash2DecoderLayer(DFlashDecoderLayer):
+    """DFlash 1's, with a convolution before and after attention and MLP."""
+
+    def __init__(self, config: DFlash2Config, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.attention_conv, self.mlp_conv = DynamicConv(config), DynamicConv(config)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """`[B, N, H]`, as in DFlash 1; the keywords are those of its attention."""
+        states, corrections = self.attention_conv.before(self.input_layernorm(hidden_states))
+        states, _ = self.self_attn(states, **kwargs)
+        hidden_states = hidden_states + self.attention_conv.after(states, corrections)
+        states, corrections = self.mlp_conv.before(self.post_attention_layernorm(hidden_states))
+        return hidden_states + self.mlp_conv.after(self.mlp(states), corrections)
+
+
+class DFlash2DraftModel(DFlashDraftModel):
+    """The DFlash 2 draft. A fresh one drafts as a DFlash 1 draft with the same weights would."""
+
+    config_class = DFlash2Config
+    layer_class = DFlash2DecoderLayer
+    engines_entry = EnginesEntry
+    _no_split_modules = ["DFlash2DecoderLayer"]
+
+    def __init__(self, config: DFlash2Config):
+        super().__init__(config)
+        self.candidate_selector = CandidateSelector(config)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Convolutions that pass on what they are given, and a selector that adds nothing, though it can learn to."""
+        super()._init_weights(module)
+        if isinstance(module, DynamicConv):
+            kernel = torch.zeros_like(module.base_kernel)
+            kernel[:, 0] = 1.0
+            init.copy_(module.base_kernel, kernel)
+            init.zeros_(module.kernel_projection.weight)
+        if isinstance(module, CandidateSelector):
+            init.normal_(module.predecessor_codebook, std=self.config.initializer_range)
+            init.zeros_(module.successor_codebook)
+
+    def forward(
+        self,
+        noise_embeds: torch.Tensor,
+        context_hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | dict[Any, Any] | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """As in DFlash 1. `noise_embeds [B, N, H]` may be several blocks, one after the other, as in training.
+
+        Raises:
+            ValueError: a width or length that does not fit this draft, with both numbers.
+        """
+        length, size = noise_embeds.shape[1], self.config.block_size
+        if length > size and length % size:
+            raise ValueError(f"noise_embeds has {length} positions, which are no whole blocks of {size}.")
+        scale = self.config.input_embedding_scale
+        return super().forward(
+            noise_embeds if scale == 1 else noise_embeds * scale,
+            context_hidden_states,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            use_cache,
+            **kwargs,
+        )
+
+    def logits(self, states: torch.Tensor, head: Any) -> torch.Tensor:
+        """The target's `head` of `states [..., H]`, multiplied and then soft-capped as the config says: `[..., V]`."""
+        logits, cap = head(states), self.config.final_logit_softcapping
+        if self.config.output_multiplier != 1:
+            logits = logits * self.config.output_multiplier
+        return cap * torch.tanh(logits / cap) if cap else logits
+
+    def pick(self, scores: torch.Tensor, states: torch.Tensor, anchor: torch.Tensor, weight: float) -> torch.Tensor:
+        """One path that the selector walks, `[B, Q - 1]`; the arguments are those of `CandidateSelector.walk`."""
+        return self.candidate_selector.walk(scores, states, anchor, weight)
+
+
+__all__ = ["DFlash2DraftModel"]
