@@ -112,7 +112,7 @@ def variant_of(config: dict[str, Any]) -> str:
     """ "dflash2" where a config.json, in whatever layout, says anything of DFlash 2; else "dflash"."""
     nested = config.get("dflash_config")
     places = [config, nested if isinstance(nested, dict) else {}]
-    named = [config.get("foreign_model_type"), config.get("model_type"), config.get("speculators_model_type")]
+    named = [config.get("foreign_model_type", config.get("model_type")), config.get("speculators_model_type")]
     said = any(place.get(name) not in _OFF for place in places for name in _SECOND)
     return "dflash2" if said or "dflash2" in named or "DFlash2" in str(config.get("architectures")) else "dflash"
 

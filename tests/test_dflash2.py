@@ -228,7 +228,7 @@ def test_sampled_text_is_that_of_plain_sampling_with_the_same_noise(pair, settin
 
 def test_a_walk_coupled_to_the_noise_is_accepted_more_often(pair):
     """A trained draft in small: the target's own distribution for logits, and a selector that adds nothing."""
-    target, draft = pair
+    draft = pair[1]
     from transformers import LogitsProcessorList, TemperatureLogitsWarper
 
     from dflash_hub.sampling_dflash import Chooser, PositionNoise

@@ -8,7 +8,7 @@ _MISSING = [name for name in ("accelerate", "datasets", "matplotlib", "httpx") i
 if _MISSING:
     raise ImportError(f"Training needs {', '.join(_MISSING)}, not installed here: pip install 'dflash-hub[train]'")
 
-from .arguments import DFlashTrainingArguments
-from .trainer import DFlashTrainer
+from .arguments import DFlashTrainingArguments  # noqa: E402 (after the check, whose message is the clearer one)
+from .trainer import DFlashTrainer  # noqa: E402
 
 __all__ = ["DFlashTrainer", "DFlashTrainingArguments"]

@@ -69,7 +69,7 @@ class Scores:
 
     def __post_init__(self) -> None:
         self.correct = torch.zeros_like(self.labels, dtype=torch.bool)
-        """`[N]`, whether the token that the draft proposes after the true one was the text's; known once the loss is."""
+        """`[N]`, whether the draft proposes the text's token where all before it was right; known once the loss is."""
         self.found = torch.zeros_like(self.correct)
         """`[N]`, whether the text's token is among the selector's candidates."""
 
