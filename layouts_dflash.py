@@ -185,13 +185,13 @@ class _Layout:
         for part, feature in _HEADS_BY_ARCHITECTURE:
             if part in (self.architecture or ""):
                 raise ValueError(_refusal(feature, "architectures", self.architecture))
+        self.refuse_other_variant()
         for feature, key, unused in _FEATURES:
             if key in _SECOND_SCALES and self.variant == "dflash2":
                 continue
             for place in (key, f"dflash_config.{key}"):
                 if self.at(place) not in unused:
                     raise ValueError(_refusal(feature, place, self.at(place)))
-        self.refuse_other_variant()
         known = DRAFT_ARCHITECTURES[self.variant]
         no_draft = not self.nested and self.at("target_layer_ids") is None and self.at("mask_token_id") is None
         if (self.architecture not in (None, *known)) or (no_draft and not self.given):
@@ -208,8 +208,8 @@ class _Layout:
         if found != self.variant and is_draft:
             (name, reader), (_, ours) = names[found], names[self.variant]
             raise ValueError(
-                f"This config.json describes a {name} draft, which {ours} does not run; load it with "
-                f"{reader}.from_pretrained, or with dflash_hub.load_draft, which tells them apart."
+                f"This config.json describes a {name} draft, which {ours} does not run, so it is refused; load it "
+                f"with {reader}.from_pretrained, or with dflash_hub.load_draft, which tells them apart."
             )
 
     def refuse_shapes(self, fields: dict[str, Any]) -> None:

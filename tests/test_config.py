@@ -64,6 +64,9 @@ READ = {
 }
 REFUSED = {
     "XiaomiMiMo__MiMo-V2.5-Pro-FP4-DFlash": "attention sinks",
+    "z-lab__Qwen3.8-27B-DFlash2": "a DFlash 2 draft",
+    "z-lab__Muse-Glimmer-30B-DFlash2": "a DFlash 2 draft",
+    "incoai__GLM-5.3-Flash-DFlash2": "a DFlash 2 draft",
     "RedHatAI__gemma-4-31B-it-speculator.dflash": "speculators layout",
     "converted_z-lab__Qwen3.6-35B-A3B-DFlash": "speculators layout",
     "early_speculators_test_repo": "speculators layout",
@@ -300,7 +303,7 @@ def test_a_keyword_settles_a_contradiction():
         ({"rope_parameters": {"rope_theta": 1000000, "partial_rotary_factor": 0.5}}, "partial rotary"),
         ({"dflash_config": {"input_embedding_scale": 8.0}}, "scale on the input embeddings"),
         ({"sample_from_anchor": True}, "anchor predicts"),
-        ({"dflash_config": {"conv_kernel_size": 2}}, "dynamic convolution"),
+        ({"dflash_config": {"conv_kernel_size": 2}}, "a DFlash 2 draft"),
         ({"v_head_dim": 64}, "values of another width"),
         ({"has_own_lm_head": True}, "head of its own"),
     ],
