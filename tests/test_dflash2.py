@@ -248,6 +248,20 @@ def test_a_walk_coupled_to_the_noise_is_accepted_more_often(pair):
     assert (alone == choices).float().mean() < 0.8
 
 
+def test_three_sampled_tokens_are_distributed_as_generate_distributes_them(monkeypatch):
+    """20,000 triples with the draft and without, as in the sampling tests; right code fails once in 10,000 seeds."""
+    from test_sampling import triples, two_sample_excess
+
+    target = tiny.target("qwen3")
+    draft = tiny.draft(target, block_size=3, **tiny.SECOND)
+    monkeypatch.setattr("dflash_hub.cache_dflash.BUCKET", 16)
+    asked = {"top_k": 5, "top_p": 0.9, "temperature": 1.3}
+    torch.manual_seed(1)
+    plain = triples(target, **asked)
+    torch.manual_seed(0)
+    assert two_sample_excess(plain, triples(target, **asked, custom_generate=draft.speculate)) < 0
+
+
 def test_transformers_own_loop_runs_it_without_the_selector(pair):
     target, draft = pair
     ids = tiny.prompt(9)

@@ -439,7 +439,8 @@ def test_a_target_that_is_gone_is_not_kept_alive():
     assert gone() is None
 
 
-def test_graphs_work_on_inputs_and_outputs_that_stay_where_they_are(pair, monkeypatch):
+@pytest.mark.parametrize("second", [{}, tiny.SECOND], ids=["dflash", "dflash2"])
+def test_graphs_work_on_inputs_and_outputs_that_stay_where_they_are(pair, second, monkeypatch):
     """Where there is no GPU, a recording that runs its function again stands for a CUDA graph; all else is the same."""
     from dflash_hub import capture_dflash
 
@@ -459,7 +460,8 @@ def test_graphs_work_on_inputs_and_outputs_that_stay_where_they_are(pair, monkey
         return replay, outputs
 
     monkeypatch.setattr(capture_dflash, "record", record)
-    target, draft = pair
+    target = pair[0]
+    draft = tiny.draft(target, **second)
     plain = target.generate(**PADDED, max_new_tokens=60, do_sample=False)
     ours = target.generate(
         **PADDED, max_new_tokens=60, do_sample=False, custom_generate=draft.speculate, capture="graphs"

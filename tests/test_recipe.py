@@ -20,13 +20,12 @@ def recipe():
 
 def test_a_minute_of_the_recipe_lowers_the_loss_and_raises_acceptance_on_held_out_prompts(tmp_path, tiny_target):
     made, tokenizer = recipe(), AutoTokenizer.from_pretrained(TINY / "target")
-    options = argparse.Namespace(output_dir=tmp_path, texts=384, draft_steps=150, seed=0)
-    (tmp_path / "draft").mkdir()
+    options = argparse.Namespace(output_dir=tmp_path, texts=384, seed=0)
     rows = made.write_text(options, tiny_target, tokenizer)
     assert all(sum(row["supervised"]) == made.WIDTH - made.PROMPT for row in rows)
     torch.manual_seed(0)
-    untrained = made.fresh_draft(tiny_target).eval()
-    trained = made.make_draft(options, tiny_target, rows)
+    untrained = made.fresh_draft(tiny_target, "dflash2").eval()
+    trained = made.make_draft(tmp_path, tiny_target, rows, made.Training("draft", "dflash2", 150, seed=0))
     losses = [line["loss"] for line in json.loads((tmp_path / "draft" / "log.json").read_text()) if "loss" in line]
     assert losses[-1] < 0.8 * losses[0]
     before, after = (made.measure(draft, tiny_target, tokenizer, 6) for draft in (untrained, trained))

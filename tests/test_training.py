@@ -21,6 +21,8 @@ KINDS = {
     "sliding and causal": SLIDING,
     "sliding, not causal": SLIDING | {"is_causal": False},
     "one layer causal": {"is_causal": [True, False]},
+    "dflash2": tiny.SECOND,
+    "dflash2, sliding": tiny.SECOND | SLIDING | {"is_causal": False, "input_embedding_scale": 1.5},
 }
 
 

@@ -9,6 +9,8 @@ from huggingface_hub import ModelCard
 
 PLOT = "training.png"
 _HEADING = "## Training"
+_UNMEASURED = "Nothing yet: no acceptance length and no speed have been measured for this draft."
+_MEASURED = "Acceptance length, on held-out text, in the section on training. No speed has been measured for this draft."
 
 
 def write_progress(folder: Path, history: list[dict[str, float]], facts: dict[str, Any]) -> None:
@@ -23,6 +25,8 @@ def write_progress(folder: Path, history: list[dict[str, float]], facts: dict[st
     card = ModelCard(path.read_text(encoding="utf-8"))
     before, _, rest = card.text.partition(_HEADING)
     following = rest[rest.index("\n## ") + 1 :] if "\n## " in rest else ""
+    if _last(history, "eval_acceptance_length") is not None:
+        before = before.replace(_UNMEASURED, _MEASURED)
     card.text = before.rstrip() + "\n\n" + section(history, facts, drawn) + "\n" + following
     card.save(path)
 

@@ -1,8 +1,9 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""Make the tiny pair anew: a target that writes Python, trained on Python's own library, and a DFlash draft for it.
+"""Make the tiny pair anew: a target that writes Python, trained on Python's own library, and two drafts for it.
 
     python examples/tiny_pair/train.py --output-dir tiny_pair
+    python examples/tiny_pair/train.py --output-dir tiny_pair --compare 1000   # afterwards: both kinds, three seeds
 
 Needs `pip install "dflash-hub[train]"`, two cores and less than an hour; nothing is downloaded. A stage that finished
 is not run again, so an interrupted run goes on where it was. The stages:
@@ -10,13 +11,14 @@ is not run again, so an interrupted run goes on where it was. The stages:
 1. tokenizer: byte-level BPE of 512 tokens, on the sources of the standard library, without the held-out files;
 2. target: Qwen3 with 6 layers of 128, on the same sources;
 3. text: what the target itself writes, greedily, after passages of those sources;
-4. draft: trained with `DFlashTrainer` on that text;
-5. acceptance length over the held-out prompts.
+4. draft: a DFlash draft, trained with `DFlashTrainer` on that text; draft2: a DFlash 2 draft, likewise;
+5. acceptance length of both over the held-out prompts, one line of JSON for each.
 """
 
 import argparse
 import json
 import sysconfig
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +39,14 @@ from transformers import (
 from dflash_hub import DFlashDraftSpec, load_draft
 from dflash_hub.evaluation import compare
 from dflash_hub.training import DFlashTrainer, DFlashTrainingArguments
+from dflash_hub.training.trainer import last_checkpoint
 
 HERE = Path(__file__).parent
 PROMPTS = [json.loads(line) for line in (HERE / "prompts.jsonl").read_text(encoding="utf-8").splitlines()]
 WIDTH, PROMPT = 256, 150
 SKIPPED = {"site-packages", "test", "tests", "idlelib"}
+SHAPE = {"block_size": 8, "num_hidden_layers": 2, "target_layer_ids": [1, 2, 4], "mask_token_id": 1}
+SELECTOR = {"selector_rank": 32, "selector_top_k": 8}
 
 
 def main() -> None:
@@ -50,8 +55,15 @@ def main() -> None:
     tokenizer = make_tokenizer(options.output_dir)
     target = make_target(options, tokenizer)
     rows = write_text(options, target, tokenizer)
-    draft = make_draft(options, target, rows)
-    print(json.dumps(measure(draft, target, tokenizer)))
+    if options.compare:
+        compare_kinds(options, target, tokenizer, rows)
+        return
+    for name, variant, steps in (
+        ("draft", "dflash", options.draft_steps),
+        ("draft2", "dflash2", options.second_draft_steps),
+    ):
+        draft = make_draft(options.output_dir, target, rows, Training(name, variant, steps, options.seed))
+        print(json.dumps({"draft": name} | measure(draft, target, tokenizer)), flush=True)
 
 
 def arguments() -> argparse.Namespace:
@@ -59,7 +71,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--output-dir", type=Path, default=Path("tiny_pair"))
     parser.add_argument("--target-steps", type=int, default=2500, help="of 16 rows of 256 tokens")
     parser.add_argument("--texts", type=int, default=12288, help="passages that the target goes on from")
-    parser.add_argument("--draft-steps", type=int, default=5000, help="of 12 rows of 256 tokens, 32 anchors each")
+    parser.add_argument("--draft-steps", type=int, default=4500, help="of 12 rows of 256 tokens, 32 anchors each")
+    parser.add_argument("--second-draft-steps", type=int, default=2700, help="likewise, of the DFlash 2 draft")
+    parser.add_argument("--compare", type=int, default=0, help="train both kinds alike, for so many steps, three seeds")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
@@ -162,17 +176,28 @@ def write_text(options: argparse.Namespace, target: Any, tokenizer: Any) -> list
     return [{"input_ids": ids, "supervised": supervised} for ids in torch.load(file).tolist()]
 
 
-def make_draft(options: argparse.Namespace, target: Any, rows: list[dict[str, list[int]]]) -> Any:
-    folder = options.output_dir / "draft"
+@dataclass(frozen=True)
+class Training:
+    """How a draft is trained: the folder it goes to, its kind, steps, and the seed of its weights and anchors."""
+
+    name: str
+    variant: str
+    steps: int
+    seed: int
+
+
+def fresh_draft(target: Any, variant: str = "dflash") -> Any:
+    return DFlashDraftSpec("tiny").build(target.config, variant, **SHAPE, **(SELECTOR if variant == "dflash2" else {}))
+
+
+def make_draft(home: Path, target: Any, rows: list[dict[str, list[int]]], training: Training) -> Any:
+    folder = home / training.name
     if not (folder / "model.safetensors").exists():
-        set_seed(options.seed)
-        shape = {"block_size": 8, "num_hidden_layers": 2, "target_layer_ids": [1, 2, 4], "mask_token_id": 1}
-        draft = DFlashDraftSpec("tiny").build(target.config, **shape)
+        set_seed(training.seed)
         args = DFlashTrainingArguments(
-            options.output_dir / "runs" / "draft",
-            max_steps=options.draft_steps,
+            home / "runs" / training.name,
+            max_steps=training.steps,
             per_device_train_batch_size=12,
-            per_device_eval_batch_size=12,
             num_anchors=32,
             max_length=WIDTH,
             learning_rate=3e-3,
@@ -181,23 +206,34 @@ def make_draft(options: argparse.Namespace, target: Any, rows: list[dict[str, li
             save_steps=1000,
             save_total_limit=1,
             report_to="none",
-            seed=options.seed,
+            seed=training.seed,
         )
-        trainer = DFlashTrainer(draft, target, args, train_dataset=rows)
-        trainer.train()
+        trainer = DFlashTrainer(fresh_draft(target, training.variant), target, args, train_dataset=rows)
+        trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir) is not None)
         trainer.save_model(folder)
         (folder / "log.json").write_text(json.dumps(trainer.state.log_history), encoding="utf-8")
     return load_draft(folder).eval()
 
 
-def measure(draft: Any, target: Any, tokenizer: Any) -> dict[str, Any]:
+def measure(draft: Any, target: Any, tokenizer: Any, prompts: int = len(PROMPTS)) -> dict[str, Any]:
     """Greedy, the last 150 tokens of each held-out prompt, 96 new tokens, the end token off."""
     target.generation_config.eos_token_id = None
-    rows = [tokenizer(prompt["prompt"], return_tensors="pt").input_ids[:, -PROMPT:] for prompt in PROMPTS]
+    texts = [prompt["prompt"] for prompt in PROMPTS[:prompts]]
+    rows = [tokenizer(text, return_tensors="pt").input_ids[:, -PROMPT:] for text in texts]
     results = [compare(draft, target, row, max_new_tokens=96) for row in rows]
     total = sum(results[1:], results[0])
     lengths = sorted(round(result.acceptance_length, 2) for result in results)
     return {"acceptance_length": total.acceptance_length, "by_prompt": lengths, "identical": total.identical}
+
+
+def compare_kinds(options: argparse.Namespace, target: Any, tokenizer: Any, rows: list[dict[str, list[int]]]) -> None:
+    """Drafts of both kinds, trained alike, with three seeds; a line of JSON for each."""
+    for seed in range(3):
+        for variant in ("dflash", "dflash2"):
+            training = Training(f"compared/{variant}-{seed}", variant, options.compare, seed)
+            draft = make_draft(options.output_dir, target, rows, training)
+            figures = {"variant": variant, "seed": seed, "steps": options.compare}
+            print(json.dumps(figures | measure(draft, target, tokenizer)), flush=True)
 
 
 if __name__ == "__main__":
