@@ -32,11 +32,8 @@ class DynamicConv(nn.Module):
 
     def __init__(self, config: DFlash2Config):
         super().__init__()
-        self.taps, self.group_size, self.block_size = (
-            config.conv_kernel_size,
-            config.conv_group_size,
-            config.block_size,
-        )
+        self.taps, self.group_size = config.conv_kernel_size, config.conv_group_size
+        self.block_size = config.block_size
         groups = config.hidden_size // config.conv_group_size
         self.base_kernel = nn.Parameter(torch.zeros(2, self.taps, config.hidden_size))
         self.kernel_projection = nn.Linear(config.hidden_size, 2 * self.taps * groups, bias=False)
@@ -65,8 +62,9 @@ class CandidateSelector(nn.Module):
     def __init__(self, config: DFlash2Config):
         super().__init__()
         self.top_k = config.selector_top_k
-        self.predecessor_codebook = nn.Parameter(torch.zeros(config.vocab_size, config.selector_rank))
-        self.successor_codebook = nn.Parameter(torch.zeros(config.vocab_size, config.selector_rank))
+        shape = (config.vocab_size or 0, config.selector_rank)  # the config sees to it that the vocabulary is said
+        self.predecessor_codebook = nn.Parameter(torch.zeros(shape))
+        self.successor_codebook = nn.Parameter(torch.zeros(shape))
         self.hidden_projection = nn.Linear(config.hidden_size, config.selector_rank, bias=False)
 
     def gates(self, states: torch.Tensor, predecessors: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 PLOT = "training.png"
 _HEADING = "## Training"
 _UNMEASURED = "Nothing yet: no acceptance length and no speed have been measured for this draft."
-_MEASURED = "Acceptance length, on held-out text, in the section on training. No speed has been measured for this draft."
+_MEASURED = "Acceptance length on held-out text: see the section on training. No speed was measured for this draft."
 
 
 def write_progress(folder: Path, history: list[dict[str, float]], facts: dict[str, Any]) -> None:
