@@ -48,11 +48,13 @@ class DynamicConv(nn.Module):
         return self._convolve(states, corrections, 1)
 
     def _convolve(self, states: torch.Tensor, corrections: torch.Tensor, side: int) -> torch.Tensor:
-        kernels = self.base_kernel[side] + corrections.repeat_interleave(self.group_size, dim=-1)  # [B, N, K, H]
         blocks = states.unflatten(1, (-1, min(self.block_size, states.shape[1])))
-        result = kernels[:, :, 0] * states
-        for tap in range(1, self.taps):
-            result = result + kernels[:, :, tap] * pad(blocks, (0, 0, tap, 0))[:, :, :-tap].flatten(1, 2)
+        result = torch.zeros_like(states)
+        for tap in range(self.taps):
+            moved = pad(blocks[:, :, : blocks.shape[2] - tap], (0, 0, tap, 0)).flatten(1, 2) if tap else states
+            groups = moved.unflatten(-1, (-1, self.group_size))
+            correction = (corrections[:, :, tap, :, None] * groups).flatten(-2)
+            result = torch.addcmul(result + correction, self.base_kernel[side, tap], moved)
         return result
 
 
