@@ -347,6 +347,16 @@ def test_training_reports_recall_and_selector_accuracy_and_learns_every_part(tmp
     assert digests(load_draft(tmp_path / "saved")) == after
 
 
+@pytest.mark.parametrize("options", [{"bf16": True}, {"distillation": 0.5}, {"selector_loss_weight": 0.0}], ids=str)
+def test_options_of_the_trainer_hold_for_it_too(tmp_path, options):
+    import training_run
+
+    trainer = training_run.trainer(tmp_path, tiny.SECOND, **options)
+    trainer.train()
+    assert {weight.dtype for weight in trainer.model.parameters()} == {torch.float32}
+    assert trainer.state.log_history[-2]["loss"] < 8
+
+
 @pytest.mark.parametrize("how", ["ddp", "fsdp2"])
 def test_two_processes_are_one_with_twice_the_batch(tmp_path, how):
     from test_trainer import run
