@@ -84,8 +84,9 @@ class CandidateSelector(nn.Module):
             anchor `[B, 1]`: the token before them.
             weight: of what the selector adds to the scores.
         """
-        unary, candidates = scores.topk(self.top_k)  # [B, Q - 1, k]
-        first = anchor[:, None].expand(-1, 1, self.top_k)
+        known = len(self.predecessor_codebook)  # a target's head may be padded beyond its vocabulary
+        unary, candidates = scores[..., :known].topk(self.top_k)  # [B, Q - 1, k]
+        first = anchor.clamp_max(known - 1)[:, None].expand(-1, 1, self.top_k)
         gates = self.gates(states, torch.cat([first, candidates[:, :-1]], dim=1))  # [B, Q - 1, k, R]
         pairs = gates @ embedding(candidates, self.successor_codebook).mT  # [B, Q - 1, k, k], predecessor by candidate
         best = (unary.float()[:, :, None] + weight * pairs.float()).argmax(dim=-1)  # [B, Q - 1, k]

@@ -151,6 +151,17 @@ def test_the_walk_is_the_one_that_goes_step_by_step(pair, weight):
     assert not torch.equal(found, scores.argmax(-1))
 
 
+def test_a_head_that_is_padded_beyond_the_vocabulary_is_no_trouble():
+    target = tiny.target("qwen3")
+    draft = tiny.draft(target, **tiny.SECOND)
+    target.resize_token_embeddings(tiny.VOCAB + 4)
+    target.config.vocab_size = tiny.VOCAB  # as of targets whose rows are padded
+    inputs = tiny.batch(9, pads=(0, 3))
+    asked = {"max_new_tokens": 30, "do_sample": False}
+    plain = target.generate(**inputs, **asked)
+    assert torch.equal(target.generate(**inputs, **asked, custom_generate=draft.speculate), plain)
+
+
 def test_logits_are_multiplied_then_capped_and_embeddings_scaled(pair):
     target, _ = pair
     fields = {"output_multiplier": 0.5, "final_logit_softcapping": 3.0, "input_embedding_scale": 2.0}

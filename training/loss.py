@@ -41,7 +41,7 @@ class Selection:
 
         `candidates [n, k]` and their `rows [n, k, R]` of the codebook are kept: the gradient of all others is zero.
         """
-        unary, self.candidates = logits.topk(self.top_k)
+        unary, self.candidates = logits[:, : len(self.codebook)].topk(self.top_k)
         self.rows = self.codebook.detach()[self.candidates].float().requires_grad_()
         return unary + (self.rows @ gates[..., None])[..., 0]
 
