@@ -79,6 +79,7 @@ class DFlashTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        model.config.use_cache = True  # Trainer turns it off, and it would be saved so
         if getattr(target, "hf_device_map", None) is None and not getattr(target, "is_quantized", False):
             target = target.to(args.device)
         self.target = target

@@ -145,6 +145,7 @@ def make_target(options: argparse.Namespace, tokenizer: Any) -> Any:
         windows = Windows(tokens_of(tokenizer), WIDTH, 16 * options.target_steps, options.seed)
         trainer = Trainer(target, args, train_dataset=windows)
         trainer.train()
+        target.config.use_cache = True  # Trainer turns it off
         target.save_pretrained(folder)
         (folder / "log.json").write_text(json.dumps(trainer.state.log_history), encoding="utf-8")
     return AutoModelForCausalLM.from_pretrained(folder).eval()
