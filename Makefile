@@ -9,7 +9,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	@touch $@
 
-.PHONY: demo test check clean
+.PHONY: demo test check pair clean
 demo: $(VENV)/.ready  ## the target's own text and DFlash's beside it, on the built-in pair, offline
 	@HF_HUB_OFFLINE=1 $(BIN)/dflash-hub demo
 
@@ -18,6 +18,9 @@ test: $(VENV)/.ready  ## the tests
 
 check: $(VENV)/.ready  ## everything that CI checks
 	@bash .ci/run
+
+pair: $(VENV)/.ready  ## train the built-in pair anew, into tiny_pair/; less than an hour on two cores
+	@$(BIN)/python examples/tiny_pair/train.py --output-dir tiny_pair
 
 clean:
 	rm -rf $(VENV) .venv-* build dist *.egg-info .mypy_cache .ruff_cache

@@ -203,7 +203,7 @@ def make_draft(home: Path, target: Any, rows: list[dict[str, list[int]]], traini
             max_length=WIDTH,
             learning_rate=3e-3,
             adam_beta2=0.98,
-            logging_steps=100,
+            logging_steps=50,
             save_steps=1000,
             save_total_limit=1,
             report_to="none",
