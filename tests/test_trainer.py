@@ -127,7 +127,8 @@ def test_learning_shows_in_loss_and_acceptance_on_held_out_text(tmp_path, tiny_t
 
     torch.manual_seed(0)
     shape = {"block_size": 8, "num_hidden_layers": 1, "target_layer_ids": [1, 2, 4], "mask_token_id": 1}
-    draft = DFlashDraftSpec("tiny").build(tiny_target.config, **shape)
+    selector = {"selector_rank": 16, "selector_top_k": 8}
+    draft = DFlashDraftSpec("tiny").build(tiny_target.config, "dflash2", **shape, **selector)
     prompt = torch.randint(2, 512, (64, 8))
     text = tiny_target.generate(
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=88, min_new_tokens=88, do_sample=False
