@@ -7,12 +7,14 @@ import torch
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 import tiny
+from dflash_hub import DecodeStatistics, load_draft
 from dflash_hub.drafting_dflash import Drafter
 from dflash_hub.target_dflash import Target, embed_noise
 from dflash_hub.training import loss as loss_module
 from dflash_hub.training.blocks import Blocks, Rows, default_gamma, draw_anchors
 from dflash_hub.training.loss import Scores, weighted_loss
 from dflash_hub.training.objective import Figures, Objective, Recipe, count
+from paths import TINY
 
 SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 7}
 KINDS = {
@@ -218,3 +220,30 @@ def test_expected_acceptance_is_that_of_whole_prefixes_and_blocks_cut_short_do_n
     assert figures.by_position == pytest.approx((2 / 3, 1.0, 0.5))
     assert figures.acceptance_length == pytest.approx(1 + 2 / 3 + 2 / 3 * 1 + 0)
     assert figures.accuracy == pytest.approx(5 / 7)
+
+
+@pytest.mark.parametrize("folder", ["draft", "draft2"])
+@torch.no_grad()
+def test_what_training_counts_as_right_is_what_decoding_accepts(folder, tiny_target):
+    """Cycle by cycle on the trained pair: leaping from anchor to anchor by what training counts gives decoding's text."""
+    draft, statistics = load_draft(TINY / folder).eval(), DecodeStatistics()
+    ids = torch.arange(40, 80)[None]
+    asked = {"attention_mask": torch.ones_like(ids), "do_sample": False, "eos_token_id": None}
+    text = tiny_target.generate(ids, **asked, max_new_tokens=100)
+    tiny_target.generate(ids, **asked, max_new_tokens=80, custom_generate=draft.speculate, statistics=statistics)
+    every = torch.ones_like(text)
+    objective = Objective(draft.config, tiny_target, Recipe(attention="dense"))
+    blocks = objective.blocks(Rows(text, every.bool(), every), torch.arange(40, 120)[None])
+    features, _ = objective.target.read(blocks.rows, False)
+    states = objective.states(draft, blocks, embed_noise(objective.target.embed, blocks.noise_ids(1)), features)
+    scores = objective._scores(draft, blocks, states[blocks.counted.flatten(1)], None)
+    weighted_loss(states[blocks.counted.flatten(1)], scores, 512)
+    right = torch.zeros_like(blocks.counted)
+    right[blocks.counted] = scores.correct
+    accepted = right[0, :, 1:].int().cumprod(-1).sum(-1).tolist()
+    committed, place = [], 0
+    while place < 79:
+        committed.append(min(accepted[place] + 1, 79 - place))
+        place += accepted[place] + 1
+    assert statistics.committed == committed
+    assert len(set(committed)) > 1
