@@ -225,7 +225,7 @@ def test_expected_acceptance_is_that_of_whole_prefixes_and_blocks_cut_short_do_n
 @pytest.mark.parametrize("folder", ["draft", "draft2"])
 @torch.no_grad()
 def test_what_training_counts_as_right_is_what_decoding_accepts(folder, tiny_target):
-    """Cycle by cycle on the trained pair: leaping from anchor to anchor by what training counts gives decoding's text."""
+    """On the trained pair: leaping from anchor to anchor by what training counts gives the cycles of decoding."""
     draft, statistics = load_draft(TINY / folder).eval(), DecodeStatistics()
     ids = torch.arange(40, 80)[None]
     asked = {"attention_mask": torch.ones_like(ids), "do_sample": False, "eos_token_id": None}
