@@ -45,6 +45,8 @@ class Drafter:
         self.hidden: Any = None  # [B, S], columns that hold no context
         self.offset: Any = None  # [B], the column at which each row's text begins
         self.noise_ids: Any = None  # [B, Q - 1], mask tokens
+        self.logits: Any = None  # [B, Q - 1, V], of the last block
+        self.picked: Any = None  # [B, Q - 1], what it proposes by its logits alone
         self.states: Any = None  # [B, Q - 1, H], of the last block
         self.anchor: Any = None  # [B, 1], of the last block
 
@@ -106,8 +108,9 @@ class Drafter:
             self.masks = Masks(self.hidden, home, self.size)
         self.anchor = anchor
         with self.attention.active(self.masks, self.cache.length):
-            logits, self.states = self.block(anchor, self.context, self.start, home)
-        return logits.to(start.device)
+            logits, self.picked, self.states = self.block(anchor, self.context, self.start, home)
+        self.logits = logits.to(start.device)
+        return self.logits
 
     def pick(self, scores: torch.Tensor, weight: float = 1.0) -> torch.Tensor:
         """The tokens `[B, Q - 1]` that the last block proposes.
@@ -116,13 +119,18 @@ class Drafter:
             scores `[B, Q - 1, V]`: its logits, or what processors and noise made of them.
             weight: of what the draft adds to them, which processors did not see.
         """
+        if scores is self.logits:
+            return self.picked.to(scores.device)
         home = self.states.device
         return self.draft.pick(scores.to(home), self.states, self.anchor.to(home), weight).to(scores.device)
 
     def _block(
         self, anchor: torch.Tensor, context: torch.Tensor, context_start: torch.Tensor, start: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits `[B, Q - 1, V]` and states `[B, Q - 1, H]`; nothing here depends on anything but tensors."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Logits `[B, Q - 1, V]`, the tokens `[B, Q - 1]` that they alone propose, and states `[B, Q - 1, H]`.
+
+        Nothing here depends on anything but tensors.
+        """
         self.masks.move(start)
         columns = start[:, None] + self.masks.steps  # [B, Q]
         before = context_start[:, None] + torch.arange(context.shape[1], device=start.device)
@@ -131,7 +139,8 @@ class Drafter:
         noise_embeds = self._at_home(embed_noise(self.embed, torch.cat([anchor, self.noise_ids], dim=1)))
         positions = self._positions(torch.cat([before, columns], dim=1))
         states = self.draft(noise_embeds, context, self.no_masks, positions, self.cache).last_hidden_state[:, 1:]
-        return self.draft.logits(states.to(self.head_device, self.head_dtype), self.head), states
+        logits = self.draft.logits(states.to(self.head_device, self.head_dtype), self.head)
+        return logits, self.draft.pick(logits.to(start.device), states, anchor.to(start.device), 1.0), states
 
     def _positions(self, columns: torch.Tensor) -> torch.Tensor:
         """Positions in each row's text of `columns [B, N]`."""
