@@ -166,3 +166,21 @@ def test_files_of_every_kind_are_read(tmp_path, name):
         "parquet": lambda: table.to_parquet(path),
     }[path.suffix[1:]]()
     assert load_rows(str(path))[:]["text"] == ["one\ntwo"]
+
+
+def test_an_empty_file_and_a_stream_of_nothing_usable_are_told_so(tmp_path):
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(ValueError, match="empty.jsonl is empty"):
+        load_rows(str(tmp_path / "empty.jsonl"))
+    (tmp_path / "short.jsonl").write_text('{"input_ids": [5, 6]}\n' * 5)
+    for streaming in (False, True):
+        rows = load_rows(str(tmp_path / "short.jsonl"), streaming=streaming)
+        with pytest.raises(ValueError, match="No row can be trained on: 0 documents; left out: 5 too short"):
+            prepare(rows, Reading(None, block_size=8, mask_token_id=1))
+
+
+def test_a_stream_is_counted_from_its_beginning(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"input_ids": [5, 6, 7, 8, 9]}\n{"input_ids": [5]}\n' * 3)
+    packed, report = prepare(load_rows(str(tmp_path / "rows.jsonl"), streaming=True), Reading(None, 4, 1))
+    assert len(list(packed)) == 1
+    assert (report.kept, report.dropped["too short"]) == (3, 3)

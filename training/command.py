@@ -43,6 +43,8 @@ class TrainOptions:
     variant: str = field(
         default="dflash", metadata={"help": "Kind of a fresh draft.", "choices": ["dflash", "dflash2"]}
     )
+    selector_rank: int | None = field(default=None, metadata={"help": "Of a fresh DFlash 2 draft; 256 unless said."})
+    selector_top_k: int | None = field(default=None, metadata={"help": "Of a fresh DFlash 2 draft; 16 unless said."})
     block_size: int = field(default=16, metadata={"help": "Positions of a block, the anchor included."})
     num_layers: int = field(default=5, metadata={"help": "Layers of a fresh draft."})
     target_layer_ids: list[int] | None = field(
@@ -115,9 +117,15 @@ def build(options: TrainOptions, args: DFlashTrainingArguments) -> DFlashTrainer
         draft.card_metadata = {"base_model": options.target}
     rows, held_out = _split(options, args)
     trainer = DFlashTrainer(draft, target, args, rows, held_out, tokenizer)
+    if not options.streaming:
+        tell_data(trainer)
+    return trainer
+
+
+def tell_data(trainer: DFlashTrainer) -> None:
+    """How many documents there are, and how many were left out; of a stream, as far as it was read."""
     for name, report in trainer.reports.items():
         console.print(f"{name} data: {report}", style="dim")
-    return trainer
 
 
 def _split(options: TrainOptions, args: DFlashTrainingArguments) -> tuple[Any, Any]:
@@ -139,6 +147,9 @@ def make_draft(options: TrainOptions, target: Any, tokenizer: Any) -> Any:
         return load_draft(options.draft, revision=options.draft_revision, dtype=torch.float32)
     shape: dict[str, Any] = {"block_size": options.block_size, "num_hidden_layers": options.num_layers}
     shape |= {"is_causal": True} if options.causal else {}
+    for name in ("selector_rank", "selector_top_k"):
+        if getattr(options, name) is not None:
+            shape[name] = getattr(options, name)
     if options.target_layer_ids:
         shape["target_layer_ids"] = options.target_layer_ids
     if options.sliding_window:
@@ -178,6 +189,8 @@ def finish(trainer: DFlashTrainer, options: TrainOptions) -> None:
     trainer.save_model(folder, _internal_call=True)
     if not trainer.is_world_process_zero():
         return
+    if options.streaming:
+        tell_data(trainer)
     console.print(f"The draft is in [bold]{folder}[/bold].")
     if trainer.args.push_to_hub:
         trainer.create_model_card()

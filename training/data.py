@@ -64,7 +64,7 @@ def load_rows(data: str, name: str | None = None, split: str = "train", streamin
     """A local file (JSONL, JSON, Parquet, CSV, text) or folder, or a dataset on the Hub.
 
     Raises:
-        ValueError: a file of another kind.
+        ValueError: a file of another kind, or an empty one.
         OSError: there is none such.
     """
     from datasets import load_dataset
@@ -76,6 +76,8 @@ def load_rows(data: str, name: str | None = None, split: str = "train", streamin
         return load_dataset(data, name, split=split, streaming=streaming)
     if path.suffix not in _FORMATS:
         raise ValueError(f"{data} is of no kind that is read; give one of {', '.join(_FORMATS)}, or a Hub dataset.")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{data} is empty.")
     extra = {"sample_by": "document"} if path.suffix == ".txt" else {}
     return load_dataset(_FORMATS[path.suffix], data_files=data, split="train", streaming=streaming, **extra)
 
@@ -107,14 +109,16 @@ def prepare(rows: Any, reading: Reading) -> tuple[Any, Report]:
         found = Counter(documents["dropped"])
         report.kept, report.dropped = found.pop("", 0), found
         documents = documents.filter(lambda reason: not reason, input_columns="dropped")
-        if not report.kept:
-            raise ValueError(
-                f"No row can be trained on: {report}. A row must have at least {reading.block_size} tokens, the "
-                "block_size, and two supervised ones in succession."
-            )
     packed = documents.map(
         partial(pack, length=reading.max_length if reading.packing else 0), batched=True, remove_columns=["dropped"]
     )
+    if next(iter(packed), None) is None:
+        raise ValueError(
+            f"No row can be trained on: {report}. A row must have at least {reading.block_size} tokens, the "
+            "block_size, and two supervised ones in succession."
+        )
+    if streamed:  # it begins anew
+        report.kept, report.dropped = 0, Counter()
     return packed, report
 
 
