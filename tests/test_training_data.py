@@ -170,7 +170,7 @@ def test_files_of_every_kind_are_read(tmp_path, name):
 
 def test_an_empty_file_and_a_stream_of_nothing_usable_are_told_so(tmp_path):
     (tmp_path / "empty.jsonl").write_text("")
-    with pytest.raises(ValueError, match="empty.jsonl is empty"):
+    with pytest.raises(ValueError, match=r"empty\.jsonl is empty"):
         load_rows(str(tmp_path / "empty.jsonl"))
     (tmp_path / "short.jsonl").write_text('{"input_ids": [5, 6]}\n' * 5)
     for streaming in (False, True):
