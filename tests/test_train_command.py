@@ -66,6 +66,7 @@ def test_a_draft_is_trained_pushed_and_used_by_a_stranger(hub, repo_id, data, tm
     assert card.text.count("training.png") == 1
     assert "accuracy at positions 1 to 7" in card.text
     assert "Nothing yet" not in card.text
+    assert "learning rate 0.0006, cosine schedule" in card.text
     assert "held-out prompts decoded greedily" in card.text
     files = HfApi().list_repo_files(repo_id)
     assert {"training.png", "README.md", "modeling_dflash.py", "custom_generate/generate.py"} <= set(files)

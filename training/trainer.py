@@ -186,11 +186,16 @@ class DFlashTrainer(Trainer):
         return {
             "steps": f"{self.state.global_step:,} of {rows} rows, up to {args.max_length:,} tokens each",
             "anchors": f"up to {args.num_anchors} in a row, gamma {self.objective.gamma:g}",
-            "loss": f"cross-entropy, {args.distillation:g} of it replaced by distillation"
-            if args.distillation
-            else "cross-entropy",
-            "optimizer": f"{args.optim}, learning rate {args.learning_rate:g}, {args.lr_scheduler_type} schedule",
+            "loss": self._loss_in_words(),
+            "optimizer": f"{plain(args.optim)}, learning rate {args.learning_rate:g}, "
+            f"{plain(args.lr_scheduler_type)} schedule",
         }
+
+    def _loss_in_words(self) -> str:
+        distilled, weight = self.args.distillation, self.args.selector_loss_weight
+        words = "cross-entropy" + (f", {distilled:g} of it replaced by distillation" if distilled else "")
+        selector = self.objective.config.model_type == "dflash2"
+        return words + (f", and {weight:g} times the selector's" if selector else "")
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """As in Trainer; what was written of a checkpoint that could not be is removed.
@@ -292,6 +297,11 @@ class DFlashTrainer(Trainer):
             greedy(self.target, ids, self.args.eval_acceptance_tokens, **ways)
         draft.train(training)
         return statistics.acceptance_length
+
+
+def plain(name: Any) -> str:
+    """A name that may be one of transformers' enumerations."""
+    return str(getattr(name, "value", name))
 
 
 def last_checkpoint(folder: Any) -> Path | None:
