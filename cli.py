@@ -292,6 +292,7 @@ def regenerate(
     console.print(f"[bold]{output}[/bold] holds {done:,} rows.")
     if failed:
         console.print(f"{len(failed)} rows failed, and are tried again by the same command: {escape(failed[0])}")
+        raise typer.Exit(1)
 
 
 @app.command()

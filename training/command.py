@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
 
 from ..evaluation import compare
 from ..hub_probe import digests
@@ -112,6 +112,7 @@ def build(options: TrainOptions, args: DFlashTrainingArguments) -> DFlashTrainer
     trust = {"trust_remote_code": options.trust_remote_code}
     tokenizer = AutoTokenizer.from_pretrained(options.target, **trust)
     target = AutoModelForCausalLM.from_pretrained(options.target, dtype=options.target_dtype, **trust)
+    set_seed(args.seed)  # a fresh draft's weights too
     draft = make_draft(options, target, tokenizer)
     if not Path(options.target).exists():
         draft.card_metadata = {"base_model": options.target}
