@@ -175,6 +175,7 @@ class DFlashDraftModel(DFlashPreTrainedModel):
             ValueError: a width or length that does not fit this draft, with both numbers.
         """
         self._check_inputs(noise_embeds, context_hidden_states)
+        noise_embeds = self.scale_embeds(noise_embeds)
         if use_cache and past_key_values is None:
             past_key_values = rewindable_cache(self.config)
         new = context_hidden_states.shape[1] + noise_embeds.shape[1]
@@ -214,6 +215,10 @@ class DFlashDraftModel(DFlashPreTrainedModel):
         for index, layer in enumerate(self.layers):
             attention: Any = layer.self_attn
             past_key_values.update(*attention.keys_and_values(features, position_embeddings), index)
+
+    def scale_embeds(self, noise_embeds: torch.Tensor) -> torch.Tensor:
+        """What the layers are given of `noise_embeds [B, Q, H]`: those themselves."""
+        return noise_embeds
 
     def logits(self, states: torch.Tensor, head: Any) -> torch.Tensor:
         """The target's `head` of `states [..., H]`: `[..., V]`."""

@@ -15,8 +15,6 @@ import torch
 from torch import nn
 from torch.nn.functional import embedding, pad
 from transformers import initialization as init
-from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .configuration_dflash2 import DFlash2Config
 from .dflash2 import DFlash2DraftModel as EnginesEntry
@@ -138,34 +136,16 @@ class DFlash2DraftModel(DFlashDraftModel):
             init.normal_(module.predecessor_codebook, std=self.config.initializer_range)
             init.zeros_(module.successor_codebook)
 
-    def forward(
-        self,
-        noise_embeds: torch.Tensor,
-        context_hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | dict[Any, Any] | None = None,
-        position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        use_cache: bool | None = None,
-        **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
-        """As in DFlash 1. `noise_embeds [B, N, H]` may be several blocks, one after the other, as in training.
+    def scale_embeds(self, noise_embeds: torch.Tensor) -> torch.Tensor:
+        """`noise_embeds [B, N, H]`, which may be several blocks, one after the other, as in training; scaled.
 
         Raises:
-            ValueError: a width or length that does not fit this draft, with both numbers.
+            ValueError: they are no whole blocks.
         """
-        length, size = noise_embeds.shape[1], self.config.block_size
+        length, size, scale = noise_embeds.shape[1], self.config.block_size, self.config.input_embedding_scale
         if length > size and length % size:
             raise ValueError(f"noise_embeds has {length} positions, which are no whole blocks of {size}.")
-        scale = self.config.input_embedding_scale
-        return super().forward(
-            noise_embeds if scale == 1 else noise_embeds * scale,
-            context_hidden_states,
-            attention_mask,
-            position_ids,
-            past_key_values,
-            use_cache,
-            **kwargs,
-        )
+        return noise_embeds if scale == 1 else noise_embeds * scale
 
     def logits(self, states: torch.Tensor, head: Any) -> torch.Tensor:
         """The target's `head` of `states [..., H]`, multiplied and then soft-capped as the config says: `[..., V]`."""

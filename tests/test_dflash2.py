@@ -20,7 +20,6 @@ from dflash_hub import (
     load_draft,
     resolve_dflash_draft_spec,
 )
-from dflash_hub.cache_dflash import rewindable_cache
 from dflash_hub.hub_probe import digests
 from dflash_hub.publishing import publish
 from dflash_hub.registry import CATALOGUE, drafts_for
@@ -42,21 +41,6 @@ def pair():
 
 
 # The original implementation --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@torch.no_grad()
-def test_hidden_states_agree_with_the_original_code_without_and_with_cache(attention):
-    data = load_file(GOLDEN / "golden.safetensors")
-    draft = DFlash2DraftModel.from_pretrained(GOLDEN / "draft", attn_implementation=attention)
-    noise, context = data["noise_embeds"], data["context_features"]
-    plain = draft(noise, context, position_ids=data["position_ids"]).last_hidden_state
-    torch.testing.assert_close(plain, data["hidden"], atol=2e-5, rtol=0)
-    cache, half = rewindable_cache(draft.config), context.shape[1] // 2
-    draft(noise, context[:, :half], past_key_values=cache)
-    cache.crop(-noise.shape[1])
-    cached = draft(noise, context[:, half:], past_key_values=cache).last_hidden_state
-    torch.testing.assert_close(cached, data["hidden_cached"], atol=2e-5, rtol=0)
 
 
 def test_candidates_and_path_are_those_of_the_original_code():
@@ -286,25 +270,20 @@ def test_transformers_own_loop_runs_it_without_the_selector(pair):
 
 def plain_selector_loss(draft, target, states, rows, anchors, gamma: float, weight: float):
     """The sum of both losses, position by position, by what is written in the definition."""
+    from test_training import counted_places
+
     total, selector = 0.0, draft.candidate_selector
-    for row, columns in enumerate(anchors.tolist()):
-        for number, column in enumerate(columns):
-            for step in range(1, states.shape[2]):
-                place = column + step
-                if column < 0 or place >= rows.input_ids.shape[1]:
-                    continue
-                if rows.documents[row, place] != rows.documents[row, column]:
-                    continue
-                state, label = states[row, number, step], rows.input_ids[row, place]
-                logits = target.lm_head(state)
-                loss = cross_entropy(logits[None], label[None])
-                candidates = logits.topk(draft.config.selector_top_k).indices
-                if label in candidates:
-                    before = selector.predecessor_codebook[rows.input_ids[row, place - 1]]
-                    gate = before * selector.hidden_projection(state)
-                    scores = logits[candidates] + selector.successor_codebook[candidates] @ gate
-                    loss = loss + weight * cross_entropy(scores[None], (candidates == label).nonzero()[0])
-                total = total + torch.exp(torch.tensor(-(step - 1) / gamma)) * loss
+    for row, number, step, place in counted_places(rows, anchors, states.shape[2]):
+        state, label = states[row, number, step], rows.input_ids[row, place]
+        logits = target.lm_head(state)
+        loss = cross_entropy(logits[None], label[None])
+        candidates = logits.topk(draft.config.selector_top_k).indices
+        if label in candidates:
+            before = selector.predecessor_codebook[rows.input_ids[row, place - 1]]
+            gate = before * selector.hidden_projection(state)
+            scores = logits[candidates] + selector.successor_codebook[candidates] @ gate
+            loss = loss + weight * cross_entropy(scores[None], (candidates == label).nonzero()[0])
+        total = total + torch.exp(torch.tensor(-(step - 1) / gamma)) * loss
     return total
 
 

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny
-from dflash_hub import DFlashConfig, DFlashDraftModel
+from dflash_hub import DFlashConfig, DFlashDraftModel, load_draft
 from dflash_hub.cache_dflash import rewindable_cache
 from dflash_hub.modeling_dflash import Qwen3DFlashDraftModel, visible_keys
 from paths import DATA, TINY
@@ -32,11 +32,11 @@ def small(**fields):
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("name", GOLDEN)
+@pytest.mark.parametrize("name", [*GOLDEN, "dflash2"])
 @torch.no_grad()
 def test_hidden_states_agree_with_the_original_code_without_and_with_cache(name, attention):
     data, home = golden(name)
-    draft = DFlashDraftModel.from_pretrained(home / "draft", attn_implementation=attention)
+    draft = load_draft(home / "draft", attn_implementation=attention)
     noise, context = data["noise_embeds"], data["context_features"]
     plain = draft(noise, context, position_ids=data["position_ids"]).last_hidden_state
     torch.testing.assert_close(plain, data["hidden"], atol=2e-5, rtol=0)

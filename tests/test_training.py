@@ -130,25 +130,30 @@ def test_flex_attention_and_the_dense_mask_give_the_same(window, causal):
 # The loss ------------------------------------------------------------------------------------------------------
 
 
+def counted_places(rows: Rows, anchors: torch.Tensor, size: int):
+    """Row, number of the block, step in the block and column of every position that counts, one by one."""
+    for row, columns in enumerate(anchors.tolist()):
+        for number, column in enumerate(columns):
+            for step in range(1, size):
+                place = column + step
+                if column < 0 or place >= rows.input_ids.shape[1]:
+                    continue
+                if rows.documents[row, place] == rows.documents[row, column] and rows.supervised[row, place]:
+                    yield row, number, step, place
+
+
 def plain_loss(states: torch.Tensor, rows: Rows, anchors: torch.Tensor, target, gamma: float, distillation: float):
     """The sum and the weights, position by position, as one would write them without a thought for cost."""
     total, weights = 0.0, 0.0
     final = target.get_decoder()(input_ids=rows.input_ids).last_hidden_state
-    for row, columns in enumerate(anchors.tolist()):
-        for number, column in enumerate(columns):
-            for step in range(1, states.shape[2]):
-                place = column + step
-                if column < 0 or place >= rows.input_ids.shape[1]:
-                    continue
-                if rows.documents[row, place] != rows.documents[row, column] or not rows.supervised[row, place]:
-                    continue
-                weight = torch.exp(torch.tensor(-(step - 1) / gamma))
-                logits = target.lm_head(states[row, number, step]).float()
-                loss = cross_entropy(logits[None], rows.input_ids[row, place][None])
-                own = log_softmax(target.lm_head(final[row, place - 1]).float(), dim=-1)
-                divergence = kl_div(log_softmax(logits, dim=-1), own, reduction="sum", log_target=True)
-                total = total + weight * ((1 - distillation) * loss + distillation * divergence)
-                weights += weight
+    for row, number, step, place in counted_places(rows, anchors, states.shape[2]):
+        weight = torch.exp(torch.tensor(-(step - 1) / gamma))
+        logits = target.lm_head(states[row, number, step]).float()
+        loss = cross_entropy(logits[None], rows.input_ids[row, place][None])
+        own = log_softmax(target.lm_head(final[row, place - 1]).float(), dim=-1)
+        divergence = kl_div(log_softmax(logits, dim=-1), own, reduction="sum", log_target=True)
+        total = total + weight * ((1 - distillation) * loss + distillation * divergence)
+        weights += weight
     return total, weights
 
 
