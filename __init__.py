@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoConfig, AutoModel
 from transformers.utils import logging
 
+from .compat_dflash import in_auto_model
 from .configuration_dflash import DFlashConfig, __version__
 from .configuration_dflash2 import DFlash2Config
 
@@ -66,7 +67,7 @@ def __getattr__(name: str) -> Any:
     value = globals()[name] = getattr(import_module(f".{_ON_DEMAND[name]}", __name__), name)
     if _ON_DEMAND[name].startswith("modeling_"):
         value.register_for_auto_class("AutoModel")
-        if value.config_class in AutoModel._model_mapping:
+        if in_auto_model(value.config_class):
             AutoModel.register(value.config_class, value, exist_ok=True)
     return value
 

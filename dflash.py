@@ -7,7 +7,9 @@ This file travels with every pushed draft. Serving engines bring their own draft
 
 from typing import Any
 
-from transformers import AutoModel, Qwen3Config
+from transformers import Qwen3Config
+
+from .compat_dflash import forget_auto_model
 
 
 class DFlashDraftModel:
@@ -19,9 +21,7 @@ class DFlashDraftModel:
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         # Older versions (5.15 is one) register what auto_map names for the config's class: every Qwen3 model that
         # AutoModel loads later in this process would then be taken for a draft.
-        registered = AutoModel._model_mapping._extra_content
-        if registered.get(Qwen3Config) is cls:
-            del registered[Qwen3Config]
+        forget_auto_model(Qwen3Config, cls)
         return cls.draft().from_pretrained(*args, **kwargs)
 
     @classmethod

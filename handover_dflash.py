@@ -17,6 +17,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache, LinearAttentionLayer
 
 from .cache_dflash import ColumnLayer
+from .compat_dflash import set_columns_seen
 from .drafting_dflash import Drafter
 from .target_dflash import Target
 
@@ -57,7 +58,7 @@ def take_over(cache: Cache | None, target: Target, drafter: Drafter) -> int:
 def _take_keys(ours: ColumnLayer, theirs: Any, columns: int) -> None:
     if type(theirs).__name__ not in ("DynamicLayer", "DynamicSlidingWindowLayer"):
         raise ValueError(
-            f"past_key_values holds a {type(theirs).__name__}; pass a DynamicCache, whose keys can be read as they are."
+            f"The cache holds a {type(theirs).__name__}; pass a DynamicCache, whose keys can be read as they are."
         )
     ours.lazy_initialization(theirs.keys, theirs.values)
     ours.fill(columns - theirs.keys.shape[2], theirs.keys, theirs.values)
@@ -109,7 +110,7 @@ def _give_keys(ours: ColumnLayer, theirs: Any, columns: int) -> None:
         theirs.lazy_initialization(keys, values)
     theirs.keys, theirs.values = keys, values
     if window is not None:
-        theirs.cumulative_length = columns
+        set_columns_seen(theirs, columns)
 
 
 def _complete(pair: Any, sequences: torch.Tensor, columns: int) -> None:

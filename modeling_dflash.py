@@ -28,6 +28,7 @@ from transformers.models.qwen3.modeling_qwen3 import (
 )
 
 from .cache_dflash import rewindable_cache
+from .compat_dflash import attention_name, cache_field, cache_name
 from .configuration_dflash import SLIDING, DFlashConfig
 from .repository_dflash import RepositoryMixin
 from .speculate_dflash import Speculate, spec_generate
@@ -44,6 +45,11 @@ class DFlashRotaryEmbedding(Qwen3RotaryEmbedding):
             setattr(self, name, getattr(fresh, name).to(getattr(self, name).device))
         self.max_seq_len_cached = fresh.max_seq_len_cached
         return self
+
+
+CACHE = cache_name(Qwen3DecoderLayer.forward)
+CACHE_FIELD = cache_field(BaseModelOutputWithPast)
+"""What a decoder layer calls the cache that it hands to its attention, and an output the one that it holds."""
 
 
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -66,12 +72,15 @@ class DFlashAttention(Qwen3Attention):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None,
         context_hidden_states: torch.Tensor,
+        cache: Cache | None = None,
         past_key_values: Cache | None = None,
         position_ids: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attend from `hidden_states [B, Q, H]` to the past, `context_hidden_states [B, C, H]` and themselves.
+
+        The past is `cache`, which decoder layers before transformers 5.24 call `past_key_values`.
 
         `position_ids` and `use_cache` come from the decoder layer and are not passed on: attention kernels would
         read the first as packing.
@@ -80,12 +89,11 @@ class DFlashAttention(Qwen3Attention):
         query = self.q_norm(self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
         query = rotate(query, *position_embeddings)
         key, value = self.keys_and_values(sources, position_embeddings)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)  # [B, kv heads, K, head_dim]
+        cache = past_key_values if cache is None else cache
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)  # [B, kv heads, K, head_dim]
 
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(attention_name(self.config), eager_attention_forward)
         output, weights = attend(
             self,
             query,
@@ -154,6 +162,7 @@ class DFlashDraftModel(DFlashPreTrainedModel):
         position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states of a block, all positions at once.
@@ -166,20 +175,24 @@ class DFlashDraftModel(DFlashPreTrainedModel):
                 `[B, 1, Q, K]` as the attention implementation wants it, or a dict of them by layer type, or by layer
                 type and causality, `("full_attention", False)`.
             position_ids `[B, C + Q]`: of the context tokens, then of the block; counted on from the cache by default.
-            past_key_values: keys and values of earlier context. The block's are appended too; crop them afterwards.
+            cache: keys and values of earlier context. The block's are appended too; crop them afterwards.
+            past_key_values: the same, by its name before transformers 5.24.
 
         Returns:
             `last_hidden_state [B, Q, hidden_size]`: position k predicts the token at anchor + k, for k >= 1.
 
         Raises:
-            ValueError: a width or length that does not fit this draft, with both numbers.
+            ValueError: a width or length that does not fit this draft, with both numbers; or two caches.
         """
         self._check_inputs(noise_embeds, context_hidden_states)
+        if cache is not None and past_key_values is not None:
+            raise ValueError("cache and past_key_values name the same thing; pass one of them.")
+        cache = past_key_values if cache is None else cache
         noise_embeds = self.scale_embeds(noise_embeds)
-        if use_cache and past_key_values is None:
-            past_key_values = rewindable_cache(self.config)
+        if use_cache and cache is None:
+            cache = rewindable_cache(self.config)
         new = context_hidden_states.shape[1] + noise_embeds.shape[1]
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        past = cache.get_seq_length() if cache is not None else 0
         if position_ids is None:
             position_ids = torch.arange(past, past + new, device=noise_embeds.device)[None]
         if position_ids.shape[-1] != new:
@@ -187,7 +200,7 @@ class DFlashDraftModel(DFlashPreTrainedModel):
                 f"position_ids covers {position_ids.shape[-1]} positions, but the context has "
                 f"{context_hidden_states.shape[1]} tokens and the block {noise_embeds.shape[1]}: pass {new}."
             )
-        masks = self._masks(attention_mask, position_ids, noise_embeds, past_key_values)
+        masks = self._masks(attention_mask, position_ids, noise_embeds, cache)
         features = self.hidden_norm(self.fc(context_hidden_states))  # [B, C, H]
         hidden_states = noise_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
@@ -197,13 +210,13 @@ class DFlashDraftModel(DFlashPreTrainedModel):
                 hidden_states,
                 context_hidden_states=features,
                 attention_mask=masks[kind],
-                past_key_values=past_key_values,
                 position_embeddings=position_embeddings,
+                **{CACHE: cache},
                 **kwargs,
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE_FIELD: cache})
 
-    def absorb(self, context_hidden_states: torch.Tensor, position_ids: torch.Tensor, past_key_values: Cache) -> None:
+    def absorb(self, context_hidden_states: torch.Tensor, position_ids: torch.Tensor, cache: Cache) -> None:
         """Take context into the cache without predicting a block.
 
         Args:
@@ -214,7 +227,7 @@ class DFlashDraftModel(DFlashPreTrainedModel):
         position_embeddings = self.rotary_emb(features, position_ids)
         for index, layer in enumerate(self.layers):
             attention: Any = layer.self_attn
-            past_key_values.update(*attention.keys_and_values(features, position_embeddings), index)
+            cache.update(*attention.keys_and_values(features, position_embeddings), index)
 
     def scale_embeds(self, noise_embeds: torch.Tensor) -> torch.Tensor:
         """What the layers are given of `noise_embeds [B, Q, H]`: those themselves."""
@@ -251,7 +264,7 @@ class DFlashDraftModel(DFlashPreTrainedModel):
         attention_mask: torch.Tensor | dict[Any, Any] | None,
         position_ids: torch.Tensor,
         noise_embeds: torch.Tensor,
-        past_key_values: Cache | None,
+        cache: Cache | None,
     ) -> dict[tuple[str, bool], torch.Tensor | None]:
         """One mask per kind of layer, a kind being its type and its causality."""
         kinds: dict[tuple[str, bool], int] = {}
@@ -261,22 +274,22 @@ class DFlashDraftModel(DFlashPreTrainedModel):
             return {kind: attention_mask[kind if kind in attention_mask else kind[0]] for kind in kinds}
         if attention_mask is not None and attention_mask.ndim == 4:
             return dict.fromkeys(kinds, attention_mask)
-        padding = self._padding(attention_mask, position_ids, past_key_values)
+        padding = self._padding(attention_mask, position_ids, cache)
         block = position_ids[:, -noise_embeds.shape[1] :]  # [B, Q]
         masks = {}
         for (layer_type, causal), index in kinds.items():
-            length = _kv_length(past_key_values, index, position_ids.shape[-1])
+            length = _kv_length(cache, index, position_ids.shape[-1])
             window = self.config.sliding_window if layer_type == SLIDING else None
             masks[layer_type, causal] = self._mask(block, length, window, causal, padding)
         return masks
 
     def _padding(
-        self, attention_mask: torch.Tensor | None, position_ids: torch.Tensor, past_key_values: Cache | None
+        self, attention_mask: torch.Tensor | None, position_ids: torch.Tensor, cache: Cache | None
     ) -> torch.Tensor | None:
         """`attention_mask [B, past + C + Q]` as bool, or None where nothing is padded."""
         if attention_mask is None or (not torch.compiler.is_compiling() and bool(attention_mask.all())):
             return None
-        whole = position_ids.shape[-1] + (past_key_values.get_seq_length() if past_key_values is not None else 0)
+        whole = position_ids.shape[-1] + (cache.get_seq_length() if cache is not None else 0)
         if attention_mask.shape[-1] != whole:
             raise ValueError(
                 f"attention_mask covers {attention_mask.shape[-1]} positions, but past, context and block are {whole}."
@@ -288,14 +301,14 @@ class DFlashDraftModel(DFlashPreTrainedModel):
     ) -> torch.Tensor | None:
         """What the attention implementation wants for `length` keys; None where every query sees every key."""
         padding = None if padding is None else padding[:, -length:]
-        if "flash" in (self.config._attn_implementation or ""):
+        if "flash" in (attention_name(self.config) or ""):
             return padding  # causality and window are arguments of the kernel
         if not causal and padding is None and (window is None or length <= window):
             return None
         visible = visible_keys(block, length, window, causal)
         if padding is not None:
             visible = visible & padding[:, None]
-        if self.config._attn_implementation == "sdpa":
+        if attention_name(self.config) == "sdpa":
             return visible[:, None]
         dtype = self.dtype
         return torch.zeros((), dtype=dtype, device=block.device).where(visible[:, None], torch.finfo(dtype).min)
@@ -318,9 +331,9 @@ def visible_keys(block: torch.Tensor, length: int, window: int | None, causal: b
     return visible if window is None else visible & (distance.abs() < window)
 
 
-def _kv_length(past_key_values: Cache | None, layer_idx: int, new: int) -> int:
+def _kv_length(cache: Cache | None, layer_idx: int, new: int) -> int:
     """How many keys the cache will hand layer `layer_idx` once `new` are added; a sliding one forgets the oldest."""
-    layers = past_key_values.layers if past_key_values is not None else []
+    layers = cache.layers if cache is not None else []
     return layers[layer_idx].get_mask_sizes(new)[0] if layer_idx < len(layers) else new
 
 

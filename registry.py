@@ -17,11 +17,12 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
+from .compat_dflash import checkpoint_name, local_of_generate
 from .configuration_dflash import DFlashConfig
 from .layouts_dflash import variant_of
 from .modeling_dflash import DFlashDraftModel, Qwen3DFlashDraftModel
 from .modeling_dflash2 import DFlash2DraftModel
-from .speculate_dflash import Speculate, local_of_generate
+from .speculate_dflash import Speculate
 from .target_dflash import check_target
 
 # Target architectures whose drafts are the Qwen3-style stack. One more line adds one.
@@ -360,7 +361,7 @@ def _check_architectures(architectures: Any) -> None:
 
 def _name_of(config: Any) -> str | None:
     """The checkpoint that a config was read from, if it is one on the Hub."""
-    name = getattr(config, "_name_or_path", None) or None
+    name = checkpoint_name(config)
     return name if name and not Path(name).exists() else None
 
 

@@ -19,8 +19,9 @@ from typing import Any
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 from safetensors import SafetensorError
-from transformers.utils import cached_file, logging
+from transformers.utils import logging
 
+from .compat_dflash import find_file, take_over_loading
 from .configuration_dflash import check_layout
 from .custom_generate_dflash import generate as custom_generate
 from .dflash import DFlashDraftModel as EnginesEntry
@@ -34,8 +35,6 @@ TAGS = ("dflash", "speculative-decoding", "draft-model", "custom_generate")
 STALE = ["*.safetensors", "*.safetensors.index.json", "pytorch_model*"]
 # The Muse assistant of transformers keeps the feature projection in a submodule.
 _RENAMED = {"^encoder.fc": "fc", "^encoder.output_norm_enc": "hidden_norm"}
-# Asks for a file that may not be there; what stands in the way is told by the files that must be.
-_SILENT = dict.fromkeys(("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors"), False)
 _TARGETS_OWN = {"embed_tokens.weight", "lm_head.weight"}
 
 _SHORT_CARD = """---
@@ -246,7 +245,7 @@ def refuse_misfits(info: dict[str, Any], name: Any) -> None:
 
 def refuse_mask_embedding(name: Any, where: dict[str, Any]) -> None:
     """Refuse a draft trained with a mask embedding of its own, which lies in a file that no config.json mentions."""
-    if cached_file(name, "mask_embedding.pt", **where, **_SILENT) is not None:
+    if find_file(name, "mask_embedding.pt", **where) is not None:
         raise ValueError(
             f"{name} uses a trained mask embedding (mask_embedding.pt), which this version of dflash-hub does not run; "
             "it would load and draft nonsense, so it is refused."
@@ -294,10 +293,9 @@ def _weight_files(name: Any, where: dict[str, Any]) -> list[Path]:
 
     def cached(file: str) -> Path | None:
         try:
-            found = cached_file(name, file, local_files_only=True, **where, **_SILENT)
+            return find_file(name, file, local_files_only=True, **where)
         except OSError:
             return None
-        return Path(found) if found else None
 
     index = cached("model.safetensors.index.json")
     shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index else set()
@@ -323,8 +321,7 @@ def _own_config(config_class: Any, config: Any, name: Any, kwargs: dict[str, Any
             given[field] = value
     given |= {field: kwargs.pop(field) for field in fields if field in kwargs}
     own = config_class.from_dict(raw, **given)
-    own._attn_implementation = config._attn_implementation
-    own.dtype = config.dtype
+    take_over_loading(own, config)
     return own
 
 
@@ -332,8 +329,8 @@ def _source_card(name: Any, where: dict[str, Any], online: bool) -> ModelCard | 
     """The card beside the weights that were loaded, if it can be had."""
     try:
         local = Path(name) / "README.md"
-        found = local if Path(name).exists() else cached_file(name, "README.md", local_files_only=not online, **where)
-        return ModelCard(Path(found).read_text(encoding="utf-8"))
+        found = local if Path(name).exists() else find_file(name, "README.md", local_files_only=not online, **where)
+        return None if found is None else ModelCard(found.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
 

@@ -22,6 +22,15 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.utils import ModelOutput
 
 from .capture_dflash import CAPTURE, settled
+from .compat_dflash import (
+    attention_name,
+    cache_field,
+    cache_in,
+    keep_tokenizer,
+    local_of_generate,
+    made_by_user,
+    padding_token,
+)
 from .drafting_dflash import Drafter
 from .generation_dflash import DecodeStatistics, Pair, decode
 from .handover_dflash import give_back
@@ -84,11 +93,10 @@ class Speculate:
         _one_of("draft_sampling", draft_sampling, DRAFT_SAMPLING)
         _one_of("capture", capture, CAPTURE)
         noise = PositionNoise() if generation_config.do_sample else None
-        pad = getattr(generation_config, "_pad_token_tensor", None)
-        texts = Texts(input_ids, Stops.of(stopping_criteria), 0 if pad is None else int(pad), streamer)
+        texts = Texts(input_ids, Stops.of(stopping_criteria), padding_token(generation_config), streamer)
         prompt = Prompt(input_ids, inputs, generation_config.return_dict_in_generate)
         chooser = Chooser(logits_processor, noise, coupled=draft_sampling == "coupled")
-        if len(input_ids) > 1 and getattr(prompt.cache, "_is_user_defined", False):
+        if len(input_ids) > 1 and made_by_user(prompt.cache, unmarked=False):
             refuse_recurrent(model)
         session, how = self._session(model), settled(capture, model, recurrent(model))
         self.compiled = session if how == "compile" else None
@@ -99,16 +107,9 @@ class Speculate:
     def __signature__(self) -> inspect.Signature:
         """What `generate` reads to learn which arguments of ours it may be given.
 
-        Up to 5.23 it drops `tokenizer`, which stop strings need, for every decoding function that is handed to it (and
-        `streamer`, for which see `local_of_generate`); here, where it is about to, it is put back among the arguments.
+        It is about to drop `tokenizer`, which stop strings need; here it is put back among the arguments.
         """
-        frame: Any = sys._getframe(1)
-        while frame is not None and frame.f_code.co_filename == inspect.__file__:
-            frame = frame.f_back
-        prepared = local_of_generate("generation_mode_kwargs", frame)
-        arguments = local_of_generate("kwargs", frame)
-        if isinstance(prepared, dict) and isinstance(arguments, dict) and "tokenizer" in prepared:
-            arguments["tokenizer"] = prepared["tokenizer"]
+        keep_tokenizer(sys._getframe(1))
         return inspect.signature(Speculate.__call__.__get__(self))
 
 
@@ -145,21 +146,13 @@ class Session:
 def traits(draft: Any, model: Any) -> tuple:
     """What a session was made for, and may have changed since."""
     return tuple(
-        (one.dtype, one.device, one.config.get_text_config(decoder=True)._attn_implementation) for one in (draft, model)
+        (one.dtype, one.device, attention_name(one.config.get_text_config(decoder=True))) for one in (draft, model)
     )
 
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(known)}.")
-
-
-def local_of_generate(name: str, frame: Any) -> Any:
-    """A local variable of a frame of transformers' `generate`, which does not pass it on; None anywhere else."""
-    return frame.f_locals.get(name) if frame is not None and frame.f_globals.get("__name__") == GENERATE else None
-
-
-GENERATE = "transformers.generation.utils"
 
 
 def spec_generate(
@@ -224,7 +217,7 @@ def refuse(
         ValueError: saying what, why, and what to do.
     """
     refuse_processors(processors)
-    cache = inputs.get("past_key_values")
+    cache = cache_in(inputs)
     reasons: dict[str, Callable[[], Any]] = {
         "num_beams above 1: beams are searched with the scores of whole texts, a draft speeds up one text at a time": (
             lambda: (config.num_beams or 1) > 1
@@ -244,7 +237,7 @@ def refuse(
         ),
     }
     if cache is not None and not isinstance(cache, DynamicCache) and config.cache_implementation is None:
-        raise ValueError(f"past_key_values is a {type(cache).__name__}; with a draft only a DynamicCache carries on.")
+        raise ValueError(f"The cache is a {type(cache).__name__}; with a draft only a DynamicCache carries on.")
     for reason, asked in reasons.items():
         if asked():
             raise ValueError(f"A draft cannot be used with {reason}. Leave one of the two out.")
@@ -261,7 +254,7 @@ def refuse_recurrent(model: Any) -> None:
     if recurrent(model):
         raise ValueError(
             f"{type(model).__name__} keeps recurrent state, and rows of a batch may end at different columns, so no "
-            "cache of theirs can be carried on. Leave past_key_values out, or give one row at a time."
+            "cache of theirs can be carried on. Leave the cache out, or give one row at a time."
         )
 
 
@@ -276,7 +269,7 @@ def _output(pair: Pair) -> ModelOutput:
         sequences=pair.texts.sequences(),
         scores=pair.every_step("scores"),
         logits=pair.every_step("logits"),
-        past_key_values=pair.prompt.cache,
+        **{cache_field(GenerateDecoderOnlyOutput): pair.prompt.cache},
     )
 
 

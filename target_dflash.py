@@ -9,7 +9,6 @@ our own, until the decode ends; the target is then as it was found.
 Shapes: B rows, P prompt columns, N new positions, Q block positions, V vocabulary, F taps * target hidden size.
 """
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -22,6 +21,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cache_dflash import ColumnCache, Masks, widen
 from .capture_dflash import Captured
+from .compat_dflash import (
+    attention_name,
+    cache_name,
+    names_attention,
+    own_eager,
+    set_attention_name,
+    without_cache,
+)
 from .recurrence_dflash import Recurrence
 
 FAMILIES = frozenset(
@@ -49,7 +56,7 @@ class BlockAttention:
 
     def __init__(self, model: Any, kinds: list[tuple[int | None, bool]]):
         configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
-        self.configs = [config for config in configs.values() if hasattr(config, "_attn_implementation_internal")]
+        self.configs = [config for config in configs.values() if names_attention(config)]
         self.kinds, self.name = kinds, f"dflash_columns_{id(self):x}"
         self.masks: Masks | None = None
         self.length = 0
@@ -57,7 +64,7 @@ class BlockAttention:
         self.before: list[str] = []
         self.wanted: set[tuple] = set()
         """Which masks this model's layers asked for: made, the next time, before anything runs."""
-        self.own = model.config.get_text_config(decoder=True)._attn_implementation
+        self.own = attention_name(model.config.get_text_config(decoder=True))
 
     @contextmanager
     def active(self, masks: Masks, length: int) -> Iterator[None]:
@@ -75,7 +82,7 @@ class BlockAttention:
     @contextmanager
     def hold(self) -> Iterator[None]:
         """The model's configs name this attention; compiled code is quicker if they do so all the time."""
-        self.before = [config._attn_implementation_internal for config in self.configs]
+        self.before = [attention_name(config) for config in self.configs]
         ALL_ATTENTION_FUNCTIONS[self.name] = self.attend
         try:
             self._name([self.name] * len(self.configs))
@@ -100,7 +107,7 @@ class BlockAttention:
 
     def _name(self, names: list[str]) -> None:
         for config, name in zip(self.configs, names, strict=True):
-            config._attn_implementation_internal = name
+            set_attention_name(config, name)
 
     def attend(
         self,
@@ -134,11 +141,6 @@ class BlockAttention:
         if kind not in self.masks.kept:
             self.wanted.add(kind)
         return self.masks.get(*kind)[..., : self.length]
-
-
-def own_eager(module: nn.Module) -> Callable:
-    """The plain attention function of the file that defines `module`."""
-    return sys.modules[type(module).__module__].eager_attention_forward
 
 
 class Taps:
@@ -182,6 +184,7 @@ class Target:
         text = model.config.get_text_config(decoder=True)
         self.model, self.text = model, text
         self.layers = decoder_layers(model)
+        self.cache_name = cache_name(model.forward)
         self.attention = BlockAttention(model, [(window, True) for window in windows(text)])
         self.taps = Taps(self.layers, taps)
         self.block = Captured(self._block, lambda: (self.cache.length, self.cache.capacity))
@@ -220,9 +223,9 @@ class Target:
         self.cache.reserve(length)
         # As a tensor: given a number, some models skip positions in their upper layers, and taps need them all.
         keep = torch.tensor([length - 1], device=self.model.device)
-        ours = {"past_key_values": self.cache, "use_cache": True, "logits_to_keep": keep, "return_dict": True}
+        ours = {self.cache_name: self.cache, "use_cache": True, "logits_to_keep": keep, "return_dict": True}
         with self.attention.released():
-            logits = self.model(**(inputs | ours)).logits
+            logits = self.model(**(without_cache(inputs) | ours)).logits
         self.cache.seen = length
         return logits[:, -1]
 
@@ -266,10 +269,10 @@ class Target:
         return self.model(
             input_ids=ids,
             position_ids=positions,
-            past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=keep,
             return_dict=True,
+            **{self.cache_name: self.cache},
         ).logits
 
 

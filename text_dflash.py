@@ -15,6 +15,8 @@ import torch
 from torch.nn.functional import pad
 from transformers import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, StoppingCriteria, StoppingCriteriaList
 
+from .compat_dflash import cache_in, made_by_user, without_cache
+
 PREFILL_CHUNK = 2048
 """Prompt columns that go through the target at once."""
 
@@ -33,8 +35,8 @@ class Prompt:
 
     def __init__(self, input_ids: torch.Tensor, inputs: dict[str, Any], returned: bool | None = False):
         self.input_ids, self.device, self.returned = input_ids, input_ids.device, bool(returned)
-        self.inputs = {name: value for name, value in inputs.items() if value is not None}
-        self.cache = self.inputs.pop("past_key_values", None)
+        self.inputs = {name: value for name, value in without_cache(inputs).items() if value is not None}
+        self.cache = cache_in(inputs)
         mask, positions = self.inputs.get("attention_mask"), self.inputs.get("position_ids")
         known = [tensor.shape[-1] for tensor in (input_ids, mask, positions) if tensor is not None]
         self.width = max(known)
@@ -51,7 +53,7 @@ class Prompt:
     @property
     def cache_is_kept(self) -> bool:
         """Whether anybody will look at the cache that `generate` came with."""
-        return self.cache is not None and (self.returned or getattr(self.cache, "_is_user_defined", True))
+        return self.cache is not None and (self.returned or made_by_user(self.cache, unmarked=True))
 
     def chunks(self, done: int, recurrent: bool) -> list[tuple[int, int]]:
         """First and last column of each part that goes through the target at once, after `done` columns.

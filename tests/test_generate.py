@@ -18,6 +18,7 @@ from transformers import (
 
 import tiny
 from dflash_hub import DecodeStatistics
+from dflash_hub.compat_dflash import cache_in
 from paths import TINY
 
 
@@ -120,7 +121,7 @@ def test_scores_and_logits_are_returned_for_every_step(pair, rows):
         assert len(plain[name]) == len(ours[name]) == 20
         for one, other in zip(plain[name], ours[name], strict=True):
             assert torch.allclose(one, other, atol=1e-3)
-    assert ours.past_key_values.get_seq_length() == 28
+    assert cache_in(ours).get_seq_length() == 28
 
 
 class Seen:
@@ -221,7 +222,7 @@ def conversation(target, cache, **extra) -> torch.Tensor:
     """Three turns with one cache; the text, with what was said after the last."""
     ids = tiny.prompt(20)
     for turn in range(3):
-        asked = {"max_new_tokens": 15, "do_sample": False, "past_key_values": cache}
+        asked = {"max_new_tokens": 15, "do_sample": False, tiny.CACHE: cache}
         ids = target.generate(ids, attention_mask=torch.ones_like(ids), **asked, **extra)
         assert cache.get_seq_length() == ids.shape[1] - 1
         ids = torch.cat([ids, tiny.prompt(6, seed=turn)], dim=1)
@@ -253,9 +254,9 @@ def test_a_batch_with_recurrent_state_leaves_no_cache_behind_that_could_be_wrong
     plain = target.generate(**PADDED, **asked)
     given = target.generate(**PADDED, **ours)
     assert torch.equal(given.sequences, plain)
-    assert given.past_key_values is None
+    assert cache_in(given) is None
     one = {name: value[:1] for name, value in PADDED.items()}
-    assert target.generate(**one, **ours).past_key_values.get_seq_length() > 9
+    assert cache_in(target.generate(**one, **ours)).get_seq_length() > 9
 
 
 def test_a_cache_of_ours_goes_on_without_a_draft_and_the_other_way_round():
@@ -264,7 +265,7 @@ def test_a_cache_of_ours_goes_on_without_a_draft_and_the_other_way_round():
     ways = [{}, {"custom_generate": draft.speculate}]
     texts = []
     for first, second in ((0, 0), (0, 1), (1, 0), (1, 1)):
-        asked = {"max_new_tokens": 15, "do_sample": False, "past_key_values": DynamicCache(config=target.config)}
+        asked = {"max_new_tokens": 15, "do_sample": False, tiny.CACHE: DynamicCache(config=target.config)}
         text = target.generate(ids, attention_mask=torch.ones_like(ids), **asked, **ways[first])
         text = torch.cat([text, tiny.prompt(4)], dim=1)
         texts.append(target.generate(text, attention_mask=torch.ones_like(text), **asked, **ways[second]))
@@ -276,11 +277,11 @@ def test_a_second_turn_accepts_as_many_tokens_as_one_long_prompt(tiny_target, ti
     ids = torch.arange(40, 60)[None]
     asked = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None, "custom_generate": tiny_draft.speculate}
     cache, second, whole = DynamicCache(config=tiny_target.config), DecodeStatistics(), DecodeStatistics()
-    text = tiny_target.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **asked)
+    text = tiny_target.generate(ids, attention_mask=torch.ones_like(ids), **{tiny.CACHE: cache}, **asked)
     cache = copy.deepcopy(cache)
     more = torch.cat([text, ids[:, :5]], dim=1)
     given = {"attention_mask": torch.ones_like(more), **asked}
-    one = tiny_target.generate(more, past_key_values=cache, statistics=second, **given)
+    one = tiny_target.generate(more, statistics=second, **{tiny.CACHE: cache}, **given)
     other = tiny_target.generate(more, statistics=whole, **given)
     assert torch.equal(one, other)
     assert second.committed == whole.committed
@@ -294,7 +295,7 @@ def test_a_batch_of_rows_that_ended_apart_leaves_the_cache_of_plain_generate():
         asked = {"max_new_tokens": 30, "eos_token_id": 6, "pad_token_id": 0, "return_dict_in_generate": True}
         kept.append(target.generate(**PADDED, **asked, do_sample=False, **extra))
     assert torch.equal(kept[0].sequences, kept[1].sequences)
-    for plain, ours in zip(*(one.past_key_values.layers for one in kept), strict=True):
+    for plain, ours in zip(*(cache_in(one).layers for one in kept), strict=True):
         assert torch.allclose(plain.keys[:, :, 5:], ours.keys[:, :, 5:], atol=1e-3)
 
 
@@ -322,8 +323,8 @@ def test_what_has_no_meaning_with_a_draft_is_refused_with_the_reason(pair, asked
 def test_a_cache_that_could_not_be_carried_on_is_refused(pair):
     target, draft = pair
     cache = StaticCache(config=target.config, max_cache_len=64)
-    with pytest.raises(ValueError, match="past_key_values is a StaticCache; with a draft only a Dynamic"):
-        target.generate(**PADDED, max_new_tokens=5, past_key_values=cache, custom_generate=draft.speculate)
+    with pytest.raises(ValueError, match="The cache is a StaticCache; with a draft only a Dynamic"):
+        target.generate(**PADDED, max_new_tokens=5, custom_generate=draft.speculate, **{tiny.CACHE: cache})
 
 
 def test_a_prompt_without_tokens_is_refused(pair):

@@ -1,12 +1,15 @@
 """Tiny random targets and drafts of real architectures, made so that their text is not one token over and over."""
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, GenerationMixin
 
 from dflash_hub import DFlash2Config, DFlash2DraftModel, DFlashConfig, DFlashDraftModel
+from dflash_hub.compat_dflash import cache_name
 from dflash_hub.generation_dflash import Pair
 
 VOCAB = 12
+CACHE = cache_name(GenerationMixin.prepare_inputs_for_generation)
+"""What the installed transformers calls a cache that is handed to `generate`."""
 SMALL = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
