@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
+from .compat_dflash import difference
+
 BUCKET = 256
 """Buffers and reads are rounded up to this many columns, or to an eighth of what is there once that is more."""
 
@@ -31,6 +33,8 @@ class ColumnLayer(CacheLayerMixin):
     def __init__(self, cache: "ColumnCache", is_sliding: bool = False):
         super().__init__()
         self.cache, self.is_sliding = cache, is_sliding
+        self.written = 0
+        """How many columns the last forward wrote; 0 again once somebody has looked."""
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Buffers for the shapes of `key_states, value_states [B, H, N, D]`; those two may differ in D."""
@@ -59,6 +63,7 @@ class ColumnLayer(CacheLayerMixin):
             write(self.keys, rows, key_states[:, :, begin:end])
             write(self.values, rows, value_states[:, :, begin:end])
             begin = end
+        self._count(begin)
         length = self.cache.length
         return self.keys[:, :length].transpose(1, 2), self.values[:, :length].transpose(1, 2)
 
@@ -67,6 +72,11 @@ class ColumnLayer(CacheLayerMixin):
         end = start + key_states.shape[2]
         self.keys[:, start:end] = key_states.transpose(1, 2)
         self.values[:, start:end] = value_states.transpose(1, 2)
+        self._count(end - start)
+
+    def _count(self, columns: int) -> None:
+        if not torch.compiler.is_compiling():
+            self.written = columns
 
     def grow(self, capacity: int) -> None:
         """Room for `capacity` columns."""
@@ -139,6 +149,18 @@ class ColumnCache(Cache):
             return columns[0]
         offsets = torch.arange(columns.shape[0], device=columns.device)[:, None] * self.capacity
         return (columns + offsets).flatten()
+
+    def check_written(self, columns: int, whose: str) -> None:
+        """Refuse to go on where the last forward did not write `columns` columns into every layer.
+
+        Raises:
+            ValueError: naming the first such layer.
+        """
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, ColumnLayer):
+                written, layer.written = layer.written, 0
+                if written != columns:
+                    raise difference(f"Layer {index} of {whose} cached {written} of {columns} positions")
 
     def move(self, source: torch.Tensor, destination: torch.Tensor) -> None:
         """Copy columns `source [B, M]` to `destination [B, M]` in every layer."""

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModel
+from transformers import AutoModel, masking_utils
 from transformers.utils import cached_file
 
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
@@ -24,13 +24,25 @@ CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 
 GENERATE = "transformers.generation.utils"
 
+CHECKED = ("5.15.1", "5.24.0")
+"""The oldest and the newest version of transformers that the tests run on."""
+
 
 def versions() -> str:
     """Name the versions that an error message must hold."""
     return f"transformers {transformers.__version__}, torch {torch.__version__}"
 
 
-# The cache argument. Checked with 5.15.1, 5.23.0 and 5.24.0; can go when the oldest supported version is 5.24. ---------
+def difference(what: str) -> ValueError:
+    """The error for a model that does not run as it is expected to: `what` is different, and what to do."""
+    return ValueError(
+        f"{what} ({versions()}). The text could come out wrong, so it is not written. This version of dflash-hub was "
+        f"checked with transformers {CHECKED[0]} to {CHECKED[1]}: upgrade it (pip install --upgrade dflash-hub; for a "
+        "draft whose code came from the Hub, its owner runs `dflash-hub refresh`), or install one of those."
+    )
+
+
+# The cache argument. Checked with 5.15.1, 5.23.0 and 5.24.0; can go when the oldest supported version is 5.24. --------
 
 
 def parameters(function: Callable) -> frozenset[str]:
@@ -133,7 +145,10 @@ def keep_tokenizer(frame: Any) -> None:
 
 
 def attention_name(config: Any) -> str:
-    """The attention that a config names: "sdpa", "eager" ... Checked with 5.15.1 to 5.24.0; can go with a public name."""
+    """The attention that a config names: "sdpa", "eager" ...
+
+    Checked with 5.15.1 to 5.24.0; can go with a public name.
+    """
     return config._attn_implementation
 
 
@@ -167,6 +182,15 @@ def own_eager(module: Any) -> Callable:
     return home.eager_attention_forward
 
 
+def visible_in_window(window: int, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor | None:
+    """Which `keys [M]` each of `queries [Q]` sees through a causal window, by transformers' own masks: `[Q, M]`.
+
+    Checked with 5.15.1 to 5.24.0. None where a version has no such function; the window is then crossed to see.
+    """
+    rule = getattr(masking_utils, "sliding_window_causal_mask_function", None)
+    return None if rule is None else rule(window)(0, 0, queries[:, None], keys[None])
+
+
 # Cache layers --------------------------------------------------------------------------------------------------------
 
 
@@ -176,10 +200,10 @@ def set_columns_seen(layer: Any, columns: int) -> None:
     Checked with 5.15.1 to 5.24.0; can go when such a layer can be built from its keys and the length.
 
     Raises:
-        RuntimeError: the layer counts by another name.
+        ValueError: the layer counts by another name.
     """
     if not hasattr(layer, "cumulative_length"):
-        raise RuntimeError(f"{type(layer).__name__} of {versions()} does not say how long its text is; no cache is left.")
+        raise difference(f"{type(layer).__name__} does not say how long its text is")
     layer.cumulative_length = columns
 
 
@@ -198,7 +222,10 @@ def forget_auto_model(config_class: type, model_class: type) -> None:
 
 
 def in_auto_model(config_class: type) -> bool:
-    """Whether AutoModel has a model for `config_class`. Checked with 5.15.1 to 5.24.0; can go with a public question."""
+    """Whether AutoModel has a model for `config_class`.
+
+    Checked with 5.15.1 to 5.24.0; can go with a public question.
+    """
     return config_class in AutoModel._model_mapping
 
 

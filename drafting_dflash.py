@@ -72,6 +72,7 @@ class Drafter:
         self.cache.reserve(int(columns.max()) + 1)
         self.cache.write_at(columns)
         self.draft.absorb(features, self._positions(columns), self.cache)
+        self.cache.check_written(columns.shape[1], "the draft")
 
     def feed(self, features: torch.Tensor, start: torch.Tensor) -> None:
         """Context features `[B, N, F]` of the block at `start [B]`, in the order of the text; rejected ones may follow.
@@ -139,6 +140,9 @@ class Drafter:
         noise_embeds = self._at_home(embed_noise(self.embed, torch.cat([anchor, self.noise_ids], dim=1)))
         positions = self._positions(torch.cat([before, columns], dim=1))
         states = self.draft(noise_embeds, context, self.no_masks, positions, self.cache).last_hidden_state[:, 1:]
+        if not torch.compiler.is_compiling():
+            self.cache.check_written(positions.shape[1], "the draft")
+            self.attention.check_asked(set(range(len(self.draft.layers))), "the draft")
         logits = self.draft.logits(states.to(self.head_device, self.head_dtype), self.head)
         return logits, self.draft.pick(logits.to(start.device), states, anchor.to(start.device), 1.0), states
 

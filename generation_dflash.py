@@ -20,6 +20,7 @@ from .cache_dflash import Masks, ancestors, widen
 from .drafting_dflash import Drafter
 from .handover_dflash import take_over
 from .sampling_dflash import Chooser
+from .selfcheck_dflash import Answer, can_check, check_prompt
 from .target_dflash import Target
 from .text_dflash import Prompt, Texts
 
@@ -174,6 +175,9 @@ class Pair:
     """
 
     def __init__(self, target: Target, drafter: Drafter, prompt: Prompt, texts: Texts, chooser: Chooser, keep: tuple):
+        self.unchecked = False
+        """Whether the prompt shall be checked, see `selfcheck_dflash`."""
+        self.has_checked = False
         self.target, self.drafter, self.prompt, self.texts, self.chooser = target, drafter, prompt, texts, chooser
         self.draft, self.model = drafter.draft, target.model
         self.kept: dict[str, list[list[torch.Tensor]]] = {name: [[] for _ in texts.new] for name in keep}
@@ -191,18 +195,26 @@ class Pair:
         """The prompt through the target, its context features through the draft, and the first token of each row."""
         done = take_over(self.prompt.cache, self.target, self.drafter)
         for first, last in self.prompt.chunks(done, recurrent=bool(self.target.recurrence.states)):
-            logits = self._prompt_logits(first, last)
-            self.drafter.absorb(self.target.taps.take(), first)
-        choices = self.choose(Proposal(self.anchor), logits[:, None].to(self.start.device))
+            checks = self.unchecked and first == 0 and can_check(self.prompt, last, self.drafter.size)
+            logits = self._prompt_logits(first, last, self.drafter.size if checks else 1)
+            features = self.target.taps.take()
+            if checks:
+                check_prompt(self.target, self.prompt, Answer(logits, features))
+                self.has_checked = True
+            self.drafter.absorb(features, first)
+        choices = self.choose(Proposal(self.anchor), logits[:, -1:].to(self.start.device))
         self._commit(choices, torch.zeros_like(self.start))
 
-    def _prompt_logits(self, first: int, last: int) -> torch.Tensor:
-        """`[B, V]`: of the last of the prompt's columns `first` to `last`, given those before."""
+    def _prompt_logits(self, first: int, last: int, wanted: int) -> torch.Tensor:
+        """`[B, N, V]`: of the last of the prompt's columns `first` to `last`, given those before.
+
+        N is `wanted` where they are the first columns, and 1 elsewhere.
+        """
         if first == 0:
-            return self.target.begin(self.prompt.model_inputs(self.model, last))
+            return self.target.begin(self.prompt.model_inputs(self.model, last), wanted)
         columns = torch.arange(first, last, device=self.prompt.device).expand(len(self.start), -1)
         positions = self.prompt.positions[..., first:last]
-        return self.target.go_on(self.prompt.ids(first, last), columns, positions, self.hidden)
+        return self.target.go_on(self.prompt.ids(first, last), columns, positions, self.hidden)[:, None]
 
     def propose(self) -> Proposal:
         """A chain: the anchor and the draft's tokens after it."""

@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache, DynamicCache, LinearAttentionLayer
 from .cache_dflash import ColumnLayer
 from .compat_dflash import set_columns_seen
 from .drafting_dflash import Drafter
+from .recurrence_dflash import copied
 from .target_dflash import Target
 
 
@@ -67,12 +68,7 @@ def _take_keys(ours: ColumnLayer, theirs: Any, columns: int) -> None:
 def _copy(layer: LinearAttentionLayer) -> LinearAttentionLayer:
     """A layer with copies of the states, so that the one given stays as it is until the end."""
     fresh = LinearAttentionLayer(number_of_states=layer.number_of_states)
-    fresh.__dict__.update(layer.__dict__)
-    for name in ("conv_states", "recurrent_states"):
-        states = getattr(layer, name)
-        setattr(fresh, name, {key: None if state is None else state.clone() for key, state in states.items()})
-    for name in ("has_previous_state", "is_conv_states_initialized", "is_recurrent_states_initialized"):
-        setattr(fresh, name, dict(getattr(layer, name)))
+    fresh.__dict__.update(copied(layer))
     return fresh
 
 

@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, LinearAttentionLayer
 
+from .compat_dflash import difference
+
 
 class Recurrence:
     """The recurrent layers of a model and their states; nothing to do for a model without any."""
@@ -47,11 +49,31 @@ class Recurrence:
 
     def keep(self) -> None:
         """Copy every state as it is before a block; a mixer may write to them in place."""
+        self.given = {}
         for index, layer in self.states.items():
             self.before[index] = [
                 {key: state.clone() for key, state in states.items() if state is not None}
                 for states in (layer.conv_states, layer.recurrent_states)
             ]
+
+    def snapshot(self) -> dict[int, dict[str, Any]]:
+        """Everything that the layers hold, copied, for `restore`."""
+        return {index: copied(layer) for index, layer in self.states.items()}
+
+    def restore(self, snapshot: dict[int, dict[str, Any]]) -> None:
+        """Put back what `snapshot` held."""
+        for index, held in snapshot.items():
+            self.states[index].__dict__.update(held)
+
+    def check_given(self) -> None:
+        """Refuse to go on where a mixer with a state was not seen in the block.
+
+        Raises:
+            ValueError: naming the layer.
+        """
+        missing = [index for index, states in self.before.items() if any(states) and index not in self.given]
+        if missing:
+            raise difference(f"The recurrent part of layer {missing[0]} was not called as a module")
 
     def settle(self, committed: list[int], size: int) -> None:
         """Leave the states as if each row had been given only its first `committed[row]` of `size` tokens."""
@@ -78,6 +100,14 @@ class Recurrence:
             for key, state in part.items():
                 whole[key][rows] = state
         layer.conv_states, layer.recurrent_states = after
+
+
+def copied(layer: LinearAttentionLayer) -> dict[str, Any]:
+    """The attributes of a layer, with copies of its states and of what it keeps of each."""
+    held = {name: dict(value) if isinstance(value, dict) else value for name, value in layer.__dict__.items()}
+    for name in ("conv_states", "recurrent_states"):
+        held[name] = {key: None if state is None else state.clone() for key, state in held[name].items()}
+    return held
 
 
 def mixer(layer: nn.Module) -> nn.Module:

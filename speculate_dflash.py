@@ -35,6 +35,7 @@ from .drafting_dflash import Drafter
 from .generation_dflash import DecodeStatistics, Pair, decode
 from .handover_dflash import give_back
 from .sampling_dflash import Chooser, PositionNoise, refuse_processors
+from .selfcheck_dflash import check_alone, circumstances
 from .target_dflash import Target, check_target, recurrent
 from .text_dflash import Prompt, Stops, Texts
 
@@ -57,6 +58,8 @@ class Speculate:
         self.draft = draft
         self.compiled: Session | None = None
         """The last session, if it was compiled: what it was compiled to is good for the next text."""
+        self.checked: weakref.WeakKeyDictionary[Any, set] = weakref.WeakKeyDictionary()
+        """For each target, the traits and circumstances that a self-check has passed in."""
 
     def __reduce__(self) -> tuple:
         return Speculate, (self.draft,)
@@ -64,7 +67,7 @@ class Speculate:
     def _session(self, model: Any) -> "Session":
         kept = self.compiled
         if kept is None or kept.target.model is not model or kept.traits != traits(self.draft, model):
-            return Session(self.draft, model)
+            return Session(self.draft, model, self.checked.setdefault(model, set()))
         return kept
 
     def __call__(
@@ -118,7 +121,8 @@ class Session:
 
     _locks: "weakref.WeakKeyDictionary[Any, threading.RLock]" = weakref.WeakKeyDictionary()
 
-    def __init__(self, draft: Any, model: Any):
+    def __init__(self, draft: Any, model: Any, checked: set):
+        self.checked = checked
         self.target = Target(model, tuple(draft.config.target_layer_ids))
         self.drafter = Drafter(draft, model)
         self.traits = traits(draft, model)
@@ -134,13 +138,30 @@ class Session:
     ) -> Pair:
         """Decode to the end, one decode of a target at a time; both models are left as they were found."""
         lock = self._locks.setdefault(self.target.model, threading.RLock())
-        with lock, self.target.decoding(how), self.drafter.decoding(prompt.hidden, how):
-            pair = Pair(self.target, self.drafter, prompt, texts, chooser, keep)
-            decode(pair, statistics)
-            give_back(pair)
+        with lock:
+            self._check(prompt)
+            with self.target.decoding(how), self.drafter.decoding(prompt.hidden, how):
+                pair = Pair(self.target, self.drafter, prompt, texts, chooser, keep)
+                pair.unchecked = not self.target.recurrence.states and self._circumstances(prompt) not in self.checked
+                decode(pair, statistics)
+                give_back(pair)
+            if pair.has_checked:
+                self.checked.add(self._circumstances(prompt))
         if texts.streamer is not None:
             texts.streamer.end()
         return pair
+
+    def _check(self, prompt: Prompt) -> None:
+        """Check the block path on a short text, unless that was done for such prompts."""
+        alone = ("alone", *self._circumstances(prompt)[:-1])
+        if alone not in self.checked:
+            with self.target.decoding("off"):
+                check_alone(self.target, self.drafter.size, prompt)
+            self.checked.add(alone)
+
+    def _circumstances(self, prompt: Prompt) -> tuple:
+        """What a check of `prompt` holds for: its windows last."""
+        return (*self.traits, *circumstances(self.target, prompt))
 
 
 def traits(draft: Any, model: Any) -> tuple:
@@ -192,7 +213,7 @@ def spec_generate(
     prompt = Prompt(input_ids, {"attention_mask": torch.ones_like(input_ids), "use_cache": True})
     chooser = Chooser(warpers, PositionNoise() if temperature > 0 else None)
     with torch.no_grad():
-        Session(self, target).decode(prompt, texts, chooser, settled("auto", target, recurrent(target)))
+        self.speculate._session(target).decode(prompt, texts, chooser, settled("auto", target, recurrent(target)))
     return texts.sequences()
 
 

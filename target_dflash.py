@@ -9,7 +9,7 @@ our own, until the decode ends; the target is then as it was found.
 Shapes: B rows, P prompt columns, N new positions, Q block positions, V vocabulary, F taps * target hidden size.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -19,17 +19,20 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, LinearAttentionLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .cache_dflash import ColumnCache, Masks, widen
+from .cache_dflash import ColumnCache, ColumnLayer, Masks, widen
 from .capture_dflash import Captured
 from .compat_dflash import (
     attention_name,
     cache_name,
+    difference,
     names_attention,
     own_eager,
+    parameters,
     set_attention_name,
     without_cache,
 )
 from .recurrence_dflash import Recurrence
+from .taps_dflash import Taps
 
 FAMILIES = frozenset(
     {
@@ -62,6 +65,8 @@ class BlockAttention:
         self.length = 0
         self.held = False
         self.before: list[str] = []
+        self.asked: set[int] = set()
+        """The layers that have asked this attention since somebody looked."""
         self.wanted: set[tuple] = set()
         """Which masks this model's layers asked for: made, the next time, before anything runs."""
         self.own = attention_name(model.config.get_text_config(decoder=True))
@@ -120,6 +125,8 @@ class BlockAttention:
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`query [B, G * H, Q, D]` over `key, value [B, H, L, D]`: `[B, Q, G * H, D]`, and no weights."""
+        if not torch.compiler.is_compiling():
+            self.asked.add(module.layer_idx)
         special = any(kwargs.get(name) is not None for name in ("softcap", "s_aux"))  # which `sdpa` passes over
         eager = self.own == "eager" or (special and self.own != "sdpa")
         groups = 1 if eager else query.shape[1] // key.shape[1]
@@ -129,6 +136,16 @@ class BlockAttention:
         packed = query.unflatten(1, (key.shape[1], groups)).flatten(2, 3)  # [B, H, G * Q, D]
         output = scaled_dot_product_attention(packed, key, value, attn_mask=mask, scale=scaling)
         return output.unflatten(2, (groups, query.shape[2])).flatten(1, 2).transpose(1, 2).contiguous(), None
+
+    def check_asked(self, layers: set[int], whose: str) -> None:
+        """Refuse to go on where one of `layers` has not asked this attention.
+
+        Raises:
+            ValueError: naming the first of them.
+        """
+        missing, self.asked = layers - self.asked, set()
+        if missing:
+            raise difference(f"Layer {min(missing)} of {whose} did not ask the attention that its config names")
 
     def _mask(self, module: Any, groups: int, query: torch.Tensor) -> torch.Tensor:
         """`[B, 1, G * Q, L]`, additive."""
@@ -143,37 +160,6 @@ class BlockAttention:
         return self.masks.get(*kind)[..., : self.length]
 
 
-class Taps:
-    """Outputs of the tapped layers in one target forward."""
-
-    def __init__(self, layers: nn.ModuleList, ids: tuple[int, ...]):
-        self.layers, self.ids = layers, ids
-        self.kept: dict[int, torch.Tensor] = {}
-        self.keepers = {index: self._keeper(index) for index in ids}
-
-    @contextmanager
-    def collecting(self) -> Iterator[None]:
-        hooks = [self.layers[index].register_forward_hook(keep) for index, keep in self.keepers.items()]
-        try:
-            yield
-        finally:
-            self.kept.clear()
-            for hook in hooks:
-                hook.remove()
-
-    def _keeper(self, index: int) -> Callable:
-        def keep(module: nn.Module, inputs: Any, output: Any) -> None:
-            self.kept[index] = output[0] if isinstance(output, tuple) else output
-
-        return keep
-
-    def take(self) -> torch.Tensor:
-        """The context features `[B, N, F]` of the last forward, on the device of its last tap."""
-        kept = [self.kept[index] for index in self.ids]
-        self.kept.clear()
-        return torch.cat([features.to(kept[-1].device) for features in kept], dim=-1)
-
-
 class Target:
     """A target's forwards while it decodes, over a cache of columns.
 
@@ -183,10 +169,11 @@ class Target:
     def __init__(self, model: Any, taps: tuple[int, ...]):
         text = model.config.get_text_config(decoder=True)
         self.model, self.text = model, text
-        self.layers = decoder_layers(model)
+        self.layers, self.name = decoder_layers(model), type(model).__name__
         self.cache_name = cache_name(model.forward)
+        self.keeps_logits = "logits_to_keep" in parameters(model.forward)
         self.attention = BlockAttention(model, [(window, True) for window in windows(text)])
-        self.taps = Taps(self.layers, taps)
+        self.taps = Taps(self.layers, taps, text.hidden_size)
         self.block = Captured(self._block, lambda: (self.cache.length, self.cache.capacity))
         self.clear()
 
@@ -212,22 +199,32 @@ class Target:
             finally:
                 self.clear()
 
-    def begin(self, inputs: dict[str, Any]) -> torch.Tensor:
-        """The beginning of a text, as plain `generate` computes it; logits of its last position, `[B, V]`.
+    def begin(self, inputs: dict[str, Any], wanted: int = 1) -> torch.Tensor:
+        """The beginning of a text, as plain `generate` computes it; logits of its last positions, `[B, wanted, V]`.
 
         Args:
             inputs: what `prepare_inputs_for_generation` made of the prompt.
+
+        Raises:
+            ValueError: the target did not cache the text, or gave the logits of other positions.
         """
         self.cache.writes = None
         length = inputs["input_ids"].shape[1]
         self.cache.reserve(length)
-        # As a tensor: given a number, some models skip positions in their upper layers, and taps need them all.
-        keep = torch.tensor([length - 1], device=self.model.device)
-        ours = {self.cache_name: self.cache, "use_cache": True, "logits_to_keep": keep, "return_dict": True}
+        with self.attention.released():
+            logits = self._forward(without_cache(inputs), length, wanted)
+        self.cache.check_written(length, self.name)
+        self.cache.seen = length
+        return logits
+
+    def plainly(self, inputs: dict[str, Any], cache: Any) -> torch.Tensor:
+        """A forward as plain `generate` runs it, over a cache of its own: logits of all positions, `[B, N, V]`."""
+        self.taps.clear()
+        ours = {self.cache_name: cache, "use_cache": True, "return_dict": True}
+        ours |= {"logits_to_keep": 0} if self.keeps_logits else {}
         with self.attention.released():
             logits = self.model(**(without_cache(inputs) | ours)).logits
-        self.cache.seen = length
-        return logits[:, -1]
+        return self._only(logits, inputs["input_ids"].shape[1])
 
     def go_on(
         self, ids: torch.Tensor, columns: torch.Tensor, positions: torch.Tensor, hidden: torch.Tensor
@@ -241,9 +238,10 @@ class Target:
         self.cache.reserve(int(columns[0, -1]) + 1)
         self.cache.write_at(columns)
         masks = Masks(widen(hidden, self.cache.capacity), columns[:, 0], ids.shape[1])
-        keep = torch.tensor([ids.shape[1] - 1], device=ids.device)
         with self.attention.active(masks, self.cache.length):
-            return self._logits(ids, positions, keep)[:, -1]
+            logits = self._forward({"input_ids": ids, "position_ids": positions}, ids.shape[1], 1)
+        self._check_block(ids.shape[1])
+        return logits[:, -1]
 
     def verify(self, tokens: torch.Tensor, start: torch.Tensor, masks: Masks, end: torch.Tensor) -> torch.Tensor:
         """Logits `[B, Q, V]` of a block of `tokens [B, Q]` at the columns from `start [B]` on.
@@ -262,18 +260,41 @@ class Target:
         """Logits `[B, Q, V]` and context features `[B, Q, F]`; nothing here depends on anything but tensors."""
         self.masks.move(start)
         self.cache.write_at(start[:, None] + self.masks.steps)
-        logits = self._logits(tokens, self.end + start[:, None] + self.masks.depth, 0)
+        positions = self.end + start[:, None] + self.masks.depth
+        length = tokens.shape[1]
+        logits = self._forward({"input_ids": tokens, "position_ids": positions}, length, length)
+        if not torch.compiler.is_compiling():
+            self._check_block(length)
         return logits, self.taps.take()
 
-    def _logits(self, ids: torch.Tensor, positions: torch.Tensor, keep: torch.Tensor | int) -> torch.Tensor:
-        return self.model(
-            input_ids=ids,
-            position_ids=positions,
-            use_cache=True,
-            logits_to_keep=keep,
-            return_dict=True,
-            **{self.cache_name: self.cache},
-        ).logits
+    def _check_block(self, length: int) -> None:
+        """What costs nothing to check after a forward over columns."""
+        self.cache.check_written(length, self.name)
+        layers = {index for index, layer in enumerate(self.cache.layers) if isinstance(layer, ColumnLayer)}
+        self.attention.check_asked(layers, self.name)
+        self.recurrence.check_given()
+
+    def _forward(self, inputs: dict[str, Any], length: int, wanted: int) -> torch.Tensor:
+        """Logits `[B, wanted, V]` of the last of `length` positions.
+
+        Raises:
+            ValueError: the model gave those of other positions.
+        """
+        self.taps.clear()
+        ours = {self.cache_name: self.cache, "use_cache": True, "return_dict": True}
+        if self.keeps_logits:
+            # As a tensor: given a number, some models skip positions in their upper layers, and taps need them all.
+            ours["logits_to_keep"] = (
+                0 if wanted == length else torch.arange(length - wanted, length, device=self.model.device)
+            )
+        logits = self.model(**(inputs | ours)).logits
+        return self._only(logits, wanted if self.keeps_logits else length)[:, -wanted:]
+
+    def _only(self, logits: torch.Tensor, expected: int) -> torch.Tensor:
+        """`logits [B, N, V]`, or an error where N is not what is expected."""
+        if logits.shape[1] != expected:
+            raise difference(f"{self.name} gave logits of {logits.shape[1]} positions where {expected} were asked for")
+        return logits
 
 
 def windows(text: Any) -> list[int | None]:

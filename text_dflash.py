@@ -55,13 +55,17 @@ class Prompt:
         """Whether anybody will look at the cache that `generate` came with."""
         return self.cache is not None and (self.returned or made_by_user(self.cache, unmarked=True))
 
+    @property
+    def plain(self) -> bool:
+        """Whether it is text and nothing else."""
+        return not set(self.inputs) - {"attention_mask", "position_ids", "use_cache"}
+
     def chunks(self, done: int, recurrent: bool) -> list[tuple[int, int]]:
         """First and last column of each part that goes through the target at once, after `done` columns.
 
         A prompt with more than text in it, or with padding that a recurrent target must be shown, is one part.
         """
-        plain = not set(self.inputs) - {"attention_mask", "position_ids", "use_cache"}
-        if done == 0 and (not plain or (recurrent and bool(self.hidden.any()))):
+        if done == 0 and (not self.plain or (recurrent and bool(self.hidden.any()))):
             return [(0, self.width)]
         firsts = range(done, self.width, PREFILL_CHUNK)
         return [(first, min(first + PREFILL_CHUNK, self.width)) for first in firsts]

@@ -186,6 +186,7 @@ def test_long_prompts_are_prefilled_in_parts(family, monkeypatch):
 def test_only_the_last_position_of_a_prompt_goes_through_the_head():
     target = tiny.target("qwen3")
     draft, widths = tiny.draft(target), []
+    speculative(target, draft, tiny.prompt(50), 8)  # checks itself
     hook = target.lm_head.register_forward_hook(lambda module, inputs, output: widths.append(output.shape[1]))
     speculative(target, draft, tiny.prompt(50), 8)
     hook.remove()
@@ -230,6 +231,7 @@ def test_nothing_is_copied_but_what_a_block_writes():
     """The buffers of a text stay where they are while it grows inside them."""
     target, where = tiny.target("qwen3"), set()
     draft = tiny.draft(target)
+    speculative(target, draft, tiny.prompt(9), 60)  # checks itself
     honest = ColumnCache.write_at
 
     def write_at(self, *columns):

@@ -42,9 +42,9 @@ class FrozenTarget:
     def __init__(self, model: Any, taps: list[int]):
         self.model = model.eval().requires_grad_(False)
         self.decoder = model.get_decoder()
-        self.taps = Taps(decoder_layers(model), tuple(taps))
-        self.embed, self.head = model.get_input_embeddings(), model.get_output_embeddings()
         text = model.config.get_text_config(decoder=True)
+        self.taps = Taps(decoder_layers(model), tuple(taps), text.hidden_size)
+        self.embed, self.head = model.get_input_embeddings(), model.get_output_embeddings()
         self.soft_cap, self.vocab_size = getattr(text, "final_logit_softcapping", None), text.vocab_size
 
     @property
