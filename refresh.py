@@ -334,12 +334,13 @@ class _Branch:
         """Refuse code that reads a value of config.json otherwise than it stands there."""
         if self.layout == "engines":  # has the same values in other places, so it is compared as it would be written
             loaded = json.loads(json.dumps(engines_layout(self.draft_class.config_class.from_dict(loaded))))
-        for key in sorted(self.config.keys() & loaded.keys() - _BOOKKEEPING):
-            if self.config[key] != loaded[key]:
-                raise ValueError(
-                    f"{key} in config.json on {self.place} is {self.config[key]}, but dflash-hub "
-                    f"{__version__} reads it as {loaded[key]}. Nothing was pushed."
-                )
+        said = {key: value for key, value in self.config.items() if key not in _BOOKKEEPING}
+        if differing := _differing(said, loaded):
+            key, here, there = differing[0]
+            raise ValueError(
+                f"{key} in config.json on {self.place} is {here}, but dflash-hub {__version__} reads it as {there}. "
+                "Nothing was pushed."
+            )
 
 
 def _read(api: HfApi, repo_id: str) -> list[_Branch]:
@@ -393,6 +394,18 @@ def _auto_maps(draft_class: type[DFlashDraftModel]) -> dict[str, dict[str, str]]
         "hub": {"AutoConfig": name(draft_class.config_class), "AutoModel": name(draft_class)},
         "engines": {"AutoModel": name(draft_class.engines_entry)},
     }
+
+
+def _differing(said: dict[str, Any], loaded: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Dotted name and both values of what differs, of all that both have: a newer layout may say more, or less."""
+    found = []
+    for key in sorted(said.keys() & loaded.keys()):
+        here, there = said[key], loaded[key]
+        if isinstance(here, dict) and isinstance(there, dict):
+            found += [(f"{key}.{inner}", *values) for inner, *values in _differing(here, there)]
+        elif here != there:
+            found.append((key, here, there))
+    return found
 
 
 def _digests_of_files(files: list[Path], dtype: str | None) -> dict[str, str]:
