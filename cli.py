@@ -18,6 +18,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from .evaluation import Comparison
+    from .refresh import BranchDifference
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 console = Console()
@@ -100,6 +101,8 @@ def demo(
     side.add_row(*map(escape, texts))
     console.print(side)
     show_figures(total)
+    if not total.identical:
+        fail_differing()
 
 
 @app.command()
@@ -129,7 +132,9 @@ def generate(
     result = compare(speculator, model, row, max_new_tokens, TextStreamer(tokenizer, skip_prompt=True), capture)
     console.print()
     show_figures(result)
-    if not result.identical and model.dtype != torch.float32:
+    if not result.identical and model.dtype == torch.float32:
+        fail_differing()
+    if not result.identical:
         console.print(
             f"In {str(model.dtype).removeprefix('torch.')} a near-tie between two tokens falls by the number of tokens "
             "in a forward; --dtype float32 shows the texts without that."
@@ -172,6 +177,23 @@ def show_figures(result: "Comparison") -> None:
         console.print(f"  {tokens:>3} {'█' * max(1, round(40 * count / most))} {count}", highlight=False)
     verdict = "[green]identical[/green]" if result.identical else "[red]NOT identical[/red]"
     console.print(f"\nThe two texts are {verdict}.")
+
+
+def fail_differing() -> None:
+    """End with exit status 1, and say on stderr what a report of two differing texts needs."""
+    import torch
+    import transformers
+
+    from .configuration_dflash import __version__
+
+    Console(stderr=True).print(
+        "[red]Error:[/red] The two texts differ, which in float32 they must not. Please report it, with the command "
+        f"and these versions: dflash-hub {__version__}, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}.",
+        soft_wrap=True,
+        highlight=False,
+    )
+    raise typer.Exit(1)
 
 
 @app.command()
@@ -325,3 +347,67 @@ def push(
     )
     console.print("Load this very commit:\n")
     console.print(Syntax(done.snippet, "python", background_color="default"))
+
+
+@app.command()
+def refresh(
+    repo: Annotated[str, typer.Argument(help="Repository that was pushed before, such as me/my-draft.")],
+    diff: Annotated[bool, typer.Option("--diff", help="Show the unified diff too.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the difference, and stop there.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Push without asking.")] = False,
+    message: Annotated[str | None, typer.Option(help="Commit message.")] = None,
+    token: Annotated[str | None, typer.Option(envvar="HF_TOKEN", help="A token that may write.")] = None,
+) -> None:
+    """Bring the code of a pushed draft to this version; weights, config and card stay as they are."""
+    from transformers.utils import logging
+
+    from .refresh import RefreshOptions
+    from .refresh import refresh as run
+
+    logging.disable_progress_bar()
+    options = RefreshOptions(token=token, dry_run=dry_run)
+    options.message = message or options.message
+    with console.status("Starting") as status:
+
+        def agree(branches: "tuple[BranchDifference, ...]") -> bool:
+            status.stop()
+            show_difference(branches, diff)
+            if not yes and not sys.stdin.isatty():
+                raise ValueError(
+                    "Nothing was pushed: there is no terminal to ask on. Pass --yes to push without being asked."
+                )
+            agreed = yes or typer.confirm(f"Push this to {repo}?", abort=True)
+            status.start()
+            return agreed
+
+        done = run(repo, options, agree, report=status.update)
+    if dry_run:
+        show_difference(done.branches, diff)
+        console.print("Nothing was pushed (--dry-run).")
+    elif not done.commits:
+        show_difference(done.branches, diff)
+        console.print("Nothing to push.")
+    for branch, commit in done.commits.items():
+        console.print(f"[bold]{escape(repo)}[/bold]: {branch} is at {commit[:8]}.", highlight=False)
+
+
+def show_difference(branches: "tuple[BranchDifference, ...]", diff: bool) -> None:
+    """File by file, what would change on each branch; with `diff` the lines too."""
+    from .configuration_dflash import __version__
+
+    for found in branches:
+        if found.changes:
+            what = f"dflash-hub {found.version} becomes {__version__}"
+        else:
+            what = f"the code is that of dflash-hub {__version__} already"
+        console.print(f"[bold]{found.branch}[/bold] at {found.commit[:8]}: {escape(what)}", highlight=False)
+        for change in found.changes:
+            added, removed = change.lines
+            counts = f"+{added}/-{removed} lines"
+            console.print(f"  {change.kind:<8} {escape(change.path)} {counts}", highlight=False, soft_wrap=True)
+        if diff:
+            console.print(
+                "".join(change.diff for change in found.changes), markup=False, highlight=False, soft_wrap=True
+            )
+    if "engines" not in [found.branch for found in branches]:
+        console.print("There is no branch engines; it is main alone that is refreshed.")

@@ -103,7 +103,13 @@ def stage(draft: DFlashDraftModel, folder: Path, layout: str, card: dict[str, An
     """Write a whole repository into `folder`."""
     draft.card_metadata = draft.card_metadata | card
     draft.save_pretrained(folder, layout=layout)
-    shutil.copyfile(Path(__file__).parent / "hub_repo" / ".gitattributes", folder / ".gitattributes")
+    for path, content in hub_files().items():
+        (folder / path).write_bytes(content)
+
+
+def hub_files() -> dict[str, bytes]:
+    """What a repository holds for the Hub's own sake: path -> content."""
+    return {".gitattributes": (Path(__file__).parent / "hub_repo" / ".gitattributes").read_bytes()}
 
 
 def check_staged(draft: DFlashDraftModel, folder: Path) -> None:
@@ -112,6 +118,18 @@ def check_staged(draft: DFlashDraftModel, folder: Path) -> None:
     Raises:
         ValueError: it does not load there, or loads otherwise.
     """
+    refuse_differing(folder, load_apart(folder)["digests"], digests(draft))
+
+
+def load_apart(folder: Path) -> dict[str, Any]:
+    """Load `folder` in a fresh process that cannot import this package, offline.
+
+    Returns:
+        `class`: the module its class came from; `digests`: tensor name -> digest; `config`: every value of the config.
+
+    Raises:
+        ValueError: it does not load there.
+    """
     probe = Path(__file__).parent / "hub_probe.py"
     with tempfile.TemporaryDirectory() as modules:
         env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": modules}
@@ -119,9 +137,12 @@ def check_staged(draft: DFlashDraftModel, folder: Path) -> None:
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
         raise ValueError(f"What was staged in {folder} does not load in a fresh process:\n{done.stderr[-2000:]}")
-    seen = json.loads(done.stdout.splitlines()[-1])["digests"]
-    ours = digests(draft)
-    differing = sorted(name for name in {*seen, *ours} if seen.get(name) != ours.get(name))
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def refuse_differing(folder: Path, seen: dict[str, str], expected: dict[str, str]) -> None:
+    """Refuse `folder` unless the tensors that were `seen` are those `expected`: tensor name -> digest, for both."""
+    differing = sorted(name for name in {*seen, *expected} if seen.get(name) != expected.get(name))
     if differing:
         raise ValueError(f"What was staged in {folder} loads otherwise in a fresh process: {', '.join(differing[:3])}.")
 

@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 import tiny
-from dflash_hub import cli
+from dflash_hub import cli, evaluation
 from paths import ROOT, TINY
 
 RUNNER = CliRunner()
@@ -35,6 +35,48 @@ def test_the_demo_shows_both_texts_and_the_figures():
     for text in ("the target alone", "with DFlash", "tokens/s", "acceptance length", "tokens per cycle"):
         assert text in output
     assert "The two texts are identical." in output
+
+
+@pytest.fixture
+def differing(monkeypatch):
+    """Both texts were generated, and differ in their last token."""
+    found = evaluation.Comparison(((5, 6),), ((5, 7),), 1.0, 1.0, (2,))
+    monkeypatch.setattr(evaluation, "compare", lambda *args, **kwargs: found)
+
+
+def assert_reported(stderr: str) -> None:
+    import torch
+    import transformers
+
+    from dflash_hub import __version__
+
+    versions = (f"dflash-hub {__version__}", f"torch {torch.__version__}", f"transformers {transformers.__version__}")
+    for text in ("Error: The two texts differ", "Please report it", *versions):
+        assert text in stderr
+
+
+def test_a_demo_whose_texts_differ_fails_and_asks_for_a_report(differing, monkeypatch, capsys):
+    done = run("demo", "--prompts", "1")
+    assert "The two texts are NOT identical." in done.stdout
+    assert done.exit_code == 1
+    assert_reported(done.stderr)
+    monkeypatch.setattr(sys, "argv", ["dflash-hub", "demo", "--prompts", "1"])
+    with pytest.raises(SystemExit, match="1"):
+        cli.main()
+    assert_reported(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(("dtype", "status"), [("float32", 1), ("bfloat16", 0)])
+def test_generate_fails_on_differing_texts_in_float32_alone(differing, dtype, status):
+    words = ["generate", "def main(", "--target", str(TINY / "target"), "--draft", str(TINY / "draft")]
+    done = run(*words, "--dtype", dtype)
+    assert "The two texts are NOT identical." in done.stdout
+    assert done.exit_code == status
+    if status:
+        assert_reported(done.stderr)
+    else:
+        assert "In bfloat16 a near-tie" in done.stdout
+        assert done.stderr == ""
 
 
 def test_generate_streams_the_text_and_ends_in_the_figures():
