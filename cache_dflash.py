@@ -13,7 +13,7 @@ H key and value heads, D head dim, G query heads per key head.
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, LinearAttentionLayer
 
 from .compat_dflash import difference
 
@@ -102,6 +102,21 @@ class ColumnLayer(CacheLayerMixin):
         return -1
 
 
+class HybridColumnLayer(LinearAttentionLayer, ColumnLayer):
+    """Keys and values by column, and recurrent state, of a layer that has both."""
+
+    def __init__(self, cache: "ColumnCache", is_sliding: bool, number_of_states: int):
+        ColumnLayer.__init__(self, cache, is_sliding)
+        LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """By position, keys and values; by name, states: as transformers' own layers of both kinds."""
+        (ColumnLayer if args else LinearAttentionLayer).lazy_initialization(self, *args, **kwargs)
+
+    def get_max_length(self) -> int:
+        return -1
+
+
 def write(states: torch.Tensor, rows: torch.Tensor, new: torch.Tensor) -> None:
     """`new [B, H, N, D]` into `states [B, S, H, D]` at the flat columns `rows [B * N]`."""
     states.flatten(0, 1).index_copy_(0, rows.to(states.device), new.transpose(1, 2).flatten(0, 1))
@@ -125,7 +140,11 @@ class ColumnCache(Cache):
         """Flat columns `[B * N]` of each part of the next forward's keys; None at the beginning of a text."""
 
     def _layer(self, layer: Any) -> Any:
-        return ColumnLayer(self, layer.is_sliding) if isinstance(layer, CacheLayerMixin) else layer
+        if not isinstance(layer, CacheLayerMixin):
+            return layer
+        if isinstance(layer, LinearAttentionLayer):
+            return HybridColumnLayer(self, layer.is_sliding, layer.number_of_states)
+        return ColumnLayer(self, layer.is_sliding)
 
     def reserve(self, columns: int) -> None:
         """Let the next forward write and read up to this many columns."""

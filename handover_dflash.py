@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, DynamicCache, LinearAttentionLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAttentionLayer
 
 from .cache_dflash import ColumnLayer
 from .compat_dflash import set_columns_seen
 from .drafting_dflash import Drafter
-from .recurrence_dflash import copied
+from .recurrence_dflash import states_of
 from .target_dflash import Target
 
 
@@ -42,11 +42,11 @@ def take_over(cache: Cache | None, target: Target, drafter: Drafter) -> int:
         return 0
     columns = int(cache.get_seq_length())
     target.cache.reserve(columns)
-    for index, (ours, theirs) in enumerate(zip(target.cache.layers, cache.layers, strict=True)):
+    for ours, theirs in zip(target.cache.layers, cache.layers, strict=True):
         if isinstance(ours, ColumnLayer):
             _take_keys(ours, theirs, columns)
-        elif isinstance(ours, LinearAttentionLayer):
-            target.cache.layers[index] = target.recurrence.states[index] = _copy(theirs)
+        if isinstance(ours, LinearAttentionLayer):
+            vars(ours).update(states_of(theirs))
     target.cache.seen = columns
     companion = getattr(cache, "dflash", None)
     if companion is not None and companion.draft() is drafter.draft and companion.columns == columns:
@@ -57,19 +57,12 @@ def take_over(cache: Cache | None, target: Target, drafter: Drafter) -> int:
 
 
 def _take_keys(ours: ColumnLayer, theirs: Any, columns: int) -> None:
-    if type(theirs).__name__ not in ("DynamicLayer", "DynamicSlidingWindowLayer"):
+    if not isinstance(theirs, DynamicLayer):
         raise ValueError(
             f"The cache holds a {type(theirs).__name__}; pass a DynamicCache, whose keys can be read as they are."
         )
     ours.lazy_initialization(theirs.keys, theirs.values)
     ours.fill(columns - theirs.keys.shape[2], theirs.keys, theirs.values)
-
-
-def _copy(layer: LinearAttentionLayer) -> LinearAttentionLayer:
-    """A layer with copies of the states, so that the one given stays as it is until the end."""
-    fresh = LinearAttentionLayer(number_of_states=layer.number_of_states)
-    fresh.__dict__.update(copied(layer))
-    return fresh
 
 
 def give_back(pair: Any) -> None:
@@ -92,8 +85,8 @@ def give_back(pair: Any) -> None:
     for ours, theirs in zip(pair.target.cache.layers, layers, strict=True):
         if isinstance(ours, ColumnLayer):
             _give_keys(ours, theirs, columns)
-        elif isinstance(ours, LinearAttentionLayer):
-            theirs.__dict__.update(ours.__dict__)
+        if isinstance(ours, LinearAttentionLayer):
+            vars(theirs).update(states_of(ours))
     pair.drafter.flush()
     pair.prompt.cache.dflash = Companion(weakref.ref(pair.draft), pair.drafter.cache, columns)
 

@@ -18,6 +18,10 @@ from transformers.cache_utils import Cache, LinearAttentionLayer
 from .compat_dflash import difference
 
 
+_MIXERS = ("linear_attn", "mixer", "conv", "mamba", "mamba_decoder.mamba")
+"""Where decoder layers hold the module that keeps a state."""
+
+
 class Recurrence:
     """The recurrent layers of a model and their states; nothing to do for a model without any."""
 
@@ -56,15 +60,6 @@ class Recurrence:
                 for states in (layer.conv_states, layer.recurrent_states)
             ]
 
-    def snapshot(self) -> dict[int, dict[str, Any]]:
-        """Everything that the layers hold, copied, for `restore`."""
-        return {index: copied(layer) for index, layer in self.states.items()}
-
-    def restore(self, snapshot: dict[int, dict[str, Any]]) -> None:
-        """Put back what `snapshot` held."""
-        for index, held in snapshot.items():
-            self.states[index].__dict__.update(held)
-
     def check_given(self) -> None:
         """Refuse to go on where a mixer with a state was not seen in the block.
 
@@ -102,9 +97,11 @@ class Recurrence:
         layer.conv_states, layer.recurrent_states = after
 
 
-def copied(layer: LinearAttentionLayer) -> dict[str, Any]:
-    """The attributes of a layer, with copies of its states and of what it keeps of each."""
-    held = {name: dict(value) if isinstance(value, dict) else value for name, value in layer.__dict__.items()}
+def states_of(layer: LinearAttentionLayer) -> dict[str, Any]:
+    """What a layer keeps of its states, copied; nothing of the keys and values that it may keep besides."""
+    names = vars(LinearAttentionLayer(number_of_states=layer.number_of_states))
+    held = {name: value for name, value in vars(layer).items() if name in names}
+    held |= {name: dict(value) for name, value in held.items() if isinstance(value, dict)}
     for name in ("conv_states", "recurrent_states"):
         held[name] = {key: None if state is None else state.clone() for key, state in held[name].items()}
     return held
@@ -116,8 +113,10 @@ def mixer(layer: nn.Module) -> nn.Module:
     Raises:
         ValueError: the layer does not hold one where transformers' hybrid models do.
     """
-    for name in ("linear_attn", "mixer", "conv"):
-        found = getattr(layer, name, None)
+    for name in _MIXERS:
+        found = layer
+        for part in name.split("."):
+            found = getattr(found, part, None)
         if found is not None:
             return found
     raise ValueError(f"{type(layer).__name__} keeps recurrent state in a module that is not known here.")
