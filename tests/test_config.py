@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from huggingface_hub.errors import StrictDataclassFieldValidationError
 
 from dflash_hub import DFlashConfig
 from paths import DATA, TINY
@@ -236,7 +235,7 @@ def test_equal_copies_of_a_field_are_fine_in_every_place():
             | {"dflash_config": {"swa_window_size": 32}},
             ["sliding_window is 64", "dflash_config.swa_window_size is 32"],
         ),
-        ({"dtype": "bfloat16", "torch_dtype": "float16"}, ["dtype is bfloat16", "torch_dtype is float16"]),
+        ({"dtype": "bfloat16", "torch_dtype": "float16"}, ["dtype is 'bfloat16'", "torch_dtype is 'float16'"]),
     ],
 )
 def test_contradicting_copies_are_refused_with_both_places_named(changes, places):
@@ -387,12 +386,12 @@ def test_jetspecs_causal_draft_is_read():
 
 
 def test_fields_are_typed_and_required():
-    with pytest.raises(StrictDataclassFieldValidationError, match="block_size"):
+    with pytest.raises(ValueError, match=r"block_size is '16'; it must be an int from 2 to 1024"):
         small(block_size="16")
     with pytest.raises(TypeError, match="mask_token_id"):
         DFlashConfig(block_size=16, target_layer_ids=[1])
     config = small()
-    with pytest.raises(StrictDataclassFieldValidationError, match="mask_token_id"):
+    with pytest.raises(ValueError, match=r"mask_token_id is '<mask>'; it must be an int"):
         config.mask_token_id = "<mask>"
 
 
