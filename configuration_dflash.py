@@ -110,6 +110,7 @@ class DFlashConfig(PretrainedConfig):
         for name in {"num_labels", "rope_theta", "rope_scaling"} & set(kwargs):
             if kwargs[name] is not None:
                 check_field(name, kwargs[name])
+        self._settle_dtype(kwargs)
         self._settle_rope(kwargs)
         self.architectures = [self.architecture]
         if self.target_hidden_size is None:
@@ -130,6 +131,14 @@ class DFlashConfig(PretrainedConfig):
         if isinstance(self.is_causal, list):
             return self.is_causal
         return [bool(self.is_causal)] * self.num_hidden_layers
+
+    def _settle_dtype(self, kwargs: dict[str, Any]) -> None:
+        """One of torch's own, from whichever keyword and however it is written."""
+        dtype = kwargs.pop("torch_dtype", None)
+        if dtype is not None:
+            check_field("torch_dtype", dtype, kind=FIELDS["dtype"])
+        dtype = dtype if self.dtype is None else self.dtype
+        self.dtype = getattr(torch, dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
 
     def _settle_rope(self, kwargs: dict[str, Any]) -> None:
         """A dict of our own, since transformers fills it in place, without what says nothing."""
@@ -266,12 +275,11 @@ class DFlashConfig(PretrainedConfig):
         """
         names = {*cls.__dataclass_fields__, "rope_theta"} - {"dtype"}
         given = {name: kwargs.pop(name) for name in list(kwargs) if name in names}
-        if "torch_dtype" in kwargs:
-            kwargs.setdefault("dtype", kwargs.pop("torch_dtype"))
-        dtype = kwargs.get("dtype")
-        if not (dtype is None or (isinstance(dtype, str) and dtype == "auto")):
-            check_field("dtype", dtype)
-            given["dtype"] = kwargs["dtype"] = getattr(torch, str(dtype).removeprefix("torch."))
+        for name in {"torch_dtype", "dtype"} & set(kwargs):
+            dtype = kwargs.pop(name)
+            if dtype is not None and not (isinstance(dtype, str) and dtype == "auto"):
+                check_field(name, dtype, kind=FIELDS["dtype"])
+                given["dtype"] = dtype
         return super().from_dict(read_layout(config_dict, given, cls.model_type), **kwargs)
 
     # Writing ---------------------------------------------------------------------------------------------------

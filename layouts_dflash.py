@@ -414,10 +414,11 @@ class _Layout:
         fields = {field: self.agreed(field, places) for field, places in self.places().items()}
         fields["target_layer_ids"] = self.taps()
         self.require(fields)
+        self.refuse_lengths(fields["num_hidden_layers"])
         fields["layer_types"] = self.layer_types(fields["num_hidden_layers"])
         fields["sliding_window"] = self.sliding_window(fields["layer_types"])
         fields["is_causal"] = self.causality(fields)
-        fields["rope_parameters"] = self.rope()
+        fields["rope_parameters"] = self.rope(fields["head_dim"])
         self.refuse_shapes(fields)
         # In the hub layout it names the code of the repository, which AutoModel looks for on the config.
         auto_map = self.value("auto_map", "auto_map") or {}
@@ -480,6 +481,16 @@ class _Layout:
                 at_top = key in {*_SAME_NAME, "layer_types", "rope_theta", "rope_parameters", "rope_scaling"}
                 advice = f"is {nearest[0]} meant?" if nearest else "remove it if the draft does not need it."
                 raise ValueError(f"{said}, so it is refused: {'it belongs at the top.' if at_top else advice}")
+
+    def refuse_lengths(self, layers: int) -> None:
+        """Refuse causality said layer by layer for another number of layers."""
+        for place in _PLACES["is_causal"] if "is_causal" not in self.given else ():
+            said = self.at(place)
+            if isinstance(said, list) and len(said) != layers:
+                raise ValueError(
+                    f"The draft's config.json says is_causal is {shown(said)} ({place}) but num_hidden_layers is "
+                    f"{layers}; it must hold one bool per layer, or be a single bool for all."
+                )
 
     def refuse_shapes(self, fields: dict[str, Any]) -> None:
         vocab, reduced = fields.get("vocab_size"), self.agreed("draft_vocab_size", _REDUCED_PLACES)
@@ -566,7 +577,7 @@ class _Layout:
         )
         return False if said is None and bidirectional else said
 
-    def rope(self) -> dict[str, Any]:
+    def rope(self, head_dim: int) -> dict[str, Any]:
         """`rope_parameters`, from either form or both. A theta is never guessed."""
         if "rope_parameters" in self.given:
             forms = {"rope_parameters": modern_rope("rope_parameters", self.given["rope_parameters"])}
@@ -581,10 +592,12 @@ class _Layout:
         merged["rope_theta"] = self.rope_theta(forms)
         if len(merged) > 1 and "rope_type" not in merged:
             raise ValueError(
-                f"The draft's config.json scales its rotary embeddings ({shown(merged)}) without saying rope_type, "
-                f"{_ROPE['rope_type'].words}; supply it: from_pretrained(..., "
+                f"The draft's config.json scales its rotary embeddings ({shown(merged)}), but rope_type is None; it "
+                f"must be {_ROPE['rope_type'].words}; supply it: from_pretrained(..., "
                 "rope_parameters={'rope_type': ..., ...})."
             )
+        said_there = {place: self.given.get(place, self.at(place)) for place in forms}
+        check_rope(merged, head_dim, " and ".join(f"{place} is {shown(form)}" for place, form in said_there.items()))
         return {"rope_type": "default"} | merged
 
     def rope_theta(self, forms: dict[str, dict[str, Any]]) -> float:
@@ -632,19 +645,20 @@ def modern_rope(place: str, form: dict[str, Any] | None) -> dict[str, Any]:
     return form
 
 
-def check_rope(rope: dict[str, Any], head_dim: int) -> None:
+def check_rope(rope: dict[str, Any], head_dim: int, said: str | None = None) -> None:
     """Refuse a whole `rope_parameters` that lacks what its type needs, or whose factors are not one per frequency.
+
+    Args:
+        said: the beginning of the error; by default, what the keyword said.
 
     Raises:
         ValueError: with what is missing, or of another length.
     """
     rope_type = rope.get("rope_type", "default")
-    missing = [key for key in _ROPE_NEEDS.get(rope_type, ()) if key not in rope]
-    if missing:
-        needs = ", ".join(f"{key} ({_ROPE[key].words})" for key in missing)
-        raise ValueError(
-            f"rope_parameters is {shown(rope)}, and rope_type {rope_type!r} also needs {needs}; say it there."
-        )
+    for key in _ROPE_NEEDS.get(rope_type, ()):
+        if key not in rope:
+            said = said or f"rope_parameters is {shown(rope)}"
+            raise ValueError(f"{said}: for rope_type {rope_type!r}, {key} is None; it must be {_ROPE[key].words}.")
     for key in ("short_factor", "long_factor"):
         if key in rope and len(rope[key]) != head_dim // 2:
             raise ValueError(
