@@ -104,7 +104,8 @@ class DFlashConfig(PretrainedConfig):
             super().__setattr__(name, value)
         except StrictDataclassFieldValidationError:  # the fields of transformers' own
             kind = self.__dataclass_fields__[name].type
-            raise ValueError(f"{name} is {shown(value)}; it must be of the type {kind}.") from None
+            words = kind.__name__ if isinstance(kind, type) else kind
+            raise ValueError(f"{name} is {shown(value)}; it must be {words}.") from None
 
     def __post_init__(self, **kwargs: Any) -> None:
         for name in {"num_labels", "rope_theta", "rope_scaling"} & set(kwargs):
@@ -247,9 +248,18 @@ class DFlashConfig(PretrainedConfig):
         """As in transformers, of a file that must hold a dict; another file that it may point to is not read."""
         try:
             content = super()._dict_from_json_file(json_file)
-        except RecursionError:
-            raise ValueError(f"{json_file} nests lists too deep to be read; it must be a dict of fields.") from None
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            raise  # transformers says that it is no JSON
+        except (RecursionError, ValueError):
+            raise ValueError(f"{json_file} holds a list or a number too large to be read; it must not.") from None
+        if content == {}:
+            raise ValueError(f"{json_file} is {{}}; it must be a dict of fields.")
         return {key: value for key, value in check_content(content).items() if key != "configuration_files"}
+
+    @classmethod
+    def from_json_file(cls, json_file: Any) -> Any:
+        """As `from_dict`, of a file."""
+        return cls.from_dict(cls._dict_from_json_file(json_file))
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict, dict]:
@@ -275,8 +285,8 @@ class DFlashConfig(PretrainedConfig):
         """
         names = {*cls.__dataclass_fields__, "rope_theta"} - {"dtype"}
         given = {name: kwargs.pop(name) for name in list(kwargs) if name in names}
-        for name in {"torch_dtype", "dtype"} & set(kwargs):
-            dtype = kwargs.pop(name)
+        for name in ("torch_dtype", "dtype"):
+            dtype = kwargs.pop(name, None)
             if dtype is not None and not (isinstance(dtype, str) and dtype == "auto"):
                 check_field(name, dtype, kind=FIELDS["dtype"])
                 given["dtype"] = dtype

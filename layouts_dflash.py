@@ -82,10 +82,11 @@ def _is_labels(value: Any) -> bool:
 _BOOL = Kind("True or False", lambda value: isinstance(value, bool))
 _STR = Kind("a string", lambda value: isinstance(value, str))
 _DICT = Kind("a dict", lambda value: isinstance(value, dict))
-_WIDTH, _HEADS, _LAYERS, _POSITIONS, _ID = _int(1, 2**20), _int(1, 4096), 1000, _int(1, 2**30), _int(0, 2**24 - 1)
+_LAYERS = 1000
+_WIDTH, _HEADS, _POSITIONS, _ID = _int(1, 2**20), _int(1, 4096), _int(1, 2**30), _int(0, 2**24 - 1)
 _FACTOR = _number(0, 1e6, above=True)
 _FACTORS = _list("a list of numbers above 0", _FACTOR, longest=2**16)
-_CAUSAL = _list("", _BOOL, _LAYERS)
+_BOOLS = _list("a list of True or False", _BOOL, _LAYERS)
 
 # Field -> what is right for it. Upper bounds are beyond every draft, and low enough that nothing is built of them.
 FIELDS = {
@@ -97,7 +98,7 @@ FIELDS = {
     "num_target_layers": _int(1, _LAYERS),
     "target_hidden_size": _WIDTH,
     "is_causal": Kind(
-        "True or False, or a list of them, one per layer", lambda value: _BOOL.fits(value) or _CAUSAL.fits(value)
+        "True or False, or a list of them, one per layer", lambda value: _BOOL.fits(value) or _BOOLS.fits(value)
     ),
     "layer_types": _list(f"a list of {FULL!r} or {SLIDING!r}, one per layer", _choice((FULL, SLIDING)), _LAYERS),
     "sliding_window": _POSITIONS,
@@ -189,7 +190,8 @@ def check_field(field: str, value: Any, said: str | None = None, kind: Kind | No
     """
     kind = kind or FIELDS[field]
     if not kind.fits(value):
-        raise ValueError(f"{said or f'{field} is {shown(value)}'}; it must be {kind.words}.")
+        advice = "" if said else f" (pass {field}=...)"
+        raise ValueError(f"{said or f'{field} is {shown(value)}'}; it must be {kind.words}{advice}.")
 
 
 # Where it stands ------------------------------------------------------------------------------------------------
@@ -335,6 +337,7 @@ def _signs_of_second(config: dict[str, Any]) -> dict[str, Any]:
     keys = {f"{outer}{name}": place.get(name) for outer, place in places.items() for name in _SECOND}
     signs = {place: value for place, value in keys.items() if value not in _OFF}
     named = {"model_type": _model_type(config), "speculators_model_type": config.get("speculators_model_type")}
+    named |= {f"{outer}projector_type": place.get("projector_type") for outer, place in places.items()}
     signs |= {place: value for place, value in named.items() if value == "dflash2"}
     architectures = config.get("architectures")
     names = architectures if isinstance(architectures, list | tuple) else [architectures]
@@ -378,8 +381,7 @@ class _Layout:
         for field in {*self.given} & {*FIELDS}:
             if self.given[field] is not None:
                 check_field(field, self.given[field])
-        self.nested: dict[str, Any] = {}
-        self.nested = self.value("dflash_config", "dflash_config") or {}
+        self.nested: dict[str, Any] = self.value("dflash_config", "dflash_config") or {}
         self.architectures = self.value("architectures", "architectures") or []
         self.architecture = next(iter(self.architectures), None)
         model_type = _model_type(config)
@@ -477,7 +479,7 @@ class _Layout:
         for key, value in self.nested.items():
             if key not in _NESTED:
                 said = f"The draft's config.json has dflash_config.{key}, which is {shown(value)}; no such key is known"
-                nearest = difflib.get_close_matches(str(key), sorted(_NESTED), n=1)
+                nearest = difflib.get_close_matches(str(key).lower(), sorted(_NESTED), n=1)
                 at_top = key in {*_SAME_NAME, "layer_types", "rope_theta", "rope_parameters", "rope_scaling"}
                 advice = f"is {nearest[0]} meant?" if nearest else "remove it if the draft does not need it."
                 raise ValueError(f"{said}, so it is refused: {'it belongs at the top.' if at_top else advice}")
@@ -638,7 +640,7 @@ def modern_rope(place: str, form: dict[str, Any] | None) -> dict[str, Any]:
     for key, value in form.items():
         said_here = f"{place}.{key} is {shown(value)}"
         if key not in _ROPE:
-            nearest = difflib.get_close_matches(str(key), _ROPE, n=1)
+            nearest = difflib.get_close_matches(str(key).lower(), _ROPE, n=1)
             advice = f"is {nearest[0]} meant?" if nearest else f"it must be one of {', '.join(_ROPE)}."
             raise ValueError(f"{said_here}, but no such key is known, so it is refused: {advice}")
         check_field(key, value, said_here, _ROPE[key])

@@ -173,7 +173,7 @@ BEARS_ON = CAUSAL | {
 
 @dataclass
 class Case:
-    """A config.json and what was done to it: at `path`, `was` became `value` (MISSING: there is, or was, no such key)."""
+    """A config.json and what was done to it: at `path`, `was` became `value`; MISSING where there is no such key."""
 
     name: str
     content: Any
