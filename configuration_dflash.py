@@ -135,7 +135,7 @@ class DFlashConfig(PretrainedConfig):
 
     def _settle_dtype(self, kwargs: dict[str, Any]) -> None:
         """One of torch's own, from whichever keyword and however it is written."""
-        dtype = kwargs.pop("torch_dtype", None)
+        dtype: Any = kwargs.pop("torch_dtype", None)
         if dtype is not None:
             check_field("torch_dtype", dtype, kind=FIELDS["dtype"])
         dtype = dtype if self.dtype is None else self.dtype
