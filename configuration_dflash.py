@@ -135,10 +135,10 @@ class DFlashConfig(PretrainedConfig):
 
     def _settle_dtype(self, kwargs: dict[str, Any]) -> None:
         """One of torch's own, from whichever keyword and however it is written."""
-        dtype: Any = kwargs.pop("torch_dtype", None)
-        if dtype is not None:
-            check_field("torch_dtype", dtype, kind=FIELDS["dtype"])
-        dtype = dtype if self.dtype is None else self.dtype
+        older, dtype = kwargs.pop("torch_dtype", None), vars(self)["dtype"]
+        if older is not None:
+            check_field("torch_dtype", older, kind=FIELDS["dtype"])
+        dtype = older if dtype is None else dtype
         self.dtype = getattr(torch, dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
 
     def _settle_rope(self, kwargs: dict[str, Any]) -> None:

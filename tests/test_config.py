@@ -440,7 +440,7 @@ def test_keys_at_the_top_that_no_reader_knows_are_ignored_whatever_they_hold():
         ({"rope_theta": [1e6]}, r"rope_theta is \[1000000.0\]; it must be a number"),
         ({"architectures": 5}, r"architectures is 5; it must be a list"),
         ({"dtype": {"a": 1}}, r"dtype is \{'a': 1\}; it must be one of bfloat16"),
-        ({"hidden_act": "banana"}, r"hidden_act is 'banana'; it must be an activation"),
+        ({"hidden_act": "banana"}, r"hidden_act is 'banana'; it must be the name of an activation"),
         ({"layer_types": []}, r"layer_types is \[\]; it must be a list of"),
         ({"eagle_aux_hidden_state_layer_ids": [0, 1]}, r"\[0, 1\] \(eagle_aux_hidden_state_layer_ids\).*from 1 up"),
         ({"dflash_config": {"causal_head": [True]}}, r"is_causal is \[True\] \(dflash_config.causal_head\)"),
