@@ -420,10 +420,11 @@ def test_any_other_key_inside_dflash_config_is_refused_with_the_nearest_that_is_
         DFlashConfig.from_dict(qwen3_4b(dflash_config={key: True}))
 
 
-def test_keys_at_the_top_that_no_reader_knows_are_ignored_whatever_they_hold():
+def test_keys_at_the_top_that_no_reader_knows_are_ignored_whatever_they_hold(tmp_path):
     odd = {"casual": [], "id2label": 5, "transformers_version": {}, "return_dict": "x", "_name_or_path": 1.5}
     odd |= {"configuration_files": 3, "tie_word_embeddings": None, "num_labels": -1, "problem_type": []}
-    assert DFlashConfig.from_dict(qwen3_4b(**odd)) == read("z-lab__Qwen3-4B-DFlash-b16")
+    (tmp_path / "config.json").write_text(json.dumps(qwen3_4b(**odd)))
+    assert DFlashConfig.from_pretrained(tmp_path) == read("z-lab__Qwen3-4B-DFlash-b16")
 
 
 @pytest.mark.parametrize(
@@ -445,6 +446,13 @@ def test_keys_at_the_top_that_no_reader_knows_are_ignored_whatever_they_hold():
         ({"eagle_aux_hidden_state_layer_ids": [0, 1]}, r"\[0, 1\] \(eagle_aux_hidden_state_layer_ids\).*from 1 up"),
         ({"dflash_config": {"causal_head": [True]}}, r"is_causal is \[True\] \(dflash_config.causal_head\)"),
         ({"rope_parameters": {"rope_type": "yarn"}}, r"for rope_type 'yarn', factor is None; it must be a number"),
+        ({"num_key_value_heads": True}, r"num_key_value_heads is True; it must be an int"),
+        ({"attention_value_scale": True}, r"attention_value_scale is True.*it must be None or 1.0"),
+        ({"sliding_window": "4096"}, r"sliding_window is '4096'; it must be an int"),
+        (
+            {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0] * 64}},
+            r"short_factor is \[1.0\], 1 numbers; it must hold 64, half of head_dim, 128",
+        ),
         ({"rope_parameters": {"factr": 2.0}}, r"rope_parameters.factr is 2.0.*is factor meant"),
         ({"hidden_size": 10**5000}, r"hidden_size is a int too large to be shown; it must be"),
     ],
@@ -477,6 +485,8 @@ def test_keywords_of_from_pretrained_are_checked_as_the_file_is():
         ValueError, match=r"^block_size is '8'; it must be an int from 2 to 1024 \(pass block_size=...\)"
     ):
         read("z-lab__Qwen3-4B-DFlash-b16", block_size="8")
+    with pytest.raises(ValueError, match=r"^sliding_window is '8'; it must be an int"):
+        read("z-lab__Qwen3-4B-DFlash-b16", sliding_window="8")
     with pytest.raises(ValueError, match=r"^dtype is 'banana'; it must be one of bfloat16"):
         read("z-lab__Qwen3-4B-DFlash-b16", dtype="banana")
 
