@@ -487,13 +487,14 @@ class _Layout:
                 raise ValueError(f"{said}, so it is refused: {'it belongs at the top.' if at_top else advice}")
 
     def refuse_lengths(self, layers: int) -> None:
-        """Refuse causality said layer by layer for another number of layers."""
-        for place in _PLACES["is_causal"] if "is_causal" not in self.given else ():
-            said = self.at(place)
+        """Refuse what is said layer by layer for another number of layers."""
+        places = {"is_causal": _PLACES["is_causal"], "layer_types": ("layer_types",)}
+        for field, place in ((field, place) for field in {*places} - {*self.given} for place in places[field]):
+            said = self.value(field, place)
             if isinstance(said, list) and len(said) != layers:
                 raise ValueError(
-                    f"The draft's config.json says is_causal is {shown(said)} ({place}) but num_hidden_layers is "
-                    f"{layers}; it must hold one bool per layer, or be a single bool for all."
+                    f"The draft's config.json says {field} is {shown(said)} ({place}) but num_hidden_layers is {layers}; "
+                    f"it must be {FIELDS[field].words}."
                 )
 
     def refuse_shapes(self, fields: dict[str, Any]) -> None:
@@ -633,6 +634,7 @@ def modern_rope(place: str, form: dict[str, Any] | None) -> dict[str, Any]:
     """
     if form is not None:
         check_field(place, form)
+    _refuse_unknown_rope(place, form or {})
     form = {key: _listed(value) for key, value in (form or {}).items() if value is not None}
     _refuse_partial_rope(place, form)
     old_type = form.pop("type", None)
@@ -640,12 +642,7 @@ def modern_rope(place: str, form: dict[str, Any] | None) -> dict[str, Any]:
         said = {f"{place}.type": old_type} | ({f"{place}.rope_type": form["rope_type"]} if "rope_type" in form else {})
         form["rope_type"] = _one_of("rope_parameters", said)
     for key, value in form.items():
-        said_here = f"{place}.{key} is {shown(value)}"
-        if key not in _ROPE:
-            nearest = difflib.get_close_matches(str(key).lower(), _ROPE, n=1)
-            advice = f"is {nearest[0]} meant?" if nearest else f"it must be one of {', '.join(_ROPE)}."
-            raise ValueError(f"{said_here}, but no such key is known, so it is refused: {advice}")
-        check_field(key, value, said_here, _ROPE[key])
+        check_field(key, value, f"{place}.{key} is {shown(value)}", _ROPE[key])
     return form
 
 
@@ -669,6 +666,15 @@ def check_rope(rope: dict[str, Any], head_dim: int, said: str | None = None) -> 
                 f"rope_parameters.{key} is {shown(rope[key])}, {len(rope[key])} numbers; it must hold "
                 f"{head_dim // 2}, half of head_dim, {head_dim}."
             )
+
+
+def _refuse_unknown_rope(place: str, form: dict[str, Any]) -> None:
+    for key, value in form.items():
+        if key not in (*_ROPE, "type", "partial_rotary_factor", "rope_dim") and not isinstance(value, dict):
+            nearest = difflib.get_close_matches(str(key).lower(), _ROPE, n=1)
+            advice = f"is {nearest[0]} meant?" if nearest else f"it must be one of {', '.join(_ROPE)}."
+            said = f"{place}.{key} is {shown(value)}, but no such key is known"
+            raise ValueError(f"{said}, so it is refused: {advice}")
 
 
 def _refuse_partial_rope(place: str, form: dict[str, Any]) -> None:
