@@ -488,13 +488,13 @@ class _Layout:
 
     def refuse_lengths(self, layers: int) -> None:
         """Refuse what is said layer by layer for another number of layers."""
-        places = {"is_causal": _PLACES["is_causal"], "layer_types": ("layer_types",)}
-        for field, place in ((field, place) for field in {*places} - {*self.given} for place in places[field]):
-            said = self.value(field, place)
+        places = [("layer_types", "layer_types"), *(("is_causal", place) for place in _PLACES["is_causal"])]
+        for field, place in places:
+            said = None if field in self.given else self.value(field, place)
             if isinstance(said, list) and len(said) != layers:
                 raise ValueError(
-                    f"The draft's config.json says {field} is {shown(said)} ({place}) but num_hidden_layers is {layers}; "
-                    f"it must be {FIELDS[field].words}."
+                    f"The draft's config.json says {field} is {shown(said)} ({place}) but num_hidden_layers is "
+                    f"{layers}; it must be {FIELDS[field].words}."
                 )
 
     def refuse_shapes(self, fields: dict[str, Any]) -> None:
