@@ -7,11 +7,11 @@ only ever sees the typed fields. Sources: DFlash (arXiv 2602.06036) and its refe
 layouts are those that z-lab, NVIDIA (Model Optimizer, NeMo AutoModel), SpecForge and Meta's Muse assistant publish.
 """
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from packaging.version import Version
 
@@ -24,15 +24,23 @@ if Version(transformers.__version__) < Version(OLDEST_TRANSFORMERS):
         "Upgrade it: pip install --upgrade transformers"
     )
 
-from huggingface_hub.dataclasses import strict  # noqa: E402 (after the check, whose message is the clearer one)
+from huggingface_hub.errors import StrictDataclassFieldValidationError  # noqa: E402 (after the clearer message)
 from transformers.configuration_utils import PretrainedConfig  # noqa: E402
 
-from .layouts_dflash import FULL, SLIDING, engines_layout, read_layout  # noqa: E402
+from .layouts_dflash import (  # noqa: E402
+    FIELDS,
+    FULL,
+    SLIDING,
+    check_content,
+    check_field,
+    check_rope,
+    engines_layout,
+    modern_rope,
+    read_layout,
+    shown,
+)
 
-ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
-
-@strict
 class DFlashConfig(PretrainedConfig):
     """Configuration of a DFlash draft model.
 
@@ -51,7 +59,8 @@ class DFlashConfig(PretrainedConfig):
         final_logit_softcapping: the target's soft cap, kept for engines that read it; it changes no argmax here.
 
     The other fields are Qwen3's. `from_pretrained` and `from_dict` read every published DFlash 1 layout, and refuse
-    by name what this model cannot run. Contradicting or missing fields raise `ValueError`.
+    by name what this model cannot run. Contradicting or missing fields, and values that a field cannot have, raise
+    `ValueError`, also where a field is set later; `layouts_dflash.FIELDS` says what each may hold.
     """
 
     model_type = "dflash"
@@ -87,7 +96,22 @@ class DFlashConfig(PretrainedConfig):
     tie_word_embeddings: bool = False
     use_cache: bool = True
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        field = self.__dataclass_fields__.get(name)
+        if field is not None and name in FIELDS and not (value is None and field.default is None):
+            check_field(name, value)
+        try:
+            super().__setattr__(name, value)
+        except StrictDataclassFieldValidationError:  # the fields of transformers' own
+            kind = self.__dataclass_fields__[name].type
+            words = kind.__name__ if isinstance(kind, type) else kind
+            raise ValueError(f"{name} is {shown(value)}; it must be {words}.") from None
+
     def __post_init__(self, **kwargs: Any) -> None:
+        for name in {"num_labels", "rope_theta", "rope_scaling"} & set(kwargs):
+            if kwargs[name] is not None:
+                check_field(name, kwargs[name])
+        self._settle_dtype(kwargs)
         self._settle_rope(kwargs)
         self.architectures = [self.architecture]
         if self.target_hidden_size is None:
@@ -109,15 +133,23 @@ class DFlashConfig(PretrainedConfig):
             return self.is_causal
         return [bool(self.is_causal)] * self.num_hidden_layers
 
+    def _settle_dtype(self, kwargs: dict[str, Any]) -> None:
+        """One of torch's own, from whichever keyword and however it is written."""
+        older, dtype = kwargs.pop("torch_dtype", None), vars(self)["dtype"]
+        if older is not None:
+            check_field("torch_dtype", older, kind=FIELDS["dtype"])
+        dtype = older if dtype is None else dtype
+        self.dtype = getattr(torch, dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+
     def _settle_rope(self, kwargs: dict[str, Any]) -> None:
         """A dict of our own, since transformers fills it in place, without what says nothing."""
-        rope = {key: value for key, value in copy.deepcopy(self.rope_parameters or {}).items() if value is not None}
+        said = kwargs.pop("rope_scaling", None) or self.rope_parameters or {}
+        partial = {key: kwargs.pop(key) for key in ("partial_rotary_factor",) if key in kwargs}
+        rope = modern_rope("rope_parameters", said | partial)
         theta = kwargs.get("rope_theta")
         if theta is not None and rope.get("rope_theta", theta) != theta:
             raise ValueError(f"rope_theta is {theta}, but rope_parameters has {rope['rope_theta']}; say one of them.")
-        known = (None, *ROPE_TYPES)
-        if rope.get("rope_type") not in known:
-            raise ValueError(f"rope_type is {rope['rope_type']!r}; it must be one of {', '.join(ROPE_TYPES)}.")
+        check_rope(rope, self.head_dim)
         self.rope_parameters = rope or None
 
     def _settle_causality(self) -> None:
@@ -127,41 +159,35 @@ class DFlashConfig(PretrainedConfig):
         if isinstance(self.is_causal, list):
             if len(self.is_causal) != self.num_hidden_layers:
                 raise ValueError(
-                    f"is_causal has {len(self.is_causal)} entries, but the draft has {self.num_hidden_layers} layers; "
-                    "give one bool per layer, or a single bool for all."
+                    f"is_causal has {len(self.is_causal)} entries, {shown(self.is_causal)}, but num_hidden_layers is "
+                    f"{self.num_hidden_layers}; it must hold one bool per layer, or be a single bool for all."
                 )
             if len(set(self.is_causal)) == 1:
                 self.is_causal = self.is_causal[0]
 
     def _check_block(self) -> None:
-        if self.block_size < 2:
-            raise ValueError(f"block_size is {self.block_size}; a block needs the anchor and at least one mask, so 2.")
-        if self.mask_token_id < 0 or (self.vocab_size is not None and self.mask_token_id >= self.vocab_size):
+        if self.vocab_size is not None and self.mask_token_id >= self.vocab_size:
             raise ValueError(
                 f"mask_token_id is {self.mask_token_id}, but vocab_size is {self.vocab_size}; it must be a token id "
                 "that the target's embedding has a row for."
             )
 
     def _check_taps(self) -> None:
-        taps = self.target_layer_ids
-        if not taps or any(a >= b for a, b in zip([-1, *taps], taps, strict=False)):
+        taps, layers = self.target_layer_ids, self.num_target_layers
+        if layers is not None and taps[-1] >= layers:
             raise ValueError(
-                f"target_layer_ids is {taps}; it must list 0-based layers of the target, at least one, ascending."
-            )
-        if self.num_target_layers is not None and taps[-1] >= self.num_target_layers:
-            raise ValueError(
-                f"target_layer_ids asks for layer {taps[-1]}, but the target has {self.num_target_layers} layers "
-                f"(0 to {self.num_target_layers - 1})."
+                f"target_layer_ids is {taps} and asks for layer {taps[-1]}, but the target has {layers} layers "
+                f"(num_target_layers); they must be from 0 to {layers - 1}."
             )
 
     def _check_layers(self) -> None:
         types = self.layer_types or []
-        if len(types) != self.num_hidden_layers or not set(types) <= {FULL, SLIDING}:
+        if len(types) != self.num_hidden_layers:
             raise ValueError(
-                f"layer_types is {types}; it must hold {self.num_hidden_layers} entries (num_hidden_layers), each "
-                f"{FULL!r} or {SLIDING!r}."
+                f"layer_types is {shown(types)}; it must hold {self.num_hidden_layers} entries (num_hidden_layers), "
+                f"each {FULL!r} or {SLIDING!r}."
             )
-        if SLIDING in types and (self.sliding_window is None or self.sliding_window < 1):
+        if SLIDING in types and self.sliding_window is None:
             raise ValueError(
                 f"layer_types has sliding layers, but sliding_window is {self.sliding_window}; pass sliding_window=."
             )
@@ -218,6 +244,24 @@ class DFlashConfig(PretrainedConfig):
     # Reading ---------------------------------------------------------------------------------------------------
 
     @classmethod
+    def _dict_from_json_file(cls, json_file: Any) -> dict[str, Any]:
+        """As in transformers, of a file that must hold a dict; another file that it may point to is not read."""
+        try:
+            content = super()._dict_from_json_file(json_file)
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            raise  # transformers says that it is no JSON
+        except (RecursionError, ValueError):
+            raise ValueError(f"{json_file} holds a list or a number too large to be read; it must not.") from None
+        if content == {}:
+            raise ValueError(f"{json_file} is {{}}; it must be a dict of fields.")
+        return {key: value for key, value in check_content(content).items() if key != "configuration_files"}
+
+    @classmethod
+    def from_json_file(cls, json_file: Any) -> Any:
+        """As `from_dict`, of a file."""
+        return cls.from_dict(cls._dict_from_json_file(json_file))
+
+    @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict, dict]:
         """As in transformers. Every layout is translated on purpose, so its `model_type` is no cause for a warning."""
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
@@ -236,12 +280,16 @@ class DFlashConfig(PretrainedConfig):
 
         Raises:
             ValueError: something is missing (the message names the keyword that supplies it), contradicts itself
-                (both places are named), or needs a feature that this model does not have.
+                (both places are named), holds what it cannot, is not known (inside dflash_config), or needs a feature
+                that this model does not have.
         """
         names = {*cls.__dataclass_fields__, "rope_theta"} - {"dtype"}
         given = {name: kwargs.pop(name) for name in list(kwargs) if name in names}
-        if kwargs.get("dtype") not in (None, "auto"):
-            given["dtype"] = kwargs["dtype"]
+        for name in ("torch_dtype", "dtype"):
+            dtype = kwargs.pop(name, None)
+            if dtype is not None and not (isinstance(dtype, str) and dtype == "auto"):
+                check_field(name, dtype, kind=FIELDS["dtype"])
+                given["dtype"] = dtype
         return super().from_dict(read_layout(config_dict, given, cls.model_type), **kwargs)
 
     # Writing ---------------------------------------------------------------------------------------------------

@@ -227,9 +227,10 @@ def _read_catalogue() -> list[DFlashDraftSpec]:
             key: tuple(value) if isinstance(value, list) else value for key, value in entry.items() if key in names
         }
         details = {key: entry[key] for key in entry if key not in names}
-        specs.append(
-            DFlashDraftSpec(draft_cls=VARIANTS.get(entry["variant"], Qwen3DFlashDraftModel), **values, details=details)
-        )
+        if entry["variant"] not in VARIANTS:
+            known = ", ".join(VARIANTS)
+            raise ValueError(f"{entry['repo_id']}: variant is {entry['variant']!r} in drafts.json, not one of {known}.")
+        specs.append(DFlashDraftSpec(draft_cls=VARIANTS[entry["variant"]], **values, details=details))
     return specs
 
 

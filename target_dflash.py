@@ -43,7 +43,11 @@ FAMILIES = frozenset(
 )
 """Text model types that are known to decode here token for token like their own `generate`."""
 
-_LAYERS = {"DynamicLayer", "DynamicSlidingWindowLayer", "LinearAttentionLayer", "DummyLayer"}
+_LAYERS = {
+    *("DynamicLayer", "DynamicSlidingWindowLayer", "LinearAttentionLayer", "DummyLayer"),
+    *("LinearAttentionAndFullAttentionLayer", "LinearAttentionAndSlidingWindowAttentionLayer"),
+}
+"""The layers of transformers' caches whose state can be taken back."""
 
 
 class BlockAttention:
@@ -325,11 +329,7 @@ def check_target(target: Any) -> None:
     _refuse_unknown_state(text)
     if getattr(text, "use_bidirectional_attention", None) in (True, "all"):
         raise ValueError(f"{text.model_type} with bidirectional attention writes no text that could be continued.")
-    if text.model_type not in FAMILIES:
-        raise ValueError(
-            f"{text.model_type} is not a family that is known to decode exactly here ({', '.join(sorted(FAMILIES))}), "
-            "so it is refused rather than tried."
-        )
+    _refuse_own_positions(target)
     decoder_layers(target)
 
 
@@ -341,6 +341,17 @@ def _refuse_virtual_tokens(target: Any) -> None:
             raise ValueError(
                 f"The target is wrapped by PEFT with {config.peft_type.value}, which puts virtual tokens before the "
                 "prompt that have no ids, so a draft cannot read it. Merge or leave out that adapter."
+            )
+
+
+def _refuse_own_positions(target: Any) -> None:
+    """Refuse models that take no positions or no masks: they count tokens by themselves, also rejected ones."""
+    known = parameters(target.forward) | parameters(target.get_decoder().forward)
+    for name in ("position_ids", "attention_mask"):
+        if name not in known:
+            raise ValueError(
+                f"{type(target).__name__} takes no {name}, so it counts the tokens of a text by itself, rejected ones "
+                "included; it is not decoded here: its text could come out wrong."
             )
 
 
@@ -374,9 +385,13 @@ def decoder_layers(target: Any) -> nn.ModuleList:
     Raises:
         ValueError: they are not where transformers' models keep them.
     """
-    layers = getattr(target.get_decoder(), "layers", None)
+    decoder, count = target.get_decoder(), target.config.get_text_config(decoder=True).num_hidden_layers
+    lists = [module for module in decoder.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
+    layers = getattr(decoder, "layers", None) or next(iter(lists), None)
     if layers is None:
-        raise ValueError(f"{type(target).__name__} shows no decoder layers to tap (`get_decoder().layers` is missing).")
+        raise ValueError(
+            f"{type(target).__name__} shows no decoder layers to tap: no list of {count} modules in its decoder."
+        )
     return layers
 
 

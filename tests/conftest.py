@@ -23,7 +23,6 @@ os.environ |= {
     "HF_HOME": HOME,
     "HF_TOKEN": "hf_test",
     "HF_HUB_DISABLE_XET": "1",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
 

@@ -201,7 +201,7 @@ class Handler(BaseHTTPRequestHandler):
         if m == "POST" and path == "/api/validate-yaml":
             return self.validate_yaml(J())
         if m == "GET" and path == "/api/agent-harnesses":
-            return self.send(obj=[])
+            return self.send(obj={"standardEnvVars": ["AI_AGENT", "AGENT"], "harnesses": {}})
         if mt := re.fullmatch(r"/(?:(datasets|spaces)/)?([^/]+/[^/]+?)\.git/info/lfs/objects/batch", path):
             return self.lfs_batch(mt[1] or "models", mt[2], J(), base)
         if mt := re.fullmatch(r"/_lfs/([0-9a-f]{64})", path):

@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from huggingface_hub.errors import StrictDataclassFieldValidationError
 
-from dflash_hub import DFlashConfig
+from dflash_hub import DFlash2Config, DFlashConfig, load_draft
+from dflash_hub.layouts_dflash import _HARMLESS
 from paths import DATA, TINY
 
 PUBLISHED = DATA / "published_configs"
@@ -236,7 +236,7 @@ def test_equal_copies_of_a_field_are_fine_in_every_place():
             | {"dflash_config": {"swa_window_size": 32}},
             ["sliding_window is 64", "dflash_config.swa_window_size is 32"],
         ),
-        ({"dtype": "bfloat16", "torch_dtype": "float16"}, ["dtype is bfloat16", "torch_dtype is float16"]),
+        ({"dtype": "bfloat16", "torch_dtype": "float16"}, ["dtype is 'bfloat16'", "torch_dtype is 'float16'"]),
     ],
 )
 def test_contradicting_copies_are_refused_with_both_places_named(changes, places):
@@ -306,6 +306,9 @@ def test_a_keyword_settles_a_contradiction():
         ({"dflash_config": {"conv_kernel_size": 2}}, "a DFlash 2 draft"),
         ({"v_head_dim": 64}, "values of another width"),
         ({"has_own_lm_head": True}, "head of its own"),
+        ({"dflash_config": {"hidden_dim_adapter": True}}, "an adapter between the target's width and its own"),
+        ({"dflash_config": {"confidence_head_with_markov": True}}, "a confidence head"),
+        ({"dflash_config": {"projector_type": "dflash2"}}, "a DFlash 2 draft"),
     ],
 )
 def test_features_that_are_not_here_are_refused_by_name(changes, feature):
@@ -320,6 +323,9 @@ def test_neutral_values_of_those_features_are_fine():
         "final_logit_softcapping": None,
         "input_embedding_scale": 1.0,
         "use_swa": False,
+        "hidden_dim_adapter": None,
+        "causal_head": None,
+        "pure_draft_prefix_len": 0,
     }
     config = DFlashConfig.from_dict(
         qwen3_4b(
@@ -384,15 +390,119 @@ def test_mimos_window_without_layer_types_is_bidirectional():
 def test_jetspecs_causal_draft_is_read():
     config = DFlashConfig.from_dict(qwen3_4b(is_causal=True, dflash_config={"causal": True}))
     assert config.is_causal is True
+    assert DFlashConfig.from_dict(qwen3_4b(dflash_config={"causal_head": True})).is_causal is True
+
+
+def test_a_causal_head_contradicting_another_place_is_refused_with_both_named():
+    said = {"causal_head": True, "causal": False}
+    with pytest.raises(ValueError, match=r"dflash_config\.causal is False but dflash_config\.causal_head is True"):
+        DFlashConfig.from_dict(qwen3_4b(dflash_config=said))
+
+
+@pytest.mark.parametrize("key", sorted(_HARMLESS))
+def test_keys_inside_dflash_config_that_say_nothing_to_a_reader_are_let_through(key):
+    assert DFlashConfig.from_dict(qwen3_4b(dflash_config={key: 1.0})) == read("z-lab__Qwen3-4B-DFlash-b16")
+    assert _HARMLESS[key]
+
+
+@pytest.mark.parametrize(
+    ("key", "advice"),
+    [
+        ("casual", "is causal meant"),
+        ("mask_tokn_id", "is mask_token_id meant"),
+        ("target_layers_ids", "is target_layer_ids meant"),
+        ("hidden_size", "it belongs at the top"),
+        ("zzz", "remove it if the draft does not need it"),
+    ],
+)
+def test_any_other_key_inside_dflash_config_is_refused_with_the_nearest_that_is_known(key, advice):
+    with pytest.raises(ValueError, match=rf"dflash_config\.{key}, which is True; no such key is known.*{advice}"):
+        DFlashConfig.from_dict(qwen3_4b(dflash_config={key: True}))
+
+
+def test_keys_at_the_top_that_no_reader_knows_are_ignored_whatever_they_hold(tmp_path):
+    odd = {"casual": [], "id2label": 5, "transformers_version": {}, "return_dict": "x", "_name_or_path": 1.5}
+    odd |= {"configuration_files": 3, "tie_word_embeddings": None, "num_labels": -1, "problem_type": []}
+    (tmp_path / "config.json").write_text(json.dumps(qwen3_4b(**odd)))
+    assert DFlashConfig.from_pretrained(tmp_path) == read("z-lab__Qwen3-4B-DFlash-b16")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"dflash_config": {"block_size": "16"}, "block_size": None},
+            r"block_size is '16' \(dflash_config.block_size\)",
+        ),
+        ({"num_hidden_layers": 10**9}, r"num_hidden_layers is 1000000000; it must be an int from 1 to 1000"),
+        ({"hidden_size": 2560.0}, r"hidden_size is 2560.0; it must be an int"),
+        ({"attention_bias": 1}, r"attention_bias is 1; it must be True or False"),
+        ({"rms_norm_eps": float("nan")}, r"rms_norm_eps is nan; it must be a number above 0"),
+        ({"rope_theta": [1e6]}, r"rope_theta is \[1000000.0\]; it must be a number"),
+        ({"architectures": 5}, r"architectures is 5; it must be a list"),
+        ({"dtype": {"a": 1}}, r"dtype is \{'a': 1\}; it must be one of bfloat16"),
+        ({"hidden_act": "banana"}, r"hidden_act is 'banana'; it must be the name of an activation"),
+        ({"layer_types": []}, r"layer_types is \[\]; it must be a list of"),
+        ({"eagle_aux_hidden_state_layer_ids": [0, 1]}, r"\[0, 1\] \(eagle_aux_hidden_state_layer_ids\).*from 1 up"),
+        ({"dflash_config": {"causal_head": [True]}}, r"is_causal is \[True\] \(dflash_config.causal_head\)"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, r"for rope_type 'yarn', factor is None; it must be a number"),
+        ({"num_key_value_heads": True}, r"num_key_value_heads is True; it must be an int"),
+        ({"attention_value_scale": True}, r"attention_value_scale is True.*it must be None or 1.0"),
+        ({"sliding_window": "4096"}, r"sliding_window is '4096'; it must be an int"),
+        (
+            {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0] * 64}},
+            r"short_factor is \[1.0\], 1 numbers; it must hold 64, half of head_dim, 128",
+        ),
+        ({"rope_parameters": {"factr": 2.0}}, r"rope_parameters.factr is 2.0.*is factor meant"),
+        ({"hidden_size": 10**5000}, r"hidden_size is a int too large to be shown; it must be"),
+    ],
+)
+def test_values_that_a_field_cannot_hold_are_refused_with_what_it_may(changes, message):
+    with pytest.raises(ValueError, match=message):
+        DFlashConfig.from_dict(qwen3_4b(**changes))
+
+
+@pytest.mark.parametrize("content", [[1], "text", 5, True, {}, {"dflash_config": []}])
+def test_a_file_that_holds_no_dict_is_refused(content, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    for load in (DFlashConfig.from_pretrained, DFlash2Config.from_pretrained, load_draft):
+        with pytest.raises(ValueError, match="it must be a dict"):
+            load(tmp_path)
+
+
+@pytest.mark.parametrize("config", [DFlashConfig, DFlash2Config])
+def test_every_keyword_of_a_config_that_holds_nonsense_is_a_plain_value_error(config):
+    shape = {"block_size": 4, "mask_token_id": 3, "target_layer_ids": [0, 2], "vocab_size": 99}
+    for field in [*config.own_fields(), "dtype", "torch_dtype", "rope_theta", "id2label", "num_labels"]:
+        for value in (object(), [[]], "nonsense", -1.5):
+            with pytest.raises(ValueError, match=f"{field} is .*it must be") as caught:
+                config(**(shape | {field: value}))
+            assert type(caught.value) is ValueError
+
+
+def test_keywords_of_from_pretrained_are_checked_as_the_file_is():
+    with pytest.raises(
+        ValueError, match=r"^block_size is '8'; it must be an int from 2 to 1024 \(pass block_size=...\)"
+    ):
+        read("z-lab__Qwen3-4B-DFlash-b16", block_size="8")
+    with pytest.raises(ValueError, match=r"^sliding_window is '8'; it must be an int"):
+        read("z-lab__Qwen3-4B-DFlash-b16", sliding_window="8")
+    with pytest.raises(ValueError, match=r"^dtype is 'banana'; it must be one of bfloat16"):
+        read("z-lab__Qwen3-4B-DFlash-b16", dtype="banana")
+
+
+def test_a_config_is_read_from_a_json_file_as_from_its_folder():
+    name = "z-lab__Qwen3-4B-DFlash-b16"
+    assert DFlashConfig.from_json_file(PUBLISHED / f"{name}.json") == read(name)
 
 
 def test_fields_are_typed_and_required():
-    with pytest.raises(StrictDataclassFieldValidationError, match="block_size"):
+    with pytest.raises(ValueError, match=r"block_size is '16'; it must be an int from 2 to 1024"):
         small(block_size="16")
     with pytest.raises(TypeError, match="mask_token_id"):
         DFlashConfig(block_size=16, target_layer_ids=[1])
     config = small()
-    with pytest.raises(StrictDataclassFieldValidationError, match="mask_token_id"):
+    with pytest.raises(ValueError, match=r"mask_token_id is '<mask>'; it must be an int"):
         config.mask_token_id = "<mask>"
 
 

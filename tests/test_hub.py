@@ -368,6 +368,21 @@ def test_a_trained_mask_embedding_beside_the_weights_is_refused(hub, repo_id, dr
             DFlashDraftModel.from_pretrained(name)
 
 
+def test_with_telemetry_left_on_no_other_host_is_asked(hub, repo_id, draft, fresh_process, tmp_path):
+    draft.push_to_hub(repo_id)
+    code = f"""
+        import json, sys
+        asked = []
+        connects = lambda event, args: event == "socket.connect" and asked.append(args[1][0])
+        sys.addaudithook(connects)
+        from transformers import AutoModel
+        AutoModel.from_pretrained({repo_id!r}, trust_remote_code=True)
+        print(json.dumps(asked))
+    """
+    asked = json.loads(fresh_process(code, HF_HOME=str(tmp_path)).splitlines()[-1])
+    assert {*asked} == {"127.0.0.1"}
+
+
 def test_a_missing_repository_says_so(hub, repo_id):
     with pytest.raises(OSError, match=r"is not a local folder and is not a valid model identifier"):
         DFlashDraftSpec(repo_id).load()

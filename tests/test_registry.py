@@ -1,6 +1,8 @@
 """The right draft for a checkpoint, never a draft that merely loads."""
 
 import dataclasses
+import json
+import sys
 import warnings
 
 import pytest
@@ -16,6 +18,7 @@ from dflash_hub import (
     resolve_dflash_draft_spec,
 )
 from dflash_hub.registry import _QWEN3_ARCHITECTURES, CATALOGUE, drafts_for, spread_taps
+from paths import ROOT
 
 QWEN3 = ["Qwen3ForCausalLM"]
 
@@ -94,6 +97,18 @@ def test_a_checkpoint_finds_the_draft_made_for_it_by_id_config_or_model(target, 
 def test_known_commits_are_pinned():
     assert resolve_dflash_draft_spec(QWEN3).revision == "b74e3a329c4d963783143b1e970d95b002be72bd"
     assert all(spec.revision is None or len(spec.revision) == 40 for spec in CATALOGUE)
+
+
+def test_a_row_of_an_unknown_variant_is_an_error_at_import_that_names_it(tmp_path, monkeypatch):
+    rows = json.loads((ROOT / "drafts.json").read_text())
+    rows[1]["variant"] = "dflash1"
+    (tmp_path / "drafts.json").write_text(json.dumps(rows))
+    module = sys.modules[DFlashDraftSpec.__module__]
+    monkeypatch.setattr(module, "__file__", str(tmp_path / "registry.py"))
+    with pytest.raises(
+        ValueError, match=r"z-lab/Qwen3-8B-DFlash-b16: variant is 'dflash1'.*not one of dflash, dflash2"
+    ):
+        module._read_catalogue()
 
 
 def test_siblings_of_equal_shape_are_told_apart_by_name():
