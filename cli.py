@@ -183,7 +183,7 @@ def drafts(
     from .registry import CATALOGUE, drafts_for
 
     found = drafts_for(target) if target else CATALOGUE
-    found = [spec for spec in found if architecture is None or architecture in spec.architectures]
+    found = [spec for spec in found if architecture is None or spec.serves(architecture)]
     if not found:
         raise ValueError(f"No draft is known for {target or architecture}; `dflash-hub drafts` lists all that are.")
     table = Table(title=f"{len(found)} DFlash drafts")
@@ -202,19 +202,17 @@ def drafts(
 @app.command()
 def resolve(target: Annotated[str, typer.Argument(help="Hub id or folder of the target.")]) -> None:
     """Show which draft would be loaded for a target, and why."""
-    from .registry import drafts_for, explain_resolution, target_config
+    from .registry import explain_resolution
 
-    known = drafts_for(target)
-    architectures = list(known[0].architectures) if known else (target_config(target).architectures or [])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the reason is printed anyway
-        spec, why = explain_resolution(architectures or ["unknown"], target)
+        spec, why = explain_resolution(target=target)
     table = Table(show_header=False, box=None, padding=(0, 2))
     table.add_row("target", target)
-    table.add_row("architectures", ", ".join(architectures) or "not known")
     table.add_row("draft", f"[bold]{spec.repo_id}[/bold]" + (f", folder {spec.subfolder}" if spec.subfolder else ""))
     table.add_row("revision", spec.revision or "the newest; no commit is known to pin")
     table.add_row("class", spec.draft_cls.__name__)
+    table.add_row("made for", ", ".join([*spec.targets, *spec.architectures]) or "not known")
     table.add_row("why", why)
     decodes = f"no: {spec.target_state}" if spec.target_state else ""
     for name, value in (

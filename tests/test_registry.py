@@ -15,7 +15,7 @@ from dflash_hub import (
     register_dflash_draft,
     resolve_dflash_draft_spec,
 )
-from dflash_hub.registry import _QWEN3_ARCHITECTURES, CATALOGUE, drafts_for, spread_taps
+from dflash_hub.registry import CATALOGUE, drafts_for, spread_taps
 
 QWEN3 = ["Qwen3ForCausalLM"]
 
