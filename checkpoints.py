@@ -151,9 +151,9 @@ def _card_counts(card: Card, base: str, named: str | None, name: str) -> bool:
 
 def _by_name(name: str, target: Target, catalogue: Sequence["DFlashDraftSpec"]) -> str | None:
     """The checkpoint of the catalogue that has this name but for the precision; under another owner, and this shape."""
-    for spec, known in _all_targets(catalogue):
-        if known.casefold() == name.casefold():
-            return known
+    exact = next((known for _, known in _all_targets(catalogue) if known.casefold() == name.casefold()), None)
+    if exact:
+        return exact
     owner, _, rest = split_precision(name)[0].casefold().rpartition("/")
     for spec, known in _all_targets(catalogue):
         known_owner, _, known_rest = split_precision(known)[0].casefold().rpartition("/")
@@ -204,8 +204,8 @@ def read_card(name: str, ask: bool) -> Card | None:
         data = (metadata_load(file) if file else None) or {}
     except (OSError, ValueError, YAMLError):
         return None
-    bases = data.get("base_model") or ()
-    bases = tuple(base for base in ([bases] if isinstance(bases, str) else bases) if isinstance(base, str))
+    said = data.get("base_model")
+    bases = tuple(base for base in (said if isinstance(said, list) else [said]) if isinstance(base, str))
     return Card(bases, _relation(data, bases)) if bases else None
 
 

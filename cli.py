@@ -116,13 +116,13 @@ def generate(
 ) -> None:
     """Generate greedily with any target, streaming; then the target alone, and the figures of both."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+    from transformers import AutoTokenizer, TextStreamer
 
     from .evaluation import compare, warm_up
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = AutoTokenizer.from_pretrained(target)
-    model = AutoModelForCausalLM.from_pretrained(target, dtype=dtype).to(device).eval()
+    model = load_target(target, dtype).to(device).eval()
     speculator = find_draft(model, draft, draft_revision).to(device).eval()
     row = encode(tokenizer, prompt, chat).to(device)
     warm_up(speculator, model, row, capture)
@@ -134,6 +134,18 @@ def generate(
             f"In {str(model.dtype).removeprefix('torch.')} a near-tie between two tokens falls by the number of tokens "
             "in a forward; --dtype float32 shows the texts without that."
         )
+
+
+def load_target(name: str, dtype: str) -> Any:
+    """The target's text model; where transformers has none for its config, the model that sees images too."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+    return AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
 
 
 def find_draft(model: Any, draft: str | None, revision: str | None) -> Any:
@@ -212,7 +224,8 @@ def resolve(target: Annotated[str, typer.Argument(help="Hub id or folder of the 
     table.add_row("draft", f"[bold]{spec.repo_id}[/bold]" + (f", folder {spec.subfolder}" if spec.subfolder else ""))
     table.add_row("revision", spec.revision or "the newest; no commit is known to pin")
     table.add_row("class", spec.draft_cls.__name__)
-    table.add_row("made for", ", ".join([*spec.targets, *spec.architectures]) or "not known")
+    table.add_row("made for", ", ".join(spec.targets) or "not known")
+    table.add_row("architectures", ", ".join(spec.architectures) or "not known")
     table.add_row("why", why)
     decodes = f"no: {spec.target_state}" if spec.target_state else ""
     for name, value in (
