@@ -119,13 +119,13 @@ def generate(
 ) -> None:
     """Generate greedily with any target, streaming; then the target alone, and the figures of both."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+    from transformers import AutoTokenizer, TextStreamer
 
     from .evaluation import compare, warm_up
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = AutoTokenizer.from_pretrained(target)
-    model = AutoModelForCausalLM.from_pretrained(target, dtype=dtype).to(device).eval()
+    model = load_target(target, dtype).to(device).eval()
     speculator = find_draft(model, draft, draft_revision).to(device).eval()
     row = encode(tokenizer, prompt, chat).to(device)
     warm_up(speculator, model, row, capture)
@@ -139,6 +139,18 @@ def generate(
             f"In {str(model.dtype).removeprefix('torch.')} a near-tie between two tokens falls by the number of tokens "
             "in a forward; --dtype float32 shows the texts without that."
         )
+
+
+def load_target(name: str, dtype: str) -> Any:
+    """The target's text model; where transformers has none for its config, the model that sees images too."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+    return AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
 
 
 def find_draft(model: Any, draft: str | None, revision: str | None) -> Any:
@@ -205,7 +217,7 @@ def drafts(
     from .registry import CATALOGUE, drafts_for
 
     found = drafts_for(target) if target else CATALOGUE
-    found = [spec for spec in found if architecture is None or architecture in spec.architectures]
+    found = [spec for spec in found if architecture is None or spec.serves(architecture)]
     if not found:
         raise ValueError(f"No draft is known for {target or architecture}; `dflash-hub drafts` lists all that are.")
     table = Table(title=f"{len(found)} DFlash drafts")
@@ -224,19 +236,18 @@ def drafts(
 @app.command()
 def resolve(target: Annotated[str, typer.Argument(help="Hub id or folder of the target.")]) -> None:
     """Show which draft would be loaded for a target, and why."""
-    from .registry import drafts_for, explain_resolution, target_config
+    from .registry import explain_resolution
 
-    known = drafts_for(target)
-    architectures = list(known[0].architectures) if known else (target_config(target).architectures or [])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the reason is printed anyway
-        spec, why = explain_resolution(architectures or ["unknown"], target)
+        spec, why = explain_resolution(target=target)
     table = Table(show_header=False, box=None, padding=(0, 2))
     table.add_row("target", target)
-    table.add_row("architectures", ", ".join(architectures) or "not known")
     table.add_row("draft", f"[bold]{spec.repo_id}[/bold]" + (f", folder {spec.subfolder}" if spec.subfolder else ""))
     table.add_row("revision", spec.revision or "the newest; no commit is known to pin")
     table.add_row("class", spec.draft_cls.__name__)
+    table.add_row("made for", ", ".join(spec.targets) or "not known")
+    table.add_row("architectures", ", ".join(spec.architectures) or "not known")
     table.add_row("why", why)
     decodes = f"no: {spec.target_state}" if spec.target_state else ""
     for name, value in (

@@ -15,49 +15,29 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
+from .checkpoints import Origin, Target, base_of_adapter, origin_of, out_of_cache
 from .compat_dflash import checkpoint_name, local_of_generate
 from .configuration_dflash import DFlashConfig
 from .layouts_dflash import variant_of
 from .modeling_dflash import DFlashDraftModel, Qwen3DFlashDraftModel
 from .modeling_dflash2 import DFlash2DraftModel
 from .speculate_dflash import Speculate
+from .support_dflash import FAMILIES, families_of, siblings_of
 from .target_dflash import check_target
-
-# Target architectures whose drafts are the Qwen3-style stack. One more line adds one.
-_QWEN3_ARCHITECTURES = (
-    "Qwen3ForCausalLM",
-    "Qwen3MoeForCausalLM",
-    "Qwen3NextForCausalLM",
-    "Qwen3_5ForConditionalGeneration",
-    "Qwen3_5MoeForConditionalGeneration",
-    "LlamaForCausalLM",
-    "GptOssForCausalLM",
-    "Gemma4ForConditionalGeneration",
-    "Gemma4UnifiedForConditionalGeneration",
-    "MiniMaxM2ForCausalLM",
-    "KimiK25ForConditionalGeneration",
-    "KimiK3ForConditionalGeneration",
-    "GlmMoeDsaForCausalLM",
-    "Glm5NextForConditionalGeneration",
-    "MuseGlimmerForConditionalGeneration",
-    "HYV3ForCausalLM",
-)
-
 
 VARIANTS: dict[str, type[DFlashDraftModel]] = {"dflash": Qwen3DFlashDraftModel, "dflash2": DFlash2DraftModel}
 """The classes that run drafts, by what they are called in the catalogue and in `build`."""
 
-# Targets of families that are not answered for: their drafts load and can be published, but do not decode here.
-_NOT_DECODED = {
-    "KimiK25ForConditionalGeneration",
-    "KimiK3ForConditionalGeneration",
-    "GlmMoeDsaForCausalLM",
-    "Glm5NextForConditionalGeneration",
-    "MuseGlimmerForConditionalGeneration",
-    "HYV3ForCausalLM",
-}
+# Families whose drafts load and can be published, but do not decode here: indexer caches and linear Kimi K3 first.
+NOT_DECODED = frozenset(
+    {
+        *("glm_moe_dsa", "glm5_next_text", "kimi_linear"),
+        *("beam", "deepseek_v4", "hy_v3", "laguna", "mellum", "mimo_v2_flash", "mistral4", "muse_glimmer_text"),
+        *("sarvam_mla", "sarvam_moe", "step3p5"),
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -103,12 +83,17 @@ class DFlashDraftSpec:
     @property
     def target_state(self) -> str | None:
         """What keeps this version from decoding its target, though the draft itself loads and can be published."""
-        return "targets of its family are not decoded here" if {*self.architectures} & _NOT_DECODED else None
+        families = frozenset[str]().union(*map(families_of, self.architectures))
+        return "targets of its family are not decoded here" if families and families <= NOT_DECODED else None
 
     @property
     def target(self) -> str | None:
         """The first of `targets`."""
         return self.targets[0] if self.targets else None
+
+    def serves(self, architecture: str) -> bool:
+        """Whether it was made for a target with the text part that targets of this architecture have."""
+        return any(architecture in siblings_of(own) for own in self.architectures)
 
     def load(self, **from_pretrained_kwargs: Any) -> DFlashDraftModel:
         """Download and instantiate with our class: code of the repository never runs, and only safetensors are read.
@@ -158,7 +143,7 @@ class DFlashDraftSpec:
         config.check_target(text.hidden_size, text.num_hidden_layers, text.vocab_size, text.vocab_size)
         draft = draft_cls(config).to(config.dtype)
         name = _name_of(target_config)
-        draft.card_known = {} if name is None else {"base_model": name}
+        draft.card_known = {} if name is None or Path(name).exists() else {"base_model": name}
         return draft
 
     def refuse_unsupported(self) -> None:
@@ -238,8 +223,9 @@ CATALOGUE: list[DFlashDraftSpec] = _read_catalogue()
 
 
 def _default_for(architecture: str) -> DFlashDraftSpec:
-    """The first draft that runs, or the better one for the same checkpoint."""
-    first = next(spec for spec in CATALOGUE if architecture in spec.architectures and not spec.unsupported)
+    """The first draft that runs, or the better one for the same checkpoint; one for this very architecture first."""
+    runs = [spec for spec in CATALOGUE if spec.serves(architecture) and not spec.unsupported]
+    first = next((spec for spec in runs if architecture in spec.architectures), runs[0])
     return drafts_for(first.targets[0])[0] if first.targets else first
 
 
@@ -249,8 +235,14 @@ def drafts_for(target: str) -> list[DFlashDraftSpec]:
     return sorted(made_for, key=lambda spec: (spec.unsupported is not None, spec.draft_cls is not DFlash2DraftModel))
 
 
+def _served() -> dict[str, None]:
+    """The architectures that the catalogue has drafts for which run: those it names, then those of their families."""
+    named = [name for spec in CATALOGUE if not spec.unsupported for name in spec.architectures]
+    return dict.fromkeys([*named, *(sibling for name in named for sibling in siblings_of(name))])
+
+
 # Target architecture -> its default draft: the first in the catalogue that runs.
-DFLASH_DRAFT_REGISTRY: dict[str, DFlashDraftSpec] = {name: _default_for(name) for name in _QWEN3_ARCHITECTURES}
+DFLASH_DRAFT_REGISTRY: dict[str, DFlashDraftSpec] = {name: _default_for(name) for name in _served()}
 
 
 def register_dflash_draft(architecture: str, spec: DFlashDraftSpec, *, overwrite: bool = False) -> None:
@@ -280,13 +272,15 @@ def _same_draft(one: DFlashDraftSpec, other: DFlashDraftSpec) -> bool:
 
 
 def resolve_dflash_draft_spec(
-    architectures: list[str], target: str | PretrainedConfig | Any | None = None
+    architectures: list[str] | None = None, target: str | PretrainedConfig | Any | None = None
 ) -> DFlashDraftSpec:
-    """The draft for a target.
+    """The draft for a target, the same one however the target was loaded.
 
     Args:
-        architectures: the target's, `target.config.architectures`; the first registered one wins.
-        target: the target itself, to find the draft made for that very checkpoint: a Hub id, a config or a model.
+        architectures: the target's, `target.config.architectures`; the first registered one wins. With a target they
+            may be None, as they are in the text config of a composite checkpoint.
+        target: the target itself, to find the draft made for that very checkpoint or for the one it is a copy of: a
+            Hub id, a folder, a config or a model.
 
     Raises:
         ValueError: nothing is registered for these architectures, no draft fits the target's shape, or those made for
@@ -297,36 +291,60 @@ def resolve_dflash_draft_spec(
 
 
 def explain_resolution(
-    architectures: list[str], target: str | PretrainedConfig | Any | None = None
+    architectures: list[str] | None = None, target: str | PretrainedConfig | Any | None = None
 ) -> tuple[DFlashDraftSpec, str]:
     """As `resolve_dflash_draft_spec`, with the reason in a sentence."""
-    _check_architectures(architectures)
     target = str(target) if isinstance(target, Path) else target
     if target is not None and not isinstance(target, str | PretrainedConfig) and not hasattr(target, "config"):
         raise ValueError(f"target is {target!r}; pass a Hub id, a folder, a config or a model.")
-    name = target if isinstance(target, str) else _name_of(getattr(target, "config", target))
-    made_for = drafts_for(name) if name else []
-    if made_for:
-        made_for[0].refuse_unsupported()
-        return made_for[0], f"It was made for {name}."
-    architecture = next((known for known in architectures if known in DFLASH_DRAFT_REGISTRY), None)
-    if architecture is None:
-        raise ValueError(
-            f"No DFlash draft is registered for {', '.join(architectures)}. Supported architectures: "
-            f"{', '.join(DFLASH_DRAFT_REGISTRY)}. Add one with register_dflash_draft()."
-        )
+    _check_architectures(architectures, target)
     if target is None:
+        architecture = _registered(architectures or [])
         spec = DFLASH_DRAFT_REGISTRY[architecture]
         return spec, f"It is the default for {architecture}; it was made for {spec.target}."
-    return _by_shape(architecture, target_config(target), name or "this target")
+    name = target if isinstance(target, str) else _name_of(target)
+    published = name and out_of_cache(name)
+    made_for = drafts_for(published) if published else []
+    if made_for:
+        made_for[0].refuse_unsupported()
+        return made_for[0], f"It was made for {published}."
+    if isinstance(target, str) and (base := base_of_adapter(target)):
+        spec, why = explain_resolution(architectures, base)
+        return spec, f"{target} is an adapter for {base}. {why}"
+    known = Target(name, None if isinstance(target, str) else getattr(target, "config", target))
+    origin = origin_of(known, CATALOGUE)
+    if origin is not None and origin.same:
+        spec = drafts_for(origin.name)[0]
+        spec.refuse_unsupported()
+        return spec, origin.reason
+    names = [*(architectures or ()), *(known.config.architectures or ())]
+    names += [] if isinstance(target, str | PretrainedConfig) else [type(target).__name__]
+    family = FAMILIES.get(known.config.get_text_config(decoder=True).model_type, ())
+    return _by_shape(_registered(names, family), known, origin)
 
 
-def _by_shape(architecture: str, config: PretrainedConfig, name: str) -> tuple[DFlashDraftSpec, str]:
-    """A draft whose own target has the shape of this one, the architecture's default first; never without a warning."""
-    default = DFLASH_DRAFT_REGISTRY[architecture]
-    others = [spec for spec in CATALOGUE if architecture in spec.architectures and not spec.unsupported]
-    text = config.get_text_config(decoder=True)
-    spec = next((spec for spec in (default, *others) if spec.fits(text)), None)
+def _registered(names: list[str], family: tuple[str, ...] = ()) -> str:
+    """The first registered architecture: of the names by which a target goes, else of its family."""
+    architecture = next((known for known in (*names, *family) if known in DFLASH_DRAFT_REGISTRY), None)
+    if architecture is None:
+        named = [known for known, spec in DFLASH_DRAFT_REGISTRY.items() if known in spec.architectures]
+        raise ValueError(
+            f"No DFlash draft is registered for {', '.join(dict.fromkeys(names))}. Supported architectures: "
+            f"{', '.join(named)}, and others with the same text part. Add one with register_dflash_draft()."
+        )
+    return architecture
+
+
+def _by_shape(architecture: str, target: Target, origin: Origin | None) -> tuple[DFlashDraftSpec, str]:
+    """A draft whose own target has the shape of this one; never without a warning.
+
+    That of the checkpoint it was trained from comes first, then the architecture's default.
+    """
+    default, name = DFLASH_DRAFT_REGISTRY[architecture], target.name or "this target"
+    first = drafts_for(origin.name) if origin else []
+    others = [*first, default, *(spec for spec in CATALOGUE if spec.serves(architecture))]
+    text = target.config.get_text_config(decoder=True)
+    spec = next((spec for spec in others if spec.fits(text) and not spec.unsupported), None)
     if spec is None:
         raise ValueError(
             f"The catalogue does not know {name}, and no draft for {architecture} fits its shape (hidden_size "
@@ -343,15 +361,10 @@ def _by_shape(architecture: str, config: PretrainedConfig, name: str) -> tuple[D
     return spec, why
 
 
-def target_config(target: str | PretrainedConfig | Any) -> PretrainedConfig:
-    """The config of a target, given as Hub id, local folder, config or model."""
-    if isinstance(target, str):
-        return AutoConfig.from_pretrained(target)
-    return getattr(target, "config", target)
-
-
-def _check_architectures(architectures: Any) -> None:
-    advice = "pass the list in target.config.architectures, such as ['Qwen3ForCausalLM']."
+def _check_architectures(architectures: Any, target: Any) -> None:
+    if target is not None and (architectures is None or architectures == []):
+        return
+    advice = "pass the list in target.config.architectures, such as ['Qwen3ForCausalLM'], or target=target."
     if isinstance(architectures, str):
         raise ValueError(f"architectures is the string {architectures!r}, not a list of strings; {advice}")
     if not isinstance(architectures, list | tuple) or not all(isinstance(name, str) for name in architectures):
@@ -360,10 +373,9 @@ def _check_architectures(architectures: Any) -> None:
         raise ValueError(f"architectures is empty; {advice}")
 
 
-def _name_of(config: Any) -> str | None:
-    """The checkpoint that a config was read from, if it is one on the Hub."""
-    name = checkpoint_name(config)
-    return name if name and not Path(name).exists() else None
+def _name_of(target: Any) -> str | None:
+    """What a config or model was loaded from, a Hub id or a folder; None if nothing tells."""
+    return checkpoint_name(getattr(target, "config", target))
 
 
 def load_draft(name: str | Path, **from_pretrained_kwargs: Any) -> DFlashDraftModel:
@@ -400,7 +412,7 @@ class _Resolved(Speculate):
         streamer = streamer or local_of_generate("streamer", sys._getframe(1))
         if model not in self.drafts:
             check_target(model)
-            spec = resolve_dflash_draft_spec(model.config.architectures or [type(model).__name__], model)
+            spec = resolve_dflash_draft_spec(model.config.architectures, target=model)
             self.drafts[model] = spec.load(dtype=model.dtype).to(model.device).eval()
         return self.drafts[model].speculate(model, input_ids, *args, streamer=streamer, **kwargs)
 

@@ -4,10 +4,14 @@ import subprocess
 import sys
 
 import pytest
+from huggingface_hub import HfApi
+from transformers import AutoConfig
 from typer.testing import CliRunner
 
 import tiny
+import tiny_checkpoints
 from dflash_hub import cli, evaluation
+from dflash_hub.registry import CATALOGUE, drafts_for
 from paths import ROOT, TINY
 
 RUNNER = CliRunner()
@@ -97,6 +101,19 @@ def test_generate_without_a_draft_says_why_none_was_found():
         run("generate", "def", "--target", str(TINY / "target"))
 
 
+@pytest.mark.parametrize("architecture", ["Qwen3_5ForConditionalGeneration", "KimiK25ForConditionalGeneration"])
+def test_generate_finds_the_draft_of_a_target_that_sees_images(architecture, hub, tmp_path):
+    """Its text model's config names no architecture, or transformers has no text model of it alone."""
+    tiny_checkpoints.save(architecture, tmp_path)
+    name = next(spec.target for spec in CATALOGUE if architecture in spec.architectures)
+    HfApi().create_repo(name)
+    HfApi().upload_folder(folder_path=tmp_path, repo_id=name)
+    model = cli.load_target(name, "auto")
+    with pytest.raises(OSError, match=drafts_for(name)[0].repo_id), cli.console.capture() as shown:
+        cli.find_draft(model, None, None)
+    assert f"It was made for {name}." in shown.get()
+
+
 def test_drafts_lists_by_target_and_by_architecture():
     everything = run("drafts").output
     assert "90 DFlash drafts" in everything
@@ -107,6 +124,11 @@ def test_drafts_lists_by_target_and_by_architecture():
     of_architecture = run("drafts", "--architecture", "GptOssForCausalLM").output
     assert "z-lab/gpt-oss-20b-DFlash" in of_architecture
     assert "Qwen3-4B" not in of_architecture
+    of_text_model = run("drafts", "--architecture", "Qwen3_5ForCausalLM").output
+    assert of_text_model == run("drafts", "--architecture", "Qwen3_5ForConditionalGeneration").output
+    assert "z-lab/Qwen3.5-4B-DFlash" in of_text_model
+    assert "not decoded here" in run("drafts", "--target", "zai-org/GLM-5.3").output
+    assert "not decoded here" not in run("drafts", "--target", "moonshotai/Kimi-K2.5").output
     with pytest.raises(ValueError, match="No draft is known for me/nothing"):
         run("drafts", "--target", "me/nothing")
 
@@ -120,6 +142,23 @@ def test_resolve_shows_what_would_be_loaded_and_why():
     ):
         assert text in output
     assert "DFlash2DraftModel" in run("resolve", "Qwen/Qwen3.8-27B").output
+
+
+def test_resolve_follows_copies_folders_and_adapters(hub, tmp_path):
+    config = AutoConfig.for_model("qwen3", hidden_size=4096, num_hidden_layers=36, vocab_size=151936)
+    config.push_to_hub("unsloth/Qwen3-8B-bnb-4bit")
+    config.save_pretrained(tmp_path / "Qwen3-8B-AWQ")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "Qwen/Qwen3-8B"}')
+    copy, folder = (
+        run("resolve", "unsloth/Qwen3-8B-bnb-4bit").output,
+        run("resolve", str(tmp_path / "Qwen3-8B-AWQ")).output,
+    )
+    adapter = run("resolve", str(tmp_path / "adapter")).output
+    assert all("z-lab/Qwen3-8B-DFlash-b16" in output for output in (copy, folder, adapter))
+    assert "of which unsloth/Qwen3-8B-bnb-4bit is a quantised copy (by its name and shape)" in copy
+    assert "a quantised copy (by its folder and shape)" in " ".join(folder.split())
+    assert "is an adapter for Qwen/Qwen3-8B." in " ".join(adapter.split())
 
 
 def test_push_publishes_and_prints_the_snippet_for_this_commit(hub, repo_id):

@@ -6,7 +6,11 @@ import sys
 import warnings
 
 import pytest
-from transformers import AutoConfig
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from packaging.version import parse
+from transformers import CONFIG_MAPPING, AutoConfig
+from transformers.models.auto import modeling_auto
 
 import tiny
 from dflash_hub import (
@@ -17,9 +21,17 @@ from dflash_hub import (
     register_dflash_draft,
     resolve_dflash_draft_spec,
 )
-from dflash_hub.registry import _QWEN3_ARCHITECTURES, CATALOGUE, drafts_for, spread_taps
+from dflash_hub.registry import CATALOGUE, NOT_DECODED, drafts_for, spread_taps
+from dflash_hub.support_dflash import FAMILIES, families_of, siblings_of
 from paths import ROOT
 
+# What code in repositories on the Hub calls models of these families.
+OF_REPOSITORIES = {
+    "KimiK25ForConditionalGeneration",
+    "KimiK3ForConditionalGeneration",
+    "SarvamMLAForCausalLM",
+    "SarvamMoEForCausalLM",
+}
 QWEN3 = ["Qwen3ForCausalLM"]
 
 
@@ -41,12 +53,45 @@ def qwen3_config(name: str = "", **shape):
 
 
 def test_every_architecture_has_a_default_that_runs():
-    assert set(DFLASH_DRAFT_REGISTRY) == set(_QWEN3_ARCHITECTURES)
+    named = {name for spec in CATALOGUE if not spec.unsupported for name in spec.architectures}
+    assert set(DFLASH_DRAFT_REGISTRY) == {sibling for name in named for sibling in siblings_of(name)}
     for architecture, spec in DFLASH_DRAFT_REGISTRY.items():
         assert resolve_dflash_draft_spec([architecture]) is spec
         assert issubclass(spec.draft_cls, Qwen3DFlashDraftModel)
         assert spec.unsupported is None
-        assert architecture in spec.architectures
+        assert spec.serves(architecture)
+    for causal, whole in (("Qwen3_5", "Qwen3_5"), ("Qwen3_5Moe", "Qwen3_5Moe"), ("Gemma4", "Gemma4")):
+        whole_default = DFLASH_DRAFT_REGISTRY[f"{whole}ForConditionalGeneration"]
+        assert DFLASH_DRAFT_REGISTRY[f"{causal}ForCausalLM"] is whole_default
+
+
+def test_the_families_are_those_of_the_installed_transformers():
+    """Only whole models count: a draft such as Gemma4UnifiedAssistantForCausalLM is no target."""
+    if parse(transformers.__version__) < parse("5.24"):
+        pytest.skip("the table is that of transformers 5.24")
+    found: dict[str, set[str]] = {}
+    tables = (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES)
+    for model_type, names in (item for table in tables for item in table.items()):
+        try:
+            family = CONFIG_MAPPING[model_type]().get_text_config(decoder=True).model_type
+        except (ValueError, StrictDataclassError):  # configs that have no default, of models with no text of their own
+            continue
+        found.setdefault(family, set()).update([names] if isinstance(names, str) else names)
+    for family, members in FAMILIES.items():
+        assert list(members) == sorted(members)
+        assert {*members} - OF_REPOSITORIES == {name for name in found[family] if "Assistant" not in name}
+    assert list(FAMILIES) == sorted(FAMILIES)
+
+
+def test_each_architecture_of_the_catalogue_has_a_family_and_the_refused_ones_say_so():
+    for spec in CATALOGUE:
+        assert all(families_of(name) for name in spec.architectures)
+    states = {name: spec.target_state for spec in CATALOGUE for name in spec.architectures}
+    refused = {"GlmMoeDsaForCausalLM", "Glm5NextForConditionalGeneration", "KimiK3ForConditionalGeneration"}
+    assert {name for name, state in states.items() if state} >= refused
+    assert states["KimiK25ForConditionalGeneration"] is None
+    assert states["Qwen3_5ForConditionalGeneration"] is None
+    assert set(FAMILIES) >= NOT_DECODED
 
 
 def test_the_first_registered_architecture_in_the_list_wins():
@@ -57,7 +102,12 @@ def test_the_first_registered_architecture_in_the_list_wins():
 def test_none_registered_names_what_was_given_and_what_is_supported():
     with pytest.raises(ValueError, match=r"registered for Unheard, Unseen.*Supported.*Qwen3ForCausalLM") as caught:
         resolve_dflash_draft_spec(["Unheard", "Unseen"])
-    assert all(architecture in str(caught.value) for architecture in _QWEN3_ARCHITECTURES)
+    assert all(
+        architecture in str(caught.value)
+        for spec in CATALOGUE
+        if not spec.unsupported
+        for architecture in spec.architectures
+    )
 
 
 @pytest.mark.parametrize(
