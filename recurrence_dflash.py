@@ -113,7 +113,7 @@ def mixer(layer: nn.Module) -> nn.Module:
         ValueError: the layer does not hold one where transformers' hybrid models do.
     """
     for name in _MIXERS:
-        found = layer
+        found: Any = layer
         for part in name.split("."):
             found = getattr(found, part, None)
         if found is not None:

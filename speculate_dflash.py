@@ -36,7 +36,7 @@ from .generation_dflash import DecodeStatistics, Pair, decode
 from .handover_dflash import give_back
 from .sampling_dflash import Chooser, PositionNoise, refuse_processors
 from .selfcheck_dflash import check_alone, circumstances
-from .target_dflash import Target, check_target, recurrent
+from .target_dflash import Target, check_target, recurrent, warn_of_new_family
 from .text_dflash import Prompt, Stops, Texts
 
 DRAFT_SAMPLING = ("greedy", "coupled")
@@ -158,6 +158,7 @@ class Session:
             with self.target.decoding("off"):
                 check_alone(self.target, self.drafter.size, prompt)
             self.checked.add(alone)
+            warn_of_new_family(self.target.model)
 
     def _circumstances(self, prompt: Prompt) -> tuple:
         """What a check of `prompt` holds for: its windows last."""

@@ -78,7 +78,7 @@ class TapWatch:
 
     def __init__(self, taps: Taps):
         self.taps = taps
-        self.given: dict[int, torch.Tensor] = {}  # [B, T, D], by the tap before
+        self.given: dict[int, Any] = {}  # [B, T, D], by the tap before
         self.norms: dict[int, list[torch.Tensor]] = {index: [] for index in taps.ids}  # of the tapped layer itself
 
     @contextmanager
@@ -143,7 +143,7 @@ def norms_of(module: nn.Module, width: int) -> list[nn.Module]:
     return [one for one in found if getattr(one, "weight", None) is not None and one.weight.shape == (width,)]
 
 
-def undone(tap: torch.Tensor, norms: list[nn.Module]) -> Iterator[torch.Tensor]:
+def undone(tap: torch.Tensor, norms: list[Any]) -> Iterator[torch.Tensor]:
     """`tap [T, D]` as it is, and with the weights of each norm taken out of it."""
     yield tap
     for norm in norms:

@@ -9,6 +9,7 @@ our own, until the decode ends; the target is then as it was found.
 Shapes: B rows, P prompt columns, N new positions, Q block positions, V vocabulary, F taps * target hidden size.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -18,6 +19,7 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, LinearAttentionLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import logging
 
 from .cache_dflash import ColumnCache, ColumnLayer, Masks, widen
 from .capture_dflash import Captured
@@ -42,6 +44,8 @@ FAMILIES = frozenset(
     }
 )
 """Text model types that are known to decode here token for token like their own `generate`."""
+
+logger = logging.get_logger(__name__)
 
 _LAYERS = {
     *("DynamicLayer", "DynamicSlidingWindowLayer", "LinearAttentionLayer", "DummyLayer"),
@@ -120,7 +124,7 @@ class BlockAttention:
 
     def attend(
         self,
-        module: nn.Module,
+        module: Any,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
@@ -329,8 +333,24 @@ def check_target(target: Any) -> None:
     _refuse_unknown_state(text)
     if getattr(text, "use_bidirectional_attention", None) in (True, "all"):
         raise ValueError(f"{text.model_type} with bidirectional attention writes no text that could be continued.")
+    if text.model_type not in FAMILIES and os.environ.get("DFLASH_STRICT") not in (None, "", "0"):
+        raise ValueError(
+            f"{text.model_type} is not a family that the tests decode ({', '.join(sorted(FAMILIES))}), and "
+            "DFLASH_STRICT is set. Unset it to decode where the self-check passes."
+        )
     _refuse_own_positions(target)
     decoder_layers(target)
+
+
+def warn_of_new_family(target: Any) -> None:
+    """Say once what a self-check that passed proves of a family that the tests do not decode, and what not."""
+    family = target.config.get_text_config(decoder=True).model_type
+    if family not in FAMILIES:
+        logger.warning_once(
+            f"{family} is not a family that the tests decode. The self-check passed: on a short text, a block gives "
+            "what the target's own forward gives, and what it keeps is taken back. That does not prove long texts or other "
+            "batches. DFLASH_STRICT=1 refuses such targets."
+        )
 
 
 def _refuse_virtual_tokens(target: Any) -> None:

@@ -379,14 +379,21 @@ def test_arguments_out_of_range_are_refused(arguments, message):
             {"num_heads": 8, "head_dim": 8, "n_groups": 1, "expand": 2},
             "mamba2 keeps state that cannot be put",
         ),
-        ("olmo2", {}, "olmo2 is not a family that is known to decode exactly here"),
-        ("falcon_h1", {"mamba_d_ssm": 32, "mamba_n_heads": 4}, "falcon_h1 keeps state that cannot be put back"),
     ],
 )
 def test_a_target_that_is_not_answered_for_is_refused_by_name(family, fields, message):
     target = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **(tiny.SMALL | fields)))
     with pytest.raises(ValueError, match=message):
         speculative(target, tiny.draft(target), tiny.prompt(6), 4)
+
+
+def test_a_family_that_is_not_tested_decodes_after_its_self_check_or_is_refused_where_that_is_asked_for(monkeypatch):
+    target = tiny.scaled(AutoModelForCausalLM.from_config(AutoConfig.for_model("olmo2", **tiny.SMALL)).eval(), "olmo2")
+    draft, ids = tiny.draft(target), tiny.prompt(20)
+    assert torch.equal(speculative(target, draft, ids, 30)[0], tiny.greedy(target, ids, 30))
+    monkeypatch.setenv("DFLASH_STRICT", "1")
+    with pytest.raises(ValueError, match=r"olmo2 is not a family that the tests decode .* DFLASH_STRICT"):
+        speculative(target, draft, ids, 4)
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
