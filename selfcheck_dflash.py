@@ -212,6 +212,8 @@ def check_alone(target: Target, size: int, like: Prompt) -> None:
     watch.check(own.features, target.model.get_decoder(), tolerance(target.model))
     begun = Answer(target.begin(probe.prompt.model_inputs(target.model, before)), target.taps.take())
     agree(probe, begun.part(-1, None), own, before - 1)
+    # In decoding this count stays behind the blocks; a model that takes its positions from it must be found out.
+    target.cache.seen -= 1
     agree(probe, probe.as_block(), own, before)
     if target.recurrence.states:
         check_rollback(probe, own, cache)

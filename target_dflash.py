@@ -348,8 +348,8 @@ def warn_of_new_family(target: Any) -> None:
     if family not in FAMILIES:
         logger.warning_once(
             f"{family} is not a family that the tests decode. The self-check passed: on a short text, a block gives "
-            "what the target's own forward gives, and what it keeps is taken back. That does not prove long texts or other "
-            "batches. DFLASH_STRICT=1 refuses such targets."
+            "what the target's own forward gives, and what it keeps is taken back. That does not prove long texts or "
+            "other batches. DFLASH_STRICT=1 refuses such targets."
         )
 
 
