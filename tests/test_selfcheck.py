@@ -180,6 +180,6 @@ def test_a_check_that_failed_is_made_again():
     with pytest.MonkeyPatch.context() as patch:
         write_keys_elsewhere(patch, target)
         for _ in range(2):
-            with pytest.raises(ValueError, match="A block over dflash-hub's cache is not what|cached"):
+            with pytest.raises(ValueError, match=r"A block over dflash-hub's cache is not what|cached"):
                 speculative(target, draft, ids, 8)
     assert torch.equal(speculative(target, draft, ids, 8)[0], tiny.greedy(target, ids, 8))
