@@ -89,6 +89,16 @@ FAMILIES: dict[str, tuple[str, ...]] = {
 """Text model type -> the architectures (class names of whole models) whose text part it is."""
 
 
+TESTED = frozenset(
+    {
+        *("qwen2", "qwen3", "qwen3_moe", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"),
+        *("gemma2", "gemma3_text", "gemma4_text", "gemma4_unified_text"),
+        *("llama", "mistral", "gpt_oss", "glm4_moe", "minimax_m2", "deepseek_v3", "lfm2", "nemotron_h"),
+    }
+)
+"""Text model types that are known to decode here token for token like their own `generate`."""
+
+
 def families_of(architecture: str) -> frozenset[str]:
     """The text model types that whole models of this class have; none if the table does not name it."""
     return frozenset(family for family, members in FAMILIES.items() if architecture in members)

@@ -34,16 +34,8 @@ from .compat_dflash import (
     without_cache,
 )
 from .recurrence_dflash import Recurrence
+from .support_dflash import TESTED
 from .taps_dflash import Taps
-
-FAMILIES = frozenset(
-    {
-        *("qwen2", "qwen3", "qwen3_moe", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"),
-        *("gemma2", "gemma3_text", "gemma4_text", "gemma4_unified_text"),
-        *("llama", "mistral", "gpt_oss", "glm4_moe", "minimax_m2", "deepseek_v3", "lfm2", "nemotron_h"),
-    }
-)
-"""Text model types that are known to decode here token for token like their own `generate`."""
 
 logger = logging.get_logger(__name__)
 
@@ -333,9 +325,9 @@ def check_target(target: Any) -> None:
     _refuse_unknown_state(text)
     if getattr(text, "use_bidirectional_attention", None) in (True, "all"):
         raise ValueError(f"{text.model_type} with bidirectional attention writes no text that could be continued.")
-    if text.model_type not in FAMILIES and os.environ.get("DFLASH_STRICT") not in (None, "", "0"):
+    if text.model_type not in TESTED and os.environ.get("DFLASH_STRICT") not in (None, "", "0"):
         raise ValueError(
-            f"{text.model_type} is not a family that the tests decode ({', '.join(sorted(FAMILIES))}), and "
+            f"{text.model_type} is not a family that the tests decode ({', '.join(sorted(TESTED))}), and "
             "DFLASH_STRICT is set. Unset it to decode where the self-check passes."
         )
     _refuse_own_positions(target)
@@ -345,7 +337,7 @@ def check_target(target: Any) -> None:
 def warn_of_new_family(target: Any) -> None:
     """Say once what a self-check that passed proves of a family that the tests do not decode, and what not."""
     family = target.config.get_text_config(decoder=True).model_type
-    if family not in FAMILIES:
+    if family not in TESTED:
         logger.warning_once(
             f"{family} is not a family that the tests decode. The self-check passed: on a short text, a block gives "
             "what the target's own forward gives, and what it keeps is taken back. That does not prove long texts or "

@@ -39,8 +39,10 @@ def test_the_public_names_are_these():
 
 
 def test_the_travelling_files_are_these():
-    names = "cache_ capture_ configuration_ custom_generate_ drafting_ generation_ handover_ layouts_ modeling_ "
-    names += "recurrence_ repository_ sampling_ speculate_ support_ target_ text_"
+    names = (
+        "cache_ capture_ compat_ configuration_ custom_generate_ drafting_ generation_ handover_ layouts_ modeling_ "
+    )
+    names += "recurrence_ repository_ sampling_ selfcheck_ speculate_ support_ taps_ target_ text_"
     second = {"dflash2.py", "configuration_dflash2.py", "modeling_dflash2.py"}
     first = {"dflash.py", *(f"{name}dflash.py" for name in names.split())}
     assert {path.name for path in TRAVELLING} == first | second
