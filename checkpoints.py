@@ -246,7 +246,8 @@ def _on_hub(name: str, file: str) -> bool:
 def _text_in(file: Path, key: str) -> str | None:
     """A text in a JSON file, if both are there."""
     try:
-        value = json.loads(file.read_text(encoding="utf-8")).get(key)
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+    value = content.get(key) if isinstance(content, dict) else None
     return value if isinstance(value, str) and value else None

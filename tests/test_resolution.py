@@ -116,6 +116,8 @@ def test_a_class_of_its_own_adapters_and_quantised_weights_change_nothing(archit
     HfApi().create_repo(name)
     HfApi().upload_folder(folder_path=saved(architecture), repo_id=name)
     for kind in autos_for(saved(architecture)):
+        itself = type(kind.from_pretrained(name)).from_pretrained(name)
+        assert outcome(itself) == outcome(itself, itself.config.architectures) == expected(name)
         wrapped = get_peft_model(
             kind.from_pretrained(name), LoraConfig(r=1, target_modules=r"(?!.*vision).*\.(q|q_a|k)_proj")
         )
