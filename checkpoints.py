@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from huggingface_hub import HfApi
 from huggingface_hub.repocard import metadata_load
 from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import cached_file
@@ -228,16 +229,25 @@ def _file_of(name: str, file: str, ask: bool = True) -> Path | None:
     silent = dict.fromkeys(("gated_repo", "missing_entries", "connection_errors"), False)
     silent = {f"_raise_exceptions_for_{what}": value for what, value in silent.items()}
     try:
-        found = cached_file(name, file, local_files_only=not ask, **silent)
+        found = cached_file(name, file, local_files_only=not (ask and _on_hub(name, file)), **silent)
     except (OSError, ValueError):  # no such repository, or no name that one could have
         return None
     return Path(found) if found else None
 
 
+def _on_hub(name: str, file: str) -> bool:
+    """Whether the Hub answers that it has a file; asked once, where a download would try for half a minute."""
+    try:
+        return HfApi().file_exists(name, file)
+    except Exception:  # of the HTTP library, which is another one in each major version of huggingface_hub
+        return False
+
+
 def _text_in(file: Path, key: str) -> str | None:
     """A text in a JSON file, if both are there."""
     try:
-        value = json.loads(file.read_text(encoding="utf-8")).get(key)
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+    value = content.get(key) if isinstance(content, dict) else None
     return value if isinstance(value, str) and value else None
