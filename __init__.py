@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoConfig, AutoModel
 from transformers.utils import logging
 
-from .compat_dflash import in_auto_model
 from .configuration_dflash import DFlashConfig, __version__
 from .configuration_dflash2 import DFlash2Config
 
@@ -66,6 +65,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(f".{_ON_DEMAND[name]}", __name__), name)
     if _ON_DEMAND[name].startswith("modeling_"):
+        from .compat_dflash import in_auto_model
+
         value.register_for_auto_class("AutoModel")
         if in_auto_model(value.config_class):
             AutoModel.register(value.config_class, value, exist_ok=True)

@@ -315,6 +315,10 @@ def test_a_batch_of_rows_that_ended_apart_leaves_the_cache_of_plain_generate():
 )
 def test_what_has_no_meaning_with_a_draft_is_refused_with_the_reason(pair, asked, reason):
     target, draft = pair
+    if "offloaded" in reason and torch.version.cuda and not torch.cuda.is_available():
+        pytest.skip(
+            "transformers makes an offloaded cache before we are asked; a CUDA build of torch needs a GPU for it"
+        )
     with pytest.raises(ValueError, match=reason):
         target.generate(**PADDED, max_new_tokens=5, custom_generate=draft.speculate, **asked)
     assert tiny.as_found(target)
