@@ -195,12 +195,12 @@ class Masks:
 
     Args:
         hidden `[B, S]`: columns of the prompt that nothing but themselves may see (padding), True where hidden.
-        parents: for each position of the block the position before it in its text; None for a chain.
+        size: of the block, at first a chain; `move` makes it any tree of that size.
     """
 
-    def __init__(self, hidden: torch.Tensor, start: torch.Tensor, size: int, parents: torch.Tensor | None = None):
+    def __init__(self, hidden: torch.Tensor, start: torch.Tensor, size: int):
         self.hidden, self.start, self.size = hidden, start, size
-        self.ancestors = chain(size, start.device) if parents is None else ancestors(parents)
+        self.chain = self.ancestors = chain(size, start.device)
         self.depth = self.ancestors.sum(-1) - 1  # [Q]
         self.steps = torch.arange(size, device=start.device)  # [Q]
         self.near = torch.arange(-size, size, device=start.device)
@@ -218,9 +218,13 @@ class Masks:
             self.kept[kind] = values.expand(-1, 1, groups, -1, -1).contiguous()
         return self.kept[kind].flatten(2, 3)
 
-    def move(self, start: torch.Tensor) -> None:
-        """The blocks now begin at `start [B]`, at most Q columns after where they began."""
-        self.start = start
+    def move(self, start: torch.Tensor, ancestors: torch.Tensor) -> None:
+        """The blocks now begin at `start [B]`, at most Q columns after where they began, and are this tree.
+
+        Args:
+            ancestors `[Q, Q]`: `chain` or `ancestors` of the block.
+        """
+        self.start, self.ancestors, self.depth = start, ancestors, ancestors.sum(-1) - 1
         for (window, causal, _, dtype, device), mask in self.kept.items():
             regions = self.near if window is None else torch.cat([self.near, self.near - window])
             columns = (start[:, None] + regions).clamp_min(0)

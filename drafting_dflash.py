@@ -132,7 +132,7 @@ class Drafter:
 
         Nothing here depends on anything but tensors.
         """
-        self.masks.move(start)
+        self.masks.move(start, self.masks.chain)
         columns = start[:, None] + self.masks.steps  # [B, Q]
         before = context_start[:, None] + torch.arange(context.shape[1], device=start.device)
         # Rejected positions of the context share their columns with the block, which is written after it.

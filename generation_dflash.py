@@ -97,7 +97,8 @@ class Proposal:
 
     Args:
         tokens `[B, Q]`: the anchor first.
-        parents `[Q]`: the position before each, -1 for the root; the same in every row. None for the plain chain.
+        parents `[Q]`: the position before each, -1 for the root; the same in every row, and on the host. None for the
+            plain chain.
     """
 
     tokens: torch.Tensor
@@ -135,7 +136,7 @@ def accept(proposal: Proposal, choices: torch.Tensor) -> tuple[torch.Tensor, tor
     if parents is None:
         accepted = (tokens[:, 1:] == choices[:, :-1]).cumprod(dim=1).sum(dim=1)
         return accepted, torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-    lineage = ancestors(parents)  # [Q, Q]
+    lineage, parents = ancestors(parents).to(tokens.device), parents.to(tokens.device)  # [Q, Q], [Q]
     right = (tokens == choices[:, parents.clamp_min(0)]) | (parents < 0)  # [B, Q]
     stays = (right[:, None] | ~lineage).all(dim=-1)
     tip = torch.where(stays, lineage.sum(dim=-1), 0).argmax(dim=-1)  # [B], the deepest that stays
@@ -233,9 +234,10 @@ class Pair:
         self.target.cache.reserve(max(self.columns) + size)
         self.hidden = widen(self.hidden, self.target.cache.capacity)
         masks = self.target.masks
-        if masks is None or masks.hidden is not self.hidden or proposal.parents is not None:
-            masks = Masks(self.hidden, self.start, size, proposal.parents)
-        return self.target.verify(proposal.tokens, self.start, masks, self.end).to(self.start.device)
+        if masks is None or masks.hidden is not self.hidden or masks.size != size:
+            masks = Masks(self.hidden, self.start, size)
+        tree = masks.chain if proposal.parents is None else ancestors(proposal.parents).to(self.start.device)
+        return self.target.verify(proposal.tokens, self.start, masks, tree, self.end).to(self.start.device)
 
     def choose(self, proposal: Proposal, logits: torch.Tensor) -> torch.Tensor:
         """The target's own token after each position of the proposal, `[B, Q]`; -1 where its logits are NaN."""

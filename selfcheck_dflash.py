@@ -156,7 +156,7 @@ class Probe:
         start = torch.full((len(prompt.input_ids),), self.before, device=prompt.device)
         target.cache.reserve(self.last)
         masks = Masks(widen(prompt.hidden, target.cache.capacity), start, self.size)
-        logits = target.verify(prompt.ids(self.before, self.last), start, masks, prompt.end)
+        logits = target.verify(prompt.ids(self.before, self.last), start, masks, masks.chain, prompt.end)
         return Answer(logits, target.features)
 
     def token_by_token(self) -> Answer:

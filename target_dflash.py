@@ -243,22 +243,27 @@ class Target:
         self._check_block(ids.shape[1])
         return logits[:, -1]
 
-    def verify(self, tokens: torch.Tensor, start: torch.Tensor, masks: Masks, end: torch.Tensor) -> torch.Tensor:
+    def verify(
+        self, tokens: torch.Tensor, start: torch.Tensor, masks: Masks, tree: torch.Tensor, end: torch.Tensor
+    ) -> torch.Tensor:
         """Logits `[B, Q, V]` of a block of `tokens [B, Q]` at the columns from `start [B]` on.
 
         Args:
-            masks: for this block.
+            masks: for blocks of this size.
+            tree `[Q, Q]`: `chain` or `ancestors` of the block; an input of it, since it may change every cycle.
             end `[B, 1]` or `[3, B, 1]`: position minus column, for the columns after the prompt.
         """
         self.masks, self.end = masks, end
         self.recurrence.keep()
         with self.attention.active(masks, self.cache.length):
-            logits, self.features = self.block(tokens, start)
+            logits, self.features = self.block(tokens, start, tree)
         return logits
 
-    def _block(self, tokens: torch.Tensor, start: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _block(
+        self, tokens: torch.Tensor, start: torch.Tensor, tree: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits `[B, Q, V]` and context features `[B, Q, F]`; nothing here depends on anything but tensors."""
-        self.masks.move(start)
+        self.masks.move(start, tree)
         self.cache.write_at(start[:, None] + self.masks.steps)
         positions = self.end + start[:, None] + self.masks.depth
         length = tokens.shape[1]

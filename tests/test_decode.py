@@ -206,7 +206,7 @@ def test_masks_that_are_moved_on_are_those_that_are_made_anew(window, causal):
     masks.get(*kind)
     for _ in range(15):
         start = start + torch.randint(0, 6, (3,))
-        masks.move(start)
+        masks.move(start, masks.chain)
         fresh = Masks(hidden, start, size=5).get(*kind)
         assert torch.equal(masks.get(*kind), fresh)
         assert fresh.shape == (3, 1, 10, 120)
