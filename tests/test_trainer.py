@@ -198,10 +198,10 @@ def test_options_that_make_no_sense_are_refused_by_name(tmp_path, option, value)
 def test_a_target_whose_layers_cannot_be_tapped_is_refused(tmp_path):
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model("gpt2", n_layer=4, n_embd=32, n_head=4, vocab_size=tiny.VOCAB)
-    target = AutoModelForCausalLM.from_config(config)
+    mamba = {"num_heads": 8, "head_dim": 8, "n_groups": 1, "expand": 2}
+    target = AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba2", **(tiny.SMALL | mamba)))
     draft = tiny.draft(tiny.target("qwen3"))
-    with pytest.raises(ValueError, match="gpt2 is not a family"):
+    with pytest.raises(ValueError, match="mamba2 keeps state that cannot be put back"):
         DFlashTrainer(draft, target, DFlashTrainingArguments(str(tmp_path), use_cpu=True), training_run.rows())
 
 
