@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache, LinearAttentionLayer
 
 from .compat_dflash import difference
 
-_MIXERS = ("linear_attn", "mixer", "conv", "mamba", "mamba_decoder.mamba")
+_MIXERS = ("linear_attn", "mixer", "conv", "mamba", "mamba_decoder.mamba", "self_attn")
 """Where decoder layers hold the module that keeps a state."""
 
 

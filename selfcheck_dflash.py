@@ -202,6 +202,17 @@ def check_alone(target: Target, size: int, like: Prompt) -> None:
     Raises:
         ValueError: naming the position or layer, the difference, and the versions.
     """
+    try:
+        compare(target, size, like)
+    except (torch.OutOfMemoryError, ValueError):
+        raise
+    except (RuntimeError, LookupError, TypeError, AttributeError) as error:
+        what = f"{target.name} ({target.text.model_type}) cannot be run as a block over dflash-hub's cache"
+        raise difference(f"{what}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}") from error
+
+
+def compare(target: Target, size: int, like: Prompt) -> None:
+    """Begin a short text, run its end as a block, and take half of that back; compare each with the target's own."""
     unknown = check_windows(target)
     crossed = [window for window, _ in target.attention.kinds if window and window < LONGEST]
     before = max([size, *crossed, *unknown]) + 3

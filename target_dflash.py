@@ -125,6 +125,8 @@ class BlockAttention:
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`query [B, G * H, Q, D]` over `key, value [B, H, L, D]`: `[B, Q, G * H, D]`, and no weights."""
+        if attention_mask is not None:
+            raise difference(f"{type(module).__name__} brings a mask of its own, which is not read over columns")
         if not torch.compiler.is_compiling():
             self.asked.add(module.layer_idx)
         special = any(kwargs.get(name) is not None for name in ("softcap", "s_aux"))  # which `sdpa` passes over
@@ -336,7 +338,13 @@ def check_target(target: Any) -> None:
             "DFLASH_STRICT is set. Unset it to decode where the self-check passes."
         )
     _refuse_own_positions(target)
-    decoder_layers(target)
+    width = target.get_input_embeddings().weight.shape[-1]
+    if width != text.hidden_size:
+        raise ValueError(
+            f"{type(target).__name__} embeds its tokens {width} wide and has hidden states of {text.hidden_size}; a draft "
+            "is made for targets where both are one width."
+        )
+    Recurrence(DynamicCache(config=text), decoder_layers(target))  # which knows where a state is kept, or refuses
 
 
 def warn_of_new_family(target: Any) -> None:
