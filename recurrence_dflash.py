@@ -99,8 +99,17 @@ class Recurrence:
 def states_of(layer: LinearAttentionLayer) -> dict[str, Any]:
     """What a layer keeps of its states, copied; nothing of the keys and values that it may keep besides."""
     names = vars(LinearAttentionLayer(number_of_states=layer.number_of_states))
-    held = {name: value for name, value in vars(layer).items() if name in names}
-    held |= {name: dict(value) for name, value in held.items() if isinstance(value, dict)}
+    return copied({name: value for name, value in vars(layer).items() if name in names})
+
+
+def restore_states(layer: LinearAttentionLayer, held: dict[str, Any]) -> None:
+    """Put back what `states_of` gave, which stays as it is."""
+    vars(layer).update(copied(held))
+
+
+def copied(held: dict[str, Any]) -> dict[str, Any]:
+    """The attributes of a layer, with dicts and states that are copies."""
+    held = {name: dict(value) if isinstance(value, dict) else value for name, value in held.items()}
     for name in ("conv_states", "recurrent_states"):
         held[name] = {key: None if state is None else state.clone() for key, state in held[name].items()}
     return held

@@ -24,6 +24,7 @@ from transformers.cache_utils import DynamicCache
 
 from .cache_dflash import ColumnLayer, Masks, widen
 from .compat_dflash import difference, visible_in_window
+from .recurrence_dflash import restore_states, states_of
 from .taps_dflash import TapWatch
 from .target_dflash import Target
 from .text_dflash import Prompt
@@ -225,30 +226,45 @@ def compare(target: Target, size: int, like: Prompt) -> None:
     agree(probe, begun.part(-1, None), own, before - 1)
     # In decoding this count stays behind the blocks; a model that takes its positions from it must be found out.
     target.cache.seen -= 1
-    agree(probe, probe.as_block(), own, before)
     if target.recurrence.states:
-        check_rollback(probe, own, cache)
+        check_recurrence(probe, cache)
+    else:
+        agree(probe, probe.as_block(), own, before)
 
 
-def check_rollback(probe: Probe, own: Answer, cache: Any) -> None:
-    """Take half a block back, go on from there, and compare with the target's own end of the text.
+def check_recurrence(probe: Probe, cache: Any) -> None:
+    """Run the block, take it back but for its first token, then but for its first half; compare what follows.
+
+    The target's own forwards are those of one token each: models may go another way for one token than for several,
+    and plain `generate` always goes that one.
 
     Args:
-        own: of the whole text, and `cache` with the states that it left.
+        cache: with the states that the whole text left.
 
     Raises:
         ValueError: naming the layer or position, and the difference.
     """
-    target, prompt, kept = probe.target, probe.prompt, max(1, probe.size // 2)
+    target, steps = probe.target, probe.token_by_token()
+    begun = {index: states_of(layer) for index, layer in target.recurrence.states.items()}
+    for kept in sorted({1, max(1, probe.size // 2)}):
+        for index, held in begun.items():
+            restore_states(target.recurrence.states[index], held)
+        agree(probe, probe.as_block(), steps, probe.before)
+        check_rollback(probe, kept, steps)
+    for index, layer in target.recurrence.states.items():
+        check_state(probe, index, layer, cache.layers[index])
+
+
+def check_rollback(probe: Probe, kept: int, steps: Answer) -> None:
+    """Take a block back but for its first `kept` tokens, go on from there, and compare with the end of the text."""
+    target, prompt = probe.target, probe.prompt
     if not any(any(states) for states in target.recurrence.before.values()):
         raise difference(f"The recurrent layers of {target.name} left no state in the cache")
     target.recurrence.settle([kept] * len(prompt.input_ids), probe.size)
     first = probe.before + kept
     columns = torch.arange(first, probe.last, device=prompt.device).expand(len(prompt.input_ids), -1)
     logits = target.go_on(prompt.ids(first, probe.last), columns, prompt.positions[..., first:], prompt.hidden)
-    agree(probe, Answer(logits[:, None], target.taps.take()[:, -1:]), own, probe.last - 1)
-    for index, layer in target.recurrence.states.items():
-        check_state(probe, index, layer, cache.layers[index])
+    agree(probe, Answer(logits[:, None], target.taps.take()[:, -1:]), steps, probe.last - 1)
 
 
 def check_state(probe: Probe, index: int, ours: Any, theirs: Any) -> None:
@@ -303,7 +319,7 @@ def agree(probe: Probe, ours: Answer, whole: Answer, first: int) -> None:
 
     Args:
         ours `[B, N, ...]`: to the positions from column `first` on.
-        whole: the target's own answer, to all columns or the last ones.
+        whole: the target's own answer, to all columns or the last ones; or the one that it gives token by token.
 
     Raises:
         ValueError: naming the position, the difference, and the versions.
@@ -314,6 +330,8 @@ def agree(probe: Probe, ours: Answer, whole: Answer, first: int) -> None:
     for name in ("logits", "features"):
         own, answer = getattr(whole, name)[:, end - positions : end or None], getattr(ours, name)
         far, allowed = apart(answer, own), tolerance(probe.target.model)
+        if whole is probe.steps:
+            allowed *= 4  # one token and several add up in another order, all along a recurrence
         if bool((far > allowed).any()):
             steps = getattr(probe.token_by_token(), name)[:, end - positions : end or None]
             noise = float(apart(steps, own).masked_fill(hidden.to(far.device), 0.0).max())

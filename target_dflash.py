@@ -27,6 +27,7 @@ from .compat_dflash import (
     attention_name,
     cache_name,
     difference,
+    makes_own_cache,
     names_attention,
     own_eager,
     parameters,
@@ -65,8 +66,8 @@ class BlockAttention:
         self.length = 0
         self.held = False
         self.before: list[str] = []
-        self.asked: set[int] = set()
-        """The layers that have asked this attention since somebody looked."""
+        self.asked: list[int | None] = []
+        """The layers that have asked this attention since somebody looked; one that several share knows no number."""
         self.wanted: set[tuple] = set()
         """Which masks this model's layers asked for: made, the next time, before anything runs."""
         self.own = attention_name(model.config.get_text_config(decoder=True))
@@ -128,7 +129,7 @@ class BlockAttention:
         if attention_mask is not None:
             raise difference(f"{type(module).__name__} brings a mask of its own, which is not read over columns")
         if not torch.compiler.is_compiling():
-            self.asked.add(module.layer_idx)
+            self.asked.append(module.layer_idx)
         special = any(kwargs.get(name) is not None for name in ("softcap", "s_aux"))  # which `sdpa` passes over
         eager = self.own == "eager" or (special and self.own != "sdpa")
         groups = 1 if eager else query.shape[1] // key.shape[1]
@@ -145,9 +146,21 @@ class BlockAttention:
         Raises:
             ValueError: naming the first of them.
         """
-        missing, self.asked = layers - self.asked, set()
-        if missing:
+        missing, asked, self.asked = layers - set(self.asked), len(self.asked), []
+        if missing and asked != len(layers):
             raise difference(f"Layer {min(missing)} of {whose} did not ask the attention that its config names")
+
+    def _kind(self, module: Any) -> tuple[int | None, bool]:
+        """The window of a layer, and whether it is causal.
+
+        Raises:
+            ValueError: layers differ, and this one does not know which it is.
+        """
+        if len(set(self.kinds)) == 1:
+            return self.kinds[0]
+        if module.layer_idx not in range(len(self.kinds)):
+            raise difference(f"{type(module).__name__} does not know which of {len(self.kinds)} layers it is")
+        return self.kinds[module.layer_idx]
 
     def _mask(self, module: Any, groups: int, query: torch.Tensor) -> torch.Tensor:
         """`[B, 1, G * Q, L]`, additive."""
@@ -155,7 +168,7 @@ class BlockAttention:
             raise RuntimeError(
                 "The target was called from elsewhere while a draft decodes with it; call it afterwards."
             )
-        window, causal = self.kinds[module.layer_idx]
+        window, causal = self._kind(module)
         kind = (window, causal, groups, query.dtype, query.device)
         if kind not in self.masks.kept:
             self.wanted.add(kind)
@@ -338,11 +351,17 @@ def check_target(target: Any) -> None:
             "DFLASH_STRICT is set. Unset it to decode where the self-check passes."
         )
     _refuse_own_positions(target)
+    cache_name(target.forward)
+    if makes_own_cache(target):
+        raise ValueError(
+            f"{type(target).__name__} makes a cache of its own kind, which cannot be put back after a rejected token, "
+            "so it is not decoded here."
+        )
     width = target.get_input_embeddings().weight.shape[-1]
     if width != text.hidden_size:
         raise ValueError(
-            f"{type(target).__name__} embeds its tokens {width} wide and has hidden states of {text.hidden_size}; a draft "
-            "is made for targets where both are one width."
+            f"{type(target).__name__} embeds its tokens {width} wide and has hidden states of {text.hidden_size}; a "
+            "draft is made for targets where both are one width."
         )
     Recurrence(DynamicCache(config=text), decoder_layers(target))  # which knows where a state is kept, or refuses
 
@@ -413,9 +432,10 @@ def decoder_layers(target: Any) -> nn.ModuleList:
     decoder, count = target.get_decoder(), target.config.get_text_config(decoder=True).num_hidden_layers
     lists = [module for module in decoder.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
     layers = getattr(decoder, "layers", None) or next(iter(lists), None)
-    if layers is None:
+    if layers is None or len(layers) != count:
         raise ValueError(
-            f"{type(target).__name__} shows no decoder layers to tap: no list of {count} modules in its decoder."
+            f"{type(target).__name__} shows no decoder layers to tap: its decoder has no list of {count} modules, "
+            "which is num_hidden_layers."
         )
     return layers
 

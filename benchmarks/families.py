@@ -4,10 +4,10 @@
     python benchmarks/families.py --only olmo2 phi   # some
     python benchmarks/families.py --write            # and the table of docs/decoding.md
 
-A model is decoded by its own greedy `generate` and with a draft whose proposals are steered: in each row a random number
-of tokens is right and the next one wrong, so that both happen in every run. One row with prompts of 1, 7 and 40 tokens
-and blocks of 16, 2 and 5, windows of 12 crossed; and a left-padded batch of four, where the model's own padded batch is
-sound: where it gives every row the text that the row has alone.
+A model is decoded by its own greedy `generate` and with a draft whose proposals are steered: in each row a random
+number of tokens is right and the next one wrong, so that both happen in every run. One row with prompts of 1, 7 and 40
+tokens and blocks of 16, 2 and 5, windows of 12 crossed; and a left-padded batch of four, where the model's own padded
+batch is sound: where it gives every row the text that the row has alone.
 """
 
 import argparse
