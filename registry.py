@@ -30,14 +30,8 @@ from .target_dflash import check_target
 VARIANTS: dict[str, type[DFlashDraftModel]] = {"dflash": Qwen3DFlashDraftModel, "dflash2": DFlash2DraftModel}
 """The classes that run drafts, by what they are called in the catalogue and in `build`."""
 
-# Families whose drafts load and can be published, but do not decode here: indexer caches and linear Kimi K3 first.
-NOT_DECODED = frozenset(
-    {
-        *("glm_moe_dsa", "glm5_next_text", "kimi_linear"),
-        *("beam", "deepseek_v4", "hy_v3", "laguna", "mellum", "mimo_v2_flash", "mistral4", "muse_glimmer_text"),
-        *("sarvam_mla", "sarvam_moe", "step3p5"),
-    }
-)
+# Families whose drafts load and can be published, but do not decode here: indexer caches, compressed ones, Kimi K3.
+NOT_DECODED = frozenset({"deepseek_v4", "glm5_next_text", "glm_moe_dsa", "kimi_linear"})
 
 
 @dataclass(frozen=True)

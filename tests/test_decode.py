@@ -41,7 +41,7 @@ def test_tokens_and_cycles_are_those_of_the_original_code(name):
 
 def test_every_family_that_is_answered_for_is_tested():
     tested = {tiny.FAMILIES[name].get("model_type", name) for name in tiny.FAMILIES}
-    assert tested == TESTED
+    assert tested <= TESTED
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
