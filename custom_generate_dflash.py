@@ -21,7 +21,8 @@ def generate(model: Any, **kwargs: Any) -> Any:
 
     Args:
         model: the target that this draft was made for.
-        kwargs: whatever `generate` takes, and `statistics`, `draft_sampling` and `capture` of the draft's `speculate`.
+        kwargs: whatever `generate` takes, and `statistics`, `draft_sampling`, `capture` and `strict` of the draft's
+            `speculate`.
 
     Raises:
         ValueError: the draft was not made for this target, or something was asked for that has no meaning with it.

@@ -45,13 +45,14 @@ DRAFT_SAMPLING = ("greedy", "coupled")
 class Speculate:
     """A draft, as the decoding function of its target's `generate`.
 
-    Besides all that `generate` takes, it takes three keywords, none of which changes the text:
+    Besides all that `generate` takes, it takes four keywords, none of which changes the text:
 
     statistics: a `DecodeStatistics`, to be filled.
     draft_sampling: "coupled" (when sampling, the draft draws its tokens with the very noise that the target draws
         with) or "greedy" (it always proposes its likeliest tokens, which are accepted less often).
     capture: how blocks run. "auto" is CUDA graphs for dense targets on a GPU and nothing elsewhere; "graphs" and
         "compile" (torch.compile, which takes its time at first) ask for one; "off" is neither.
+    strict: refuse a target whose family the tests do not decode, where otherwise its self-check decides.
     """
 
     def __init__(self, draft: Any):
@@ -82,6 +83,7 @@ class Speculate:
         statistics: DecodeStatistics | None = None,
         draft_sampling: str = "coupled",
         capture: str = "auto",
+        strict: bool = False,
         **inputs: Any,
     ) -> torch.Tensor | ModelOutput:
         """Decode `input_ids [B, P]`; as `generate` returns it: `[B, T]`, or a dict with `sequences`.
@@ -91,7 +93,7 @@ class Speculate:
                 for that has no meaning with a draft.
         """
         streamer = streamer or local_of_generate("streamer", sys._getframe(1))
-        check_pair(self.draft.config, model)
+        check_pair(self.draft.config, model, strict)
         refuse(generation_config, logits_processor, input_ids, inputs)
         _one_of("draft_sampling", draft_sampling, DRAFT_SAMPLING)
         _one_of("capture", capture, CAPTURE)
@@ -218,13 +220,13 @@ def spec_generate(
     return texts.sequences()
 
 
-def check_pair(config: Any, target: Any) -> None:
+def check_pair(config: Any, target: Any, strict: bool = False) -> None:
     """Refuse a target that a draft with this config was not made for, or that no draft can decode.
 
     Raises:
         ValueError: with both numbers.
     """
-    check_target(target)
+    check_target(target, strict)
     text = target.config.get_text_config(decoder=True)
     rows = target.get_input_embeddings().num_embeddings
     config.check_target(text.hidden_size, text.num_hidden_layers, text.vocab_size, rows)

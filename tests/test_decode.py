@@ -388,11 +388,21 @@ def test_a_target_that_is_not_answered_for_is_refused_by_name(family, fields, me
 
 
 def test_a_family_that_is_not_tested_decodes_after_its_self_check_or_is_refused_where_that_is_asked_for(monkeypatch):
+    from dflash_hub import target_dflash
+
+    said: list[str] = []
+    monkeypatch.setattr(target_dflash, "TESTED", target_dflash.TESTED - {"olmo2"})
+    monkeypatch.setattr(target_dflash.logger, "warning_once", said.append)
     target = tiny.scaled(AutoModelForCausalLM.from_config(AutoConfig.for_model("olmo2", **tiny.SMALL)).eval(), "olmo2")
     draft, ids = tiny.draft(target), tiny.prompt(20)
-    assert torch.equal(speculative(target, draft, ids, 30)[0], tiny.greedy(target, ids, 30))
+    for _ in range(2):
+        assert torch.equal(speculative(target, draft, ids, 30)[0], tiny.greedy(target, ids, 30))
+    assert len(said) == 1
+    assert "olmo2 is not a family that the tests decode. The self-check passed" in said[0]
+    with pytest.raises(ValueError, match=r"olmo2 is not a family that the tests decode, and strict"):
+        speculative(target, draft, ids, 4, strict=True)
     monkeypatch.setenv("DFLASH_STRICT", "1")
-    with pytest.raises(ValueError, match=r"olmo2 is not a family that the tests decode .* DFLASH_STRICT"):
+    with pytest.raises(ValueError, match=r"olmo2 is not a family that the tests decode, and .* DFLASH_STRICT"):
         speculative(target, draft, ids, 4)
 
 

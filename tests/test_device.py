@@ -51,11 +51,18 @@ def test_a_recording_that_is_replayed_without_python_gives_the_same_text(family,
     asked = inputs | {"max_new_tokens": 60, "do_sample": sampled, "custom_generate": draft.speculate}
     torch.manual_seed(0)
     plain = target.generate(**asked)
-    recordings = []
-    monkeypatch.setattr(capture_dflash, "record", lambda run: recordings.append(run) or record(run))
+    recorded, replayed = [], []
+
+    def counted(run):
+        replay, outputs = record(run)
+        recorded.append(run)
+        return lambda: (replayed.append(run), replay()), outputs
+
+    monkeypatch.setattr(capture_dflash, "record", counted)
     torch.manual_seed(0)
     assert torch.equal(target.generate(**asked, capture="graphs"), plain)
-    assert len(recordings) == 2
+    assert len(recorded) == 2
+    assert len(replayed) > 20
 
 
 TREES = (
