@@ -101,7 +101,7 @@ def main() -> None:
         inputs["max_new_tokens"], inputs["do_sample"], inputs["eos_token_id"] = options.new, False, None
     ways = the_ways(target, draft, options)
     figures = measure(target, ways, prompts, options)
-    floor = floor_ms(target, draft, options)
+    floor = floor_ms(target, draft, options) | {"self_check_ms": self_check_ms(target, draft, prompts[0], options)}
     show(figures, floor, target, draft, options)
 
 
@@ -152,7 +152,10 @@ def the_ways(target: Any, draft: Any, options: argparse.Namespace) -> dict[str, 
     if options.device != "cpu":
         ways["plain, static and compiled"] = {"cache_implementation": "static"}
     if options.batch == 1 and not recurrent(target):
-        ways["transformers' own dflash"] = {"assistant_model": draft, "speculation_type": "dflash"}
+        own = {"assistant_model": draft, "speculation_type": "dflash"}
+        ways["transformers' own dflash"] = own
+        if options.device != "cpu":  # which it compiles from 5.24 on
+            ways["transformers' own, static"] = own | {"cache_implementation": "static"}
     ways["ours"] = {"custom_generate": draft.speculate, "capture": options.capture}
     return ways
 
@@ -301,6 +304,17 @@ def measured_bandwidth(target: Any, size: int) -> float:
     return 2 * size / min(timed(target, copy)[1] for _ in range(5))
 
 
+def self_check_ms(target: Any, draft: Any, inputs: dict[str, Any], options: argparse.Namespace) -> float:
+    """What the first decode of a session costs beyond the next, two tokens each; the median over the runs."""
+    call = inputs | {"max_new_tokens": 2, "custom_generate": draft.speculate, "capture": "off"}
+    costs = []
+    for _ in range(options.runs + 1):
+        draft.speculate.checked.clear()
+        first, second = (timed(target, lambda: target.generate(**call))[1] for _ in range(2))
+        costs.append(1e3 * (first - second))
+    return statistics.median(costs[1:])
+
+
 def show(figures: dict[str, Figures], floor: dict[str, float], target: Any, draft: Any, options: Any) -> None:
     """The table, the ratios, and one line of JSON."""
     dtype = str(target.dtype).removeprefix("torch.")
@@ -316,6 +330,7 @@ def show(figures: dict[str, Figures], floor: dict[str, float], target: Any, draf
     ratios = ratios_of(figures, floor, options)
     print(f"floor at {floor['bandwidth_gb_s']:.1f} GB/s: {floor['plain_ms']:.3f} ms a plain step, ", end="")
     print(f"{floor['cycle_ms']:.3f} ms a cycle")
+    print(f"self-check, once a session: {floor['self_check_ms']:.2f} ms")
     print(", ".join(f"{name.replace('_', ' ')} {number(value)}" for name, value in ratios.items()))
     rows = {name: asdict(one) | {"samples": None} for name, one in figures.items()}
     print(json.dumps({"options": vars(options), "figures": rows, "floor": floor, "ratios": ratios}))
