@@ -13,6 +13,7 @@ batch is sound: where it gives every row the text that the row has alone.
 import argparse
 import contextlib
 import os
+import re
 import signal
 import sys
 import warnings
@@ -189,6 +190,13 @@ def outcome(family):
         return FOREIGN, f"{type(error).__name__}: {first_line(error)}"
 
 
+def in_short(why):
+    """A reason without the names of models and versions, as far as a table needs it."""
+    why = re.sub(r"\b[A-Z]\w+(ForCausalLM|LMHeadModel)(\.forward)?( \(it\))?", "it", why)
+    why = re.split(r" \(transformers| \(cache, |, so |; a draft|: at column", why)[0]
+    return re.sub(r"0x\w+|dflash_columns_\w+|Layer \d+ of ", "", why).replace("|", "/")
+
+
 def table(results):
     """The counts and the families by outcome, in Markdown."""
     groups = defaultdict(list)
@@ -209,7 +217,7 @@ def table(results):
     for word in (REFUSED, CAUGHT):
         reasons = defaultdict(list)
         for family, why in groups[word]:
-            reasons[why.replace(family, "it").split(" (transformers")[0].replace("|", "/")].append(family)
+            reasons[in_short(why.replace(family, "it"))].append(family)
         lines += [f"| {word}: {why} | {', '.join(families)} |" for why, families in reasons.items()]
     if groups[NOT_BUILT]:
         lines.append(f"| not built tiny by the benchmark | {', '.join(family for family, _ in groups[NOT_BUILT])} |")
