@@ -343,6 +343,7 @@ def check_target(target: Any, strict: bool = False) -> None:
     if target.config.is_encoder_decoder or target.get_output_embeddings() is None:
         raise ValueError(f"{type(target).__name__} is no decoder-only language model; a draft needs one as its target.")
     _refuse_virtual_tokens(target)
+    target = target.get_base_model() if hasattr(target, "get_base_model") else target  # of PEFT, with its adapters in
     text = target.config.get_text_config(decoder=True)
     _refuse_moving_rope(text)
     _refuse_unknown_state(text)
