@@ -399,7 +399,7 @@ def refresh(
         show_difference(done.branches, diff)
         console.print("Nothing to push.")
     for branch, commit in done.commits.items():
-        console.print(f"[bold]{escape(repo)}[/bold]: {branch} is at {commit[:8]}.", highlight=False)
+        console.print(f"[bold]{escape(repo)}[/bold]: {branch} is at {commit[:8]}.", highlight=False, soft_wrap=True)
 
 
 def show_difference(branches: "tuple[BranchDifference, ...]", diff: bool) -> None:

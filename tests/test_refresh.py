@@ -110,7 +110,13 @@ def heads(hub, repo_id: str) -> dict[str, str]:
     return dict(repository(hub, repo_id).branches)
 
 
+def modules_of_repositories() -> set[str]:
+    """Modules that transformers made of repositories' code in this process."""
+    return {name for name in sys.modules if name.startswith("transformers_modules")}
+
+
 def test_both_branches_get_this_versions_code_and_nothing_else_changes(hub, old, draft, fresh_process):
+    imported = modules_of_repositories()
     before = {branch: tree(hub, old, branch) for branch in ("main", "engines")}
     first = heads(hub, old)
     done = refresh(old)
@@ -135,7 +141,7 @@ def test_both_branches_get_this_versions_code_and_nothing_else_changes(hub, old,
     assert [call[:2] for call in hub.calls() if "lfs" in call[1]] == [
         ("GET", f"/_lfs/{after['model.safetensors'].sha256}")
     ]
-    assert not [name for name in sys.modules if name.startswith("transformers_modules")]
+    assert modules_of_repositories() == imported, "code of the repository ran here"
     lines = fresh_process(LOAD.format(root=str(ROOT), repo=old)).splitlines()[-2:]
     for module, found in map(json.loads, lines):
         assert module.startswith("transformers_modules.")
