@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from accelerate.utils import extract_model_from_parallel
 
-from ..drafting_dflash import layer_kinds
-from ..target_dflash import Taps, decoder_layers, embed_noise
+from ..drafter_dflash import layer_kinds
+from ..taps_dflash import FeatureTaps
+from ..target_dflash import decoder_layers, embed_noise
 from .blocks import Blocks, Rows, default_gamma
 from .loss import Scores, Selection, weighted_loss
 
@@ -43,7 +44,7 @@ class FrozenTarget:
         self.model = model.eval().requires_grad_(False)
         self.decoder = model.get_decoder()
         text = model.config.get_text_config(decoder=True)
-        self.taps = Taps(decoder_layers(model), tuple(taps), text.hidden_size)
+        self.taps = FeatureTaps(decoder_layers(model), tuple(taps), text.hidden_size)
         self.embed, self.head = model.get_input_embeddings(), model.get_output_embeddings()
         self.soft_cap, self.vocab_size = getattr(text, "final_logit_softcapping", None), text.vocab_size
 
@@ -69,7 +70,7 @@ class FrozenTarget:
             columns = first + steps.minimum(lengths - 1)
             with self.taps.collecting():
                 output = self.decoder(input_ids=rows.input_ids[row, columns].to(self.device), use_cache=False)
-                tapped = self.taps.take()
+                tapped = self.taps.pop()
             if number == 0:
                 features = tapped.new_zeros(*rows.input_ids.shape, tapped.shape[-1])
                 states = output[0].new_zeros(*rows.input_ids.shape, output[0].shape[-1]) if final else states
