@@ -476,7 +476,7 @@ DECODE = """
     same = [torch.equal(target.generate(ids, **asked), target.generate(ids, **asked, **with_draft)) for _ in range(2)]
 
     class Statistics:
-        def count(self, counts, size):
+        def add_cycle(self, counts, size):
             self.kept = getattr(self, "kept", []) + [kept for _, kept in counts]
     statistics = Statistics()
     for phase in ("prefill", "draft", "verify", "rest"):

@@ -39,10 +39,8 @@ def test_the_public_names_are_these():
 
 
 def test_the_travelling_files_are_these():
-    names = (
-        "cache_ capture_ compat_ configuration_ custom_generate_ drafting_ generation_ handover_ layouts_ modeling_ "
-    )
-    names += "recurrence_ repository_ sampling_ selfcheck_ speculate_ support_ taps_ target_ text_"
+    names = "attention_ cache_ compat_ configuration_ custom_generate_ drafter_ execution_ generate_ generation_ layouts_ "
+    names += "modeling_ past_key_values_ proposals_ repository_ sampling_ selfcheck_ sequences_ support_ taps_ target_"
     second = {"dflash2.py", "configuration_dflash2.py", "modeling_dflash2.py"}
     first = {"dflash.py", *(f"{name}dflash.py" for name in names.split())}
     assert {path.name for path in TRAVELLING} == first | second
