@@ -20,12 +20,11 @@ from transformers import PretrainedConfig
 from .checkpoints import Origin, Target, base_of_adapter, origin_of, out_of_cache
 from .compat_dflash import checkpoint_name, local_of_generate
 from .configuration_dflash import DFlashConfig
+from .generate_dflash import SpeculativeGenerate
 from .layouts_dflash import variant_of
 from .modeling_dflash import DFlashDraftModel, Qwen3DFlashDraftModel
 from .modeling_dflash2 import DFlash2DraftModel
-from .speculate_dflash import Speculate
-from .support_dflash import FAMILIES, families_of, siblings_of
-from .target_dflash import check_target
+from .support_dflash import FAMILIES, check_target, families_of, siblings_of
 
 VARIANTS: dict[str, type[DFlashDraftModel]] = {"dflash": Qwen3DFlashDraftModel, "dflash2": DFlash2DraftModel}
 """The classes that run drafts, by what they are called in the catalogue and in `build`."""
@@ -395,7 +394,7 @@ def _variant(name: str) -> type[DFlashDraftModel]:
     return VARIANTS[name]
 
 
-class _Resolved(Speculate):
+class _Resolved(SpeculativeGenerate):
     """The decoding function that finds the draft of whatever target calls it, once for each."""
 
     def __init__(self) -> None:

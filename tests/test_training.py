@@ -8,7 +8,8 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 import tiny
 from dflash_hub import DecodeStatistics, load_draft
-from dflash_hub.drafting_dflash import Drafter
+from dflash_hub.drafter_dflash import Drafter
+from dflash_hub.sequences_dflash import Prompt
 from dflash_hub.target_dflash import Target
 from dflash_hub.training import loss as loss_module
 from dflash_hub.training.blocks import Blocks, PackedBatch, default_gamma, draw_anchors
@@ -45,13 +46,15 @@ def decoded_states(draft, target, ids: torch.Tensor, block: int) -> torch.Tensor
     seen: list[torch.Tensor] = []
     hook = draft.register_forward_hook(lambda module, inputs, output: seen.append(output.last_hidden_state[0]))
     drafter, engine = Drafter(draft, target), Target(target, tuple(draft.config.target_layer_ids))
-    hidden = torch.zeros(1, ids.shape[1], dtype=torch.bool)
-    with engine.decoding("off"), drafter.decoding(hidden, "off"):
+    prompt = Prompt(ids, {})
+    with (
+        engine.decoding(prompt, "eager") as on_target,
+        drafter.decoding(prompt.padding_mask, "eager") as on_draft,
+    ):
         if ids.shape[1] > 1:
-            engine.begin({"input_ids": ids[:, :-1]})
-            drafter.absorb(engine.taps.take(), 0)
-        start = torch.tensor([ids.shape[1] - 1])
-        drafter.propose(ids[:, -1:], start, ids.shape[1] + block)
+            drafter.cache_context(on_draft, engine.prefill(on_target, {"input_ids": ids[:, :-1]}).features, 0)
+        slots = torch.tensor([ids.shape[1] - 1])
+        drafter.draft_block(on_draft, ids[:, -1:], slots, ids.shape[1] + block)
     hook.remove()
     return seen[0]
 

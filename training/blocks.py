@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from ..attention_dflash import visible
+
 
 @dataclass(frozen=True)
 class PackedBatch:
@@ -140,11 +142,12 @@ class Blocks:
         ids[..., 0] = self.tokens[..., 0]
         return ids.flatten(1)
 
-    def visible(self, window: int | None, causal: bool) -> Callable[..., torch.Tensor]:
-        """Return the mask function `visible(b, h, q, kv)` of FlexAttention: True where query q sees key kv.
+    def mask_function(self, window: int | None, causal: bool) -> Callable[..., torch.Tensor]:
+        """Return the function `sees(b, h, q, kv)` that FlexAttention takes: True where query q sees key kv.
 
         Queries are the A * Q block positions of row b. Keys are the S columns of the row, then the block positions. A
-        query sees its own block, and its document strictly before the anchor. Of these, it sees what `in_reach` allows.
+        query sees its own block, and its document strictly before the anchor. Of these, it sees what the window and
+        the causality of the layer allow (`visible`).
 
         Example: a row with documents 1 1 1 2 2 2 2, anchors at columns 1 and 5, Q = 3. Keys 0 to 6 are the row, 7 to 9
         the first block, 10 to 12 the second. The second block has queries 3, 4, 5, at columns 5, 6, 7. These see:
@@ -159,21 +162,21 @@ class Blocks:
         documents = self.batch.documents
         own_document = self._gather(documents)[..., 0].where(anchors >= 0, -1)  # an empty block sees no context
 
-        def visible(b: Any, h: Any, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
+        def sees(b: Any, h: Any, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
             block, anchor = q // size, anchors[b, q // size]
             column, other = kv.clamp(max=length - 1), kv - length
             context = (kv < length) & (documents[b, column] == own_document[b, block]) & (column < anchor)
             inside = (other >= 0) & (other // size == block)
             key_column = torch.where(kv < length, column, anchor + other % size)
-            return (context | inside) & in_reach(anchor + q % size, key_column, window, causal)
+            return (context | inside) & visible(anchor + q % size, key_column, window, causal)
 
-        return visible
+        return sees
 
     def dense_mask(self, window: int | None, causal: bool, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Return the mask `[B, 1, A * Q, S + A * Q]`.
 
         Args:
-            window, causal: the kind of layer, as in `visible`.
+            window, causal: the kind of layer, as in `mask_function`.
             dtype: None for a boolean mask, True where visible, as `sdpa` takes it. With a dtype, 0 where visible and
                 its lowest number elsewhere, as `eager` attention takes it.
         """
@@ -182,7 +185,7 @@ class Blocks:
         keys = torch.arange(self.batch.input_ids.shape[1] + num_queries, device=device)
         rows = torch.arange(len(self.anchors), device=device)[:, None, None]
         queries = torch.arange(num_queries, device=device)[:, None]
-        seen = self.visible(window, causal)(rows, None, queries, keys)[:, None]
+        seen = self.mask_function(window, causal)(rows, None, queries, keys)[:, None]
         if dtype is None:
             return seen
         return torch.zeros((), dtype=dtype, device=device).where(seen, torch.finfo(dtype).min)
@@ -196,29 +199,12 @@ class Blocks:
         device = self.anchors.device.type
         # Compiled, the mask never exists as a whole in memory.
         return create_block_mask(
-            self.visible(window, causal), rows, None, queries, keys, device=device, _compile=device == "cuda"
+            self.mask_function(window, causal), rows, None, queries, keys, device=device, _compile=device == "cuda"
         )
 
     def _gather(self, values: torch.Tensor) -> torch.Tensor:
         """Return `values [B, S]` at the columns of the blocks, `[B, A, Q]`."""
         return values.gather(1, self.columns.flatten(1)).view_as(self.columns)
-
-
-def in_reach(query: torch.Tensor, key: torch.Tensor, window: int | None, causal: bool) -> torch.Tensor:
-    """Return True where the window and the causality of a layer let a query see a key, given their positions.
-
-    Args:
-        query, key: integer positions that broadcast against each other.
-        window: keys at a distance strictly below this are seen, on both sides; None for all.
-        causal: whether later keys are hidden.
-    """
-    distance = query - key
-    reached = torch.ones_like(distance, dtype=torch.bool)
-    if causal:
-        reached = reached & (distance >= 0)
-    if window is not None:
-        reached = reached & (distance.abs() < window)
-    return reached
 
 
 def default_gamma(block_size: int) -> float:

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from accelerate.utils import extract_model_from_parallel
 
-from ..drafting_dflash import layer_kinds
-from ..target_dflash import Taps, decoder_layers, embed_noise
+from ..drafter_dflash import layer_kinds
+from ..taps_dflash import FeatureTaps
+from ..target_dflash import decoder_layers, embed_noise
 from .blocks import Blocks, PackedBatch, default_gamma
 from .heads import selector_loss_inputs
 from .loss import HeadLossInputs, Loss, LossInputs, weighted_loss
@@ -63,7 +64,7 @@ class FrozenTarget:
         self.model = model.eval().requires_grad_(False)
         self.decoder = model.get_decoder()
         text = model.config.get_text_config(decoder=True)
-        self.taps = Taps(decoder_layers(model), tuple(taps), text.hidden_size)
+        self.taps = FeatureTaps(decoder_layers(model), tuple(taps), text.hidden_size)
         self.embed, self.head = model.get_input_embeddings(), model.get_output_embeddings()
         self.soft_cap, self.vocab_size = getattr(text, "final_logit_softcapping", None), text.vocab_size
 
@@ -87,7 +88,7 @@ class FrozenTarget:
             rows, columns, real = _indices(group, batch.input_ids.device)
             with self.taps.collecting():
                 output = self.decoder(input_ids=batch.input_ids[rows, columns].to(self.device), use_cache=False)
-                tapped = self.taps.take()
+                tapped = self.taps.pop()
             if features is None:
                 features = tapped.new_zeros(*shape, tapped.shape[-1])
                 states = output[0].new_zeros(*shape, output[0].shape[-1]) if last_hidden_state else None

@@ -31,8 +31,8 @@ from transformers import Trainer
 from transformers.trainer_callback import TrainerCallback
 
 from ..evaluation import greedy, stop_token_ids
+from ..generate_dflash import check_compatible
 from ..generation_dflash import DecodeStatistics
-from ..speculate_dflash import check_pair
 from .arguments import DFlashTrainingArguments
 from .blocks import Blocks, draw_anchors
 from .data import Collator, DropReport, PreprocessConfig, columns_of, packed_batch, prepare
@@ -73,7 +73,7 @@ class DFlashTrainer(Trainer):
         optimizers: tuple[Any, Any] = (None, None),
     ):
         args = args or DFlashTrainingArguments()
-        check_pair(model.config, target)
+        check_compatible(model.config, target)
         if args.eval_acceptance_prompts and args.fsdp:
             raise ValueError("eval_acceptance_prompts needs a whole draft on each process; leave it out with FSDP.")
         self.preprocess_config = preprocess_config(processing_class, target, model.config, args)
