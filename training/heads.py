@@ -6,6 +6,7 @@ Shapes: B rows, A anchors of a row, Q block positions, N positions with a loss, 
 V vocabulary, R selector_rank, k selector_top_k.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from .blocks import Blocks
-from .loss import HeadChunk
+from .loss import HeadChunk, HeadLossInputs
 
 
 @dataclass(frozen=True)
@@ -66,3 +67,7 @@ def selector_loss_inputs(draft: Any, blocks: Blocks, states: torch.Tensor, weigh
     previous = blocks.tokens.roll(1, dims=-1)[blocks.block_loss_mask]  # [N], the token before each position
     gates = selector.gates(states.to(selector.hidden_projection.weight.dtype), previous[:, None])[:, 0]
     return SelectorLossInputs(gates, selector.successor_codebook, selector.top_k, weight)
+
+
+HEADS: dict[str, Callable[[Any, Blocks, torch.Tensor, float], HeadLossInputs]] = {"selector": selector_loss_inputs}
+"""Functions that return the inputs of a head's loss, by the name of the head in the table of kinds."""

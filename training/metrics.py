@@ -5,6 +5,7 @@
 Shapes: B rows, A anchors of a row, Q block positions, N positions with a loss.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -115,13 +116,9 @@ class Metrics:
             selector_accuracy=_share(correct, candidates),
         )
 
-    def as_log(self) -> dict[str, float]:
-        """Return the metrics for a line of the log; those of a selector only where the draft has one."""
-        line = {"accuracy": self.accuracy, "acceptance_length": self.acceptance_length}
-        if self.candidate_recall:
-            line["candidate_recall"] = self.candidate_recall
-            line["selector_accuracy"] = self.selector_accuracy
-        return line
+    def as_log(self, names: Iterable[str]) -> dict[str, float]:
+        """Return the metrics with these names, for a line of the log."""
+        return {name: getattr(self, name) for name in names}
 
 
 def _share(part: float, whole: float) -> float:

@@ -16,10 +16,11 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 
 from ..drafter_dflash import layer_kinds
+from ..kinds import kind_of
 from ..taps_dflash import FeatureTaps
 from ..target_dflash import decoder_layers, embed_noise
 from .blocks import Blocks, PackedBatch, default_gamma
-from .heads import selector_loss_inputs
+from .heads import HEADS
 from .loss import HeadLossInputs, Loss, LossInputs, weighted_loss
 from .metrics import Counts
 
@@ -254,8 +255,9 @@ class Objective:
         if last_hidden_state is not None:
             target_logits = partial(self._target_logits, _previous_states(blocks, last_hidden_state))
         further_head: HeadLossInputs | None = None
-        if getattr(draft, "candidate_selector", None) is not None:
-            further_head = selector_loss_inputs(draft, blocks, states, self.recipe.selector_weight)
+        head = kind_of(self.config).head
+        if head is not None:
+            further_head = HEADS[head](draft, blocks, states, self.recipe.selector_weight)
         return LossInputs(
             partial(self.target.draft_logits, draft),
             labels=blocks.tokens[mask],

@@ -33,6 +33,7 @@ from transformers.trainer_callback import TrainerCallback
 from ..evaluation import greedy, stop_token_ids
 from ..generate_dflash import check_compatible
 from ..generation_dflash import DecodeStatistics
+from ..kinds import kind_of
 from .arguments import DFlashTrainingArguments
 from .blocks import Blocks, draw_anchors
 from .data import Collator, DropReport, PreprocessConfig, columns_of, packed_batch, prepare
@@ -76,6 +77,7 @@ class DFlashTrainer(Trainer):
         check_compatible(model.config, target)
         if args.eval_acceptance_prompts and args.fsdp:
             raise ValueError("eval_acceptance_prompts needs a whole draft on each process; leave it out with FSDP.")
+        self.kind = kind_of(model.config)
         self.preprocess_config = preprocess_config(processing_class, target, model.config, args)
         self.reports: dict[str, DropReport] = {}
         with args.main_process_first(desc="reading the data"):
@@ -89,7 +91,7 @@ class DFlashTrainer(Trainer):
             eval_dataset=eval_dataset,
             # Setting it turns off Trainer's own loss scaling; compute_loss divides by the total weight of the step.
             compute_loss_func=self.compute_loss,
-            compute_metrics=_metrics_of,
+            compute_metrics=self._metrics_of,
             callbacks=callbacks,
             optimizers=optimizers,
         )
@@ -160,7 +162,7 @@ class DFlashTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as Trainer does; add accuracy and expected acceptance length since the last line to a loss."""
         if "loss" in logs and self._counts is not None:
-            logs |= Metrics.of(Counts(**self.accelerator.reduce(self._counts.tensors()))).as_log()
+            logs |= Metrics.of(Counts(**self.accelerator.reduce(self._counts.tensors()))).as_log(self.kind.metrics)
             self._counts = None
         super().log(logs, start_time)
 
@@ -209,8 +211,8 @@ class DFlashTrainer(Trainer):
         parts = ["cross-entropy"]
         if distilled:
             parts.append(f"{distilled:g} of it replaced by distillation")
-        if self.objective.config.model_type == "dflash2":
-            parts.append(f"and {weight:g} times the selector's")
+        if self.kind.head is not None:
+            parts.append(f"and {weight:g} times the {self.kind.head}'s")
         return ", ".join(parts)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -289,6 +291,14 @@ class DFlashTrainer(Trainer):
             weights.append(blocks.weights(self.objective.gamma).sum())
         joined = {name: torch.cat([row[name] for row in counts]) for name in counts[0]}
         return None, joined, {"loss": torch.stack(losses), "weight": torch.stack(weights)}
+
+    def _metrics_of(self, prediction: Any) -> dict[str, float]:
+        """Compute the metrics from what `prediction_step` returned for all rows; Trainer's `compute_metrics`."""
+        counts = Counts(**{name: torch.as_tensor(values) for name, values in prediction.predictions.items()})
+        sums = {name: float(torch.as_tensor(values).double().sum()) for name, values in prediction.label_ids.items()}
+        metrics = Metrics.of(counts.over_rows())
+        by_position = {f"accuracy_{k}": value for k, value in enumerate(metrics.by_position, start=1)}
+        return {"loss": sums["loss"] / max(sums["weight"], 1e-9)} | metrics.as_log(self.kind.metrics) | by_position
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -385,12 +395,3 @@ def prompt_of(row: dict[str, Any]) -> torch.Tensor:
     supervised = row["supervised"][:length]
     end = supervised.index(1) or max(1, length // 2)
     return torch.tensor([row["input_ids"][:end]])
-
-
-def _metrics_of(prediction: Any) -> dict[str, float]:
-    """Compute the metrics from what `prediction_step` returned for all rows; Trainer's `compute_metrics`."""
-    counts = Counts(**{name: torch.as_tensor(values) for name, values in prediction.predictions.items()})
-    sums = {name: float(torch.as_tensor(values).double().sum()) for name, values in prediction.label_ids.items()}
-    metrics = Metrics.of(counts.over_rows())
-    by_position = {f"accuracy_{k}": value for k, value in enumerate(metrics.by_position, start=1)}
-    return {"loss": sums["loss"] / max(sums["weight"], 1e-9)} | metrics.as_log() | by_position
