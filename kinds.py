@@ -8,6 +8,7 @@ CONTRIBUTING.md says how to add a kind.
 
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .configuration_dflash import DFlashConfig
@@ -28,7 +29,7 @@ class DraftKind:
     Args:
         config_class: its config, whose `model_type` is the name of the kind in `drafts.json` and in options.
         model: module and class of its model. It is imported when it is needed, since that takes about a second.
-        demo_folder: folder of the built-in pair's draft of this kind, in `examples/tiny_pair`.
+        demo_folder: folder of the built-in pair's draft of this kind, in `examples/tiny_pair`; None without one.
         head: name of its further head in `training.heads.HEADS`; None where the loss is that of its logits alone.
         head_fields: fields of its config that the command `train` has options for.
         metrics: what training reports.
@@ -36,7 +37,7 @@ class DraftKind:
 
     config_class: type[DFlashConfig]
     model: tuple[str, str]
-    demo_folder: str
+    demo_folder: str | None = None
     head: str | None = None
     head_fields: tuple[str, ...] = ()
     metrics: tuple[str, ...] = METRICS
@@ -55,13 +56,24 @@ class DraftKind:
         module, name = self.model
         return getattr(import_module(f".{module}", __package__), name)
 
+    def demo_draft(self, pair: Path) -> Path:
+        """Return the folder of the draft of this kind in the built-in pair's folder.
+
+        Raises:
+            ValueError: the pair has none.
+        """
+        if self.demo_folder is None:
+            shown = ", ".join(kind.name for kind in KINDS.values() if kind.demo_folder)
+            raise ValueError(f"The built-in pair has no draft of the kind {self.name}; choose one of {shown}.")
+        return pair / self.demo_folder
+
 
 _ROWS = (
-    DraftKind(DFlashConfig, ("modeling_dflash", "Qwen3DFlashDraftModel"), "draft"),
+    DraftKind(DFlashConfig, ("modeling_dflash", "DFlashDraftModel"), demo_folder="draft"),
     DraftKind(
         DFlash2Config,
         ("modeling_dflash2", "DFlash2DraftModel"),
-        "draft2",
+        demo_folder="draft2",
         head="selector",
         head_fields=("selector_rank", "selector_top_k"),
         metrics=(*METRICS, "candidate_recall", "selector_accuracy"),
@@ -71,7 +83,7 @@ _ROWS = (
 KINDS: dict[str, DraftKind] = {kind.name: kind for kind in _ROWS}
 """The kinds by name. Where a checkpoint has drafts of several kinds, the later kind is preferred."""
 
-BEST = _ROWS[-1].name
+DEMO_KIND = [kind.name for kind in _ROWS if kind.demo_folder][-1]
 """The kind that the demo shows."""
 
 

@@ -127,7 +127,7 @@ def build(options: argparse.Namespace) -> tuple[Any, Any, list[dict[str, Any]]]:
     dtype = getattr(torch, options.dtype or ("float32" if options.device == "cpu" else "bfloat16"))
     if options.shape == "tiny-pair":
         target = AutoModelForCausalLM.from_pretrained(TINY / "target", dtype=dtype).to(options.device).eval()
-        draft = load_draft(TINY / KINDS[options.variant].demo_folder, dtype=dtype).to(options.device).eval()
+        draft = load_draft(KINDS[options.variant].demo_draft(TINY), dtype=dtype).to(options.device).eval()
         tokenizer = AutoTokenizer.from_pretrained(TINY / "target")
         lines = (TINY / "prompts.jsonl").read_text(encoding="utf-8").splitlines()[: options.prompts]
         ids = [tokenizer(json.loads(line)["prompt"], return_tensors="pt").input_ids for line in lines]
