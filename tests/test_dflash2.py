@@ -20,8 +20,8 @@ from dflash_hub import (
     load_draft,
     resolve_dflash_draft_spec,
 )
-from dflash_hub.hub_probe import digests
 from dflash_hub.publishing import publish
+from dflash_hub.publishing.probe import digests
 from dflash_hub.registry import CATALOGUE, drafts_for
 from dflash_hub.training import loss as loss_module
 from dflash_hub.training.loss import weighted_loss
@@ -360,7 +360,7 @@ STRANGER = """
     import json, sys, torch
     from transformers import AutoModel, AutoModelForCausalLM
     sys.path.insert(0, {root!r})
-    from hub_probe import digests
+    from probe import digests
     draft = AutoModel.from_pretrained({repo!r}, revision={revision!r}, trust_remote_code=True)
     target = AutoModelForCausalLM.from_pretrained({target!r})
     ids = torch.tensor([[1, 5, 2, 8, 3, 3, 1]])
@@ -382,7 +382,9 @@ def test_a_published_draft_is_used_by_a_stranger_from_both_branches(hub, repo_id
     for revision in ("main", "engines"):
         files = set(HfApi().list_repo_files(repo_id, revision=revision))
         assert {*SECOND_FILES, "dflash.py", "modeling_dflash.py", "custom_generate/generate.py"} <= files
-        code = STRANGER.format(root=str(ROOT), repo=repo_id, revision=revision, target=str(tmp_path / "target"))
+        code = STRANGER.format(
+            root=str(ROOT / "publishing"), repo=repo_id, revision=revision, target=str(tmp_path / "target")
+        )
         module, name, same, found = json.loads(fresh_process(code).splitlines()[-1])
         assert module.startswith("transformers_modules.")
         assert name == "DFlash2DraftModel"

@@ -13,7 +13,7 @@ import tiny
 import training_run
 from dflash_hub import DFlashDraftModel
 from dflash_hub.evaluation import compare
-from dflash_hub.hub_probe import digests
+from dflash_hub.publishing.probe import digests
 from dflash_hub.training import DFlashTrainer, DFlashTrainingArguments
 from dflash_hub.training.trainer import last_checkpoint
 from paths import ROOT

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .generation_dflash import DecodeStatistics, now
+from ..generation_dflash import DecodeStatistics, now
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,119 @@
+# Copyright 2026 the dflash-hub authors.
+# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+"""Set up a run: the pair and the data from their names, and the trainer with them."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+
+from ..registry import DFlashDraftSpec, load_draft
+from .arguments import DFlashTrainingArguments
+from .data import load_rows
+from .trainer import DFlashTrainer
+
+
+@dataclass
+class TrainOptions:
+    """What to train, and on what."""
+
+    target: str = field(metadata={"help": "Hub id or folder of the target."})
+    data: str = field(metadata={"help": "A file (JSONL, JSON, Parquet, CSV, text) or a Hub dataset: messages or text."})
+    data_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
+    data_split: str = field(default="train", metadata={"help": "Split of a Hub dataset."})
+    streaming: bool = field(default=False, metadata={"help": "Read the data as it comes; needs --max-steps."})
+    eval_rows: int = field(default=0, metadata={"help": "Rows of the data to hold out for evaluation."})
+    draft: str | None = field(default=None, metadata={"help": "Hub id or folder of a draft to start from."})
+    draft_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of that draft."})
+    mask_token_id: int | None = field(
+        default=None, metadata={"help": "A token that never occurs; the first unused row of the embedding unless said."}
+    )
+    variant: str = field(
+        default="dflash", metadata={"help": "Kind of a fresh draft.", "choices": ["dflash", "dflash2"]}
+    )
+    selector_rank: int | None = field(default=None, metadata={"help": "Of a fresh DFlash 2 draft; 256 unless said."})
+    selector_top_k: int | None = field(default=None, metadata={"help": "Of a fresh DFlash 2 draft; 16 unless said."})
+    block_size: int = field(default=16, metadata={"help": "Positions of a block, the anchor included."})
+    num_layers: int = field(default=5, metadata={"help": "Layers of a fresh draft."})
+    target_layer_ids: list[int] | None = field(
+        default=None, metadata={"help": "Tapped layers, from 0; five spread evenly unless said."}
+    )
+    sliding_window: int | None = field(
+        default=None, metadata={"help": "Make a fresh draft's layers slide, but the last."}
+    )
+    causal: bool = field(default=False, metadata={"help": "Causal attention inside a fresh draft's blocks."})
+    target_dtype: str = field(default="auto", metadata={"help": "float32, bfloat16 ..., or auto for the target's own."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "For the target and its tokenizer."})
+    dry_run: bool = field(
+        default=False, metadata={"help": "Build everything, run two steps, save, reload, check; tell what a run costs."}
+    )
+
+
+def build(options: TrainOptions, args: DFlashTrainingArguments) -> DFlashTrainer:
+    """The trainer, with everything in it checked."""
+    trust = {"trust_remote_code": options.trust_remote_code}
+    tokenizer = AutoTokenizer.from_pretrained(options.target, **trust)
+    target = AutoModelForCausalLM.from_pretrained(options.target, dtype=options.target_dtype, **trust)
+    set_seed(args.seed)  # a fresh draft's weights too
+    draft = make_draft(options, target, tokenizer)
+    if not Path(options.target).exists():
+        draft.card_metadata = {"base_model": options.target}
+    rows, held_out = _split(options, args)
+    return DFlashTrainer(draft, target, args, rows, held_out, tokenizer)
+
+
+def _split(options: TrainOptions, args: DFlashTrainingArguments) -> tuple[Any, Any]:
+    """Rows to train on, and those held out."""
+    rows = load_rows(options.data, options.data_name, options.data_split, options.streaming)
+    if not options.eval_rows:
+        return rows, None
+    if options.streaming:
+        return rows.skip(options.eval_rows), rows.take(options.eval_rows)
+    if options.eval_rows >= len(rows):
+        raise ValueError(f"eval_rows is {options.eval_rows}, but the data has only {len(rows)} rows; hold out fewer.")
+    parts = rows.train_test_split(test_size=options.eval_rows, seed=args.seed)
+    return parts["train"], parts["test"]
+
+
+def make_draft(options: TrainOptions, target: Any, tokenizer: Any) -> Any:
+    """The draft to start from, in float32, which optimizers need."""
+    if options.draft is not None:
+        return load_draft(options.draft, revision=options.draft_revision, dtype=torch.float32)
+    shape: dict[str, Any] = {"block_size": options.block_size, "num_hidden_layers": options.num_layers}
+    shape |= {"is_causal": True} if options.causal else {}
+    for name in ("selector_rank", "selector_top_k"):
+        if getattr(options, name) is not None:
+            shape[name] = getattr(options, name)
+    if options.target_layer_ids:
+        shape["target_layer_ids"] = options.target_layer_ids
+    if options.sliding_window:
+        kinds = ["sliding_attention"] * (options.num_layers - 1) + ["full_attention"]
+        shape |= {"layer_types": kinds, "sliding_window": options.sliding_window, "is_causal": options.causal}
+    if options.mask_token_id is None:
+        options.mask_token_id = unused_token(target, tokenizer)
+    spec = DFlashDraftSpec(options.target, targets=(options.target,))
+    return spec.build(target.config, options.variant, mask_token_id=options.mask_token_id, dtype=torch.float32, **shape)
+
+
+def unused_token(target: Any, tokenizer: Any) -> int:
+    """The first row of the target's embedding that no text reaches, as published drafts use it.
+
+    Raises:
+        ValueError: there is none.
+    """
+    first = max(tokenizer.get_vocab().values()) + 1
+    rows = target.get_input_embeddings().num_embeddings
+    if first >= rows:
+        spare = [
+            token
+            for token in tokenizer.get_added_vocab()
+            if "reserved" in token or "unused" in token or "mask" in token
+        ]
+        some = ", ".join(f"{tokenizer.convert_tokens_to_ids(token)} ({token})" for token in spare[:3])
+        raise ValueError(
+            f"Every one of the {rows} rows of the target's embedding belongs to a token, so --mask-token-id must be "
+            f"given: a token that does not occur in text{', such as ' + some if some else ''}."
+        )
+    return first
