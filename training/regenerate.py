@@ -239,7 +239,3 @@ def _as_completed(waiting: dict[Future, int]) -> Iterator[tuple[int, Future]]:
     """Wait until at least one row is complete; remove those that are from `waiting`, and yield them."""
     for outcome in wait(waiting, return_when=FIRST_COMPLETED).done:
         yield waiting.pop(outcome), outcome
-
-
-Answer = AnswerFn
-Asking = GenerationSettings

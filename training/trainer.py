@@ -17,7 +17,7 @@ Trainer calls these methods of `DFlashTrainer`, in this order:
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -364,11 +364,6 @@ def explain_failed_push(folder: Any, repo_id: str | None) -> Iterator[None]:
             f"The run is over and the draft is safe in {folder}, but it is not on the Hub: {error}\n"
             f"Push it later: dflash-hub push {folder} {repo_id or 'me/my-draft'}"
         ) from error
-
-
-def kept_safe(push: Callable[[], Any], folder: Any, repo_id: str | None) -> Any:
-    with explain_failed_push(folder, repo_id):
-        return push()
 
 
 def preprocess_config(tokenizer: Any, target: Any, config: Any, args: DFlashTrainingArguments) -> PreprocessConfig:
