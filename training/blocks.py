@@ -158,8 +158,8 @@ class Blocks:
         | no window, causal | 3 4, 10 | 3 4, 10 11 | 3 4, 10 11 12 |
         | window 2, not causal | 4, 10 11 | 10 11 12 | 11 12 |
         """
-        length, size, anchors = self.batch.input_ids.shape[1], self.size, self.anchors
-        documents = self.batch.documents
+        length, documents = self.batch.input_ids.shape[1], self.batch.documents
+        size, anchors = self.size, self.anchors
         own_document = self._gather(documents)[..., 0].where(anchors >= 0, -1)  # an empty block sees no context
 
         def sees(b: Any, h: Any, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:

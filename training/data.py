@@ -7,7 +7,7 @@ A row with `messages` goes through the target's chat template, and the assistant
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, pairwise
@@ -21,7 +21,9 @@ from ..configuration_dflash import __version__
 from .blocks import PackedBatch
 
 COLUMNS = ("messages", "text", "input_ids")
-TOO_SHORT, UNSUPERVISED, REFUSED = "too short", "nothing supervised", "refused by the chat template"
+TOO_SHORT = "too short"
+UNSUPERVISED = "nothing supervised"
+REFUSED = "refused by the chat template"
 _FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
 
 
@@ -162,12 +164,11 @@ def _drop_reason(ids: list[int], supervised: list[int], row: dict[str, Any], blo
         return REFUSED if has_answer else UNSUPERVISED
     if len(ids) < block_size:
         return TOO_SHORT
-    return "" if any(a and b for a, b in pairwise(supervised)) else UNSUPERVISED
+    has_anchor = any(a and b for a, b in pairwise(supervised))
+    return "" if has_anchor else UNSUPERVISED
 
 
-def _documents(
-    row: dict[str, Any], column: str, config: PreprocessConfig
-) -> Iterator[tuple[list[int], list[int]]] | list[tuple[list[int], list[int]]]:
+def _documents(row: dict[str, Any], column: str, config: PreprocessConfig) -> list[tuple[list[int], list[int]]]:
     """Return the token ids of each document in a row, and 1 for each supervised token, else 0."""
     if column == "messages":
         found = conversations(row["messages"] or [], _renderer(config.tokenizer, row.get("tools")))
@@ -176,8 +177,8 @@ def _documents(
     if column == "text":
         ids = config.tokenizer(row["text"] or "").input_ids
         ids = ids or [config.tokenizer.eos_token_id or 0]  # so that an empty text counts as too short
-        pieces = (ids[start : start + longest] for start in range(0, len(ids), longest))
-        return ((piece, [1] * len(piece)) for piece in pieces)
+        pieces = [ids[start : start + longest] for start in range(0, len(ids), longest)]
+        return [(piece, [1] * len(piece)) for piece in pieces]
     ids = list(row["input_ids"])
     return [(ids[:longest], list(row.get("supervised") or [1] * len(ids))[:longest])]
 
@@ -187,12 +188,17 @@ def _renderer(tokenizer: Any, tools: Any) -> Callable[[list[dict[str, Any]], boo
 
     def render(messages: list[dict[str, Any]], generation_prompt: bool) -> str:
         # `datasets` fills absent keys with None, which templates would print.
-        present = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        present = [without_none(message) for message in messages]
         return tokenizer.apply_chat_template(
             present, tools=tools, tokenize=False, add_generation_prompt=generation_prompt
         )
 
     return render
+
+
+def without_none(message: dict[str, Any]) -> dict[str, Any]:
+    """Return a message without the keys whose value is None."""
+    return {key: value for key, value in message.items() if value is not None}
 
 
 def conversations(
@@ -265,15 +271,12 @@ def pack(batch: dict[str, list], length: int) -> dict[str, list]:
             chosen = len(bins) - 1
         bins[chosen].append(index)
         room[chosen] -= size
-    return {
-        "input_ids": [_joined(batch["input_ids"], members) for members in bins],
-        "supervised": [_joined(batch["supervised"], members) for members in bins],
-        "lengths": [[len(documents[index]) for index in members] for members in bins],
-    }
-
-
-def _joined(lists: list[list[int]], members: list[int]) -> list[int]:
-    return list(chain.from_iterable(lists[index] for index in members))
+    packed: dict[str, list] = {"input_ids": [], "supervised": [], "lengths": []}
+    for members in bins:
+        for name in ("input_ids", "supervised"):
+            packed[name].append(list(chain.from_iterable(batch[name][index] for index in members)))
+        packed["lengths"].append([len(documents[index]) for index in members])
+    return packed
 
 
 @dataclass(frozen=True)

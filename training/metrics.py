@@ -107,7 +107,8 @@ class Metrics:
         numbers = {name: values.double().cpu() for name, values in counts.tensors().items()}
         by_position = numbers["correct"] / numbers["total"].clamp_min(1)
         survival = (numbers["accepted"] / numbers["reached"].clamp_min(1)).cumprod(0)
-        total, correct, candidates = (float(numbers[name].sum()) for name in ("total", "correct", "candidates"))
+        total, correct = float(numbers["total"].sum()), float(numbers["correct"].sum())
+        candidates = float(numbers["candidates"].sum())
         return cls(
             accuracy=_share(correct, total),
             by_position=tuple(by_position.tolist()),

@@ -86,16 +86,17 @@ class FrozenTarget:
         shape = batch.input_ids.shape
         features = states = None
         for group in _group_by_length(batch.spans()):
-            rows, columns, real = _indices(group, batch.input_ids.device)
+            tokens = _Tokens.of(group, batch.input_ids.device)
+            ids = batch.input_ids[tokens.rows, tokens.columns].to(self.device)
             with self.taps.collecting():
-                output = self.decoder(input_ids=batch.input_ids[rows, columns].to(self.device), use_cache=False)
+                output = self.decoder(input_ids=ids, use_cache=False)
                 tapped = self.taps.pop()
             if features is None:
                 features = tapped.new_zeros(*shape, tapped.shape[-1])
                 states = output[0].new_zeros(*shape, output[0].shape[-1]) if last_hidden_state else None
-            _put(features, tapped, rows, columns, real)
+            tokens.put(tapped, features)
             if states is not None:
-                _put(states, output[0], rows, columns, real)
+                tokens.put(output[0], states)
         return TargetOutput(torch.empty(0) if features is None else features, states)
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
@@ -108,25 +109,33 @@ class FrozenTarget:
         return draft.logits(states.to(next(self.head.parameters()).device, self.model.dtype), self.head)
 
 
-def _indices(group: list[Span], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return row and column of every token of some documents, `[D, L]` each, and a mask of the same shape.
+@dataclass(frozen=True)
+class _Tokens:
+    """Locate the tokens of D documents in a batch, up to the length L of the longest.
 
-    D is their number and L the length of the first, the longest. Shorter documents repeat their last column; the mask
-    is False there.
+    Args:
+        rows, columns `[D, L]`: where each token is. Shorter documents repeat their last column.
+        real `[D, L]`: False at those repetitions.
     """
-    spans = torch.tensor(group, device=device)  # [D, 3]
-    rows, first, lengths = spans[:, :1], spans[:, 1:2], spans[:, 2:]
-    steps = torch.arange(group[0][2], device=device)
-    columns = first + steps.minimum(lengths - 1)
-    return rows.expand_as(columns), columns, steps < lengths
 
+    rows: torch.Tensor
+    columns: torch.Tensor
+    real: torch.Tensor
 
-def _put(
-    whole: torch.Tensor, values: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, real: torch.Tensor
-) -> None:
-    """Write `values [D, L, W]` into `whole [B, S, W]` at `rows, columns [D, L]` where `real [D, L]` is True."""
-    real = real.to(whole.device)
-    whole[rows.to(whole.device)[real], columns.to(whole.device)[real]] = values.to(whole.device)[real]
+    @classmethod
+    def of(cls, group: list[Span], device: torch.device) -> "_Tokens":
+        """Locate the tokens of documents, of which the first is the longest."""
+        spans = torch.tensor(group, device=device)  # [D, 3]
+        first, lengths = spans[:, 1:2], spans[:, 2:]
+        steps = torch.arange(group[0][2], device=device)
+        columns = first + steps.minimum(lengths - 1)
+        return cls(spans[:, :1].expand_as(columns), columns, steps < lengths)
+
+    def put(self, values: torch.Tensor, whole: torch.Tensor) -> None:
+        """Write the values of the documents, `[D, L, W]`, into `whole [B, S, W]`."""
+        real = self.real.to(whole.device)
+        rows, columns = self.rows.to(whole.device), self.columns.to(whole.device)
+        whole[rows[real], columns[real]] = values.to(whole.device)[real]
 
 
 def _group_by_length(spans: list[Span]) -> list[list[Span]]:
@@ -181,7 +190,8 @@ class Objective:
         loss: Callable[[torch.Tensor, LossInputs, int], Loss] = weighted_loss,
         phase: Callable[[str], AbstractContextManager[Any]] = _no_phase,
     ):
-        self.config, self.recipe, self.loss, self.phase = config, recipe, loss, phase
+        self.config, self.recipe = config, recipe
+        self.loss, self.phase = loss, phase
         self.target = FrozenTarget(target, config.target_layer_ids)
         self.gamma = default_gamma(config.block_size) if recipe.gamma is None else recipe.gamma
 

@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 import torch
 
-from .data import columns_of
+from .data import columns_of, without_none
 
 ROW = "row"
 """The column with the number of the source row."""
@@ -102,7 +102,8 @@ class InProcess:
     """Generate answers with the target in this process, one row at a time; for small targets."""
 
     def __init__(self, target: Any, tokenizer: Any, settings: GenerationSettings):
-        self.target, self.tokenizer, self.settings = target.eval(), tokenizer, settings
+        self.target, self.tokenizer = target.eval(), tokenizer
+        self.settings = settings
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Return the row with new answers."""
@@ -140,7 +141,7 @@ def with_answers(
         if message["role"] == "assistant":
             new.append({"role": "assistant"} | answer(new))
         else:
-            new.append({key: value for key, value in message.items() if value is not None})
+            new.append(without_none(message))
     return new
 
 

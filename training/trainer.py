@@ -17,6 +17,7 @@ Trainer calls these methods of `DFlashTrainer`, in this order:
 import json
 import re
 import shutil
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -280,17 +281,19 @@ class DFlashTrainer(Trainer):
         All of these add up over rows. Rows are computed one by one, so the result does not depend on the batch.
         """
         tensors = dict(self._prepare_inputs(inputs))
-        counts, losses, weights = [], [], []
+        counts: dict[str, list[torch.Tensor]] = defaultdict(list)
+        sums: dict[str, list[torch.Tensor]] = {"loss": [], "weight": []}
         for index in range(len(tensors["input_ids"])):
             row = {name: values[index : index + 1] for name, values in tensors.items()}
             blocks = self._blocks(row, EVALUATION)
             with self.compute_loss_context_manager():
                 output = self.objective(model, blocks)
-            counts.append(output.counts.tensors())
-            losses.append(output.loss)
-            weights.append(blocks.weights(self.objective.gamma).sum())
-        joined = {name: torch.cat([row[name] for row in counts]) for name in counts[0]}
-        return None, joined, {"loss": torch.stack(losses), "weight": torch.stack(weights)}
+            for name, values in output.counts.tensors().items():
+                counts[name].append(values)
+            sums["loss"].append(output.loss)
+            sums["weight"].append(blocks.weights(self.objective.gamma).sum())
+        joined = {name: torch.cat(rows) for name, rows in counts.items()}
+        return None, joined, {name: torch.stack(rows) for name, rows in sums.items()}
 
     def _metrics_of(self, prediction: Any) -> dict[str, float]:
         """Compute the metrics from what `prediction_step` returned for all rows; Trainer's `compute_metrics`."""
