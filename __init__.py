@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from .configuration_dflash import DFlashConfig, __version__
 from .configuration_dflash2 import DFlash2Config
+from .kinds import KINDS
 
 if TYPE_CHECKING:
     from .generation_dflash import DecodeStatistics
@@ -107,5 +108,5 @@ def _register(config: Any) -> None:
     config.register_for_auto_class()
 
 
-for _config in (DFlashConfig, DFlash2Config):
-    _register(_config)
+for _kind in KINDS.values():
+    _register(_kind.config_class)

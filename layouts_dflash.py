@@ -18,12 +18,53 @@ import torch
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 MUSE = "MuseGlimmerAssistantModel"
-DRAFT_ARCHITECTURES = {
-    "dflash": ("DFlashDraftModel", "Qwen3DFlashDraftModel", MUSE),
-    "dflash2": ("DFlash2DraftModel", "Qwen3DFlash2DraftModel"),
-}
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 DTYPES = ("bfloat16", "float16", "float32", "float64")
+
+
+# The kinds of drafts --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DraftLayout:
+    """Describe how a kind of draft is told from others in a config.json, and what it adds there.
+
+    Args:
+        title: the kind's name in errors.
+        reader: the class that loads it.
+        architectures: names of its model class in config.json.
+        name_part: a part of the architecture that no other kind has; "" for the kind that others extend.
+        fields: required fields that only this kind has. They may stand at the top or in dflash_config.
+        required: fields of all kinds that this kind requires.
+        scales: optional fields that it adds; 1 means unused. They may stand in the same two places.
+        mirrored: further fields that engines read in dflash_config too.
+    """
+
+    title: str
+    reader: str
+    architectures: tuple[str, ...]
+    name_part: str = ""
+    fields: tuple[str, ...] = ()
+    required: tuple[str, ...] = ()
+    scales: tuple[str, ...] = ()
+    mirrored: tuple[str, ...] = ()
+
+
+DRAFT_LAYOUTS = {
+    "dflash": DraftLayout("DFlash", "DFlashDraftModel", ("DFlashDraftModel", "Qwen3DFlashDraftModel", MUSE)),
+    "dflash2": DraftLayout(
+        "DFlash 2",
+        "DFlash2DraftModel",
+        ("DFlash2DraftModel", "Qwen3DFlash2DraftModel"),
+        name_part="DFlash2",
+        fields=("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k"),
+        required=("vocab_size",),
+        scales=("output_multiplier", "input_embedding_scale"),
+        mirrored=("final_logit_softcapping",),
+    ),
+}
+"""The kinds by name, which is their `model_type` in the hub layout. The first is the one that others extend."""
+BASE = next(iter(DRAFT_LAYOUTS))
 
 
 # What is right --------------------------------------------------------------------------------------------------
@@ -253,9 +294,6 @@ _REQUIRED = (
     "rms_norm_eps",
     "max_position_embeddings",
 )
-# What DFlash 2 adds: all of the first, and these of the second that are not 1.
-_SECOND = ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k")
-_SECOND_SCALES = ("output_multiplier", "input_embedding_scale")
 # (feature, key, values that mean "not used"); a value outside them asks for something this model does not have. A key
 # is looked for at the top and in dflash_config, or there alone where that is written.
 _OFF = (None, False, 0)
@@ -270,7 +308,7 @@ _FEATURES = (
     ("a DSpark head", "dspark_fixup_head_type", _OFF),
     ("a confidence head", "enable_confidence_head", _OFF),
     ("a confidence head", "dflash_config.confidence_head_with_markov", _OFF),
-    ("a head of its own (Domino, DSpark ...)", "projector_type", (*_OFF, "dflash", "dflash2")),
+    ("a head of its own (Domino, DSpark ...)", "projector_type", (*_OFF, *DRAFT_LAYOUTS)),
     ("a Domino head", "gru_hidden_dim", _OFF),
     ("a Domino head", "dflash_config.emb_dim", _OFF),
     ("a Domino head", "dflash_config.pure_draft_prefix_len", _OFF),
@@ -311,7 +349,8 @@ _NESTED = {
         *(place for places in _PLACES.values() for place in places),
         *(*_TAP_PLACES, *_SHIFTED_TAP_PLACES, *_WINDOW_PLACES, *_REDUCED_PLACES),
         *(f"dflash_config.{key.removeprefix('dflash_config.')}" for _, key, _ in _FEATURES),
-        *(f"dflash_config.{key}" for key in (*_SECOND, *_SECOND_SCALES, *_HARMLESS, "use_swa")),
+        *(f"dflash_config.{key}" for kind in DRAFT_LAYOUTS.values() for key in (*kind.fields, *kind.scales)),
+        *(f"dflash_config.{key}" for key in (*_HARMLESS, "use_swa")),
     )
     if place.startswith("dflash_config.")
 }
@@ -328,23 +367,37 @@ _HEADS_BY_ARCHITECTURE = (
 
 
 def variant_of(config: dict[str, Any]) -> str:
-    """ "dflash2" where a config.json, in whatever layout, says anything of DFlash 2; else "dflash"."""
-    return "dflash2" if _signs_of_second(config) else "dflash"
+    """Return the name of the kind of draft that a config.json, in whatever layout, describes."""
+    return _kind_and_signs(config)[0]
 
 
-def _signs_of_second(config: dict[str, Any]) -> dict[str, Any]:
-    """Place -> value of all that says DFlash 2."""
+def _kind_and_signs(config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return the name of the kind, and place -> value of what shows it; the base kind has no signs of its own."""
+    for name in DRAFT_LAYOUTS:
+        signs = {} if name == BASE else _signs_of(name, config)
+        if signs:
+            return name, signs
+    return BASE, {}
+
+
+def _signs_of(name: str, config: dict[str, Any]) -> dict[str, Any]:
+    """Return place -> value of everything that only a draft of this kind has."""
+    layout = DRAFT_LAYOUTS[name]
     nested = config.get("dflash_config")
-    places = {"": config, "dflash_config.": nested if isinstance(nested, dict) else {}}
-    keys = {f"{outer}{name}": place.get(name) for outer, place in places.items() for name in _SECOND}
-    signs = {place: value for place, value in keys.items() if value not in _OFF}
+    outer_places = {"": config, "dflash_config.": nested if isinstance(nested, dict) else {}}
+    signs = {}
+    for outer, place in outer_places.items():
+        for field in layout.fields:
+            if place.get(field) not in _OFF:
+                signs[f"{outer}{field}"] = place.get(field)
     named = {"model_type": _model_type(config), "speculators_model_type": config.get("speculators_model_type")}
-    named |= {f"{outer}projector_type": place.get("projector_type") for outer, place in places.items()}
-    signs |= {place: value for place, value in named.items() if value == "dflash2"}
+    named |= {f"{outer}projector_type": place.get("projector_type") for outer, place in outer_places.items()}
+    signs |= {place: value for place, value in named.items() if value == name}
     architectures = config.get("architectures")
     names = architectures if isinstance(architectures, list | tuple) else [architectures]
-    said = any(isinstance(name, str) and "DFlash2" in name for name in names)
-    return signs | ({"architectures": architectures} if said else {})
+    if any(isinstance(architecture, str) and layout.name_part in architecture for architecture in names):
+        signs["architectures"] = architectures
+    return signs
 
 
 def _model_type(config: dict[str, Any]) -> Any:
@@ -352,13 +405,13 @@ def _model_type(config: dict[str, Any]) -> Any:
     return config.get("foreign_model_type", config.get("model_type"))
 
 
-def read_layout(config: dict[str, Any], given: dict[str, Any], variant: str = "dflash") -> dict[str, Any]:
-    """Translate the config.json of any published layout into the keywords of `DFlashConfig` or `DFlash2Config`.
+def read_layout(config: dict[str, Any], given: dict[str, Any], variant: str = BASE) -> dict[str, Any]:
+    """Translate the config.json of any published layout into the keywords of its kind's config.
 
     Args:
         config: the file's content.
         given: fields said by the caller, which replace what the file says or lacks.
-        variant: "dflash" or "dflash2", which the file must be.
+        variant: the kind of draft that the file must describe, a name in `DRAFT_LAYOUTS`.
 
     Raises:
         ValueError: a field is missing, contradicts itself or holds what it cannot, a key inside dflash_config is not
@@ -378,7 +431,7 @@ class _Layout:
     """One config.json, asked for fields by their places."""
 
     def __init__(self, config: dict[str, Any], given: dict[str, Any], variant: str):
-        self.config, self.variant = config, variant
+        self.config, self.variant, self.kind = config, variant, DRAFT_LAYOUTS[variant]
         self.given = {field: _listed(value) for field, value in given.items()}
         for field in {*self.given} & {*FIELDS}:
             if self.given[field] is not None:
@@ -431,9 +484,9 @@ class _Layout:
 
     def places(self) -> dict[str, tuple[str, ...]]:
         """Every field that all its places must agree on; those that are read in their own way are not among them."""
-        added = (*_SECOND, *_SECOND_SCALES) if self.variant == "dflash2" else ()
-        second = {field: (field, f"dflash_config.{field}") for field in added}
-        return _PLACES | {field: (field,) for field in _SAME_NAME} | second
+        same = {field: (field,) for field in _SAME_NAME}
+        added = (*self.kind.fields, *self.kind.scales)
+        return _PLACES | same | {field: (field, f"dflash_config.{field}") for field in added}
 
     def refuse_foreign(self) -> None:
         """Refuse, by name, what this model cannot run, and what is no draft at all."""
@@ -442,7 +495,7 @@ class _Layout:
                 raise ValueError(_refusal(feature, "architectures", self.architectures))
         self.refuse_other_variant()
         for feature, key, unused in _FEATURES:
-            if key in _SECOND_SCALES and self.variant == "dflash2":
+            if key in self.kind.scales:
                 continue
             for place in (key,) if "." in key else (key, f"dflash_config.{key}"):
                 if not _is_among(self.at(place), unused):
@@ -450,30 +503,27 @@ class _Layout:
         self.refuse_no_draft()
 
     def refuse_no_draft(self) -> None:
-        known = DRAFT_ARCHITECTURES[self.variant]
+        known = self.kind.architectures
         silent = not self.nested and self.at("target_layer_ids") is None and self.at("mask_token_id") is None
         if self.architecture in known or (self.architecture is None and (self.given or not silent)):
             return
-        kind = "DFlash" if self.variant == "dflash" else "DFlash 2"
         raise ValueError(
-            f"This config.json describes {self.architecture or _model_type(self.config)}, not a {kind} draft "
-            f"(architectures is {shown(self.at('architectures'))}; known here: {', '.join(known)}). Pass the draft's "
-            "repository, not its target's."
+            f"This config.json describes {self.architecture or _model_type(self.config)}, not a {self.kind.title} "
+            f"draft (architectures is {shown(self.at('architectures'))}; known here: {', '.join(known)}). Pass the "
+            "draft's repository, not its target's."
         )
 
     def refuse_other_variant(self) -> None:
-        """Refuse a DFlash 2 draft where a DFlash 1 draft is read, and the reverse, saying what reads it."""
-        signs = _signs_of_second(self.config | self.given)
-        found = "dflash2" if signs else "dflash"
-        names = {"dflash": ("DFlash 1", "DFlashDraftModel"), "dflash2": ("DFlash 2", "DFlash2DraftModel")}
-        is_draft = self.architecture in DRAFT_ARCHITECTURES[found] or found == "dflash2"
-        if found != self.variant and is_draft:
-            (name, reader), (_, ours) = names[found], names[self.variant]
+        """Refuse a draft of another kind, and name the class that loads it."""
+        name, signs = _kind_and_signs(self.config | self.given)
+        found = DRAFT_LAYOUTS[name]
+        is_draft = self.architecture in found.architectures or bool(signs)
+        if name != self.variant and is_draft:
             place, value = next(iter((signs or {"architectures": self.architectures}).items()))
             raise ValueError(
-                f"This config.json describes a {name} draft ({place} is {shown(value)}), which {ours} does not run, so "
-                f"it is refused; load it with {reader}.from_pretrained, or with dflash_hub.load_draft, which tells "
-                "them apart."
+                f"This config.json describes a {found.title} draft ({place} is {shown(value)}), which "
+                f"{self.kind.reader} does not run, so it is refused; load it with {found.reader}.from_pretrained, or "
+                "with dflash_hub.load_draft, which tells them apart."
             )
 
     def refuse_unknown(self) -> None:
@@ -518,9 +568,8 @@ class _Layout:
         return _one_of("target_layer_ids", said, meant)
 
     def require(self, fields: dict[str, Any]) -> None:
-        added = (*_SECOND, "vocab_size") if self.variant == "dflash2" else ()
         places = {**self.places(), "target_layer_ids": (*_TAP_PLACES, *_SHIFTED_TAP_PLACES)}
-        for name in (*_REQUIRED, *added):
+        for name in (*_REQUIRED, *self.kind.fields, *self.kind.required):
             if fields[name] is None:
                 raise ValueError(
                     f"The draft's config.json does not say {name} ({self.unsaid(places[name])}), and it is not "
@@ -734,7 +783,7 @@ def engines_layout(config: Any) -> dict[str, Any]:
     """The config.json that vLLM, SGLang, TensorRT-LLM, llama.cpp and the MLX readers load unmodified.
 
     Args:
-        config: a `DFlashConfig` or `DFlash2Config`.
+        config: the config of a draft of any kind.
 
     Raises:
         ValueError: the config lacks what engines need, or says what they cannot be told.
@@ -754,7 +803,7 @@ def engines_layout(config: Any) -> dict[str, Any]:
         "dflash_config": shared
         | ({} if causal is None else {"causal": causal})
         | window.pop("dflash_config")
-        | _engines_second(config),
+        | _engines_added(config),
         **({} if causal is None else {"is_causal": causal}),
         **window,
         **_engines_rope(config),
@@ -770,15 +819,14 @@ def engines_layout(config: Any) -> dict[str, Any]:
     return content
 
 
-def _engines_second(config: Any) -> dict[str, Any]:
-    """What DFlash 2 adds, where engines read it; {} for a DFlash 1 draft."""
-    if config.model_type != "dflash2":
-        return {}
-    scales = {name: getattr(config, name) for name in _SECOND_SCALES if getattr(config, name) != 1}
-    cap = config.final_logit_softcapping
-    return (
-        {name: getattr(config, name) for name in _SECOND} | scales | ({"final_logit_softcapping": cap} if cap else {})
-    )
+def _engines_added(config: Any) -> dict[str, Any]:
+    """Return what a kind of draft adds, where engines read it; {} for the base kind."""
+    layout = DRAFT_LAYOUTS[config.model_type]
+    added = {name: getattr(config, name) for name in layout.fields}
+    scales = {name: getattr(config, name) for name in layout.scales}
+    mirrored = {name: getattr(config, name) for name in layout.mirrored}
+    added |= {name: value for name, value in scales.items() if value != 1}
+    return added | {name: value for name, value in mirrored.items() if value}
 
 
 def _engines_causality(config: Any) -> bool | None:

@@ -20,10 +20,9 @@ from dflash_hub import (
     load_draft,
     resolve_dflash_draft_spec,
 )
-from dflash_hub.hub_probe import digests
 from dflash_hub.publishing import publish
+from dflash_hub.publishing.probe import digests
 from dflash_hub.registry import CATALOGUE, drafts_for
-from dflash_hub.target_dflash import embed_noise
 from dflash_hub.training import loss as loss_module
 from dflash_hub.training.loss import weighted_loss
 from dflash_hub.training.objective import Objective, Recipe
@@ -289,9 +288,8 @@ def test_loss_and_gradients_are_those_of_the_plain_reference(pair, monkeypatch):
     rows, anchors = packed((30,), (12,)), torch.tensor([[2, 18, 28], [8, 10, -1]])
     objective = Objective(draft.config, target, Recipe(gamma=3.0, attention="dense", selector_weight=0.7))
     blocks = objective.blocks(rows, anchors)
-    features, _ = objective.target.read(rows, False)
-    noise_embeds = embed_noise(objective.target.embed, blocks.noise_ids(3))
-    states = objective.states(draft, blocks, noise_embeds, features).detach()
+    features = objective.target.run(rows, last_hidden_state=False).features
+    states = objective.states(draft, blocks, objective.noise_embeds(blocks), features).detach()
     results = []
     for plain in (False, True):
         leaf = states.clone().requires_grad_()
@@ -300,16 +298,17 @@ def test_loss_and_gradients_are_those_of_the_plain_reference(pair, monkeypatch):
             whole = leaf.unflatten(1, (-1, 5))
             loss = plain_selector_loss(draft, target, whole, rows, anchors, 3.0, 0.7)
         else:
-            counted = leaf[blocks.counted.flatten(1)]
-            scores = objective._scores(draft, blocks, counted, None)
-            loss = weighted_loss(counted, scores, tiny.VOCAB)
+            with_loss = leaf[blocks.block_loss_mask.flatten(1)]
+            inputs = objective.loss_inputs(draft, blocks, with_loss, None)
+            result = weighted_loss(with_loss, inputs, tiny.VOCAB)
+            loss = result.total
         loss.backward()
         learned = [weight.grad.clone() for weight in draft.candidate_selector.parameters()]
         results.append([loss.detach(), leaf.grad, *learned])
     for ours, expected in zip(*results, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
-    assert 0 < scores.found.sum() < len(scores.found)
-    assert not (scores.correct & ~scores.found).any()
+    assert 0 < result.is_candidate.sum() < len(result.is_candidate)
+    assert not (result.correct & ~result.is_candidate).any()
     draft.zero_grad()
 
 
@@ -361,7 +360,7 @@ STRANGER = """
     import json, sys, torch
     from transformers import AutoModel, AutoModelForCausalLM
     sys.path.insert(0, {root!r})
-    from hub_probe import digests
+    from probe import digests
     draft = AutoModel.from_pretrained({repo!r}, revision={revision!r}, trust_remote_code=True)
     target = AutoModelForCausalLM.from_pretrained({target!r})
     ids = torch.tensor([[1, 5, 2, 8, 3, 3, 1]])
@@ -383,7 +382,9 @@ def test_a_published_draft_is_used_by_a_stranger_from_both_branches(hub, repo_id
     for revision in ("main", "engines"):
         files = set(HfApi().list_repo_files(repo_id, revision=revision))
         assert {*SECOND_FILES, "dflash.py", "modeling_dflash.py", "custom_generate/generate.py"} <= files
-        code = STRANGER.format(root=str(ROOT), repo=repo_id, revision=revision, target=str(tmp_path / "target"))
+        code = STRANGER.format(
+            root=str(ROOT / "publishing"), repo=repo_id, revision=revision, target=str(tmp_path / "target")
+        )
         module, name, same, found = json.loads(fresh_process(code).splitlines()[-1])
         assert module.startswith("transformers_modules.")
         assert name == "DFlash2DraftModel"

@@ -9,9 +9,10 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel
 
 import tiny
-from dflash_hub import DFlashConfig, DFlashDraftModel, DFlashDraftSpec, publishing
-from dflash_hub.hub_probe import digests
+from dflash_hub import DFlashConfig, DFlashDraftModel, DFlashDraftSpec
 from dflash_hub.publishing import PublishOptions, publish
+from dflash_hub.publishing import push as pushing
+from dflash_hub.publishing.probe import digests
 from paths import ROOT, TINY
 
 TRAVELLING = sorted(path.name for path in ROOT.glob("*dflash.py"))
@@ -21,7 +22,7 @@ LOAD = """
     import json, sys
     from transformers import AutoModel
     sys.path.insert(0, {root!r})
-    from hub_probe import digests
+    from probe import digests
     model = AutoModel.from_pretrained({repo!r}, revision={revision!r}, trust_remote_code=True)
     print(json.dumps([type(model).__module__, digests(model)]))
 """
@@ -39,7 +40,7 @@ def files(hub, repo_id: str, revision: str = "main") -> dict[str, bytes | None]:
 
 def load_elsewhere(fresh_process, repo: str, revision: str | None = None, **env: str) -> tuple[str, dict]:
     """Load in a fresh process without our package: the module its class came from, and the tensors' digests."""
-    output = fresh_process(LOAD.format(root=str(ROOT), repo=repo, revision=revision), **env)
+    output = fresh_process(LOAD.format(root=str(ROOT / "publishing"), repo=repo, revision=revision), **env)
     module, found = json.loads(output.splitlines()[-1])
     return module, found
 
@@ -289,7 +290,7 @@ def test_damaged_weights_in_a_folder_say_so(draft, tmp_path):
 
 
 def test_a_card_in_the_folder_is_kept(hub, repo_id, tmp_path, monkeypatch):
-    monkeypatch.setattr(publishing, "check_staged", lambda draft, folder: None)  # tested above, and slow
+    monkeypatch.setattr(pushing, "check_staged", lambda draft, folder: None)  # tested above, and slow
     DFlashDraftModel.from_pretrained(TINY / "draft").save_pretrained(tmp_path)
     (tmp_path / "README.md").write_text("---\nlicense: mit\n---\nMy words\n")
     publish(tmp_path, repo_id)
@@ -298,11 +299,11 @@ def test_a_card_in_the_folder_is_kept(hub, repo_id, tmp_path, monkeypatch):
 
 
 def test_what_does_not_load_bit_equal_in_a_fresh_process_is_never_pushed(hub, repo_id, monkeypatch):
-    def spoil(draft, folder, layout, card, stage=publishing.stage):
+    def spoil(draft, folder, layout, card, stage=pushing.stage):
         stage(draft, folder, layout, card)
         (folder / "cache_dflash.py").write_text("raise RuntimeError('spoilt')\n")
 
-    monkeypatch.setattr(publishing, "stage", spoil)
+    monkeypatch.setattr(pushing, "stage", spoil)
     with pytest.raises(ValueError, match=r"(?s)does not load in a fresh process.*spoilt"):
         publish(TINY / "draft", repo_id)
     assert hub.calls() == []
@@ -324,7 +325,7 @@ def test_what_does_not_load_bit_equal_in_a_fresh_process_is_never_pushed(hub, re
 def test_a_failing_server_leaves_whole_commits_or_none_and_a_second_try_completes(
     hub, repo_id, fault, left, monkeypatch
 ):
-    monkeypatch.setattr(publishing, "check_staged", lambda draft, folder: None)  # tested above, and slow
+    monkeypatch.setattr(pushing, "check_staged", lambda draft, folder: None)  # tested above, and slow
     hub.state.fail[fault] = 501  # the client would try 500 again and again, for half a minute
     with pytest.raises(RuntimeError, match=r"(?s)did not take the upload.*Run the same again"):
         publish(TINY / "draft", repo_id)
@@ -479,7 +480,7 @@ DECODE = """
         def add_cycle(self, counts, size):
             self.kept = getattr(self, "kept", []) + [kept for _, kept in counts]
     statistics = Statistics()
-    for phase in ("prefill", "draft", "verify", "rest"):
+    for phase in ("prefill", "draft", "verify", "rest", "rollback"):
         setattr(statistics, phase + "_seconds", 0.0)
     target.generate(ids, **asked, **with_draft, statistics=statistics)
     torch.manual_seed(0)

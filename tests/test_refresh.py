@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 
 import tiny
 from dflash_hub import DFlash2DraftModel, DFlashDraftModel, __version__, cli
-from dflash_hub import refresh as refreshing
-from dflash_hub.hub_probe import digests
-from dflash_hub.refresh import RefreshOptions, refresh, travelling_code
+from dflash_hub.publishing import refresh as refreshing
+from dflash_hub.publishing.probe import digests
+from dflash_hub.publishing.refresh import RefreshOptions, refresh, travelling_code
 from hubserver import Entry, git_blob
 from paths import ROOT, TINY
 
@@ -35,7 +35,7 @@ LOAD = """
     import json, sys
     from transformers import AutoModel
     sys.path.insert(0, {root!r})
-    from hub_probe import digests
+    from probe import digests
     for revision in ("main", "engines"):
         model = AutoModel.from_pretrained({repo!r}, revision=revision, trust_remote_code=True)
         print(json.dumps([type(model).__module__, digests(model)]))
@@ -142,7 +142,7 @@ def test_both_branches_get_this_versions_code_and_nothing_else_changes(hub, old,
         ("GET", f"/_lfs/{after['model.safetensors'].sha256}")
     ]
     assert modules_of_repositories() == imported, "code of the repository ran here"
-    lines = fresh_process(LOAD.format(root=str(ROOT), repo=old)).splitlines()[-2:]
+    lines = fresh_process(LOAD.format(root=str(ROOT / "publishing"), repo=old)).splitlines()[-2:]
     for module, found in map(json.loads, lines):
         assert module.startswith("transformers_modules.")
         assert found == digests(draft)
