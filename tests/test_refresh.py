@@ -29,7 +29,7 @@ OLD = {
     "notes_dflash.py": HEADER + b"# Ours by its first line, but nothing of ours imports it.\n",
     "custom_generate/generate.py": HEADER + b"raise RuntimeError('old code ran')\n",
     "README.md": CARD,
-    "text_dflash.py": None,
+    "sequences_dflash.py": None,
 }
 LOAD = """
     import json, sys
@@ -233,13 +233,17 @@ def test_a_dry_run_shows_the_difference_and_commits_nothing(hub, old):
     output = done.output
     for branch in ("main", "engines"):
         assert f"{branch} at {first[branch][:8]}: dflash-hub 0.0.9 becomes {__version__}" in output
-    added = len((ROOT / "text_dflash.py").read_text().splitlines())
-    for line in (f"new      text_dflash.py +{added}/-0", "changed  config.json +1/-1", "removed  gone_too.py +0/-2"):
+    added = len((ROOT / "sequences_dflash.py").read_text().splitlines())
+    for line in (
+        f"new      sequences_dflash.py +{added}/-0",
+        "changed  config.json +1/-1",
+        "removed  gone_too.py +0/-2",
+    ):
         assert line in output
     assert "mine.py" not in output
     assert "-from .gone_dflash import gone" not in output
     lines = run(old, "--dry-run", "--diff").output.splitlines()
-    for line in ("--- /dev/null", "+++ b/text_dflash.py", "+++ /dev/null", "-from .gone_dflash import gone"):
+    for line in ("--- /dev/null", "+++ b/sequences_dflash.py", "+++ /dev/null", "-from .gone_dflash import gone"):
         assert line in lines
     assert heads(hub, old) == first
     assert not [call for call in hub.calls() if call[0] not in ("GET", "HEAD") or "lfs" in call[1]]
