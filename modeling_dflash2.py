@@ -9,7 +9,7 @@ Shapes: B batch, N positions of one or several blocks, Q block positions, H hidd
 channels, R selector_rank, k selector_top_k, V vocabulary.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -17,8 +17,10 @@ from torch.nn.functional import embedding, pad
 from transformers import initialization as init
 
 from .configuration_dflash2 import DFlash2Config
-from .dflash2 import DFlash2DraftModel as EnginesEntry
 from .modeling_dflash import DFlashDecoderLayer, DFlashDraftModel
+
+if TYPE_CHECKING:
+    from .dflash2 import DFlash2DraftModel as EnginesEntry  # noqa: F401 (names a file, as in repository_dflash)
 
 
 class DynamicConv(nn.Module):
@@ -115,7 +117,7 @@ class DFlash2DraftModel(DFlashDraftModel):
 
     config_class = DFlash2Config
     layer_class = DFlash2DecoderLayer
-    engines_entry = EnginesEntry
+    engines_files = ("dflash.py", "dflash2.py")
     _no_split_modules = ["DFlash2DecoderLayer"]
 
     def __init__(self, config: DFlash2Config):

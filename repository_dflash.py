@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
@@ -24,8 +24,12 @@ from transformers.utils import logging
 from .compat_dflash import find_file, take_over_loading
 from .configuration_dflash import check_layout
 from .custom_generate_dflash import generate as custom_generate
-from .dflash import DFlashDraftModel as EnginesEntry
 from .layouts_dflash import engines_layout
+
+if TYPE_CHECKING:
+    # transformers copies and downloads the files that are named by a line like this, which it finds in the text of a
+    # file (get_relative_imports). The line must not run: `dflash.py` imports the draft, and the draft this file.
+    from .dflash import DFlashDraftModel  # noqa: F401
 
 logger = logging.get_logger(__name__)
 
@@ -52,8 +56,8 @@ token {{ config.mask_token_id }}. Not measured.
 class RepositoryMixin:
     """`from_pretrained`, `save_pretrained` and `push_to_hub` of a draft; comes before `PreTrainedModel`."""
 
-    # What `auto_map` names in the engines layout.
-    engines_entry: type = EnginesEntry
+    # The files that the engines layout needs besides those of the draft; the last is the one that `auto_map` names.
+    engines_files: tuple[str, ...] = ("dflash.py",)
     # What the model card shall say of this draft beyond its config: base_model, license, datasets, language ...
     card_metadata: dict[str, Any] = {}
     # What is known of it without being asked: it completes a card, where `card_metadata` has the last word.
@@ -113,9 +117,8 @@ class RepositoryMixin:
             return
         if layout == "engines":
             self.config.save_pretrained(save_directory, layout=layout)  # type: ignore[attr-defined]
-            for entry in self.engines_entry.__mro__[:-1]:
-                source = Path(inspect.getfile(entry))
-                shutil.copyfile(source, Path(save_directory) / source.name)
+            for name in self.engines_files:
+                shutil.copyfile(Path(__file__).with_name(name), Path(save_directory) / name)
         decoding = Path(save_directory) / "custom_generate" / "generate.py"
         decoding.parent.mkdir(exist_ok=True)
         shutil.copyfile(inspect.getfile(custom_generate), decoding)

@@ -158,8 +158,9 @@ def refresh(
 
 def travelling_code(draft_class: type[DFlashDraftModel]) -> dict[str, bytes]:
     """The code that a pushed draft of this class carries, in either layout: path in the repository -> content."""
-    entries = (draft_class, draft_class.config_class, *draft_class.engines_entry.__mro__[:-1])
-    files = {inspect.getfile(entry) for entry in entries}
+    home = Path(inspect.getfile(draft_class)).parent
+    files = {inspect.getfile(draft_class), inspect.getfile(draft_class.config_class)}
+    files |= {str(home / name) for name in draft_class.engines_files}
     files |= {needed for file in files for needed in get_relative_import_files(file)}
     code = {Path(file).name: Path(file).read_bytes() for file in sorted(files)}
     return code | {_GENERATE: Path(inspect.getfile(custom_generate)).read_bytes()}
@@ -392,7 +393,7 @@ def _auto_maps(draft_class: type[DFlashDraftModel]) -> dict[str, dict[str, str]]
 
     return {
         "hub": {"AutoConfig": name(draft_class.config_class), "AutoModel": name(draft_class)},
-        "engines": {"AutoModel": name(draft_class.engines_entry)},
+        "engines": {"AutoModel": f"{draft_class.config_class.model_type}.{draft_class.config_class.architecture}"},
     }
 
 

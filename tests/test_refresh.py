@@ -234,7 +234,11 @@ def test_a_dry_run_shows_the_difference_and_commits_nothing(hub, old):
     for branch in ("main", "engines"):
         assert f"{branch} at {first[branch][:8]}: dflash-hub 0.0.9 becomes {__version__}" in output
     added = len((ROOT / "sequences_dflash.py").read_text().splitlines())
-    for line in (f"new      sequences_dflash.py +{added}/-0", "changed  config.json +1/-1", "removed  gone_too.py +0/-2"):
+    for line in (
+        f"new      sequences_dflash.py +{added}/-0",
+        "changed  config.json +1/-1",
+        "removed  gone_too.py +0/-2",
+    ):
         assert line in output
     assert "mine.py" not in output
     assert "-from .gone_dflash import gone" not in output
