@@ -39,12 +39,17 @@ from .sampling_dflash import PositionNoise, Sampler
 from .selfcheck_dflash import check_alone, circumstances
 from .sequences_dflash import Prompt, Sequences, StopConditions
 from .support_dflash import base_model, check_batch_cache, check_options, check_target, warn_of_new_family
-from .target_dflash import Target, is_recurrent
+from .target_dflash import Target, TargetState, is_recurrent
 
 DRAFT_SAMPLING = ("greedy", "coupled")
 
 ProposerFactory = Callable[[ChainProposer], Proposer]
 """Makes the proposer of a decode from the draft's own."""
+
+
+def own_proposer(chain: ChainProposer) -> Proposer:
+    """Return the draft's own proposer."""
+    return chain
 
 
 class SpeculativeGenerate:
@@ -91,7 +96,7 @@ class SpeculativeGenerate:
         draft_sampling: str = "coupled",
         capture: str = "auto",
         strict: bool = False,
-        proposer: ProposerFactory | None = None,
+        proposer: ProposerFactory = own_proposer,
         **inputs: Any,
     ) -> torch.Tensor | ModelOutput:
         """Decode `input_ids [B, P]`. `generate` reads the names of these arguments, `tokenizer` among them.
@@ -145,7 +150,7 @@ class DecodeRequest:
 
     Args:
         mode: of `BlockRunner`.
-        proposer: makes the proposer from the draft's own; None for the draft's own.
+        proposer: makes the proposer from the draft's own.
     """
 
     prompt: Prompt
@@ -153,7 +158,11 @@ class DecodeRequest:
     sampler: Sampler
     step_outputs: StepOutputs
     mode: str
-    proposer: ProposerFactory | None = None
+    proposer: ProposerFactory = own_proposer
+
+    def state(self, target: Target, on_target: TargetState) -> DecodeState:
+        """Return the state of this decode, before the prefill."""
+        return DecodeState(target, on_target, self.prompt, self.sequences, self.sampler, self.step_outputs)
 
     def output(self, cache: Cache | None) -> ModelOutput:
         """Return the dict that `generate` returns."""
@@ -187,33 +196,33 @@ class DecoderSession:
         Returns:
             The cache to return, if one was asked for.
         """
-        lock = self._locks.setdefault(self.target.model, threading.RLock())
-        with lock:
-            self._check_alone(request.prompt)
-            cache = self._decode(request, Recorder(statistics, self.drafter.draft.device))
+        prompt, mode = request.prompt, request.mode
+        target, drafter = self.target, self.drafter
+        recorder = Recorder(statistics, drafter.draft.device)
+        with self._locks.setdefault(target.model, threading.RLock()):
+            self._check_alone(prompt)
+            with (
+                target.decoding(prompt, mode) as on_target,
+                drafter.decoding(prompt.padding_mask, mode) as on_draft,
+            ):
+                state = request.state(target, on_target)
+                proposer = request.proposer(ChainProposer(drafter, on_draft, request.sampler))
+                with recorder.phase("prefill"):
+                    first_slot = import_past_key_values(prompt.cache, on_target, drafter, on_draft)
+                    checked = prefill(state, proposer, first_slot, self._check_size(on_target, prompt))
+                decode(state, proposer, recorder)
+                cache = export_past_key_values(state, drafter, on_draft)
+            if checked:
+                self.checked.add(self._circumstances(prompt))
         if request.sequences.streamer is not None:
             request.sequences.streamer.end()
         return cache
 
-    def _decode(self, request: DecodeRequest, recorder: Recorder) -> Cache | None:
-        prompt = request.prompt
-        target, drafter = self.target, self.drafter
-        with (
-            target.decoding(prompt, request.mode) as on_target,
-            drafter.decoding(prompt.padding_mask, request.mode) as on_draft,
-        ):
-            chain = ChainProposer(drafter, on_draft, request.sampler)
-            proposer: Proposer = chain if request.proposer is None else request.proposer(chain)
-            state = DecodeState(target, on_target, prompt, request.sequences, request.sampler, request.step_outputs)
-            check_size = 0 if on_target.recurrent.states or self._passed(prompt) else drafter.size
-            with recorder.phase("prefill"):
-                first_slot = import_past_key_values(prompt.cache, on_target, drafter, on_draft)
-                checked = prefill(state, proposer, first_slot, check_size)
-            decode(state, proposer, recorder)
-            cache = export_past_key_values(state, drafter, on_draft)
-        if checked:
-            self.checked.add(self._circumstances(prompt))
-        return cache
+    def _check_size(self, on_target: TargetState, prompt: Prompt) -> int:
+        """Return the block with which the end of the prompt is checked; 0 if that is done, or has no meaning."""
+        if on_target.recurrent.states or self._circumstances(prompt) in self.checked:
+            return 0
+        return self.drafter.size
 
     def _check_alone(self, prompt: Prompt) -> None:
         """Check the block path on a short text, unless that was done for such prompts."""
@@ -222,9 +231,6 @@ class DecoderSession:
             check_alone(self.target, self.drafter.size, prompt)
             self.checked.add(alone)
             warn_of_new_family(self.target.model)
-
-    def _passed(self, prompt: Prompt) -> bool:
-        return self._circumstances(prompt) in self.checked
 
     def _circumstances(self, prompt: Prompt) -> tuple:
         """Return what a check of `prompt` holds for, its windows last."""

@@ -119,8 +119,10 @@ class Target:
         """
         length = inputs["input_ids"].shape[1]
         state.cache.reserve(length)
+        arguments = self._arguments(without_cache(inputs), state.cache.at_start(), num_logits)
         with self.attention.uninstalled():
-            output = self._forward(without_cache(inputs), state.cache.at_start(), num_logits)
+            logits = self.model(**arguments).logits
+        output = self._output(logits, length, num_logits)
         state.cache.check_written(length, self.name)
         state.cache.num_prefilled = length
         return output
@@ -138,16 +140,20 @@ class Target:
         length = ids.shape[1]
         state.cache.reserve(int(slots[0, -1]) + 1)
         masks = BlockMasks(pad_to(state.padding_mask, state.cache.capacity), slots[:, 0], length)
+        inputs = {"input_ids": ids, "position_ids": positions}
+        arguments = self._arguments(inputs, state.cache.at(slots), 1)
         with self.attention.under(masks):
-            inputs = {"input_ids": ids, "position_ids": positions}
-            output = self._forward(inputs, state.cache.at(slots), 1)
+            logits = self.model(**arguments).logits
         self._check_block(state, length)
-        return output
+        return self._output(logits, length, 1)
 
     def plain_forward(self, inputs: dict[str, Any], cache: Any) -> TargetOutput:
         """Run a forward as plain `generate` does, over a cache of its own; all positions get logits."""
+        length = inputs["input_ids"].shape[1]
+        arguments = self._arguments(without_cache(inputs), cache, length)
         with self.attention.uninstalled():
-            return self._forward(without_cache(inputs), cache, inputs["input_ids"].shape[1])
+            logits = self.model(**arguments).logits
+        return self._output(logits, length, length)
 
     def verify(
         self, state: TargetState, tokens: torch.Tensor, slots: torch.Tensor, ancestors: torch.Tensor | None = None
@@ -191,9 +197,11 @@ class Target:
         masks.move(slots, ancestors)
         positions = state.position_offset + slots[:, None] + masks.depths
         inputs = {"input_ids": tokens, "position_ids": positions}
-        output = self._forward(inputs, state.cache.at(slots[:, None] + masks.offsets), length)
+        view = state.cache.at(slots[:, None] + masks.offsets)
+        logits = self.model(**self._arguments(inputs, view, length)).logits
         if not torch.compiler.is_compiling():
             self._check_block(state, length)
+        output = self._output(logits, length, length)
         return output.logits, output.features
 
     def _check_block(self, state: TargetState, length: int) -> None:
@@ -201,22 +209,23 @@ class Target:
         state.cache.check_written(length, self.name)
         self.attention.check_layers(set(state.cache.slot_layers), self.name)
 
-    def _forward(self, inputs: dict[str, Any], cache: Any, num_logits: int) -> TargetOutput:
-        """Run the model: logits `[B, num_logits, V]` of the last positions, features `[B, N, F]` of all.
+    def _arguments(self, inputs: dict[str, Any], cache: Any, num_logits: int) -> dict[str, Any]:
+        """Return the arguments of a forward whose last `num_logits` positions get logits; it is about to run."""
+        self.taps.clear()
+        arguments = {**inputs, self.cache_name: cache, "use_cache": True, "return_dict": True}
+        if self.keeps_logits:
+            arguments["logits_to_keep"] = self._logits_to_keep(inputs["input_ids"].shape[1], num_logits)
+        return arguments
+
+    def _output(self, logits: torch.Tensor, length: int, num_logits: int) -> TargetOutput:
+        """Return the logits `[B, num_logits, V]` of the last positions, and the features of all `length`.
 
         Raises:
             ValueError: the model gave the logits of other positions.
         """
-        self.taps.clear()
-        length = inputs["input_ids"].shape[1]
-        arguments = inputs | {self.cache_name: cache, "use_cache": True, "return_dict": True}
-        expected = length
-        if self.keeps_logits:
-            expected = num_logits
-            arguments["logits_to_keep"] = self._logits_to_keep(length, num_logits)
-        logits = self.model(**arguments).logits
-        if logits.shape[1] != expected:
-            found = logits.shape[1]
+        expected = num_logits if self.keeps_logits else length
+        found = logits.shape[1]
+        if found != expected:
             raise difference(f"{self.name} gave logits of {found} positions where {expected} were asked for")
         return TargetOutput(logits[:, -num_logits:], self.taps.pop())
 
