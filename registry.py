@@ -21,7 +21,7 @@ from .checkpoints import Origin, Target, base_of_adapter, origin_of, out_of_cach
 from .compat_dflash import checkpoint_name, local_of_generate
 from .configuration_dflash import DFlashConfig
 from .generate_dflash import SpeculativeGenerate
-from .layouts_dflash import variant_of
+from .layouts import variant_of
 from .modeling_dflash import DFlashDraftModel, Qwen3DFlashDraftModel
 from .modeling_dflash2 import DFlash2DraftModel
 from .support_dflash import FAMILIES, check_target, families_of, siblings_of

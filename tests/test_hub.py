@@ -110,6 +110,29 @@ def test_a_draft_loaded_by_remote_code_generates_and_is_pushed_again_whole(
     assert again in card.text
 
 
+def test_remote_code_keeps_a_card_when_it_saves_and_refuses_other_layouts(draft, tmp_path, fresh_process):
+    draft.save_pretrained(tmp_path / "draft")
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "README.md").write_text("---\nlicense: mit\n---\nMy words\n")
+    fresh_process(
+        f"""
+        from transformers import AutoModel
+        draft = AutoModel.from_pretrained({str(tmp_path / "draft")!r}, trust_remote_code=True)
+        draft.save_pretrained({str(tmp_path / "saved")!r})
+        AutoModel.from_pretrained({str(tmp_path / "saved")!r}, trust_remote_code=True)
+        try:
+            type(draft).from_pretrained({str(TINY / "draft")!r})
+        except ValueError as error:
+            assert "pip install dflash-hub" in str(error), error
+        else:
+            raise AssertionError("A layout that this code does not know was read")
+        """
+    )
+    card = ModelCard.load(tmp_path / "saved" / "README.md")
+    assert (card.text.strip(), card.data.license) == ("My words", "mit")
+    assert digests(DFlashDraftModel.from_pretrained(tmp_path / "saved")) == digests(draft)
+
+
 @pytest.mark.parametrize("loaded", ["hub", "engines"])
 @pytest.mark.parametrize("pushed", ["hub", "engines"])
 def test_a_draft_loaded_from_either_layout_is_pushed_again_whole_in_either(hub, repo_id, draft, loaded, pushed):
