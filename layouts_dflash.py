@@ -379,7 +379,8 @@ def _refuse_other_layouts(config: dict[str, Any], variant: str) -> None:
     """Refuse a config.json that is in neither of our two layouts."""
     auto_map = config.get("auto_map") or {}
     entry = str(auto_map.get("AutoModel") if isinstance(auto_map, dict) else auto_map)
-    if model_type_of(config) != variant and not entry.startswith(f"{variant}."):
+    module = entry.rpartition("--")[2].partition(".")[0]  # transformers may put a repository before the "--"
+    if variant not in (model_type_of(config), module):
         raise ValueError(_unknown(f"model_type is {shown(model_type_of(config))}, auto_map is {shown(auto_map)}"))
 
 
