@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from .configuration_dflash import EXTENSIONS, DFlashConfig, __version__
 from .configuration_dflash2 import DFlash2Config
+from .kinds import KINDS
 from .layouts import read_layout
 
 if TYPE_CHECKING:
@@ -117,5 +118,5 @@ def _write_card(*args: Any) -> None:
 
 EXTENSIONS.read_layout = read_layout
 EXTENSIONS.write_card = _write_card
-for _config in (DFlashConfig, DFlash2Config):
-    _register(_config)
+for _kind in KINDS.values():
+    _register(_kind.config_class)

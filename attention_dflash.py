@@ -146,6 +146,7 @@ class BlockAttention:
         self.layer_kinds = layer_kinds
         self.name = f"dflash_slots_{id(self):x}"
         self.original = attention_name(model.config.get_text_config(decoder=True))
+        self.names_before: list[str] = []
         self.masks: BlockMasks | None = None
         self.mask_kinds: set[MaskKind] = set()
         """The masks that this model's layers have asked for, for the next decode to build in advance."""
@@ -153,18 +154,34 @@ class BlockAttention:
         """The layers that called `attend` since `check_layers`."""
 
     @contextmanager
-    def installed(self, masks: BlockMasks) -> Iterator[None]:
-        """Replace the attention of one forward. The model's configs name this function, so no other masks are made."""
-        before = [attention_name(config) for config in self.configs]
+    def installed(self) -> Iterator[None]:
+        """Replace the model's attention during a decode. Its configs name this one, so no other masks are made."""
+        self.names_before = [attention_name(config) for config in self.configs]
         ALL_ATTENTION_FUNCTIONS[self.name] = self.attend
-        self.masks = masks
+        self._set_names([self.name] * len(self.configs))
         try:
-            self._set_names([self.name] * len(self.configs))
             yield
         finally:
-            self._set_names(before)
-            self.masks = None
+            self._set_names(self.names_before)
             del ALL_ATTENTION_FUNCTIONS[self.name]
+
+    @contextmanager
+    def uninstalled(self) -> Iterator[None]:
+        """Put the model's own attention back inside a decode, for forwards as plain `generate` runs them."""
+        self._set_names(self.names_before)
+        try:
+            yield
+        finally:
+            self._set_names([self.name] * len(self.configs))
+
+    @contextmanager
+    def under(self, masks: BlockMasks) -> Iterator[None]:
+        """Use these masks in the forward inside."""
+        self.masks = masks
+        try:
+            yield
+        finally:
+            self.masks = None
 
     def _set_names(self, names: list[str]) -> None:
         for config, name in zip(self.configs, names, strict=True):
@@ -221,7 +238,7 @@ class BlockAttention:
     def _mask(self, module: Any, groups: int, query: torch.Tensor) -> torch.Tensor:
         """Return the mask for one layer, `[B, 1, G * Q, S]`."""
         if self.masks is None:
-            raise RuntimeError("Attention over slots was called outside of a forward of dflash-hub's.")
+            raise RuntimeError("The target was called from elsewhere while a draft decodes; call it afterwards.")
         window, causal = self._layer_kind(module)
         kind = MaskKind(window, causal, groups, query.dtype, query.device)
         if kind not in self.masks.built:

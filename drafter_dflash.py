@@ -114,7 +114,7 @@ class Drafter:
         padding_mask = padding_mask.to(self.draft.device)
         first = (~padding_mask).int().argmax(dim=1, keepdim=True)  # the slot at which each row's text begins
         cache = SlotCache(DynamicCache(config=self.draft.config))
-        with self.runner.using(mode):
+        with self.runner.using(mode), self.attention.installed():
             yield DraftState(cache, padding_mask, -first, noise_ids)
 
     def cache_context(self, state: DraftState, features: torch.Tensor, first_slot: int) -> None:
@@ -153,7 +153,7 @@ class Drafter:
         context = state.pending
         wider = max(0, context.features.shape[1] - self.size)  # a tree that was verified may be wider than a block
         state.cache.reserve(num_slots + wider)
-        with self.attention.installed(state.masks_for(own_slots, self.size, self.attention)):
+        with self.attention.under(state.masks_for(own_slots, self.size, self.attention)):
             output: DraftOutput = self.runner(state, anchor, context.features, context.slots, own_slots)
         return DraftOutput(output.logits.to(slots.device), output.states, output.tokens.to(slots.device))
 

@@ -173,6 +173,11 @@ class DecodeState:
         """The slot of each row's next token, on the host."""
         return [slot + 1 for slot in self.last_slots]
 
+    def user_code(self) -> AbstractContextManager[None]:
+        """Let processors, stopping criteria and streamers that are not transformers' own call the target inside."""
+        runs = self.sampler.reads_text or self.sequences.streamer is not None or self.sequences.stop_conditions.others
+        return self.target.attention.uninstalled() if runs else nullcontext()
+
     def prefixes(self, proposal: Proposal) -> list[list[torch.Tensor]] | None:
         """Return, for each row and position, the ids `[T]` up to and with it; None if no processor reads them."""
         if not self.sampler.reads_text:
@@ -242,8 +247,10 @@ def prefill(state: DecodeState, proposer: Proposer, first_slot: int, check_size:
             checked = True
         proposer.append_context(output.features, first)
     logits = output.logits[:, -1:].to(state.slots.device)
-    target_tokens, scores = state.sampler.sample(logits, state.next_slots, None, state.prefixes(Proposal(state.anchor)))
-    state.commit(target_tokens, torch.zeros_like(state.slots), scores, logits)
+    with state.user_code():
+        prefixes = state.prefixes(Proposal(state.anchor))
+        target_tokens, scores = state.sampler.sample(logits, state.next_slots, None, prefixes)
+        state.commit(target_tokens, torch.zeros_like(state.slots), scores, logits)
     return checked
 
 
@@ -275,7 +282,7 @@ def decode(state: DecodeState, proposer: Proposer, recorder: Recorder) -> None:
         with recorder.phase("verify"):
             on_target.cache.reserve(max(state.last_slots) + proposal.size)
             verified = target.verify(on_target, proposal.tokens, state.slots, proposal.ancestors)
-        with recorder.phase("rest"):
+        with recorder.phase("rest"), state.user_code():
             target_tokens, scores = state.sampler.sample(
                 verified.logits, state.next_slots, proposal.depths, state.prefixes(proposal)
             )

@@ -12,14 +12,15 @@ import difflib
 from typing import Any
 
 from .layouts_dflash import (
+    BASE,
     DEFAULTED,
+    DRAFT_LAYOUTS,
     FIELDS,
     FULL,
     LAYERS,
+    MUSE,
     REQUIRED,
     ROPE,
-    SECOND,
-    SECOND_SCALES,
     SLIDING,
     Kind,
     check_content,
@@ -36,12 +37,6 @@ from .layouts_dflash import (
     refusal,
     shown,
 )
-
-MUSE = "MuseGlimmerAssistantModel"
-DRAFT_ARCHITECTURES = {
-    "dflash": ("DFlashDraftModel", "Qwen3DFlashDraftModel", MUSE),
-    "dflash2": ("DFlash2DraftModel", "Qwen3DFlash2DraftModel"),
-}
 
 # Where it stands ------------------------------------------------------------------------------------------------
 
@@ -84,7 +79,7 @@ _FEATURES = (
     ("a DSpark head", "dspark_fixup_head_type", _OFF),
     ("a confidence head", "enable_confidence_head", _OFF),
     ("a confidence head", "dflash_config.confidence_head_with_markov", _OFF),
-    ("a head of its own (Domino, DSpark ...)", "projector_type", (*_OFF, "dflash", "dflash2")),
+    ("a head of its own (Domino, DSpark ...)", "projector_type", (*_OFF, *DRAFT_LAYOUTS)),
     ("a Domino head", "gru_hidden_dim", _OFF),
     ("a Domino head", "dflash_config.emb_dim", _OFF),
     ("a Domino head", "dflash_config.pure_draft_prefix_len", _OFF),
@@ -125,7 +120,8 @@ _NESTED = {
         *(place for places in _PLACES.values() for place in places),
         *(*_TAP_PLACES, *_SHIFTED_TAP_PLACES, *_WINDOW_PLACES, *_REDUCED_PLACES),
         *(f"dflash_config.{key.removeprefix('dflash_config.')}" for _, key, _ in _FEATURES),
-        *(f"dflash_config.{key}" for key in (*SECOND, *SECOND_SCALES, *_HARMLESS, "use_swa")),
+        *(f"dflash_config.{key}" for kind in DRAFT_LAYOUTS.values() for key in (*kind.fields, *kind.scales)),
+        *(f"dflash_config.{key}" for key in (*_HARMLESS, "use_swa")),
     )
     if place.startswith("dflash_config.")
 }
@@ -142,32 +138,46 @@ _HEADS_BY_ARCHITECTURE = (
 
 
 def variant_of(config: dict[str, Any]) -> str:
-    """ "dflash2" where a config.json, in whatever layout, says anything of DFlash 2; else "dflash"."""
-    return "dflash2" if _signs_of_second(config) else "dflash"
+    """Return the name of the kind of draft that a config.json, in whatever layout, describes."""
+    return _kind_and_signs(config)[0]
 
 
-def _signs_of_second(config: dict[str, Any]) -> dict[str, Any]:
-    """Place -> value of all that says DFlash 2."""
+def _kind_and_signs(config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return the name of the kind, and place -> value of what shows it; the base kind has no signs of its own."""
+    for name in DRAFT_LAYOUTS:
+        signs = {} if name == BASE else _signs_of(name, config)
+        if signs:
+            return name, signs
+    return BASE, {}
+
+
+def _signs_of(name: str, config: dict[str, Any]) -> dict[str, Any]:
+    """Return place -> value of everything that only a draft of this kind has."""
+    layout = DRAFT_LAYOUTS[name]
     nested = config.get("dflash_config")
-    places = {"": config, "dflash_config.": nested if isinstance(nested, dict) else {}}
-    keys = {f"{outer}{name}": place.get(name) for outer, place in places.items() for name in SECOND}
-    signs = {place: value for place, value in keys.items() if value not in _OFF}
+    outer_places = {"": config, "dflash_config.": nested if isinstance(nested, dict) else {}}
+    signs = {}
+    for outer, place in outer_places.items():
+        for field in layout.fields:
+            if place.get(field) not in _OFF:
+                signs[f"{outer}{field}"] = place.get(field)
     named = {"model_type": model_type_of(config), "speculators_model_type": config.get("speculators_model_type")}
-    named |= {f"{outer}projector_type": place.get("projector_type") for outer, place in places.items()}
-    signs |= {place: value for place, value in named.items() if value == "dflash2"}
+    named |= {f"{outer}projector_type": place.get("projector_type") for outer, place in outer_places.items()}
+    signs |= {place: value for place, value in named.items() if value == name}
     architectures = config.get("architectures")
     names = architectures if isinstance(architectures, list | tuple) else [architectures]
-    said = any(isinstance(name, str) and "DFlash2" in name for name in names)
-    return signs | ({"architectures": architectures} if said else {})
+    if any(isinstance(architecture, str) and layout.name_part in architecture for architecture in names):
+        signs["architectures"] = architectures
+    return signs
 
 
-def read_layout(config: dict[str, Any], given: dict[str, Any], variant: str = "dflash") -> dict[str, Any]:
-    """Translate the config.json of any published layout into the keywords of `DFlashConfig` or `DFlash2Config`.
+def read_layout(config: dict[str, Any], given: dict[str, Any], variant: str = BASE) -> dict[str, Any]:
+    """Translate the config.json of any published layout into the keywords of its kind's config.
 
     Args:
         config: the file's content.
         given: fields said by the caller, which replace what the file says or lacks.
-        variant: "dflash" or "dflash2", which the file must be.
+        variant: the kind of draft that the file must describe, a name in `DRAFT_LAYOUTS`.
 
     Raises:
         ValueError: a field is missing, contradicts itself or holds what it cannot, a key inside dflash_config is not
@@ -180,7 +190,7 @@ class _Layout:
     """One config.json, asked for fields by their places."""
 
     def __init__(self, config: dict[str, Any], given: dict[str, Any], variant: str):
-        self.config, self.variant = config, variant
+        self.config, self.variant, self.kind = config, variant, DRAFT_LAYOUTS[variant]
         self.given = {field: listed(value) for field, value in given.items()}
         for field in {*self.given} & {*FIELDS}:
             if self.given[field] is not None:
@@ -237,8 +247,7 @@ class _Layout:
         """Every field that all its places must agree on; those that are read in their own way are not among them."""
         names = [field for field in (*REQUIRED, *DEFAULTED) if field != "target_layer_ids"]
         places = {field: _PLACES.get(field, (field,)) for field in names}
-        if self.variant == "dflash2":
-            places.update({field: (field, f"dflash_config.{field}") for field in (*SECOND, *SECOND_SCALES)})
+        places.update({field: (field, f"dflash_config.{field}") for field in (*self.kind.fields, *self.kind.scales)})
         return places
 
     def refuse_foreign(self) -> None:
@@ -248,7 +257,7 @@ class _Layout:
                 raise ValueError(refusal(feature, "architectures", self.architectures))
         self.refuse_other_variant()
         for feature, key, unused in _FEATURES:
-            if key in SECOND_SCALES and self.variant == "dflash2":
+            if key in self.kind.scales:
                 continue
             for place in (key,) if "." in key else (key, f"dflash_config.{key}"):
                 if not is_among(self.at(place), unused):
@@ -256,30 +265,27 @@ class _Layout:
         self.refuse_no_draft()
 
     def refuse_no_draft(self) -> None:
-        known = DRAFT_ARCHITECTURES[self.variant]
+        known = self.kind.architectures
         silent = not self.nested and self.at("target_layer_ids") is None and self.at("mask_token_id") is None
         if self.architecture in known or (self.architecture is None and (self.given or not silent)):
             return
-        kind = "DFlash" if self.variant == "dflash" else "DFlash 2"
         raise ValueError(
-            f"This config.json describes {self.architecture or model_type_of(self.config)}, not a {kind} draft "
-            f"(architectures is {shown(self.at('architectures'))}; known here: {', '.join(known)}). Pass the draft's "
-            "repository, not its target's."
+            f"This config.json describes {self.architecture or model_type_of(self.config)}, not a {self.kind.title} "
+            f"draft (architectures is {shown(self.at('architectures'))}; known here: {', '.join(known)}). Pass the "
+            "draft's repository, not its target's."
         )
 
     def refuse_other_variant(self) -> None:
-        """Refuse a DFlash 2 draft where a DFlash 1 draft is read, and the reverse, saying what reads it."""
-        signs = _signs_of_second(self.config | self.given)
-        found = "dflash2" if signs else "dflash"
-        names = {"dflash": ("DFlash 1", "DFlashDraftModel"), "dflash2": ("DFlash 2", "DFlash2DraftModel")}
-        is_draft = self.architecture in DRAFT_ARCHITECTURES[found] or found == "dflash2"
-        if found != self.variant and is_draft:
-            (name, reader), (_, ours) = names[found], names[self.variant]
+        """Refuse a draft of another kind, and name the class that loads it."""
+        name, signs = _kind_and_signs(self.config | self.given)
+        found = DRAFT_LAYOUTS[name]
+        is_draft = self.architecture in found.architectures or bool(signs)
+        if name != self.variant and is_draft:
             place, value = next(iter((signs or {"architectures": self.architectures}).items()))
             raise ValueError(
-                f"This config.json describes a {name} draft ({place} is {shown(value)}), which {ours} does not run, so "
-                f"it is refused; load it with {reader}.from_pretrained, or with dflash_hub.load_draft, which tells "
-                "them apart."
+                f"This config.json describes a {found.title} draft ({place} is {shown(value)}), which "
+                f"{self.kind.reader} does not run, so it is refused; load it with {found.reader}.from_pretrained, or "
+                "with dflash_hub.load_draft, which tells them apart."
             )
 
     def refuse_unknown(self) -> None:
@@ -324,9 +330,8 @@ class _Layout:
         return one_of("target_layer_ids", said, meant)
 
     def require(self, fields: dict[str, Any]) -> None:
-        added = (*SECOND, "vocab_size") if self.variant == "dflash2" else ()
         places = {**self.places(), "target_layer_ids": (*_TAP_PLACES, *_SHIFTED_TAP_PLACES)}
-        for name in (*REQUIRED, *added):
+        for name in (*REQUIRED, *self.kind.fields, *self.kind.required):
             if fields[name] is None:
                 raise ValueError(
                     f"The draft's config.json does not say {name} ({self.unsaid(places[name])}), and it is not "

@@ -15,8 +15,54 @@ from typing import Any
 import torch
 
 FULL, SLIDING = "full_attention", "sliding_attention"
+MUSE = "MuseGlimmerAssistantModel"
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 DTYPES = ("bfloat16", "float16", "float32", "float64")
+
+
+# The kinds of drafts --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DraftLayout:
+    """Describe how a kind of draft is told from others in a config.json, and what it adds there.
+
+    Args:
+        title: the kind's name in errors.
+        reader: the class that loads it.
+        architectures: names of its model class in config.json.
+        name_part: a part of the architecture that no other kind has; "" for the kind that others extend.
+        fields: required fields that only this kind has. They may stand at the top or in dflash_config.
+        required: fields of all kinds that this kind requires.
+        scales: optional fields that it adds; 1 means unused. They may stand in the same two places.
+        mirrored: further fields that engines read in dflash_config too.
+    """
+
+    title: str
+    reader: str
+    architectures: tuple[str, ...]
+    name_part: str = ""
+    fields: tuple[str, ...] = ()
+    required: tuple[str, ...] = ()
+    scales: tuple[str, ...] = ()
+    mirrored: tuple[str, ...] = ()
+
+
+DRAFT_LAYOUTS = {
+    "dflash": DraftLayout("DFlash", "DFlashDraftModel", ("DFlashDraftModel", "Qwen3DFlashDraftModel", MUSE)),
+    "dflash2": DraftLayout(
+        "DFlash 2",
+        "DFlash2DraftModel",
+        ("DFlash2DraftModel", "Qwen3DFlash2DraftModel"),
+        name_part="DFlash2",
+        fields=("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k"),
+        required=("vocab_size",),
+        scales=("output_multiplier", "input_embedding_scale"),
+        mirrored=("final_logit_softcapping",),
+    ),
+}
+"""The kinds by name, which is their `model_type` in the hub layout. The first is the one that others extend."""
+BASE = next(iter(DRAFT_LAYOUTS))
 
 
 # What is right --------------------------------------------------------------------------------------------------
@@ -326,14 +372,12 @@ _USUAL = (
 )
 _RARE = ("target_hidden_size", "is_causal", "final_logit_softcapping", "dtype", "quantization_config")
 DEFAULTED = (*_USUAL, *_RARE)
-# What DFlash 2 adds: all of the first, and these of the second that are not 1.
-SECOND = ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k")
-SECOND_SCALES = ("output_multiplier", "input_embedding_scale")
 # Key inside dflash_config of the engines layout -> the key at the top that says the same.
 _REPEATED = ("block_size", "mask_token_id", "target_layer_ids", "num_target_layers")
 _NESTED = dict(zip(_REPEATED, _REPEATED, strict=True))
 _NESTED.update({"causal": "is_causal", "use_swa": "use_sliding_window", "swa_window_size": "sliding_window"})
-_NESTED.update({name: name for name in (*SECOND, *SECOND_SCALES, "final_logit_softcapping")})
+for _layout in DRAFT_LAYOUTS.values():
+    _NESTED.update({name: name for name in (*_layout.fields, *_layout.scales, *_layout.mirrored)})
 
 
 def model_type_of(config: dict[str, Any]) -> Any:
@@ -341,7 +385,7 @@ def model_type_of(config: dict[str, Any]) -> Any:
     return config.get("foreign_model_type", config.get("model_type"))
 
 
-def read_own_layout(config: dict[str, Any], given: dict[str, Any], variant: str = "dflash") -> dict[str, Any]:
+def read_own_layout(config: dict[str, Any], given: dict[str, Any], variant: str = BASE) -> dict[str, Any]:
     """Translate a config.json in the hub or the engines layout into the keywords of its config class.
 
     A copy of this code in a repository reads these two alone; with dflash_hub imported, `layouts.read_layout` reads
@@ -350,20 +394,19 @@ def read_own_layout(config: dict[str, Any], given: dict[str, Any], variant: str 
     Args:
         config: the file's content.
         given: fields that the caller passes, which replace what the file has or lacks.
-        variant: "dflash" or "dflash2", which the file must be.
+        variant: the kind of draft that the file must describe, a name in `DRAFT_LAYOUTS`.
 
     Raises:
         ValueError: another layout, a missing field, or a copy inside dflash_config that differs.
     """
     _refuse_other_layouts(check_content(config), variant)
     values = config | _nested_values(config, given) | given
-    names = [*REQUIRED, *DEFAULTED, "layer_types", "sliding_window", "rope_parameters"]
-    if variant == "dflash2":
-        names += [*SECOND, *SECOND_SCALES]
+    kind = DRAFT_LAYOUTS[variant]
+    names = [*REQUIRED, *DEFAULTED, *kind.fields, *kind.scales, "layer_types", "sliding_window", "rope_parameters"]
     fields = {name: values[name] for name in names if values.get(name) is not None}
     if "rope_theta" in given:
         fields["rope_parameters"] = fields.get("rope_parameters", {}) | {"rope_theta": given["rope_theta"]}
-    for name in (*REQUIRED, "rope_parameters"):
+    for name in (*REQUIRED, *kind.fields, *kind.required, "rope_parameters"):
         if name not in fields:
             raise ValueError(
                 f"The draft's config.json lacks {name}; supply it: from_pretrained(..., {name}=...), or install "
@@ -407,7 +450,7 @@ def engines_layout(config: Any) -> dict[str, Any]:
     """The config.json that vLLM, SGLang, TensorRT-LLM, llama.cpp and the MLX readers load unmodified.
 
     Args:
-        config: a `DFlashConfig` or `DFlash2Config`.
+        config: the config of a draft of any kind.
 
     Raises:
         ValueError: the config lacks what engines need, or has what that layout cannot express.
@@ -451,11 +494,10 @@ def _engines_nested(config: Any, content: dict[str, Any]) -> dict[str, Any]:
     if content["use_sliding_window"]:
         nested["use_swa"] = True
         nested["swa_window_size"] = config.sliding_window
-    if config.model_type == "dflash2":
-        nested.update({name: getattr(config, name) for name in SECOND})
-        nested.update({name: getattr(config, name) for name in SECOND_SCALES if getattr(config, name) != 1})
-        if config.final_logit_softcapping:
-            nested["final_logit_softcapping"] = config.final_logit_softcapping
+    layout = DRAFT_LAYOUTS[config.model_type]
+    nested.update({name: getattr(config, name) for name in layout.fields})
+    nested.update({name: getattr(config, name) for name in layout.scales if getattr(config, name) != 1})
+    nested.update({name: getattr(config, name) for name in layout.mirrored if getattr(config, name)})
     return nested
 
 

@@ -230,17 +230,17 @@ class DFlashDraftModel(DFlashPreTrainedModel):
             cache.update(*attention.keys_and_values(features, position_embeddings), index)
 
     def scale_embeds(self, noise_embeds: torch.Tensor) -> torch.Tensor:
-        """Return `noise_embeds [B, Q, H]` as the layers take them; DFlash 2 scales them."""
+        """Return `noise_embeds [B, Q, H]` as the layers take them; another kind may scale them."""
         return noise_embeds
 
     def logits(self, states: torch.Tensor, head: Any) -> torch.Tensor:
-        """Apply the target's `head` to `states [..., H]`: `[..., V]`; DFlash 2 scales and caps them."""
+        """Apply the target's `head` to `states [..., H]`: `[..., V]`; another kind may scale and cap them."""
         return head(states)
 
     def select_tokens(
         self, scores: torch.Tensor, states: torch.Tensor, anchor: torch.Tensor, pair_scale: float
     ) -> torch.Tensor:
-        """Return the tokens that a block proposes, `[B, Q - 1]`: the best of each position; DFlash 2 walks a path.
+        """Return the tokens that a block proposes, `[B, Q - 1]`: the best of each position. A kind may walk a path.
 
         Args:
             scores `[B, Q - 1, V]`: of the tokens by themselves.

@@ -101,7 +101,7 @@ class Target:
         """
         cache = SlotCache(DynamicCache(config=self.text))
         recurrent = RecurrentLayers(cache.layers, self.layers)
-        with self.taps.collecting(), recurrent.recording(), self.runner.using(mode):
+        with self.taps.collecting(), recurrent.recording(), self.runner.using(mode), self.attention.installed():
             yield TargetState(cache, recurrent, prompt.padding_mask, prompt.position_offset)
 
     def prefill(self, state: TargetState, inputs: dict[str, Any], num_logits: int = 1) -> TargetOutput:
@@ -119,7 +119,8 @@ class Target:
         """
         length = inputs["input_ids"].shape[1]
         state.cache.reserve(length)
-        output = self._forward(without_cache(inputs), state.cache.at_start(), num_logits)
+        with self.attention.uninstalled():
+            output = self._forward(without_cache(inputs), state.cache.at_start(), num_logits)
         state.cache.check_written(length, self.name)
         state.cache.num_prefilled = length
         return output
@@ -137,7 +138,7 @@ class Target:
         length = ids.shape[1]
         state.cache.reserve(int(slots[0, -1]) + 1)
         masks = BlockMasks(pad_to(state.padding_mask, state.cache.capacity), slots[:, 0], length)
-        with self.attention.installed(masks):
+        with self.attention.under(masks):
             inputs = {"input_ids": ids, "position_ids": positions}
             output = self._forward(inputs, state.cache.at(slots), 1)
         self._check_block(state, length)
@@ -145,7 +146,8 @@ class Target:
 
     def plain_forward(self, inputs: dict[str, Any], cache: Any) -> TargetOutput:
         """Run a forward as plain `generate` does, over a cache of its own; all positions get logits."""
-        return self._forward(without_cache(inputs), cache, inputs["input_ids"].shape[1])
+        with self.attention.uninstalled():
+            return self._forward(without_cache(inputs), cache, inputs["input_ids"].shape[1])
 
     def verify(
         self, state: TargetState, tokens: torch.Tensor, slots: torch.Tensor, ancestors: torch.Tensor | None = None
@@ -164,7 +166,7 @@ class Target:
             raise ValueError(f"{self.name} keeps recurrent state, which branches of a tree cannot share.")
         masks = state.masks_for(slots, tokens.shape[1], self.attention)
         snapshot = state.recurrent.snapshot()
-        with self.attention.installed(masks):
+        with self.attention.under(masks):
             logits, features = self.runner(state, tokens, slots, masks.chain if ancestors is None else ancestors)
         state.recurrent.record_inputs(snapshot, self.name)
         return Verified(logits.to(slots.device), features, snapshot)

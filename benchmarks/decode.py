@@ -27,11 +27,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from dflash_hub import DecodeStatistics, DFlashDraftSpec, load_draft
 from dflash_hub.execution_dflash import CAPTURE
 from dflash_hub.generation_dflash import DecodeState, now
+from dflash_hub.kinds import KINDS
 from dflash_hub.proposals_dflash import ChainProposer, Proposal
 from dflash_hub.target_dflash import is_recurrent
 
 TINY = Path(__file__).parents[1] / "examples" / "tiny_pair"
-DRAFTS = {"dflash": "draft", "dflash2": "draft2"}
 SHAPES: dict[str, dict[str, Any]] = {
     "small": {
         "model_type": "qwen3",
@@ -113,7 +113,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--block", type=int, default=16)
     parser.add_argument("--layers", type=int, default=5, help="of the draft")
-    parser.add_argument("--variant", default="dflash", choices=DRAFTS, help="kind of the draft")
+    parser.add_argument("--variant", default="dflash", choices=KINDS, help="kind of the draft")
     parser.add_argument("--tau", type=int, default=None, help="tokens committed per cycle, forced")
     parser.add_argument("--capture", default="auto", choices=CAPTURE)
     parser.add_argument("--prompts", type=int, default=6, help="of the tiny pair's")
@@ -127,7 +127,7 @@ def build(options: argparse.Namespace) -> tuple[Any, Any, list[dict[str, Any]]]:
     dtype = getattr(torch, options.dtype or ("float32" if options.device == "cpu" else "bfloat16"))
     if options.shape == "tiny-pair":
         target = AutoModelForCausalLM.from_pretrained(TINY / "target", dtype=dtype).to(options.device).eval()
-        draft = load_draft(TINY / DRAFTS[options.variant], dtype=dtype).to(options.device).eval()
+        draft = load_draft(KINDS[options.variant].demo_draft(TINY), dtype=dtype).to(options.device).eval()
         tokenizer = AutoTokenizer.from_pretrained(TINY / "target")
         lines = (TINY / "prompts.jsonl").read_text(encoding="utf-8").splitlines()[: options.prompts]
         ids = [tokenizer(json.loads(line)["prompt"], return_tensors="pt").input_ids for line in lines]

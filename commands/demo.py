@@ -11,13 +11,14 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
+from ..kinds import DEMO_KIND, KINDS, kind_named
 from .shared import Capture, console, fail_differing, show_figures
 
 
 def demo(
     prompts: Annotated[int, typer.Option(min=1, help="How many held-out prompts.")] = 8,
     capture: Capture = "compile",
-    variant: Annotated[str, typer.Option(help="Which of its two drafts: dflash2 or dflash.")] = "dflash2",
+    variant: Annotated[str, typer.Option(help=f"Kind of its draft: {' or '.join(KINDS)}.")] = DEMO_KIND,
 ) -> None:
     """The built-in pair: the target's own text and DFlash's beside it. Offline; half a minute the first time."""
     import torch
@@ -32,11 +33,8 @@ def demo(
     home = Path(__file__).parents[1] / "examples" / "tiny_pair"
     tokenizer = AutoTokenizer.from_pretrained(home / "target")
     target = AutoModelForCausalLM.from_pretrained(home / "target")
-    kinds = {"dflash": ("draft", "DFlash"), "dflash2": ("draft2", "DFlash 2")}
-    if variant not in kinds:
-        raise ValueError(f"variant is {variant!r}; it must be one of {', '.join(kinds)}.")
-    folder, kind = kinds[variant]
-    draft = load_draft(home / folder)
+    kind = kind_named(variant)
+    draft = load_draft(kind.demo_draft(home))
     lines = (home / "prompts.jsonl").read_text(encoding="utf-8").splitlines()[:prompts]
     rows = [tokenizer(json.loads(line)["prompt"], return_tensors="pt").input_ids[:, -150:] for line in lines]
     with console.status("Warming up; compiling takes half a minute, the first time"):
@@ -49,13 +47,15 @@ def demo(
     console.print(
         f"[bold]DFlash demo[/bold]: a target of {target.num_parameters():,} parameters that writes Python, ", end=""
     )
-    console.print(f"and a {kind} draft of {draft.num_parameters():,} for it; greedy, {len(rows)} held-out prompts.\n")
+    console.print(
+        f"and a {kind.title} draft of {draft.num_parameters():,} for it; greedy, {len(rows)} held-out prompts.\n"
+    )
     console.print(
         Panel(escape(tokenizer.decode(rows[shown][0, -60:])), title="... end of a prompt", border_style="dim")
     )
     side = Table(expand=True, show_lines=True)
     side.add_column("the target alone", ratio=1)
-    side.add_column(f"the target with its {kind} draft", ratio=1)
+    side.add_column(f"the target with its {kind.title} draft", ratio=1)
     texts = [tokenizer.decode(list(row[0])) for row in (results[shown].plain, results[shown].dflash)]
     side.add_row(*map(escape, texts))
     console.print(side)

@@ -15,39 +15,41 @@ from .shared import NewTokens, Target, console
 def regenerate(
     target: Target,
     data: Annotated[str, typer.Option(help="A file or a Hub dataset with messages or text.")],
-    output: Annotated[Path, typer.Option(help="JSONL file to write; one that is there is gone on with.")],
+    output: Annotated[Path, typer.Option(help="JSONL file to write; resumes if the file exists.")],
     server: Annotated[
         str | None, typer.Option(help="An OpenAI-compatible server, such as http://host:8000/v1.")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="The target's name there; the first it lists if not given.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model name on the server (default: the first listed).")] = None,
     max_new_tokens: NewTokens = 2048,
     temperature: Annotated[
-        float | None, typer.Option(min=0, help="0 is greedy; the target's own if not given.")
+        float | None, typer.Option(min=0, help="Sampling temperature; 0 is greedy (default: the target's own).")
     ] = None,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Of plain text, how much is kept as the prompt.")] = 64,
-    workers: Annotated[int, typer.Option(min=1, help="Rows asked for at once, of a server.")] = 32,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows.")] = None,
+    prompt_tokens: Annotated[
+        int, typer.Option(min=1, help="For plain text, how many of its first tokens are the prompt.")
+    ] = 64,
+    workers: Annotated[int, typer.Option(min=1, help="Concurrent requests to the server.")] = 32,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first rows.")] = None,
     data_name: Annotated[str | None, typer.Option(help="Configuration of a Hub dataset.")] = None,
     data_split: Annotated[str, typer.Option(help="Split of a Hub dataset.")] = "train",
-    streaming: Annotated[bool, typer.Option(help="Read the data as it comes.")] = False,
+    streaming: Annotated[bool, typer.Option(help="Stream the dataset.")] = False,
 ) -> None:
     """Rewrite a dataset's answers with the target's own, through a server or in this process; resumable."""
     from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from ..training.data import load_rows
-    from ..training.regenerate import Answer, Asking, InProcess, Server, check_columns
+    from ..training.regenerate import AnswerFn, GenerationSettings, InProcess, Server, check_columns
     from ..training.regenerate import regenerate as run
 
     tokenizer = AutoTokenizer.from_pretrained(target)
-    asking = Asking(max_new_tokens, temperature, prompt_tokens)
+    settings = GenerationSettings(max_new_tokens, temperature, prompt_tokens)
     rows = load_rows(data, data_name, data_split, streaming)
     rows = rows if limit is None else rows.take(limit)
     check_columns(rows)
     if server is not None:
-        answer: Answer = Server(server, tokenizer, asking, model)
+        answer: AnswerFn = Server(server, tokenizer, settings, model)
     else:
-        answer = InProcess(AutoModelForCausalLM.from_pretrained(target, dtype="auto"), tokenizer, asking)
+        answer = InProcess(AutoModelForCausalLM.from_pretrained(target, dtype="auto"), tokenizer, settings)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -64,5 +66,5 @@ def regenerate(
         done, failed = run(rows, output, answer, workers if server else 1, report)
     console.print(f"[bold]{output}[/bold] holds {done:,} rows.")
     if failed:
-        console.print(f"{len(failed)} rows failed, and are tried again by the same command: {escape(failed[0])}")
+        console.print(f"{len(failed)} rows failed; the same command tries them again: {escape(failed[0])}")
         raise typer.Exit(1)

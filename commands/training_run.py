@@ -12,7 +12,7 @@ from transformers import HfArgumentParser
 from ..publishing import PublishOptions, publish
 from ..training import DFlashTrainer, DFlashTrainingArguments
 from ..training.setup import TrainOptions, build
-from ..training.trainer import kept_safe
+from ..training.trainer import explain_failed_push
 from .dry_run import dry_run
 from .shared import console
 
@@ -83,6 +83,7 @@ def finish(trainer: DFlashTrainer, options: TrainOptions) -> None:
     if trainer.args.push_to_hub:
         trainer.create_model_card()
         push = PublishOptions(trainer.args.hub_private_repo, trainer.args.hub_token)
-        done = kept_safe(lambda: publish(folder, repo or Path(folder).name, push), folder, repo)
+        with explain_failed_push(folder, repo):
+            done = publish(folder, repo or Path(folder).name, push)
         where = f"main at {done.commit[:8]}, engines at {done.engines_commit[:8]}"
         console.print(f"[bold]{done.repo_id}[/bold] is published: {where}.")

@@ -29,9 +29,9 @@ from safetensors import safe_open
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from ..configuration_dflash import __version__
+from ..kinds import KINDS
 from ..layouts_dflash import engines_layout
 from ..modeling_dflash import DFlashDraftModel
-from ..modeling_dflash2 import DFlash2DraftModel
 from ..repository_dflash import custom_generate, verify_downloads
 from .probe import digest
 from .push import ENGINES_BRANCH, hub_files, load_apart, refuse_differing
@@ -204,10 +204,10 @@ class _Branch:
         """Class and layout of a draft that dflash-hub pushed; anything else is refused."""
         auto_map = self.config.get("auto_map")
         signed = _KEY in self.config or any(_OURS.search(data) for data in self.old.values())
-        for draft_class in (DFlashDraftModel, DFlash2DraftModel):
-            for layout, own in _auto_maps(draft_class).items():
+        for kind in KINDS.values():
+            for layout, own in _auto_maps(kind.model_class).items():
                 if signed and isinstance(auto_map, dict) and own.items() <= auto_map.items():
-                    return draft_class, layout
+                    return kind.model_class, layout
         raise ValueError(
             f"{self.place} holds no draft that dflash-hub pushed (auto_map in its config.json is {auto_map}), so "
             "its code is not touched. Download it, and publish a copy of your own: dflash-hub push FOLDER me/my-draft."

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import textwrap
 
+from forked import Servers
 from hubserver import HubServer
 from paths import TINY
 
@@ -58,18 +59,59 @@ def repo_id(request):
     return "tester/" + re.sub(r"[^\w.-]+", "-", request.node.name)[:80].strip("-")
 
 
+OFFLINE = "import huggingface_hub.constants; huggingface_hub.constants.HF_HUB_OFFLINE = True\n"
+"""What HF_HUB_OFFLINE does when huggingface_hub is imported."""
+
+
+@pytest.fixture(scope="session")
+def servers():
+    """Processes that fork, for tests that need a process of their own."""
+    started = Servers()
+    yield started
+    started.stop()
+
+
 @pytest.fixture
-def fresh_process():
-    """Run code in a process that cannot import dflash_hub, and give its output; with `fails`, its errors."""
+def fresh_process(servers):
+    """Run code in a process that cannot import dflash_hub, and give its output; with `fails`, its errors.
+
+    It is forked from one that has imported transformers, or torch alone where variables are given that are read then.
+    """
 
     def run(code: str, fails: bool = False, block: bool = True, **env: str) -> str:
         prefix = "import sys; sys.modules['dflash_hub'] = None\n" if block else ""
-        command = [sys.executable, "-I", "-c", prefix + textwrap.dedent(code)]
-        done = subprocess.run(command, env=os.environ | env, capture_output=True, text=True, timeout=300)
+        if env.get("HF_HUB_OFFLINE"):
+            prefix += OFFLINE
+        server = servers.torch if env.keys() - {"HF_HUB_OFFLINE", "HF_TOKEN"} else servers.models
+        done = server.run(code=prefix + textwrap.dedent(code), **env)
         assert bool(done.returncode) == fails, done.stdout + done.stderr
         return done.stderr if fails else done.stdout
 
     return run
+
+
+PROBE = """
+import runpy, sys
+for module in list(sys.modules.values()):
+    if "HF_MODULES_CACHE" in vars(module):
+        module.HF_MODULES_CACHE = {modules!r}
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture
+def forked_probe(servers, monkeypatch):
+    """Let the probe, which every push and refresh runs twice, run in a fork and not in a process of its own."""
+    run_anything = subprocess.run
+
+    def run(command, **options):
+        if "probe.py" not in str(command[-2]):
+            return run_anything(command, **options)
+        assert options["env"]["HF_HUB_OFFLINE"] == "1"
+        code = OFFLINE + PROBE.format(modules=options["env"]["HF_MODULES_CACHE"])
+        return servers.models.run(*map(str, command[-2:]), code=code)
+
+    monkeypatch.setattr(subprocess, "run", run)
 
 
 @pytest.fixture(scope="session")

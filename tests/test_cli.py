@@ -172,7 +172,7 @@ def test_resolve_follows_copies_folders_and_adapters(hub, tmp_path):
     assert "is an adapter for Qwen/Qwen3-8B." in " ".join(adapter.split())
 
 
-def test_push_publishes_and_prints_the_snippet_for_this_commit(hub, repo_id):
+def test_push_publishes_and_prints_the_snippet_for_this_commit(hub, repo_id, forked_probe):
     output = run("push", str(TINY / "draft"), repo_id, "--base-model", "me/tiny", "--license", "apache-2.0").output
     commit = hub.state.repos["models", repo_id].branches["main"]
     assert f'revision="{commit}"' in output

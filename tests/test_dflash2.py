@@ -23,7 +23,6 @@ from dflash_hub import (
 from dflash_hub.publishing import publish
 from dflash_hub.publishing.probe import digests
 from dflash_hub.registry import CATALOGUE, drafts_for
-from dflash_hub.target_dflash import embed_noise
 from dflash_hub.training import loss as loss_module
 from dflash_hub.training.loss import weighted_loss
 from dflash_hub.training.objective import Objective, Recipe
@@ -289,9 +288,8 @@ def test_loss_and_gradients_are_those_of_the_plain_reference(pair, monkeypatch):
     rows, anchors = packed((30,), (12,)), torch.tensor([[2, 18, 28], [8, 10, -1]])
     objective = Objective(draft.config, target, Recipe(gamma=3.0, attention="dense", selector_weight=0.7))
     blocks = objective.blocks(rows, anchors)
-    features, _ = objective.target.read(rows, False)
-    noise_embeds = embed_noise(objective.target.embed, blocks.noise_ids(3))
-    states = objective.states(draft, blocks, noise_embeds, features).detach()
+    features = objective.target.run(rows, last_hidden_state=False).features
+    states = objective.states(draft, blocks, objective.noise_embeds(blocks), features).detach()
     results = []
     for plain in (False, True):
         leaf = states.clone().requires_grad_()
@@ -300,16 +298,17 @@ def test_loss_and_gradients_are_those_of_the_plain_reference(pair, monkeypatch):
             whole = leaf.unflatten(1, (-1, 5))
             loss = plain_selector_loss(draft, target, whole, rows, anchors, 3.0, 0.7)
         else:
-            counted = leaf[blocks.counted.flatten(1)]
-            scores = objective._scores(draft, blocks, counted, None)
-            loss = weighted_loss(counted, scores, tiny.VOCAB)
+            with_loss = leaf[blocks.block_loss_mask.flatten(1)]
+            inputs = objective.loss_inputs(draft, blocks, with_loss, None)
+            result = weighted_loss(with_loss, inputs, tiny.VOCAB)
+            loss = result.total
         loss.backward()
         learned = [weight.grad.clone() for weight in draft.candidate_selector.parameters()]
         results.append([loss.detach(), leaf.grad, *learned])
     for ours, expected in zip(*results, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
-    assert 0 < scores.found.sum() < len(scores.found)
-    assert not (scores.correct & ~scores.found).any()
+    assert 0 < result.is_candidate.sum() < len(result.is_candidate)
+    assert not (result.correct & ~result.is_candidate).any()
     draft.zero_grad()
 
 

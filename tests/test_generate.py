@@ -202,6 +202,31 @@ def test_a_stopping_criterion_of_ones_own_is_asked_at_every_token(pair, eos):
     assert set(range(10, 10 + len(set(mine.shown)))) == set(mine.shown)
 
 
+class Asks(StoppingCriteria):
+    """A criterion that runs the target itself, on the text so far; counts where it disagrees with the last token."""
+
+    def __init__(self, target):
+        self.target, self.wrong, self.asked = target, 0, 0
+
+    def __call__(self, input_ids, scores, **kwargs):
+        own = self.target(input_ids[:, :-1]).logits[:, -1].argmax(-1)
+        self.wrong += int((own != input_ids[:, -1]).sum())
+        self.asked += 1
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3_text", "qwen3_next"])
+def test_a_stopping_criterion_may_call_the_target(family):
+    target, ids = tiny.target(family), tiny.prompt(20)
+    criterion, draft = Asks(target), tiny.draft(target)
+    asked = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 30, "do_sample": False}
+    criteria = StoppingCriteriaList([criterion])
+    ours = target.generate(ids, **asked, custom_generate=draft.speculate, stopping_criteria=criteria)
+    assert torch.equal(ours, tiny.greedy(target, ids, 30))
+    assert criterion.wrong == 0
+    assert criterion.asked >= 29  # not at the last token, where the length has ended the text
+
+
 def test_max_time_ends_a_text_soon(pair):
     target, draft = pair
     inputs = {name: value[:1] for name, value in PADDED.items()}

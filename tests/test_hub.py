@@ -321,7 +321,7 @@ def test_a_card_in_the_folder_is_kept(hub, repo_id, tmp_path, monkeypatch):
     assert ModelCard.load(repo_id).data.library_name == "transformers"
 
 
-def test_what_does_not_load_bit_equal_in_a_fresh_process_is_never_pushed(hub, repo_id, monkeypatch):
+def test_what_does_not_load_bit_equal_in_a_fresh_process_is_never_pushed(hub, repo_id, monkeypatch, forked_probe):
     def spoil(draft, folder, layout, card, stage=pushing.stage):
         stage(draft, folder, layout, card)
         (folder / "cache_dflash.py").write_text("raise RuntimeError('spoilt')\n")
@@ -418,12 +418,11 @@ def test_a_missing_revision_says_so(hub, repo_id, draft):
         DFlashDraftSpec(repo_id, revision="nope").load()
 
 
-def test_a_private_repository_loads_with_a_token_and_asks_for_one_without(hub, repo_id, draft, fresh_process, tmp_path):
+def test_a_private_repository_loads_with_a_token_and_asks_for_one_without(hub, repo_id, draft, fresh_process):
     draft.push_to_hub(repo_id, private=True)
-    assert digests(DFlashDraftSpec(repo_id).load()) == digests(draft)
     code = f"from dflash_hub import DFlashDraftSpec; DFlashDraftSpec({repo_id!r}).load()"
-    message = fresh_process(code, fails=True, block=False, HF_TOKEN="", HF_HOME=str(tmp_path))
-    assert "hf auth login" in message
+    assert "hf auth login" in fresh_process(code, fails=True, block=False, HF_TOKEN="")
+    assert digests(DFlashDraftSpec(repo_id).load()) == digests(draft)
 
 
 def test_a_gated_repository_says_how_to_get_access(hub, repo_id, draft):
@@ -500,10 +499,10 @@ DECODE = """
     same = [torch.equal(target.generate(ids, **asked), target.generate(ids, **asked, **with_draft)) for _ in range(2)]
 
     class Statistics:
-        def count(self, counts, size):
+        def add_cycle(self, counts, size):
             self.kept = getattr(self, "kept", []) + [kept for _, kept in counts]
     statistics = Statistics()
-    for phase in ("prefill", "draft", "verify", "rest"):
+    for phase in ("prefill", "draft", "verify", "rest", "rollback"):
         setattr(statistics, phase + "_seconds", 0.0)
     target.generate(ids, **asked, **with_draft, statistics=statistics)
     torch.manual_seed(0)

@@ -31,6 +31,7 @@ OLD = {
     "README.md": CARD,
     "sequences_dflash.py": None,
 }
+pytestmark = pytest.mark.usefixtures("forked_probe")
 LOAD = """
     import json, sys
     from transformers import AutoModel

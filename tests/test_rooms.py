@@ -26,6 +26,7 @@ ROOMS_OF_ROOT = {
     "registry": "registry",
     "checkpoints": "registry",
     "layouts": "registry",
+    "kinds": "registry",
 }
 PACKAGES = ("commands", "evaluation", "publishing", "training")
 FILES = [path for folder in (".", *PACKAGES) for path in sorted((ROOT / folder).glob("*.py"))]

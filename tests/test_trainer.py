@@ -1,6 +1,7 @@
 """Runs of the trainer: what learns, what is saved, and what happens when a run is interrupted, split or spoiled."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -27,6 +28,7 @@ def run(folder, *words: str, processes: int = 1, signal: int = 0, **args) -> dic
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command += [RUN, str(folder), "--args", json.dumps(args), *words]
     env = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HOME": str(folder)}
+    env["PYTHONPATH"] = os.environ.get("PYTHONPATH", "")
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == -signal, done.stdout + done.stderr
     return None if signal else json.loads((folder / "result.json").read_text())
@@ -210,7 +212,7 @@ def test_an_earlier_run_is_not_overwritten_by_a_new_one(tmp_path):
     training_run.trainer(tmp_path, **options).train()
     with pytest.raises(ValueError, match="checkpoint-4 is of an earlier run"):
         training_run.trainer(tmp_path, **options).train()
-    with pytest.raises(ValueError, match="no whole checkpoint"):
+    with pytest.raises(ValueError, match="no complete checkpoint"):
         training_run.trainer(tmp_path / "empty", **options).train(resume_from_checkpoint=True)
 
 
@@ -237,6 +239,6 @@ def test_a_full_disk_ends_the_run_with_the_last_whole_checkpoint_named(tmp_path,
     """
     said = fresh_process(code, block=False)
     assert "The checkpoint of step 8 could not be written" in said
-    assert "checkpoint-4: make room, and go on from it" in said
+    assert "checkpoint-4: make room, and resume from it" in said
     assert last_checkpoint(tmp_path).name == "checkpoint-4"
     assert not (tmp_path / "checkpoint-8").exists()

@@ -1,0 +1,213 @@
+"""Processes for tests, forked from one that has imported torch: what they import besides is theirs alone.
+
+Importing torch and transformers takes three seconds, more than most tests. So one process imports them once, and forks
+for each test that needs a process of its own. It has never imported dflash_hub, unless it is asked to.
+"""
+
+import atexit
+import contextlib
+import json
+import os
+import select
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import traceback
+from functools import cached_property
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+MODELS = ("transformers.models.auto.modeling_auto", "transformers.models.qwen3.modeling_qwen3", "safetensors.torch")
+"""What everyone imports who loads and runs a model by name."""
+TRAINING = (*MODELS, "transformers.trainer", "accelerate", "datasets", "dflash_hub.training")
+
+
+class Done(NamedTuple):
+    """What a process left: its exit status, negative for a signal, and what it wrote."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+class ForkServer:
+    """A process that has imported `modules`, under `env`, and forks for each `run`."""
+
+    def __init__(self, modules: tuple[str, ...] = ("torch",), env: dict[str, str] | None = None):
+        self.folder = tempfile.mkdtemp(prefix="forked-")
+        self.address = os.path.join(self.folder, "0")
+        self.servers = 0
+        command = [sys.executable, "-I", __file__, self.address, *modules]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, env=os.environ | (env or {}))
+        self.lifeline = self.process.stdin
+
+    def fork(self, modules: tuple[str, ...], **env: str) -> "ForkServer":
+        """A server that goes on from this one, with more modules and other variables."""
+        other = object.__new__(ForkServer)
+        self.servers += 1
+        other.folder, other.address, other.servers = self.folder, f"{self.address}.{self.servers}", 0
+        other.process = None
+        _ask(self.address, {"serve": other.address, "modules": modules, "env": env})
+        return other
+
+    def run(self, *words: str, code: str = "", **env: str) -> Done:
+        """Run `code`, or the script `words[0]` with the other words as its arguments, as `__main__`."""
+        return self.start(*words, code=code, **env).wait()
+
+    def start(self, *words: str, code: str = "", **env: str) -> "Running":
+        """Begin what `run` does, and do not wait for it."""
+        self.servers += 1
+        output = f"{self.address}.{self.servers}"
+        return Running(_send(self.address, {"words": words, "code": code, "env": env, "output": output}), output)
+
+    def stop(self) -> None:
+        """End this server and all that were forked from it."""
+        self.lifeline.close()
+        self.process.wait()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class Running:
+    """A process that was started."""
+
+    def __init__(self, connection: socket.socket, output: str):
+        self.connection, self.output = connection, Path(output)
+
+    def wait(self) -> Done:
+        """What it left once it has ended; an error after five minutes."""
+        status = _answer(self.connection)["status"]
+        written = [self.output.with_name(self.output.name + end) for end in (".stdout", ".stderr")]
+        texts = [path.read_text(errors="replace") for path in written]
+        for path in written:
+            path.unlink()
+        return Done(status, *texts)
+
+
+def _send(address: str, request: dict[str, Any]) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX)
+    connection.settimeout(300)
+    for _ in range(3000):  # the server may still be importing
+        try:
+            connection.connect(address)
+            break
+        except (FileNotFoundError, ConnectionRefusedError):
+            select.select([], [], [], 0.02)
+    connection.sendall(json.dumps(request).encode())
+    connection.shutdown(socket.SHUT_WR)
+    return connection
+
+
+def _answer(connection: socket.socket) -> dict[str, Any]:
+    with connection:
+        return json.loads(b"".join(iter(lambda: connection.recv(65536), b"")))
+
+
+def _ask(address: str, request: dict[str, Any]) -> dict[str, Any]:
+    return _answer(_send(address, request))
+
+
+class Servers:
+    """The servers of one run of tests, each started when it is first used."""
+
+    @cached_property
+    def torch(self) -> ForkServer:
+        """It has imported torch alone, so that every variable of huggingface_hub and transformers is read again."""
+        return ForkServer()
+
+    @cached_property
+    def models(self) -> ForkServer:
+        """It has imported what loads and runs a model."""
+        return self.torch.fork(MODELS)
+
+    @cached_property
+    def training(self) -> ForkServer:
+        """It has imported dflash_hub and what trains a draft; it is offline."""
+        return self.torch.fork(TRAINING, HF_HUB_OFFLINE="1")
+
+    def stop(self) -> None:
+        """End those that were started."""
+        if "torch" in vars(self):
+            self.torch.stop()
+
+
+# In the server -------------------------------------------------------------------------------------------------------
+
+
+def serve(address: str, modules: list[str]) -> None:
+    """Import `modules`, then fork for each request until the test process has gone."""
+    for name in modules:
+        import_module(name)
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(address)
+    listener.listen(16)
+    while True:
+        ready, _, _ = select.select([sys.stdin, listener], [], [])
+        if sys.stdin in ready:
+            return _reap(0)
+        connection, _ = listener.accept()
+        if os.fork() == 0:
+            listener.close()
+            handle(connection)
+        connection.close()
+        _reap()
+
+
+def _reap(options: int = os.WNOHANG) -> None:
+    """Forget the children that have ended, or with no options wait for all of them."""
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, options)[0]:
+            pass
+
+
+def handle(connection: socket.socket) -> None:
+    """Answer one request: run a program in one more fork and report how it ended, or become a server."""
+    request = json.loads(b"".join(iter(lambda: connection.recv(65536), b"")))
+    if "serve" in request:
+        os.environ.update(request["env"])
+        connection.sendall(b"{}")
+        connection.close()
+        serve(request["serve"], request["modules"])
+        os._exit(0)
+    child = os.fork()
+    if child == 0:
+        connection.close()
+        execute(request)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    connection.sendall(json.dumps({"status": status}).encode())
+    os._exit(0)
+
+
+def execute(request: dict[str, Any]) -> None:
+    """Run the program of a request as `__main__`, and exit as Python would."""
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(request["output"] + f".{name}", os.O_WRONLY | os.O_CREAT, 0o600), number)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.environ.update(request["env"])
+    words = request["words"]
+    sys.argv[:] = words or ["-c"]
+    code = request["code"] or Path(words[0]).read_text(encoding="utf-8")
+    main = sys.modules["__main__"] = ModuleType("__main__")
+    status = 0
+    try:
+        exec(compile(code, "<program>", "exec"), main.__dict__)
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1], sys.argv[2:])
