@@ -13,7 +13,7 @@ from dflash_hub import DFlashConfig, DFlashDraftModel, DFlashDraftSpec
 from dflash_hub.publishing import PublishOptions, publish
 from dflash_hub.publishing import push as pushing
 from dflash_hub.publishing.probe import digests
-from paths import ROOT, TINY
+from paths import DATA, ROOT, TINY
 
 TRAVELLING = sorted(path.name for path in ROOT.glob("*dflash.py"))
 SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
@@ -111,6 +111,7 @@ def test_a_draft_loaded_by_remote_code_generates_and_is_pushed_again_whole(
 
 
 def test_remote_code_keeps_a_card_when_it_saves_and_refuses_other_layouts(draft, tmp_path, fresh_process):
+    foreign = DATA / "published_configs" / "z-lab__gemma-4-26B-A4B-it-DFlash.json"
     draft.save_pretrained(tmp_path / "draft")
     (tmp_path / "saved").mkdir()
     (tmp_path / "saved" / "README.md").write_text("---\nlicense: mit\n---\nMy words\n")
@@ -121,7 +122,7 @@ def test_remote_code_keeps_a_card_when_it_saves_and_refuses_other_layouts(draft,
         draft.save_pretrained({str(tmp_path / "saved")!r})
         AutoModel.from_pretrained({str(tmp_path / "saved")!r}, trust_remote_code=True)
         try:
-            type(draft).from_pretrained({str(TINY / "draft")!r})
+            type(draft.config).from_json_file({str(foreign)!r})
         except ValueError as error:
             assert "pip install dflash-hub" in str(error), error
         else:
