@@ -35,11 +35,9 @@ app.command()(refresh)
 
 
 def main() -> None:
-    """Run the command line; errors that a user can mend are printed without a traceback."""
+    """Run the command line; errors that a user can mend are printed without a traceback, others with it."""
     try:
         app()
-    except Exception as error:
-        expected = isinstance(error, (ValueError, OSError, RuntimeError, ImportError))
-        message = str(error) if expected else f"{type(error).__name__}: {error}"
-        Console(stderr=True).print(f"[red]Error:[/red] {escape(message)}", soft_wrap=True)
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        Console(stderr=True).print(f"[red]Error:[/red] {escape(str(error))}", soft_wrap=True)
         sys.exit(1)

@@ -22,7 +22,7 @@ from .compat_dflash import checkpoint_name, local_of_generate
 from .configuration_dflash import DFlashConfig
 from .generate_dflash import SpeculativeGenerate
 from .kinds import KINDS, kind_named, kind_of
-from .layouts_dflash import variant_of
+from .layouts import variant_of
 from .modeling_dflash import DFlashDraftModel, Qwen3DFlashDraftModel
 from .support_dflash import FAMILIES, check_target, families_of, siblings_of
 

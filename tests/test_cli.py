@@ -36,6 +36,15 @@ def test_python_dash_m_runs_it_and_errors_have_no_traceback():
     assert "Traceback" not in done.stderr + done.stdout
 
 
+def test_an_error_that_nobody_expects_shows_its_traceback(monkeypatch):
+    def broken():
+        raise KeyError("a fault of ours")
+
+    monkeypatch.setattr(cli, "app", broken)
+    with pytest.raises(KeyError, match="a fault of ours"):
+        cli.main()
+
+
 def test_the_demo_shows_both_texts_and_the_figures():
     output = run("demo", "--prompts", "2", "--capture", "off").output
     for text in ("the target alone", "with DFlash", "tokens/s", "acceptance length", "tokens per cycle"):

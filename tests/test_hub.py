@@ -13,7 +13,7 @@ from dflash_hub import DFlashConfig, DFlashDraftModel, DFlashDraftSpec
 from dflash_hub.publishing import PublishOptions, publish
 from dflash_hub.publishing import push as pushing
 from dflash_hub.publishing.probe import digests
-from paths import ROOT, TINY
+from paths import DATA, ROOT, TINY
 
 TRAVELLING = sorted(path.name for path in ROOT.glob("*dflash.py"))
 SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
@@ -108,6 +108,30 @@ def test_a_draft_loaded_by_remote_code_generates_and_is_pushed_again_whole(
     card = ModelCard.load(again)
     assert (card.data.base_model, card.data.license) == ("Qwen/Qwen3-4B", "apache-2.0")
     assert again in card.text
+
+
+def test_remote_code_keeps_a_card_when_it_saves_and_refuses_other_layouts(draft, tmp_path, fresh_process):
+    foreign = DATA / "published_configs" / "z-lab__gemma-4-26B-A4B-it-DFlash.json"
+    draft.save_pretrained(tmp_path / "draft")
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "README.md").write_text("---\nlicense: mit\n---\nMy words\n")
+    fresh_process(
+        f"""
+        from transformers import AutoModel
+        draft = AutoModel.from_pretrained({str(tmp_path / "draft")!r}, trust_remote_code=True)
+        draft.save_pretrained({str(tmp_path / "saved")!r})
+        AutoModel.from_pretrained({str(tmp_path / "saved")!r}, trust_remote_code=True)
+        try:
+            type(draft.config).from_json_file({str(foreign)!r})
+        except ValueError as error:
+            assert "pip install dflash-hub" in str(error), error
+        else:
+            raise AssertionError("A layout that this code does not know was read")
+        """
+    )
+    card = ModelCard.load(tmp_path / "saved" / "README.md")
+    assert (card.text.strip(), card.data.license) == ("My words", "mit")
+    assert digests(DFlashDraftModel.from_pretrained(tmp_path / "saved")) == digests(draft)
 
 
 @pytest.mark.parametrize("loaded", ["hub", "engines"])

@@ -25,6 +25,8 @@ ROOMS_OF_ROOT = {
     "refresh": "publishing",
     "registry": "registry",
     "checkpoints": "registry",
+    "layouts": "registry",
+    "kinds": "registry",
 }
 PACKAGES = ("commands", "evaluation", "publishing", "training")
 FILES = [path for folder in (".", *PACKAGES) for path in sorted((ROOT / folder).glob("*.py"))]
