@@ -514,7 +514,7 @@ def test_one_kind_read_as_the_other_is_refused_saying_what_reads_it(tmp_path, pa
         DFlashConfig.from_dict(golden_config())
     for layout in ("hub", "engines"):
         tiny.draft(target).save_pretrained(tmp_path / layout, layout=layout)
-        with pytest.raises(ValueError, match=r"describes a DFlash 1 draft.*DFlashDraftModel\.from_pretrained"):
+        with pytest.raises(ValueError, match=r"describes a DFlash draft.*DFlashDraftModel\.from_pretrained"):
             DFlash2DraftModel.from_pretrained(tmp_path / layout)
     draft.save_pretrained(tmp_path / "second")
     with pytest.raises(ValueError, match="describes a DFlash 2 draft"):
