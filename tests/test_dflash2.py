@@ -244,7 +244,7 @@ def test_a_walk_coupled_to_the_noise_is_accepted_more_often(pair):
 
 
 def test_three_sampled_tokens_are_distributed_as_generate_distributes_them(monkeypatch):
-    """20,000 triples with the draft and without, as in the sampling tests; right code fails once in 10,000 seeds."""
+    """8,000 triples with the draft and without, as in the sampling tests; right code fails once in 10,000 seeds."""
     from test_sampling import triples, two_sample_excess
 
     target = tiny.target("qwen3")
