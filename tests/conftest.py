@@ -1,8 +1,10 @@
 """A Hub of our own for the whole run: the variables are read when huggingface_hub is imported, so they come first."""
 
+import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -10,7 +12,7 @@ import textwrap
 
 from forked import Servers
 from hubserver import HubServer
-from paths import TINY
+from paths import ROOT, TINY
 
 if "huggingface_hub" in sys.modules:
     raise RuntimeError("huggingface_hub was imported before the tests could point it at their own server")
@@ -112,6 +114,35 @@ def forked_probe(servers, monkeypatch):
         return servers.models.run(*map(str, command[-2:]), code=code)
 
     monkeypatch.setattr(subprocess, "run", run)
+
+
+TRAIN = f"import sys; sys.path.append({str(ROOT / 'tests')!r}); import training_run; training_run.main()"
+
+
+@pytest.fixture
+def train_apart(servers):
+    """Run `training_run.py` as a program; its losses, figures and weights, or None where it was killed by `signal`.
+
+    Several processes find each other by the variables that torchrun would set.
+    """
+
+    def run(folder, *words: str, processes: int = 1, signal: int = 0, **args) -> dict | None:
+        words = ("training_run.py", str(folder), "--args", json.dumps(args), *words)
+        variables = [{}]
+        if processes > 1:
+            alike = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+            variables = [alike | {"RANK": rank, "LOCAL_RANK": rank} for rank in map(str, range(processes))]
+        for running in [servers.training.start(*words, code=TRAIN, **env) for env in variables]:
+            done = running.wait()
+            assert done.returncode == -signal, done.stdout + done.stderr
+        return None if signal else json.loads((folder / "result.json").read_text())
+
+    return run
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
 
 
 @pytest.fixture(scope="session")

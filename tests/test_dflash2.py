@@ -236,7 +236,7 @@ def test_a_walk_coupled_to_the_noise_is_accepted_more_often(pair):
 
 
 def test_three_sampled_tokens_are_distributed_as_generate_distributes_them(monkeypatch):
-    """20,000 triples with the draft and without, as in the sampling tests; right code fails once in 10,000 seeds."""
+    """8,000 triples with the draft and without, as in the sampling tests; right code fails once in 10,000 seeds."""
     from test_sampling import triples, two_sample_excess
 
     target = tiny.target("qwen3")
@@ -340,14 +340,12 @@ def test_options_of_the_trainer_hold_for_it_too(tmp_path, options):
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp2"])
-def test_two_processes_are_one_with_twice_the_batch(tmp_path, how):
-    from test_trainer import run
-
+def test_two_processes_are_one_with_twice_the_batch(tmp_path, how, train_apart):
     options = {"packing": False, "max_steps": 4}
-    one = run(tmp_path / "one", "--second", per_device_train_batch_size=4, **options)
+    one = train_apart(tmp_path / "one", "--second", per_device_train_batch_size=4, **options)
     sharded = {"fsdp": True, "fsdp_config": {"fsdp_version": 2}} if how == "fsdp2" else {}
     options |= {"per_device_train_batch_size": 2, "ddp_backend": "gloo", **sharded}
-    two = run(tmp_path / "two", "--second", processes=2, **options)
+    two = train_apart(tmp_path / "two", "--second", processes=2, **options)
     assert list(two["losses"].values()) == pytest.approx(list(one["losses"].values()), rel=1e-4)
     weights = [load_file(tmp_path / name / "draft" / "model.safetensors") for name in ("one", "two")]
     for name, values in weights[0].items():

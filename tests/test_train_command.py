@@ -15,6 +15,7 @@ SHAPE = ["--mask-token-id", "1", "--block-size", "8", "--num-layers", "1", "--ta
 SMALL = ["--max-length", "96", "--num-anchors", "8", "--max-steps", "6", "--logging-steps", "2", "--report-to", "none"]
 SMALL += ["--disable-tqdm", "true", "--use-cpu", "true", "--per-device-train-batch-size", "2"]
 
+pytestmark = pytest.mark.usefixtures("forked_probe")
 USE = """
     import torch
     from transformers import AutoModel, AutoModelForCausalLM
