@@ -20,11 +20,12 @@ from transformers import PretrainedConfig
 from .checkpoints import Origin, Target, base_of_adapter, origin_of, out_of_cache
 from .compat_dflash import checkpoint_name, local_of_generate
 from .configuration_dflash import DFlashConfig
+from .families import FAMILIES, families_of, siblings_of
 from .generate_dflash import SpeculativeGenerate
 from .kinds import KINDS, kind_named, kind_of
 from .layouts import variant_of
 from .modeling_dflash import DFlashDraftModel, Qwen3DFlashDraftModel
-from .support_dflash import FAMILIES, check_target, families_of, siblings_of
+from .support_dflash import check_target
 
 # Families whose drafts load and can be published, but do not decode here: indexer caches, compressed ones, Kimi K3.
 NOT_DECODED = frozenset({"deepseek_v4", "glm5_next_text", "glm_moe_dsa", "kimi_linear"})
