@@ -190,7 +190,9 @@ def own_eager(module: Any) -> Callable:
     return home.eager_attention_forward
 
 
-def visible_in_window(window: int, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor | None:
+def visible_in_window(
+    window: int, queries: torch.Tensor, keys: torch.Tensor
+) -> torch.Tensor | None:
     """Which `keys [M]` each of `queries [Q]` sees through a causal window, by transformers' own masks: `[Q, M]`.
 
     Checked with 5.15.1 to 5.24.0. None where a version has no such function; the window is then crossed to see.
@@ -253,6 +255,9 @@ def find_file(name: Any, file: str, **where: Any) -> Path | None:
 
     Checked with 5.15.1 to 5.24.0; can go when `cached_file` has public arguments for that.
     """
-    silent = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    silent = {
+        "_raise_exceptions_for_missing_entries": False,
+        "_raise_exceptions_for_connection_errors": False,
+    }
     found = cached_file(name, file, **where, **silent)
     return None if found is None else Path(found)

@@ -45,7 +45,11 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "mellum": ("MellumForCausalLM",),
     "mimo_v2_flash": ("MiMoV2FlashForCausalLM",),
     "minimax_m2": ("MiniMaxM2ForCausalLM",),
-    "mistral": ("Idefics2ForConditionalGeneration", "Mistral3ForConditionalGeneration", "MistralForCausalLM"),
+    "mistral": (
+        "Idefics2ForConditionalGeneration",
+        "Mistral3ForConditionalGeneration",
+        "MistralForCausalLM",
+    ),
     "mistral4": ("Mistral4ForCausalLM",),
     "muse_glimmer_text": ("MuseGlimmerForConditionalGeneration",),
     "nemotron_h": (

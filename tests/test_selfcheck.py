@@ -4,11 +4,11 @@ import functools
 
 import pytest
 import torch
-from test_decode import speculative
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import tiny
 from dflash_hub import attention_dflash, cache_dflash, generation_dflash, selfcheck_dflash
+from test_decode import speculative
 
 FAMILIES = ("qwen3", "gemma3_text", "qwen3_next")  # dense, sliding, recurrent
 
