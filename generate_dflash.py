@@ -69,8 +69,8 @@ class SpeculativeGenerate:
     Besides all that `generate` takes, it takes five keywords, none of which changes the text:
 
     statistics: a `DecodeStatistics` to fill.
-    draft_sampling: "coupled" (when sampling, the draft draws its tokens with the same noise as the target) or "greedy"
-        (it always proposes its likeliest tokens, which are accepted less often).
+    draft_sampling: how the draft chooses tokens when text is sampled. "coupled": with the same noise as the target.
+        "greedy": always the likeliest, which are accepted less often.
     capture: how blocks run. "auto" is CUDA graphs for dense targets on a GPU and eager elsewhere; "graphs" and
         "compile" (torch.compile, with a warm-up of about 30 s) ask for one; "eager" is neither.
     strict: refuse a target whose family the tests do not decode. Otherwise its self-check decides.
