@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoConfig, AutoModel
 from transformers.utils import logging
 
-from .configuration_dflash import DFlashConfig, __version__
+from .configuration_dflash import EXTENSIONS, DFlashConfig, __version__
 from .configuration_dflash2 import DFlash2Config
+from .kinds import KINDS
+from .layouts import read_layout
 
 if TYPE_CHECKING:
     from .generation_dflash import DecodeStatistics
@@ -107,5 +109,14 @@ def _register(config: Any) -> None:
     config.register_for_auto_class()
 
 
-for _config in (DFlashConfig, DFlash2Config):
-    _register(_config)
+def _write_card(*args: Any) -> None:
+    """Write a model card; what that needs is imported when a draft is first saved."""
+    from .publishing.card import write_card
+
+    write_card(*args)
+
+
+EXTENSIONS.read_layout = read_layout
+EXTENSIONS.write_card = _write_card
+for _kind in KINDS.values():
+    _register(_kind.config_class)

@@ -1,99 +1,109 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""Keys and values at fixed columns, so that a rejected token is simply overwritten.
+"""State that can be taken back: keys and values in fixed slots, and snapshots of recurrent state.
 
-This file travels with every pushed draft. The prompt's columns are those of `input_ids`, padding included; every new
-token takes the next column of its own row. Nothing is concatenated or cropped: where each row stands is the only state
-that moves, and a block is written over the columns of the block before it. Buffers grow in buckets.
+This file travels with every pushed draft. The prompt takes the slots of `input_ids`, padding included. Every new token
+takes the next slot of its own row. Nothing is concatenated or cropped: a block overwrites what the block before it left
+behind. Recurrent and convolutional state has no slots, so it is copied before a block. After a rejection the layers
+that hold it run again, over the committed tokens only.
 
-Shapes: B rows, N new positions, Q block positions, S columns of a buffer, L columns that attention reads (L <= S),
-H key and value heads, D head dim, G query heads per key head.
+Shapes: B rows, N new positions, Q block positions, M slots, S slots of a buffer, L slots that attention reads (L <= S),
+H key and value heads, D head dim.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, LinearAttentionLayer
 
 from .compat_dflash import difference
 
 BUCKET = 256
-"""Buffers and reads are rounded up to this many columns, or to an eighth of what is there once that is more."""
+"""Buffers and reads are rounded up to this many slots, or to an eighth of what is there once that is more."""
+
+_MIXERS = ("linear_attn", "mixer", "conv", "mamba", "mamba_decoder.mamba", "self_attn")
+"""Where decoder layers hold the module that keeps recurrent state."""
 
 
-def bucket(columns: int) -> int:
-    """The smallest size of a buffer, or of what is read of it, that holds this many columns."""
-    step = max(BUCKET, 1 << max(columns.bit_length() - 4, 0))
-    return -(-columns // step) * step
+def bucket(slots: int) -> int:
+    """Return the smallest size of a buffer, or of a read, that holds this many slots."""
+    step = max(BUCKET, 1 << max(slots.bit_length() - 4, 0))
+    return -(-slots // step) * step
 
 
-class ColumnLayer(CacheLayerMixin):
-    """Keys and values of one layer, `[B, S, H, D]` each; every column is kept, also where the layer slides."""
+# Slots ----------------------------------------------------------------------------------------------------------------
 
-    def __init__(self, cache: "ColumnCache", is_sliding: bool = False):
+
+class SlotLayer(CacheLayerMixin):
+    """Keys and values of one layer, `[B, S, H, D]` each. A sliding layer keeps every slot too."""
+
+    def __init__(self, owner: "SlotCache", is_sliding: bool = False):
         super().__init__()
-        self.cache, self.is_sliding = cache, is_sliding
-        self.written = 0
-        """How many columns the last forward wrote; 0 again once somebody has looked."""
+        self.owner, self.is_sliding = owner, is_sliding
+        self.num_written = 0
+        """Slots that were written since `SlotCache.check_written`."""
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Buffers for the shapes of `key_states, value_states [B, H, N, D]`; those two may differ in D."""
+        """Make buffers for the shapes of `key_states, value_states [B, H, N, D]`, which may differ in D."""
         self.dtype, self.device = key_states.dtype, key_states.device
         self.keys, self.values = (
-            states.new_zeros(states.shape[0], self.cache.capacity, states.shape[1], states.shape[3])
+            states.new_zeros(states.shape[0], self.owner.capacity, states.shape[1], states.shape[3])
             for states in (key_states, value_states)
         )
         self.is_initialized = True
 
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write `[B, H, N, D]` where the cache says; what attention then reads, `[B, H, L, D]`.
+    def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Refuse: a layer does not know its slots, `SlotView.update` does."""
+        raise NotImplementedError("A layer's cache was updated directly, so its slots are not known.")
 
-        Without columns from the cache, this is the beginning of a text: attention reads what was just computed.
+    def write(self, parts: list[torch.Tensor], key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Write `[B, H, N, D]` to flat slots, one part `[B * n]` of the N positions after the other.
+
+        A later part may overwrite an earlier one, which one write of all would do in no defined order.
         """
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        if self.cache.writes is None:
-            self.fill(0, key_states, value_states)
-            return key_states, value_states
         begin = 0
-        for rows in self.cache.writes:  # in order: a later part may overwrite what an earlier one wrote
+        for rows in parts:
             end = begin + rows.numel() // key_states.shape[0]
             write(self.keys, rows, key_states[:, :, begin:end])
             write(self.values, rows, value_states[:, :, begin:end])
             begin = end
         self._count(begin)
-        length = self.cache.length
+
+    def fill(self, first: int, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Write `[B, H, N, D]` to the slots from `first` on, the same in every row."""
+        end = first + key_states.shape[2]
+        self.keys[:, first:end] = key_states.transpose(1, 2)
+        self.values[:, first:end] = value_states.transpose(1, 2)
+        self._count(end - first)
+
+    def read(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the keys and values of the first `length` slots, `[B, H, L, D]` each."""
         return self.keys[:, :length].transpose(1, 2), self.values[:, :length].transpose(1, 2)
 
-    def fill(self, start: int, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Write `[B, H, N, D]` to the columns from `start` on, the same in every row."""
-        end = start + key_states.shape[2]
-        self.keys[:, start:end] = key_states.transpose(1, 2)
-        self.values[:, start:end] = value_states.transpose(1, 2)
-        self._count(end - start)
-
-    def _count(self, columns: int) -> None:
+    def _count(self, slots: int) -> None:
         if not torch.compiler.is_compiling():
-            self.written = columns
+            self.num_written = slots
 
     def grow(self, capacity: int) -> None:
-        """Room for `capacity` columns."""
+        """Make room for `capacity` slots."""
         if self.is_initialized:
             self.keys, self.values = (
                 torch.cat([old, old.new_zeros(old.shape[0], capacity - old.shape[1], *old.shape[2:])], dim=1)
                 for old in (self.keys, self.values)
             )
 
-    def move(self, source: torch.Tensor, destination: torch.Tensor) -> None:
-        """Copy the flat columns `source [M]` to `destination [M]`; both are read before anything is written."""
+    def copy_slots(self, source: torch.Tensor, destination: torch.Tensor) -> None:
+        """Copy the flat slots `source [B * M]` to `destination [B * M]`. All are read before any is written."""
         for states in (self.keys, self.values):
             flat = states.flatten(0, 1)
             flat.index_copy_(0, destination.to(flat.device), flat[source.to(flat.device)])
 
     def get_seq_length(self) -> int:
-        return self.cache.seen
+        return self.owner.num_prefilled
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return query_length, 0
@@ -102,187 +112,268 @@ class ColumnLayer(CacheLayerMixin):
         return -1
 
 
-class HybridColumnLayer(LinearAttentionLayer, ColumnLayer):
-    """Keys and values by column, and recurrent state, of a layer that has both."""
+class HybridSlotLayer(LinearAttentionLayer, SlotLayer):
+    """A layer with both keys and values in slots and recurrent state."""
 
-    def __init__(self, cache: "ColumnCache", is_sliding: bool, number_of_states: int):
-        ColumnLayer.__init__(self, cache, is_sliding)
+    def __init__(self, owner: "SlotCache", is_sliding: bool, number_of_states: int):
+        SlotLayer.__init__(self, owner, is_sliding)
         LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
-        """By position, keys and values; by name, states: as transformers' own layers of both kinds."""
-        (ColumnLayer if args else LinearAttentionLayer).lazy_initialization(self, *args, **kwargs)
+        """Initialize keys and values if called by position, states if called by name, as transformers' layers are."""
+        (SlotLayer if args else LinearAttentionLayer).lazy_initialization(self, *args, **kwargs)
 
     def get_max_length(self) -> int:
         return -1
 
 
 def write(states: torch.Tensor, rows: torch.Tensor, new: torch.Tensor) -> None:
-    """`new [B, H, N, D]` into `states [B, S, H, D]` at the flat columns `rows [B * N]`."""
+    """Write `new [B, H, N, D]` into `states [B, S, H, D]` at the flat slots `rows [B * N]`."""
     states.flatten(0, 1).index_copy_(0, rows.to(states.device), new.transpose(1, 2).flatten(0, 1))
 
 
-class ColumnCache(Cache):
-    """The buffers of every layer of a model, and where the next forward writes and reads.
+class SlotView(Cache):
+    """A `SlotCache` as one forward sees it: the slots that it writes, and how many it reads.
 
     Args:
-        template: a fresh `DynamicCache` of the model's config; layers without keys and values are kept as they are.
+        parts: flat slots `[B * n]` of each part of the new positions; None at the beginning of a text, where attention
+            reads what was just computed.
+        length: L.
+    """
+
+    def __init__(self, layers: list[Any], parts: list[torch.Tensor] | None, length: int):
+        super().__init__(layers=layers)
+        self.parts, self.length = parts, length
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write `[B, H, N, D]` and return what attention reads, `[B, H, L, D]`."""
+        layer = self.layers[layer_idx]
+        if not layer.is_initialized:
+            layer.lazy_initialization(key_states, value_states)
+        if self.parts is None:
+            layer.fill(0, key_states, value_states)
+            return key_states, value_states
+        layer.write(self.parts, key_states, value_states)
+        return layer.read(self.length)
+
+
+class SlotCache:
+    """The buffers of every layer of a model.
+
+    Args:
+        template: a new `DynamicCache` of the model's config. Layers without keys and values are used as they are.
     """
 
     def __init__(self, template: DynamicCache):
-        super().__init__(layers=[self._layer(layer) for layer in template.layers])
+        self.layers = [self._layer(layer) for layer in template.layers]
         self.capacity = 0
         self.length = 0
-        """Columns that a forward reads."""
-        self.seen = 0
-        """Columns written by whole forwards, for models that count positions themselves."""
-        self.writes: list[torch.Tensor] | None = None
-        """Flat columns `[B * N]` of each part of the next forward's keys; None at the beginning of a text."""
+        """Slots that a forward reads."""
+        self.num_prefilled = 0
+        """Slots of the prompt, for models that count positions themselves."""
 
     def _layer(self, layer: Any) -> Any:
         if not isinstance(layer, CacheLayerMixin):
             return layer
         if isinstance(layer, LinearAttentionLayer):
-            return HybridColumnLayer(self, layer.is_sliding, layer.number_of_states)
-        return ColumnLayer(self, layer.is_sliding)
-
-    def reserve(self, columns: int) -> None:
-        """Let the next forward write and read up to this many columns."""
-        self.length = bucket(columns)
-        if self.length > self.capacity:
-            self.capacity = self.length
-            for layer in self.attention:
-                layer.grow(self.capacity)
+            return HybridSlotLayer(self, layer.is_sliding, layer.number_of_states)
+        return SlotLayer(self, layer.is_sliding)
 
     @property
-    def attention(self) -> list[ColumnLayer]:
-        return [layer for layer in self.layers if isinstance(layer, ColumnLayer)]
+    def slot_layers(self) -> dict[int, SlotLayer]:
+        """The layers with keys and values, by their number."""
+        return {index: layer for index, layer in enumerate(self.layers) if isinstance(layer, SlotLayer)}
 
-    def write_at(self, *columns: torch.Tensor) -> None:
-        """The next forward writes its keys, part by part, to these columns, `[B, N]` each."""
-        self.writes = [self.flat(part) for part in columns]
+    def reserve(self, slots: int) -> None:
+        """Make room for this many slots, and let forwards read all of them."""
+        self.length = bucket(slots)
+        if self.length > self.capacity:
+            self.capacity = self.length
+            for layer in self.slot_layers.values():
+                layer.grow(self.capacity)
 
-    def flat(self, columns: torch.Tensor) -> torch.Tensor:
-        """`columns [B, N]` as rows of the flattened buffers, `[B * N]`."""
-        if columns.shape[0] == 1:
-            return columns[0]
-        offsets = torch.arange(columns.shape[0], device=columns.device)[:, None] * self.capacity
-        return (columns + offsets).flatten()
+    def at_start(self) -> SlotView:
+        """Return the view for a forward over the beginning of a text."""
+        return SlotView(self.layers, None, self.length)
 
-    def check_written(self, columns: int, whose: str) -> None:
-        """Refuse to go on where the last forward did not write `columns` columns into every layer.
+    def at(self, *parts: torch.Tensor) -> SlotView:
+        """Return the view for a forward whose positions go, part by part, to these slots, `[B, N]` each."""
+        return SlotView(self.layers, [self._flat(part) for part in parts], self.length)
+
+    def _flat(self, slots: torch.Tensor) -> torch.Tensor:
+        """`slots [B, N]` as rows of the flattened buffers, `[B * N]`."""
+        if slots.shape[0] == 1:
+            return slots[0]
+        offsets = torch.arange(slots.shape[0], device=slots.device)[:, None] * self.capacity
+        return (slots + offsets).flatten()
+
+    def copy_slots(self, source: torch.Tensor, destination: torch.Tensor) -> None:
+        """Copy the slots `source [B, M]` to `destination [B, M]` in every layer."""
+        for layer in self.slot_layers.values():
+            layer.copy_slots(self._flat(source), self._flat(destination))
+
+    def check_written(self, slots: int, whose: str) -> None:
+        """Check that the last forward wrote `slots` slots of every layer.
 
         Raises:
-            ValueError: naming the first such layer.
+            ValueError: naming the first layer in which it did not.
         """
-        for index, layer in enumerate(self.layers):
-            if isinstance(layer, ColumnLayer):
-                written, layer.written = layer.written, 0
-                if written != columns:
-                    raise difference(f"Layer {index} of {whose} cached {written} of {columns} positions")
-
-    def move(self, source: torch.Tensor, destination: torch.Tensor) -> None:
-        """Copy columns `source [B, M]` to `destination [B, M]` in every layer."""
-        for layer in self.attention:
-            layer.move(self.flat(source), self.flat(destination))
-
-
-class Masks:
-    """Which columns each position of a block sees, as additive masks that are kept, and corrected as rows move on.
-
-    Between two cycles a row moves by at most one block, so a mask differs from the last one only in the columns near
-    the block and, where a window slides, near the window's far end: those alone are written again.
-
-    Args:
-        hidden `[B, S]`: columns of the prompt that nothing but themselves may see (padding), True where hidden.
-        size: of the block, at first a chain; `move` makes it any tree of that size.
-    """
-
-    def __init__(self, hidden: torch.Tensor, start: torch.Tensor, size: int):
-        self.hidden, self.start, self.size = hidden, start, size
-        self.chain = self.ancestors = chain(size, start.device)
-        self.depth = self.ancestors.sum(-1) - 1  # [Q]
-        self.steps = torch.arange(size, device=start.device)  # [Q]
-        self.near = torch.arange(-size, size, device=start.device)
-        self.kept: dict[tuple, torch.Tensor] = {}
-
-    def get(
-        self, window: int | None, causal: bool, groups: int, dtype: torch.dtype, device: torch.device
-    ) -> torch.Tensor:
-        """`[B, 1, groups * Q, S]`, 0 where visible and -inf elsewhere."""
-        kind = (window, causal, groups, dtype, device)
-        if kind not in self.kept:
-            everything = torch.arange(self.hidden.shape[1], device=self.start.device)[None]
-            values = self._values(everything.expand(len(self.start), -1), window, causal)
-            values = values.to(device, dtype)[:, None, None]
-            self.kept[kind] = values.expand(-1, 1, groups, -1, -1).contiguous()
-        return self.kept[kind].flatten(2, 3)
-
-    def move(self, start: torch.Tensor, ancestors: torch.Tensor) -> None:
-        """The blocks now begin at `start [B]`, at most Q columns after where they began, and are this tree.
-
-        Args:
-            ancestors `[Q, Q]`: `chain` or `ancestors` of the block.
-        """
-        self.start, self.ancestors, self.depth = start, ancestors, ancestors.sum(-1) - 1
-        for (window, causal, _, dtype, device), mask in self.kept.items():
-            regions = self.near if window is None else torch.cat([self.near, self.near - window])
-            columns = (start[:, None] + regions).clamp_min(0)
-            values = self._values(columns, window, causal).to(device, dtype)[:, None, None]
-            index = columns.to(device)[:, None, None, None].expand(*mask.shape[:-1], -1)
-            mask.scatter_(-1, index, values.expand_as(index))
-
-    def _values(self, columns: torch.Tensor, window: int | None, causal: bool) -> torch.Tensor:
-        """`[B, Q, M]` for `columns [B, M]`."""
-        visible = self.visible(columns, window, causal)
-        return torch.zeros(visible.shape, device=visible.device).masked_fill_(~visible, float("-inf"))
-
-    def visible(self, columns: torch.Tensor, window: int | None, causal: bool) -> torch.Tensor:
-        """Whether each position of the block sees `columns [B, M]`: `[B, Q, M]`.
-
-        A window of W shows what lies at a distance below W, on both sides where the layer is not causal.
-        """
-        offset = columns - self.start[:, None]  # [B, M]; from 0 on, the block itself
-        inside = (offset >= 0) & (offset < self.size)
-        if causal:
-            in_block = self.ancestors[:, offset.clamp(0, self.size - 1)].transpose(0, 1)  # [B, Q, M]
-        else:
-            in_block = torch.ones_like(inside)[:, None]
-        seen = torch.where(inside[:, None], in_block, (offset < 0)[:, None])
-        if window is not None:
-            there = torch.where(inside, self.depth[offset.clamp(0, self.size - 1)], offset)
-            distance = self.depth[:, None] - there[:, None]  # [B, Q, M]
-            seen = seen & (distance.abs() < window)
-        itself = offset[:, None] == self.steps[:, None]
-        return (seen & ~self.hidden.gather(1, columns)[:, None]) | itself
-
-
-def chain(size: int, device: torch.device) -> torch.Tensor:
-    """`[Q, Q]`: each position of a chain comes after all before it."""
-    return torch.ones(size, size, dtype=torch.bool, device=device).tril()
-
-
-def ancestors(parents: torch.Tensor) -> torch.Tensor:
-    """`[Q, Q]`: True where the second position lies on the way from the first to the root, both included.
-
-    Args:
-        parents `[Q]`: the position before each; -1 for the root, which is the first. Parents come before children.
-    """
-    found = torch.eye(len(parents), dtype=torch.bool, device=parents.device)
-    for position, parent in enumerate(parents.tolist()):
-        if parent >= 0:
-            found[position] |= found[parent]
-    return found
-
-
-def widen(hidden: torch.Tensor, columns: int) -> torch.Tensor:
-    """`hidden [B, S]` with at least this many columns, none of the new ones hidden; itself where it has them."""
-    missing = columns - hidden.shape[1]
-    return torch.nn.functional.pad(hidden, (0, missing)) if missing > 0 else hidden
+        for index, layer in self.slot_layers.items():
+            written, layer.num_written = layer.num_written, 0
+            if written != slots:
+                raise difference(f"Layer {index} of {whose} cached {written} of {slots} positions")
 
 
 def rewindable_cache(config: Any) -> Cache:
-    """A fresh cache for calling a draft by hand: tokens can be taken back from it with `crop`."""
+    """Return a new cache for calling a draft by hand; `crop` takes tokens back from it."""
     cache = DynamicCache(config=config)
     cache.activate_past_recording()
     return cache
+
+
+# Recurrent state ------------------------------------------------------------------------------------------------------
+
+MixerInputs = dict[int, tuple[tuple, dict[str, Any]]]
+"""For each recurrent layer, the arguments of its mixer."""
+
+
+@dataclass
+class Snapshot:
+    """What takes a block back from the recurrent layers."""
+
+    states: dict[int, list[dict[int, torch.Tensor]]]
+    """For each layer, its convolutional and its recurrent states before the block."""
+    mixer_inputs: MixerInputs
+
+
+class RecurrentLayers:
+    """The recurrent layers of a model: their states, and the mixers that change them.
+
+    Args:
+        cache_layers: of the cache.
+        layers: of the decoder.
+    """
+
+    def __init__(self, cache_layers: list[Any], layers: nn.ModuleList):
+        self.states = {i: layer for i, layer in enumerate(cache_layers) if isinstance(layer, LinearAttentionLayer)}
+        self.mixers = {index: find_mixer(layers[index]) for index in self.states}
+        self.mixer_inputs: MixerInputs = {}
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Record the inputs of every mixer."""
+        hooks = [
+            module.register_forward_pre_hook(self._hook(index), with_kwargs=True)
+            for index, module in self.mixers.items()
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _hook(self, index: int) -> Callable:
+        def record(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            self.mixer_inputs[index] = (args, kwargs)
+
+        return record
+
+    def snapshot(self) -> Snapshot:
+        """Copy every state before a block. Afterwards `record_inputs` completes the snapshot."""
+        self.mixer_inputs = {}
+        states = {}
+        for index, layer in self.states.items():
+            states[index] = [cloned(layer.conv_states), cloned(layer.recurrent_states)]
+        return Snapshot(states, {})
+
+    def record_inputs(self, snapshot: Snapshot, whose: str) -> None:
+        """Put the inputs of the block's forward into the snapshot.
+
+        Raises:
+            ValueError: a mixer with state was not called as a module.
+        """
+        snapshot.mixer_inputs, self.mixer_inputs = self.mixer_inputs, {}
+        for index, states in snapshot.states.items():
+            if any(states) and index not in snapshot.mixer_inputs:
+                raise difference(f"The recurrent part of layer {index} of {whose} was not called as a module")
+
+
+def roll_back(recurrent: RecurrentLayers, snapshot: Snapshot, committed: list[int], size: int) -> None:
+    """Leave the states as if each row had seen only its first `committed[row]` of the block's `size` tokens.
+
+    Rows that committed the whole block are right as they are.
+    """
+    for count in sorted(set(committed) - {size}):
+        rows = [row for row, tokens in enumerate(committed) if tokens == count]
+        for index, states in snapshot.states.items():
+            if any(states):  # some versions count layers without a mixer as recurrent; those never hold a state
+                _recompute(recurrent, index, snapshot, rows, count)
+
+
+def _recompute(recurrent: RecurrentLayers, index: int, snapshot: Snapshot, rows: list[int], count: int) -> None:
+    """Run the mixer of one layer again for some rows, over their first `count` tokens, and put their states in."""
+    layer = recurrent.states[index]
+    after = (layer.conv_states, layer.recurrent_states)
+    before = snapshot.states[index]
+    layer.conv_states = {key: state[rows] for key, state in before[0].items()}
+    layer.recurrent_states = {key: state[rows] for key, state in before[1].items()}
+    if count:
+        args, kwargs = snapshot.mixer_inputs[index]
+        first = [_part(value, rows, count) for value in args]
+        named = {name: _part(value, rows, count) for name, value in kwargs.items()}
+        recurrent.mixers[index](*first, **named)
+    for whole, part in zip(after, (layer.conv_states, layer.recurrent_states), strict=True):
+        for key, state in part.items():
+            whole[key][rows] = state
+    layer.conv_states, layer.recurrent_states = after
+
+
+def cloned(states: dict[int, Any]) -> dict[int, torch.Tensor]:
+    """Copy the states that are there; a mixer may write to them in place."""
+    return {key: state.clone() for key, state in states.items() if state is not None}
+
+
+def states_of(layer: LinearAttentionLayer) -> dict[str, Any]:
+    """Copy what a layer holds of its states, without the keys and values that it may hold besides."""
+    names = vars(LinearAttentionLayer(number_of_states=layer.number_of_states))
+    return _copied({name: value for name, value in vars(layer).items() if name in names})
+
+
+def restore_states(layer: LinearAttentionLayer, saved: dict[str, Any]) -> None:
+    """Put back what `states_of` returned; `saved` is copied and not changed."""
+    vars(layer).update(_copied(saved))
+
+
+def _copied(saved: dict[str, Any]) -> dict[str, Any]:
+    """Copy the attributes of a layer, its dicts and its states."""
+    copy = {}
+    for name, value in saved.items():
+        copy[name] = dict(value) if isinstance(value, dict) else value
+    for name in ("conv_states", "recurrent_states"):
+        for key, state in copy[name].items():
+            copy[name][key] = None if state is None else state.clone()
+    return copy
+
+
+def find_mixer(layer: nn.Module) -> nn.Module:
+    """Return the child of a decoder layer that keeps its recurrent state.
+
+    Raises:
+        ValueError: it is not where transformers' hybrid models hold it.
+    """
+    for name in _MIXERS:
+        found: Any = layer
+        for part in name.split("."):
+            found = getattr(found, part, None)
+        if found is not None:
+            return found
+    raise ValueError(f"{type(layer).__name__} keeps recurrent state in a module that is not known here.")
+
+
+def _part(value: Any, rows: list[int], count: int) -> Any:
+    """Return the first `count` positions of some rows of a tensor `[B, Q, ...]`; anything else as it is."""
+    if not isinstance(value, torch.Tensor) or value.ndim < 2:
+        return value
+    return value[rows][:, :count]

@@ -202,7 +202,7 @@ def visible_in_window(window: int, queries: torch.Tensor, keys: torch.Tensor) ->
 # Cache layers --------------------------------------------------------------------------------------------------------
 
 
-def set_columns_seen(layer: Any, columns: int) -> None:
+def set_slots_seen(layer: Any, slots: int) -> None:
     """Tell a sliding layer of a `DynamicCache` how long its text is, of which it keeps the end.
 
     Checked with 5.15.1 to 5.24.0; can go when such a layer can be built from its keys and the length.
@@ -212,7 +212,7 @@ def set_columns_seen(layer: Any, columns: int) -> None:
     """
     if not hasattr(layer, "cumulative_length"):
         raise difference(f"{type(layer).__name__} does not say how long its text is")
-    layer.cumulative_length = columns
+    layer.cumulative_length = slots
 
 
 # Auto classes and configs --------------------------------------------------------------------------------------------

@@ -1,13 +1,14 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""What a DFlash draft is: typed fields, and the translation of every published layout into them.
+"""What a DFlash draft is: typed fields, and the translation of what is on disk into them.
 
 This file travels with every pushed draft. Layouts are translated once, in `DFlashConfig.from_dict`; the model
-only ever sees the typed fields. Sources: DFlash (arXiv 2602.06036) and its reference code, z-lab/dflash; the
-layouts are those that z-lab, NVIDIA (Model Optimizer, NeMo AutoModel), SpecForge and Meta's Muse assistant publish.
+only ever sees the typed fields. Sources: DFlash (arXiv 2602.06036) and its reference code, z-lab/dflash.
 """
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,25 @@ from .layouts_dflash import (  # noqa: E402
     check_rope,
     engines_layout,
     modern_rope,
-    read_layout,
+    read_own_layout,
     shown,
 )
+
+
+@dataclass
+class Extensions:
+    """What importing dflash_hub adds to this code; the copies of it in repositories do without.
+
+    Args:
+        read_layout: reads a config.json of any published layout; a copy reads the hub and the engines layout.
+        write_card: writes a model card from the package's template; a copy passes on the card that it found.
+    """
+
+    read_layout: Callable[[dict[str, Any], dict[str, Any], str], dict[str, Any]] = read_own_layout
+    write_card: Callable[..., None] | None = None
+
+
+EXTENSIONS = Extensions()
 
 
 class DFlashConfig(PretrainedConfig):
@@ -58,9 +75,9 @@ class DFlashConfig(PretrainedConfig):
         vocab_size: the target's, where it is known; the draft has neither embedding nor head of its own.
         final_logit_softcapping: the target's soft cap, kept for engines that read it; it changes no argmax here.
 
-    The other fields are Qwen3's. `from_pretrained` and `from_dict` read every published DFlash 1 layout, and refuse
-    by name what this model cannot run. Contradicting or missing fields, and values that a field cannot have, raise
-    `ValueError`, also where a field is set later; `layouts_dflash.FIELDS` says what each may hold.
+    The other fields are Qwen3's. With dflash_hub imported, `from_pretrained` and `from_dict` read every published
+    DFlash 1 layout, and refuse by name what this model cannot run. Contradicting or missing fields, and values that a
+    field cannot have, raise `ValueError`, also where a field is set later; `layouts_dflash.FIELDS` has the bounds.
     """
 
     model_type = "dflash"
@@ -290,7 +307,7 @@ class DFlashConfig(PretrainedConfig):
             if dtype is not None and not (isinstance(dtype, str) and dtype == "auto"):
                 check_field(name, dtype, kind=FIELDS["dtype"])
                 given["dtype"] = dtype
-        return super().from_dict(read_layout(config_dict, given, cls.model_type), **kwargs)
+        return super().from_dict(EXTENSIONS.read_layout(config_dict, given, cls.model_type), **kwargs)
 
     # Writing ---------------------------------------------------------------------------------------------------
 

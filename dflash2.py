@@ -5,16 +5,11 @@
 This file travels with every pushed DFlash 2 draft.
 """
 
-from typing import Any
-
 from .dflash import DFlashDraftModel as Entry
+from .modeling_dflash2 import DFlash2DraftModel as Draft
 
 
 class DFlash2DraftModel(Entry):
     """Loads the draft of `modeling_dflash2`."""
 
-    @classmethod
-    def draft(cls) -> Any:
-        from .modeling_dflash2 import DFlash2DraftModel as Draft
-
-        return Draft
+    draft = Draft

@@ -1,46 +1,46 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""Decoding with a draft: draft, verify, accept, commit. The text is exactly the target's; only the time falls.
+"""The decode loop: draft, verify, accept, commit. The text is exactly the target's; only the time falls.
 
-This file travels with every pushed draft. After DFlash (arXiv 2602.06036) and z-lab/dflash. `speculate` is the decoding
-function that the target's `generate` calls with everything prepared; everything else leads to it.
+This file travels with every pushed draft. After DFlash (arXiv 2602.06036) and z-lab/dflash. `DecoderSession.decode`
+(`generate_dflash`) calls `prefill` and then `decode`, with everything prepared.
 
-Shapes: B rows, P prompt columns, Q block positions, V vocabulary, F taps * target hidden size.
+Shapes: B rows, P prompt slots, N new positions, Q block positions, V vocabulary, F taps * target hidden size.
 """
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
-from .cache_dflash import Masks, ancestors, widen
-from .drafting_dflash import Drafter
-from .handover_dflash import take_over
-from .sampling_dflash import Chooser
-from .selfcheck_dflash import Answer, can_check, check_prompt
-from .target_dflash import Target
-from .text_dflash import Prompt, Texts
+from .cache_dflash import roll_back
+from .proposals_dflash import Proposal, Proposer, accept, paths
+from .sampling_dflash import Sampler
+from .selfcheck_dflash import can_check_prompt, check_prompt
+from .sequences_dflash import Prompt, Sequences
+from .target_dflash import Target, TargetOutput, TargetState, gather_path
 
 
 @dataclass
 class DecodeStatistics:
-    """What a decode did. Filled while it runs, if given to `generate(..., statistics=...)`; several may add up."""
+    """Counts and times of a decode. Filled if passed to `generate(..., statistics=...)`; several decodes add up."""
 
     cycles: int = 0
     """Draft and verify forwards, each over the whole batch."""
     committed: list[int] = field(default_factory=list)
-    """Tokens committed in each cycle, the target's own included; one entry for every row still going."""
+    """Tokens committed in each cycle, the target's own included; one entry for every row that was not finished."""
     accepted_at: list[int] = field(default_factory=list)
     """How often the drafted token at position 1, 2, ... of the block was accepted."""
     prefill_seconds: float = 0.0
-    """Until the first token, which prefill gives and no cycle counts."""
+    """Until the first token, which the prefill gives and no cycle counts."""
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
     rest_seconds: float = 0.0
-    """Everything else between the first token and the last: choosing, accepting, committing, telling."""
+    """Everything else between the first token and the last: sampling, accepting, committing, streaming."""
+    rollback_seconds: float = 0.0
+    """Of the rest, taking rejected tokens back from recurrent layers."""
 
     @property
     def decode_seconds(self) -> float:
@@ -56,24 +56,32 @@ class DecodeStatistics:
         """For each drafted position of the block, the share of cycles in which its token was accepted."""
         return [count / len(self.committed) for count in self.accepted_at]
 
-    def count(self, counts: list[tuple[int, int]], size: int) -> None:
-        """One cycle of blocks of `size`: for each row, drafted tokens accepted, and tokens kept (0 once ended)."""
+    def add_cycle(self, counts: list[tuple[int, int]], size: int) -> None:
+        """Count one cycle of blocks of `size`.
+
+        In a cycle of two rows with the counts (3, 4) and (0, 1), the first accepted 3 drafted tokens and committed
+        those and the target's own; the second committed only the target's own.
+
+        Args:
+            counts: for each row, drafted tokens accepted and tokens committed; 0 committed once it is finished.
+        """
         self.cycles += 1
         self.accepted_at = self.accepted_at or [0] * (size - 1)
-        for accepted, kept in counts:
-            if kept:
-                self.committed.append(kept)
-                for position in range(min(accepted, kept)):
-                    self.accepted_at[position] += 1
+        for accepted, committed in counts:
+            if committed:
+                self.committed.append(committed)
+            for position in range(min(accepted, committed)):
+                self.accepted_at[position] += 1
 
 
 class Recorder:
-    """Times the phases of a decode for `DecodeStatistics`; without any to fill, it does nothing at all."""
+    """Times the phases of a decode for `DecodeStatistics`. Without any to fill, it does nothing."""
 
     def __init__(self, statistics: DecodeStatistics | None, device: torch.device):
         self.statistics, self.device = statistics, device
 
-    def phase(self, name: str) -> Any:
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """Add the time inside the context to `<name>_seconds`."""
         return nullcontext() if self.statistics is None else self._timed(name)
 
     @contextmanager
@@ -83,222 +91,207 @@ class Recorder:
         field_name = f"{name}_seconds"
         setattr(self.statistics, field_name, getattr(self.statistics, field_name) + now(self.device) - started)
 
+    def record_cycle(self, counts: list[tuple[int, int]], size: int) -> None:
+        """Count a cycle, see `DecodeStatistics.add_cycle`."""
+        if self.statistics is not None:
+            self.statistics.add_cycle(counts, size)
+
 
 def now(device: torch.device) -> float:
-    """Seconds, once the device has done what it was asked to."""
+    """Return seconds, once the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
-@dataclass
-class Proposal:
-    """A tree of tokens whose root is the anchor.
+class StepOutputs:
+    """The scores or logits of every committed token, for those who asked `generate` for them.
 
     Args:
-        tokens `[B, Q]`: the anchor first.
-        parents `[Q]`: the position before each, -1 for the root; the same in every row, and on the host. None for the
-            plain chain.
+        names: of "scores" and "logits", those to collect.
     """
 
-    tokens: torch.Tensor
-    parents: torch.Tensor | None = None
+    def __init__(self, names: tuple[str, ...], rows: int):
+        self.collected: dict[str, list[list[torch.Tensor]]] = {}
+        for name in names:
+            self.collected[name] = [[] for _ in range(rows)]
 
-    @property
-    def ways(self) -> list[list[int]]:
-        """For each position, the positions from the root to it."""
-        if self.parents is None:
-            return [list(range(position + 1)) for position in range(self.tokens.shape[1])]
-        ways: list[list[int]] = []
-        for position, parent in enumerate(self.parents.tolist()):
-            ways.append([*(ways[parent] if parent >= 0 else []), position])
-        return ways
+    def collect(self, scores: torch.Tensor, logits: torch.Tensor, counts: list[int]) -> None:
+        """Append the first `counts[row]` positions of each row of `scores, logits [B, Q, V]`, if collected."""
+        for name, values in (("scores", scores), ("logits", logits)):
+            for row, collected in enumerate(self.collected.get(name, [])):
+                collected.extend(values[row, : counts[row]].clone().unbind())
 
-    @property
-    def depths(self) -> list[int]:
-        """How far each position is from the root."""
-        if self.parents is None:
-            return list(range(self.tokens.shape[1]))
-        return [len(way) - 1 for way in self.ways]
+    def per_step(self, name: str, longest: int) -> tuple[torch.Tensor, ...] | None:
+        """Return `[B, V]` for each of the `longest` new slots, zeros where a row had ended; None if not collected."""
+        if name not in self.collected:
+            return None
+        rows = self.collected[name]
+        reference = max(rows, key=len)
+        steps = []
+        for step in range(min(len(reference), longest)):
+            steps.append(torch.zeros_like(reference[step]).repeat(len(rows), 1))
+            for row, collected in enumerate(rows):
+                if step < len(collected):
+                    steps[-1][row] = collected[step]
+        return tuple(steps)
 
 
-def accept(proposal: Proposal, choices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which drafted tokens stay: those on the way down that are all the target's own choice.
+class DecodeState:
+    """A batch while it is decoded. `prefill` makes it ready for the first cycle.
 
     Args:
-        choices `[B, Q]`: the target's token after each position of the proposal.
-
-    Returns:
-        How many stay, `[B]`; and the way, `[B, Q]`: positions of the proposal from the root on, of which the first
-        `1 + accepted` count. The tokens to commit are the choices along it.
+        on_target: what the target holds of this decode.
     """
-    tokens, parents = proposal.tokens, proposal.parents
-    if parents is None:
-        accepted = (tokens[:, 1:] == choices[:, :-1]).cumprod(dim=1).sum(dim=1)
-        return accepted, torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-    lineage, parents = ancestors(parents).to(tokens.device), parents.to(tokens.device)  # [Q, Q], [Q]
-    right = (tokens == choices[:, parents.clamp_min(0)]) | (parents < 0)  # [B, Q]
-    stays = (right[:, None] | ~lineage).all(dim=-1)
-    tip = torch.where(stays, lineage.sum(dim=-1), 0).argmax(dim=-1)  # [B], the deepest that stays
-    order = torch.where(lineage[tip], torch.arange(len(parents), device=tokens.device), len(parents)).sort().values
-    return lineage[tip].sum(dim=-1) - 1, order.clamp_max(len(parents) - 1)
+
+    def __init__(
+        self,
+        target: Target,
+        on_target: TargetState,
+        prompt: Prompt,
+        sequences: Sequences,
+        sampler: Sampler,
+        step_outputs: StepOutputs,
+    ):
+        self.target, self.on_target = target, on_target
+        self.prompt, self.sequences = prompt, sequences
+        self.sampler, self.step_outputs = sampler, step_outputs
+        self.slots = torch.full((len(prompt.input_ids),), prompt.width - 1, device=prompt.device)
+        """`[B]`, the slot of each row's anchor."""
+        self.anchor = prompt.input_ids[:, -1:]
+        """`[B, 1]`, each row's last committed token."""
+        self.active = torch.ones_like(self.slots)
+        """`[B]`, 1, or 0 where a row is finished."""
+
+    @property
+    def last_slots(self) -> list[int]:
+        """The slot of each row's last committed token, on the host."""
+        return [self.prompt.width + len(tokens) - 1 for tokens in self.sequences.generated]
+
+    @property
+    def next_slots(self) -> list[int]:
+        """The slot of each row's next token, on the host."""
+        return [slot + 1 for slot in self.last_slots]
+
+    def user_code(self) -> AbstractContextManager[None]:
+        """Let processors, stopping criteria and streamers that are not transformers' own call the target inside."""
+        runs = self.sampler.reads_text or self.sequences.streamer is not None or self.sequences.stop_conditions.others
+        return self.target.attention.uninstalled() if runs else nullcontext()
+
+    def prefixes(self, proposal: Proposal) -> list[list[torch.Tensor]] | None:
+        """Return, for each row and position, the ids `[T]` up to and with it; None if no processor reads them."""
+        if not self.sampler.reads_text:
+            return None
+        if proposal.parents is None:
+            return self.sequences.chain_prefixes(proposal.tokens)
+        return self.sequences.tree_prefixes(proposal.tokens, paths(proposal.parents))
+
+    def commit(
+        self, target_tokens: torch.Tensor, accepted: torch.Tensor, scores: torch.Tensor, logits: torch.Tensor
+    ) -> list[tuple[int, int]]:
+        """Append tokens to every row, and move each to its new anchor.
+
+        Args:
+            target_tokens `[B, Q]`, scores and logits `[B, Q, V]`: along the accepted path.
+            accepted `[B]`: drafted tokens that were accepted; one token more is committed.
+
+        Returns:
+            For each row, drafted tokens accepted and tokens committed.
+
+        Raises:
+            ValueError: the target's logits are not numbers.
+        """
+        cycle = torch.cat([target_tokens, accepted[:, None]], dim=1).tolist()  # the cycle's one transfer to the host
+        tokens = [row[: row[-1] + 1] for row in cycle]
+        self._check_numbers(tokens)
+        counts = self.sequences.append_tokens(tokens)
+        self.step_outputs.collect(scores, logits, counts)
+        steps = (accepted + 1) * self.active
+        if self.sequences.row_ended:  # finished rows stop advancing; tokens computed for them are ignored
+            steps = torch.tensor(counts, device=steps.device)
+            self.active = torch.tensor(self.sequences.active, device=steps.device).long()
+        self.slots = self.slots + steps
+        last = target_tokens.gather(1, (steps[:, None] - 1).clamp_min(0))
+        self.anchor = torch.where(steps[:, None] > 0, last, self.anchor)
+        return [(row[-1], count) for row, count in zip(cycle, counts, strict=True)]
+
+    def _check_numbers(self, tokens: list[list[int]]) -> None:
+        """Refuse the token -1, which stands for NaN logits, in a row that is not finished."""
+        for row, active in zip(tokens, self.sequences.active, strict=True):
+            if active and min(row) < 0:
+                raise ValueError(
+                    f"The logits of {self.target.name} are NaN, so no token can be chosen: it may overflow in "
+                    f"{self.target.model.dtype}, or its weights are broken."
+                )
 
 
 @torch.no_grad()
-def decode(pair: "Pair", statistics: DecodeStatistics | None = None) -> None:
-    """The decode loop. What proposes a block, and what the texts do with it, are the pair's steps.
+def prefill(state: DecodeState, proposer: Proposer, first_slot: int, check_size: int) -> bool:
+    """Run the prompt through the target, its context features to the proposer, and commit each row's first token.
+
+    Args:
+        first_slot: of the prompt that no cache holds yet.
+        check_size: of the block with which the end of the prompt is checked, see `selfcheck_dflash`; 0 for no check.
+
+    Returns:
+        Whether the prompt was checked.
+    """
+    prompt = state.prompt
+    target, on_target = state.target, state.on_target
+    checked = False
+    for first, last in prompt.chunks(first_slot, recurrent=bool(on_target.recurrent.states)):
+        checks = first == 0 and check_size > 0 and can_check_prompt(prompt, last, check_size)
+        output = run_chunk(state, first, last, check_size if checks else 1)
+        if checks:
+            check_prompt(target, on_target, prompt, output)
+            checked = True
+        proposer.append_context(output.features, first)
+    logits = output.logits[:, -1:].to(state.slots.device)
+    with state.user_code():
+        prefixes = state.prefixes(Proposal(state.anchor))
+        target_tokens, scores = state.sampler.sample(logits, state.next_slots, None, prefixes)
+        state.commit(target_tokens, torch.zeros_like(state.slots), scores, logits)
+    return checked
+
+
+def run_chunk(state: DecodeState, first: int, last: int, num_logits: int) -> TargetOutput:
+    """Run the prompt's slots `first` to before `last`, given those before.
+
+    Args:
+        num_logits: positions of the prompt's beginning that get logits; of a later part it is the last one.
+    """
+    prompt = state.prompt
+    if first == 0:
+        return state.target.prefill(state.on_target, prompt.model_inputs(state.target.model, last), num_logits)
+    slots = torch.arange(first, last, device=prompt.device).expand(len(state.slots), -1)
+    positions = prompt.positions[..., first:last]
+    return state.target.prefill_chunk(state.on_target, prompt.ids(first, last), slots, positions)
+
+
+@torch.no_grad()
+def decode(state: DecodeState, proposer: Proposer, recorder: Recorder) -> None:
+    """Decode every row to its end.
 
     Raises:
         ValueError: the target's logits are not numbers.
     """
-    recorder = Recorder(statistics, pair.draft.device)
-    with recorder.phase("prefill"):
-        pair.prefill()
-    while not pair.texts.finished:
+    target, on_target = state.target, state.on_target
+    while not state.sequences.finished:
         with recorder.phase("draft"):
-            proposal = pair.propose()  # draft: a tree of tokens, [B, Q], with the anchor as its root
+            proposal = proposer.propose(state)  # a tree for each row, tokens [B, Q], with the anchor as its root
         with recorder.phase("verify"):
-            logits = pair.verify(proposal)  # [B, Q, V]
-        with recorder.phase("rest"):
-            choices = pair.choose(proposal, logits)  # [B, Q]: the target's own token after each position
-            accepted, way = accept(proposal, choices)  # how many drafted tokens stay, and which
-            counts = pair.commit(proposal, choices, accepted, way)  # to the texts; the rest of the block is undone
-        if statistics is not None:
-            statistics.count(counts, proposal.tokens.shape[1])
-
-
-class Pair:
-    """A target and a draft while they decode a batch: the steps of a cycle, on all rows at once.
-
-    Args:
-        prompt: the prompt and what `generate` prepared with it.
-        keep: of "scores" and "logits", those to keep of every committed token.
-    """
-
-    def __init__(self, target: Target, drafter: Drafter, prompt: Prompt, texts: Texts, chooser: Chooser, keep: tuple):
-        self.unchecked = False
-        """Whether the prompt shall be checked, see `selfcheck_dflash`."""
-        self.has_checked = False
-        self.target, self.drafter, self.prompt, self.texts, self.chooser = target, drafter, prompt, texts, chooser
-        self.draft, self.model = drafter.draft, target.model
-        self.kept: dict[str, list[list[torch.Tensor]]] = {name: [[] for _ in texts.new] for name in keep}
-        self.hidden, self.end = prompt.hidden, prompt.end
-        self.start = torch.full((len(texts.new),), prompt.width - 1, device=prompt.device)  # [B], of each row's anchor
-        self.anchor = prompt.input_ids[:, -1:]  # [B, 1], each row's last token
-        self.active = torch.ones_like(self.start)  # [B], 0 where the text has ended
-
-    @property
-    def columns(self) -> list[int]:
-        """The column of each row's last token, as far as it is committed."""
-        return [self.prompt.width + len(new) - 1 for new in self.texts.new]
-
-    def prefill(self) -> None:
-        """The prompt through the target, its context features through the draft, and the first token of each row."""
-        done = take_over(self.prompt.cache, self.target, self.drafter)
-        for first, last in self.prompt.chunks(done, recurrent=bool(self.target.recurrence.states)):
-            checks = self.unchecked and first == 0 and can_check(self.prompt, last, self.drafter.size)
-            logits = self._prompt_logits(first, last, self.drafter.size if checks else 1)
-            features = self.target.taps.take()
-            if checks:
-                check_prompt(self.target, self.prompt, Answer(logits, features))
-                self.has_checked = True
-            self.drafter.absorb(features, first)
-        choices = self.choose(Proposal(self.anchor), logits[:, -1:].to(self.start.device))
-        self._commit(choices, torch.zeros_like(self.start))
-
-    def _prompt_logits(self, first: int, last: int, wanted: int) -> torch.Tensor:
-        """`[B, N, V]`: of the last of the prompt's columns `first` to `last`, given those before.
-
-        N is `wanted` where they are the first columns, and 1 elsewhere.
-        """
-        if first == 0:
-            return self.target.begin(self.prompt.model_inputs(self.model, last), wanted)
-        columns = torch.arange(first, last, device=self.prompt.device).expand(len(self.start), -1)
-        positions = self.prompt.positions[..., first:last]
-        return self.target.go_on(self.prompt.ids(first, last), columns, positions, self.hidden)[:, None]
-
-    def propose(self) -> Proposal:
-        """A chain: the anchor and the draft's tokens after it."""
-        columns, size = self.columns, self.drafter.size
-        logits = self.drafter.propose(self.anchor, self.start, max(columns) + size)
-        tokens = self.chooser.draft(logits, [range(column + 1, column + size) for column in columns], self.drafter.pick)
-        return Proposal(torch.cat([self.anchor, tokens], dim=1))
-
-    def verify(self, proposal: Proposal) -> torch.Tensor:
-        """The target's logits after each position of the proposal, `[B, Q, V]`."""
-        size = proposal.tokens.shape[1]
-        if proposal.parents is not None and self.target.recurrence.states:
-            raise ValueError(
-                f"{type(self.model).__name__} keeps recurrent state, which branches of a tree cannot share."
+            on_target.cache.reserve(max(state.last_slots) + proposal.size)
+            verified = target.verify(on_target, proposal.tokens, state.slots, proposal.ancestors)
+        with recorder.phase("rest"), state.user_code():
+            target_tokens, scores = state.sampler.sample(
+                verified.logits, state.next_slots, proposal.depths, state.prefixes(proposal)
             )
-        self.target.cache.reserve(max(self.columns) + size)
-        self.hidden = widen(self.hidden, self.target.cache.capacity)
-        masks = self.target.masks
-        if masks is None or masks.hidden is not self.hidden or masks.size != size:
-            masks = Masks(self.hidden, self.start, size)
-        tree = masks.chain if proposal.parents is None else ancestors(proposal.parents).to(self.start.device)
-        return self.target.verify(proposal.tokens, self.start, masks, tree, self.end).to(self.start.device)
-
-    def choose(self, proposal: Proposal, logits: torch.Tensor) -> torch.Tensor:
-        """The target's own token after each position of the proposal, `[B, Q]`; -1 where its logits are NaN."""
-        depths = proposal.depths
-        prefixes = self.texts.prefixes(proposal.tokens, proposal.ways) if self.chooser.reads_text else None
-        scores = self.chooser.scores(logits, prefixes)
-        self.block = {"scores": scores, "logits": logits}
-        return self.chooser.choose(scores, [[column + depth + 1 for depth in depths] for column in self.columns])
-
-    def commit(
-        self, proposal: Proposal, choices: torch.Tensor, accepted: torch.Tensor, way: torch.Tensor
-    ) -> list[tuple[int, int]]:
-        """Make the choices along the way final, and leave every state as if nothing else had been in the block.
-
-        Returns:
-            For each row, how many drafted tokens were accepted and how many tokens the text kept.
-        """
-        start, features = self.start, self.target.features
-        if proposal.parents is not None:
-            choices = choices.gather(1, way)
-            self.block = {name: along(values, way) for name, values in self.block.items()}
-            features = along(features, way.to(features.device))
-            self.target.cache.move(start[:, None] + way, start[:, None] + self.target.masks.steps)
-        self.drafter.feed(features, start)
-        counts = self._commit(choices, accepted)
-        self.target.recurrence.settle([kept for _, kept in counts], way.shape[1])
-        return counts
-
-    def _commit(self, choices: torch.Tensor, accepted: torch.Tensor) -> list[tuple[int, int]]:
-        """The first `accepted [B]` + 1 of `choices [B, Q]` to each row's text, and every row to its new anchor."""
-        told = torch.cat([choices, accepted[:, None]], dim=1).tolist()  # the cycle's one transfer to the host
-        tokens = [row[: row[-1] + 1] for row in told]
-        if any(token < 0 for row, on in zip(tokens, self.texts.active, strict=True) if on for token in row):
-            raise ValueError(
-                f"The logits of {type(self.model).__name__} are NaN, so no token can be chosen: it may overflow in "
-                f"{self.model.dtype}, or its weights are broken."
-            )
-        kept = self.texts.commit(tokens)
-        for name, lines in self.kept.items():
-            for row, count in enumerate(kept):
-                lines[row].extend(self.block[name][row, :count].clone().unbind())
-        steps = (accepted + 1) * self.active
-        if self.texts.changed:  # a row that ends stays at its last token; what it is given from now on is not its text
-            steps = torch.tensor(kept, device=steps.device)
-            self.active = torch.tensor(self.texts.active, device=steps.device).long()
-        self.start = self.start + steps
-        self.anchor = torch.where(steps[:, None] > 0, choices.gather(1, (steps[:, None] - 1).clamp_min(0)), self.anchor)
-        return [(row[-1], count) for row, count in zip(told, kept, strict=True)]
-
-    def every_step(self, name: str) -> tuple[torch.Tensor, ...] | None:
-        """What was kept, `[B, V]` for each new column; zeros where a row had ended."""
-        if name not in self.kept:
-            return None
-        lines = self.kept[name]
-        longest = max(lines, key=len)
-        return tuple(
-            torch.stack([line[step] if step < len(line) else torch.zeros_like(longest[step]) for line in lines])
-            for step in range(min(len(longest), self.texts.longest))
-        )
-
-
-def along(values: torch.Tensor, way: torch.Tensor) -> torch.Tensor:
-    """`values [B, Q, D]` in the order of `way [B, Q]`."""
-    return values.gather(1, way[..., None].expand_as(values))
+            accepted, path = accept(proposal, target_tokens)  # drafted tokens that stay [B], and which [B, Q]
+            if proposal.parents is not None:
+                target_tokens, scores = target_tokens.gather(1, path), gather_path(scores, path)
+                verified = target.move_path(on_target, verified, state.slots, path)
+            proposer.commit(verified.features, state.slots)
+            counts = state.commit(target_tokens, accepted, scores, verified.logits)
+            with recorder.phase("rollback"):
+                roll_back(on_target.recurrent, verified.snapshot, [count for _, count in counts], proposal.size)
+        recorder.record_cycle(counts, proposal.size)

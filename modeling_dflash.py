@@ -10,6 +10,7 @@ Shapes: B batch, C context tokens new in this call, Q block positions, K all key
 """
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -27,11 +28,12 @@ from transformers.models.qwen3.modeling_qwen3 import (
     rotate_half,
 )
 
+from .attention_dflash import visible
 from .cache_dflash import rewindable_cache
 from .compat_dflash import attention_name, cache_field, cache_name
 from .configuration_dflash import SLIDING, DFlashConfig
+from .generate_dflash import SpeculativeGenerate, spec_generate
 from .repository_dflash import RepositoryMixin
-from .speculate_dflash import Speculate, spec_generate
 
 
 class DFlashRotaryEmbedding(Qwen3RotaryEmbedding):
@@ -137,12 +139,10 @@ class DFlashDraftModel(DFlashPreTrainedModel):
     spec_generate = spec_generate
     layer_class = DFlashDecoderLayer
 
-    @property
-    def speculate(self) -> Speculate:
+    @cached_property
+    def speculate(self) -> SpeculativeGenerate:
         """The decoding function for the target: `target.generate(..., custom_generate=draft.speculate)`."""
-        if "_speculate" not in self.__dict__:
-            self.__dict__["_speculate"] = Speculate(self)
-        return self.__dict__["_speculate"]
+        return SpeculativeGenerate(self)
 
     def __init__(self, config: DFlashConfig):
         super().__init__(config)
@@ -216,8 +216,8 @@ class DFlashDraftModel(DFlashPreTrainedModel):
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE_FIELD: cache})
 
-    def absorb(self, context_hidden_states: torch.Tensor, position_ids: torch.Tensor, cache: Cache) -> None:
-        """Take context into the cache without predicting a block.
+    def extend_cache(self, context_hidden_states: torch.Tensor, position_ids: torch.Tensor, cache: Cache) -> None:
+        """Append context to the cache without predicting a block.
 
         Args:
             context_hidden_states `[B, C, taps * target_hidden_size]`: as in `forward`.
@@ -230,19 +230,21 @@ class DFlashDraftModel(DFlashPreTrainedModel):
             cache.update(*attention.keys_and_values(features, position_embeddings), index)
 
     def scale_embeds(self, noise_embeds: torch.Tensor) -> torch.Tensor:
-        """What the layers are given of `noise_embeds [B, Q, H]`: those themselves."""
+        """Return `noise_embeds [B, Q, H]` as the layers take them; another kind may scale them."""
         return noise_embeds
 
     def logits(self, states: torch.Tensor, head: Any) -> torch.Tensor:
-        """The target's `head` of `states [..., H]`: `[..., V]`."""
+        """Apply the target's `head` to `states [..., H]`: `[..., V]`; another kind may scale and cap them."""
         return head(states)
 
-    def pick(self, scores: torch.Tensor, states: torch.Tensor, anchor: torch.Tensor, weight: float) -> torch.Tensor:
-        """The tokens that a block proposes, `[B, Q - 1]`: at each position the best by itself.
+    def select_tokens(
+        self, scores: torch.Tensor, states: torch.Tensor, anchor: torch.Tensor, pair_scale: float
+    ) -> torch.Tensor:
+        """Return the tokens that a block proposes, `[B, Q - 1]`: the best of each position. A kind may walk a path.
 
         Args:
-            scores `[B, Q - 1, V]`: of the tokens.
-            states `[B, Q - 1, H]`, anchor `[B, 1]`, weight: for drafts that look at more.
+            scores `[B, Q - 1, V]`: of the tokens by themselves.
+            states `[B, Q - 1, H]`, anchor `[B, 1]`, pair_scale: for drafts that score pairs of tokens.
         """
         return scores.argmax(dim=-1)
 
@@ -266,12 +268,15 @@ class DFlashDraftModel(DFlashPreTrainedModel):
         noise_embeds: torch.Tensor,
         cache: Cache | None,
     ) -> dict[tuple[str, bool], torch.Tensor | None]:
-        """One mask per kind of layer, a kind being its type and its causality."""
+        """Return one mask per kind of layer, a kind being its type and its causality."""
         kinds: dict[tuple[str, bool], int] = {}
         for index, kind in enumerate(zip(self.config.layer_types, self.config.causal_layers, strict=True)):
             kinds.setdefault(kind, index)
         if isinstance(attention_mask, dict):
-            return {kind: attention_mask[kind if kind in attention_mask else kind[0]] for kind in kinds}
+            chosen = {}
+            for kind in kinds:
+                chosen[kind] = attention_mask[kind] if kind in attention_mask else attention_mask[kind[0]]
+            return chosen
         if attention_mask is not None and attention_mask.ndim == 4:
             return dict.fromkeys(kinds, attention_mask)
         padding = self._padding(attention_mask, position_ids, cache)
@@ -326,9 +331,7 @@ def visible_keys(block: torch.Tensor, length: int, window: int | None, causal: b
         `[B, Q, length]`, True where visible.
     """
     keys = block[:, -1:] - torch.arange(length - 1, -1, -1, device=block.device)  # [B, length]
-    distance = block[:, :, None] - keys[:, None]
-    visible = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
-    return visible if window is None else visible & (distance.abs() < window)
+    return visible(block[:, :, None], keys[:, None], window, causal)
 
 
 def _kv_length(cache: Cache | None, layer_idx: int, new: int) -> int:

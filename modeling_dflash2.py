@@ -9,7 +9,7 @@ Shapes: B batch, N positions of one or several blocks, Q block positions, H hidd
 channels, R selector_rank, k selector_top_k, V vocabulary.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -17,8 +17,10 @@ from torch.nn.functional import embedding, pad
 from transformers import initialization as init
 
 from .configuration_dflash2 import DFlash2Config
-from .dflash2 import DFlash2DraftModel as EnginesEntry
 from .modeling_dflash import DFlashDecoderLayer, DFlashDraftModel
+
+if TYPE_CHECKING:
+    from .dflash2 import DFlash2DraftModel as EnginesEntry  # noqa: F401 (names a file, as in repository_dflash)
 
 
 class DynamicConv(nn.Module):
@@ -71,7 +73,7 @@ class CandidateSelector(nn.Module):
         """A(a) * H(h): `[..., p, R]`, of `states [..., H]` and p `predecessors [..., p]` of each."""
         return embedding(predecessors, self.predecessor_codebook) * self.hidden_projection(states).unsqueeze(-2)
 
-    def walk(self, scores: torch.Tensor, states: torch.Tensor, anchor: torch.Tensor, weight: float) -> torch.Tensor:
+    def walk(self, scores: torch.Tensor, states: torch.Tensor, anchor: torch.Tensor, pair_scale: float) -> torch.Tensor:
         """One path through the best candidates of each position, `[B, Q - 1]`.
 
         All pairs are scored at once; the walk itself follows pointers, and never waits for the device.
@@ -80,14 +82,14 @@ class CandidateSelector(nn.Module):
             scores `[B, Q - 1, V]`: of the tokens by themselves.
             states `[B, Q - 1, H]`: the draft's.
             anchor `[B, 1]`: the token before them.
-            weight: of what the selector adds to the scores.
+            pair_scale: of what the selector adds to the scores.
         """
         known = len(self.predecessor_codebook)  # a target's head may be padded beyond its vocabulary
         unary, candidates = scores[..., :known].topk(self.top_k)  # [B, Q - 1, k]
         first = anchor.clamp_max(known - 1)[:, None].expand(-1, 1, self.top_k)
         gates = self.gates(states, torch.cat([first, candidates[:, :-1]], dim=1))  # [B, Q - 1, k, R]
         pairs = gates @ embedding(candidates, self.successor_codebook).mT  # [B, Q - 1, k, k], predecessor by candidate
-        best = (unary.float()[:, :, None] + weight * pairs.float()).argmax(dim=-1)  # [B, Q - 1, k]
+        best = (unary.float()[:, :, None] + pair_scale * pairs.float()).argmax(dim=-1)  # [B, Q - 1, k]
         steps = [best[:, 0, :1]]
         for position in range(1, best.shape[1]):
             steps.append(best[:, position].gather(1, steps[-1]))
@@ -115,7 +117,7 @@ class DFlash2DraftModel(DFlashDraftModel):
 
     config_class = DFlash2Config
     layer_class = DFlash2DecoderLayer
-    engines_entry = EnginesEntry
+    engines_files = ("dflash.py", "dflash2.py")
     _no_split_modules = ["DFlash2DecoderLayer"]
 
     def __init__(self, config: DFlash2Config):
@@ -142,7 +144,8 @@ class DFlash2DraftModel(DFlashDraftModel):
         Raises:
             ValueError: they are no whole blocks.
         """
-        length, size, scale = noise_embeds.shape[1], self.config.block_size, self.config.input_embedding_scale
+        length, size = noise_embeds.shape[1], self.config.block_size
+        scale = self.config.input_embedding_scale
         if length > size and length % size:
             raise ValueError(f"noise_embeds has {length} positions, which are no whole blocks of {size}.")
         return noise_embeds if scale == 1 else noise_embeds * scale
@@ -154,9 +157,11 @@ class DFlash2DraftModel(DFlashDraftModel):
             logits = logits * self.config.output_multiplier
         return cap * torch.tanh(logits / cap) if cap else logits
 
-    def pick(self, scores: torch.Tensor, states: torch.Tensor, anchor: torch.Tensor, weight: float) -> torch.Tensor:
-        """One path that the selector walks, `[B, Q - 1]`; the arguments are those of `CandidateSelector.walk`."""
-        return self.candidate_selector.walk(scores, states, anchor, weight)
+    def select_tokens(
+        self, scores: torch.Tensor, states: torch.Tensor, anchor: torch.Tensor, pair_scale: float
+    ) -> torch.Tensor:
+        """Return the path that the selector walks, `[B, Q - 1]`; for the arguments see `CandidateSelector.walk`."""
+        return self.candidate_selector.walk(scores, states, anchor, pair_scale)
 
 
 __all__ = ["DFlash2DraftModel"]

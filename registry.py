@@ -20,15 +20,11 @@ from transformers import PretrainedConfig
 from .checkpoints import Origin, Target, base_of_adapter, origin_of, out_of_cache
 from .compat_dflash import checkpoint_name, local_of_generate
 from .configuration_dflash import DFlashConfig
-from .layouts_dflash import variant_of
+from .generate_dflash import SpeculativeGenerate
+from .kinds import KINDS, kind_named, kind_of
+from .layouts import variant_of
 from .modeling_dflash import DFlashDraftModel, Qwen3DFlashDraftModel
-from .modeling_dflash2 import DFlash2DraftModel
-from .speculate_dflash import Speculate
-from .support_dflash import FAMILIES, families_of, siblings_of
-from .target_dflash import check_target
-
-VARIANTS: dict[str, type[DFlashDraftModel]] = {"dflash": Qwen3DFlashDraftModel, "dflash2": DFlash2DraftModel}
-"""The classes that run drafts, by what they are called in the catalogue and in `build`."""
+from .support_dflash import FAMILIES, check_target, families_of, siblings_of
 
 # Families whose drafts load and can be published, but do not decode here: indexer caches, compressed ones, Kimi K3.
 NOT_DECODED = frozenset({"deepseek_v4", "glm5_next_text", "glm_moe_dsa", "kimi_linear"})
@@ -40,7 +36,7 @@ class DFlashDraftSpec:
 
     Args:
         repo_id: the draft's repository on the Hub, or a local folder.
-        draft_cls: the class that runs it, `DFlashDraftModel` or `DFlash2DraftModel`.
+        draft_cls: the class that runs it, the model of one of the `KINDS`.
         revision: the commit to load; the newest where it is None.
         subfolder: where in the repository it lies.
         targets: checkpoints it was made for, as Hub ids.
@@ -113,7 +109,7 @@ class DFlashDraftSpec:
 
         Args:
             target_config: of the target, whole or its text part.
-            variant: "dflash" or "dflash2"; the one that `draft_cls` runs where it is None.
+            variant: name of one of the `KINDS`; the one that `draft_cls` runs where it is None.
             overrides: fields of the draft's config; `mask_token_id` must be among them.
 
         Raises:
@@ -124,7 +120,7 @@ class DFlashDraftSpec:
                 "mask_token_id must be given: the id of a token that has a row in the target's embedding and does not "
                 "occur in its text, such as 151669 for Qwen3."
             )
-        draft_cls = self.draft_cls if variant is None else _variant(variant)
+        draft_cls = self.draft_cls if variant is None else kind_named(variant).model_class
         config_cls: Any = draft_cls.config_class
         unknown = set(overrides) - {"rope_theta"} - set(config_cls.__dataclass_fields__)
         if unknown:
@@ -206,10 +202,10 @@ def _read_catalogue() -> list[DFlashDraftSpec]:
             key: tuple(value) if isinstance(value, list) else value for key, value in entry.items() if key in names
         }
         details = {key: entry[key] for key in entry if key not in names}
-        if entry["variant"] not in VARIANTS:
-            known = ", ".join(VARIANTS)
+        if entry["variant"] not in KINDS:
+            known = ", ".join(KINDS)
             raise ValueError(f"{entry['repo_id']}: variant is {entry['variant']!r} in drafts.json, not one of {known}.")
-        specs.append(DFlashDraftSpec(draft_cls=VARIANTS[entry["variant"]], **values, details=details))
+        specs.append(DFlashDraftSpec(draft_cls=KINDS[entry["variant"]].model_class, **values, details=details))
     return specs
 
 
@@ -224,9 +220,14 @@ def _default_for(architecture: str) -> DFlashDraftSpec:
 
 
 def drafts_for(target: str) -> list[DFlashDraftSpec]:
-    """The drafts made for a checkpoint, by its Hub id: those that run first, and of those DFlash 2 first."""
+    """Return the drafts made for a checkpoint, by its Hub id: those that run first, and of those the later kind."""
     made_for = [spec for spec in CATALOGUE if target.casefold() in (name.casefold() for name in spec.targets)]
-    return sorted(made_for, key=lambda spec: (spec.unsupported is not None, spec.draft_cls is not DFlash2DraftModel))
+    order = list(KINDS)
+
+    def rank(spec: DFlashDraftSpec) -> tuple[bool, int]:
+        return spec.unsupported is not None, -order.index(kind_of(spec.draft_cls.config_class).name)
+
+    return sorted(made_for, key=rank)
 
 
 def _served() -> dict[str, None]:
@@ -386,16 +387,10 @@ def load_draft(name: str | Path, **from_pretrained_kwargs: Any) -> DFlashDraftMo
     places = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "force_download")
     where = {key: value for key, value in from_pretrained_kwargs.items() if key in places}
     content, _ = DFlashConfig.get_config_dict(name, **where)
-    return VARIANTS[variant_of(content)].from_pretrained(name, **from_pretrained_kwargs)
+    return KINDS[variant_of(content)].model_class.from_pretrained(name, **from_pretrained_kwargs)
 
 
-def _variant(name: str) -> type[DFlashDraftModel]:
-    if name not in VARIANTS:
-        raise ValueError(f"variant is {name!r}; it must be one of {', '.join(VARIANTS)}.")
-    return VARIANTS[name]
-
-
-class _Resolved(Speculate):
+class _Resolved(SpeculativeGenerate):
     """The decoding function that finds the draft of whatever target calls it, once for each."""
 
     def __init__(self) -> None:

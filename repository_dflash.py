@@ -14,46 +14,39 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 from safetensors import SafetensorError
 from transformers.utils import logging
 
 from .compat_dflash import find_file, take_over_loading
-from .configuration_dflash import check_layout
+from .configuration_dflash import EXTENSIONS, check_layout
 from .custom_generate_dflash import generate as custom_generate
-from .dflash import DFlashDraftModel as EnginesEntry
 from .layouts_dflash import engines_layout
+
+if TYPE_CHECKING:
+    # transformers copies and downloads the files that are named by a line like this, which it finds in the text of a
+    # file (get_relative_imports). The line must not run: `dflash.py` imports the draft, and the draft this file.
+    from .dflash import DFlashDraftModel  # noqa: F401
 
 logger = logging.get_logger(__name__)
 
 PLACEHOLDER = "your-name/your-draft"
-TAGS = ("dflash", "speculative-decoding", "draft-model", "custom_generate")
+_PLAIN_CARD = f"---\nlibrary_name: transformers\n---\n# {PLACEHOLDER}\n\nA DFlash draft model.\n"
 # Weights of an earlier push must not outlive it: transformers prefers one file over shards, so stale ones would load.
 STALE = ["*.safetensors", "*.safetensors.index.json", "pytorch_model*"]
 # The Muse assistant of transformers keeps the feature projection in a submodule.
 _RENAMED = {"^encoder.fc": "fc", "^encoder.output_norm_enc": "hidden_norm"}
 _TARGETS_OWN = {"embed_tokens.weight", "lm_head.weight"}
 
-_SHORT_CARD = """---
-{{ card_data }}
----
-# {{ repo_id }}
-
-A DFlash draft model for {{ target }}: block size {{ config.block_size }}, taps {{ config.target_layer_ids }}, mask
-token {{ config.mask_token_id }}. Not measured.
-
-    target.generate(**inputs, custom_generate="{{ repo_id }}", trust_remote_code=True)
-"""
-
 
 class RepositoryMixin:
     """`from_pretrained`, `save_pretrained` and `push_to_hub` of a draft; comes before `PreTrainedModel`."""
 
-    # What `auto_map` names in the engines layout.
-    engines_entry: type = EnginesEntry
+    # The files that the engines layout needs besides those of the draft; the last is the one that `auto_map` names.
+    engines_files: tuple[str, ...] = ("dflash.py",)
     # What the model card shall say of this draft beyond its config: base_model, license, datasets, language ...
     card_metadata: dict[str, Any] = {}
     # What is known of it without being asked: it completes a card, where `card_metadata` has the last word.
@@ -113,9 +106,8 @@ class RepositoryMixin:
             return
         if layout == "engines":
             self.config.save_pretrained(save_directory, layout=layout)  # type: ignore[attr-defined]
-            for entry in self.engines_entry.__mro__[:-1]:
-                source = Path(inspect.getfile(entry))
-                shutil.copyfile(source, Path(save_directory) / source.name)
+            for name in self.engines_files:
+                shutil.copyfile(Path(__file__).with_name(name), Path(save_directory) / name)
         decoding = Path(save_directory) / "custom_generate" / "generate.py"
         decoding.parent.mkdir(exist_ok=True)
         shutil.copyfile(inspect.getfile(custom_generate), decoding)
@@ -164,20 +156,31 @@ class RepositoryMixin:
     ) -> None:
         """Write README.md into `folder`: the `existing` card with its metadata completed, or a new one.
 
-        Without a `repo_id` the card says so by a placeholder, and nothing is asked of the Hub.
+        A copy of this code in a repository passes on the card that the draft was loaded with.
         """
-        source = _source_card(*self.card_source, online=repo_id is not None) if self.card_source else None
-        metadata = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-        metadata |= self.card_known | _lasting(source) | self.card_metadata
-        card = existing or _new_card(self, repo_id or PLACEHOLDER, metadata)
-        if repo_id is not None:
-            title = f"# {PLACEHOLDER.split('/')[-1]}\n"
-            card.text = card.text.replace(PLACEHOLDER, repo_id).replace(title, f"# {repo_id.split('/')[-1]}\n")
-        for key, value in metadata.items():
-            if card.data.get(key) is None or key in self.card_metadata:
-                card.data[key] = value
-        card.data["tags"] = list(dict.fromkeys([*(card.data.get("tags") or ()), *TAGS, *(tags or ())]))
+        if EXTENSIONS.write_card is not None:
+            EXTENSIONS.write_card(self, folder, existing, repo_id, tags)
+            return
+        card = existing or self.source_card(online=repo_id is not None) or ModelCard(_PLAIN_CARD)
+        if existing is None and repo_id is not None:
+            former = self.card_source[0] if self.card_source else PLACEHOLDER
+            card.text = card.text.replace(str(former), repo_id).replace(PLACEHOLDER, repo_id)
+        for key, value in self.card_metadata.items():
+            card.data[key] = value
+        card.data["tags"] = list(dict.fromkeys([*(card.data.get("tags") or ()), *(tags or ())]))
         card.save(Path(folder) / "README.md")
+
+    def source_card(self, online: bool) -> ModelCard | None:
+        """Return the card beside the weights that were loaded; None where there is none, or it cannot be had."""
+        if self.card_source is None:
+            return None
+        name, where = self.card_source
+        try:
+            local = Path(name) / "README.md"
+            found = local if Path(name).exists() else find_file(name, "README.md", local_files_only=not online, **where)
+            return None if found is None else ModelCard(found.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
 
 
 def make_repo(api: HfApi, repo_id: str, private: bool | None) -> str:
@@ -323,35 +326,3 @@ def _own_config(config_class: Any, config: Any, name: Any, kwargs: dict[str, Any
     own = config_class.from_dict(raw, **given)
     take_over_loading(own, config)
     return own
-
-
-def _source_card(name: Any, where: dict[str, Any], online: bool) -> ModelCard | None:
-    """The card beside the weights that were loaded, if it can be had."""
-    try:
-        local = Path(name) / "README.md"
-        found = local if Path(name).exists() else find_file(name, "README.md", local_files_only=not online, **where)
-        return None if found is None else ModelCard(found.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-
-
-def _lasting(card: ModelCard | None) -> dict[str, Any]:
-    """What of a card's metadata stays true when its draft is pushed elsewhere."""
-    kept = ("base_model", "license", "license_name", "license_link", "datasets", "language")
-    data = card.data.to_dict() if card is not None else {}
-    return {key: data[key] for key in kept if data.get(key) is not None}
-
-
-def _new_card(draft: Any, repo_id: str, metadata: dict[str, Any]) -> ModelCard:
-    """A card from the package's template; without the package, a short one that says the same in fewer words."""
-    template = Path(__file__).parent / "hub_repo" / "README.md"
-    target = metadata.get("base_model") or "THE-TARGET-OF-THIS-DRAFT"
-    facts = {
-        "repo_id": repo_id,
-        "target": target[0] if isinstance(target, list) else target,
-        "config": draft.config,
-        "parameters": f"{draft.num_parameters():,}",
-        "drafted": draft.config.block_size - 1,
-    }
-    text = template.read_text(encoding="utf-8") if template.exists() else _SHORT_CARD
-    return ModelCard.from_template(ModelCardData(**metadata), template_str=text, **facts)

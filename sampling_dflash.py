@@ -1,17 +1,16 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""The target's own token at each position: its processed distribution, and one draw from it.
+"""Sampling: the target's own token at each position, drawn from its processed distribution.
 
-This file travels with every pushed draft. A draw is Gumbel-max with noise keyed by row and column: argmax(scores +
-noise) samples softmax(scores) exactly, and a text is the same however its positions were grouped into blocks. Greedy
-decoding is the same without noise. Acceptance is by *match*, as in DDTree (arXiv 2604.12989): a drafted token stays if
+This file travels with every pushed draft. A draw is Gumbel-max with noise keyed by row and slot: argmax(scores + noise)
+samples softmax(scores) exactly, and a text is the same however its positions were grouped into blocks. Greedy decoding
+is the same without noise. Acceptance is by *match*, as in DDTree (arXiv 2604.12989): a drafted token stays if
 it equals this draw, so any proposal and any processor is exact.
 
 Shapes: B rows, Q block positions, V vocabulary.
 """
 
 import math
-from collections.abc import Callable, Sequence
 
 import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper
@@ -38,101 +37,111 @@ _POINTWISE = tuple(
 
 
 class PositionNoise:
-    """Gumbel noise, one row of V per row and column of the text, from one seed."""
+    """Gumbel noise: a vector of V for each row and slot of the text, from one seed."""
 
     def __init__(self, seed: int | None = None):
         self.seed = int(torch.randint(2**62, ())) if seed is None else seed  # torch.manual_seed governs it
 
-    def at(self, row: int, column: int, like: torch.Tensor) -> torch.Tensor:
-        """`[V]`, the same however often and in whatever block it is asked for."""
-        key = hash((self.seed, row)) + column  # CPU generators use the low 32 bits: columns must differ there
+    def at(self, row: int, slot: int, like: torch.Tensor) -> torch.Tensor:
+        """Return `[V]`, the same however often and in whatever block it is asked for."""
+        key = hash((self.seed, row)) + slot  # CPU generators use the low 32 bits: slots must differ there
         generator = torch.Generator(like.device).manual_seed(key % 2**63)
         noise = torch.empty(like.shape[-1], device=like.device, dtype=torch.float32)
         return -noise.exponential_(generator=generator).log()
 
-    def block(self, columns: Sequence[Sequence[int]], like: torch.Tensor) -> torch.Tensor:
-        """`[B, Q, V]` for `columns`, a list of Q for each of B rows."""
-        rows = [torch.stack([self.at(row, column, like) for column in line]) for row, line in enumerate(columns)]
+    def block(self, first_slots: list[int], size: int, like: torch.Tensor) -> torch.Tensor:
+        """Return `[B, size, V]` for `size` slots from the first one of each of B rows on."""
+        rows = []
+        for row, first in enumerate(first_slots):
+            rows.append(torch.stack([self.at(row, slot, like) for slot in range(first, first + size)]))
         return torch.stack(rows)
 
 
-class Chooser:
-    """Chooses the target's tokens.
+class Sampler:
+    """Draws the target's own tokens.
 
     Args:
         processors: what `generate` applies to scores, warpers included.
-        noise: None for the argmax.
+        noise: None to take the argmax.
+        coupled: whether the draft draws its tokens with the same noise.
     """
 
     def __init__(self, processors: LogitsProcessorList, noise: PositionNoise | None = None, coupled: bool = False):
-        self.processors, self.noise, self.coupled = processors, noise, coupled
+        self.processors, self.noise = processors, noise
+        self.coupled = coupled and noise is not None
         self.reads_text = not all(type(processor) in _POINTWISE for processor in processors)
 
-    def scores(self, logits: torch.Tensor, texts: list[list[torch.Tensor]] | None) -> torch.Tensor:
-        """`logits [B, Q, V]` after all processors, in float32.
+    def sample(
+        self,
+        logits: torch.Tensor,
+        first_slots: list[int],
+        depths: torch.Tensor | None = None,
+        prefixes: list[list[torch.Tensor]] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draw the target's token after each position of a block.
 
         Args:
-            texts: for each row and position, the ids `[T]` up to and with that position; None if no processor reads
-                them.
+            logits `[B, Q, V]`: the target's.
+            first_slots: for each row, the slot of the token after its anchor.
+            depths `[B, Q]`: of each position in its tree; None for a chain, where they are 0, 1, 2 ...
+            prefixes: for each row and position, the ids `[T]` up to and with it; None if no processor reads them.
+
+        Returns:
+            The tokens `[B, Q]`, -1 where logits are NaN, and the processed scores `[B, Q, V]`.
         """
+        scores = self.process(logits, prefixes)
+        noisy = scores
+        if self.noise is not None:
+            noise = self.noise.block(first_slots, scores.shape[1], scores)
+            if depths is not None:  # positions of equal depth compete for one slot, and share its noise
+                noise = noise.gather(1, depths.to(noise.device)[..., None].expand_as(noise))
+            noisy = scores + noise
+        best = noisy.max(dim=-1)
+        return best.indices.masked_fill_(best.values.isnan(), -1), scores
+
+    def process(self, logits: torch.Tensor, prefixes: list[list[torch.Tensor]] | None) -> torch.Tensor:
+        """Return `logits [B, Q, V]` after all processors, in float32."""
         scores = logits.float()
         if not self.processors:
             return scores
-        if texts is None:
+        if prefixes is None:
             unread = torch.zeros(1, 1, dtype=torch.long, device=scores.device)
             return self.processors(unread, scores.flatten(0, 1)).view(scores.shape)
-        return torch.stack([self._at(scores, texts, position) for position in range(scores.shape[1])], dim=1)
+        positions = [self._process_position(scores, prefixes, position) for position in range(scores.shape[1])]
+        return torch.stack(positions, dim=1)
 
-    def _at(self, scores: torch.Tensor, texts: list[list[torch.Tensor]], position: int) -> torch.Tensor:
-        """`[B, V]`: one position of every row, rows of one length together, as in plain `generate`.
+    def _process_position(
+        self, scores: torch.Tensor, prefixes: list[list[torch.Tensor]], position: int
+    ) -> torch.Tensor:
+        """Process one position of every row, `[B, V]`, rows of one length together, as plain `generate` does.
 
-        Every row keeps its index, which some processors look at: where a row is of another length, another stands in.
+        Processors may use the row index, so each call gets the full batch. Rows of other lengths are replaced by one
+        of this length, and their result is dropped.
         """
-        here, result = [line[position] for line in texts], torch.empty_like(scores[:, position])
-        for length in {len(text) for text in here}:
-            rows = [row for row, text in enumerate(here) if len(text) == length]
-            shown = torch.stack([text if len(text) == length else here[rows[0]] for text in here])
-            result[rows] = self.processors(shown, scores[:, position].clone())[rows]
+        texts = [line[position] for line in prefixes]
+        result = torch.empty_like(scores[:, position])
+        for length in {len(text) for text in texts}:
+            rows = [row for row, text in enumerate(texts) if len(text) == length]
+            shown = [texts[rows[0]]] * len(texts)
+            for row in rows:
+                shown[row] = texts[row]
+            result[rows] = self.processors(torch.stack(shown), scores[:, position].clone())[rows]
         return result
 
-    def choose(self, scores: torch.Tensor, columns: list[list[int]]) -> torch.Tensor:
-        """The tokens `[B, Q]` chosen for `columns` from `scores [B, Q, V]`; -1 where scores are NaN."""
-        if self.noise is not None:
-            scores = scores + self.noise.block(columns, scores)
-        best = scores.max(dim=-1)
-        return best.indices.masked_fill_(best.values.isnan(), -1)
+    def draft_scores(self, logits: torch.Tensor, first_slots: list[int]) -> tuple[torch.Tensor, float]:
+        """Add the target's noise to a draft's `logits [B, N, V]`, so that both draw alike: `[B, N, V]`.
 
-    def draft(
-        self, logits: torch.Tensor, columns: list[range], pick: Callable[[torch.Tensor, float], torch.Tensor]
-    ) -> torch.Tensor:
-        """The tokens `[B, Q - 1]` that a draft with these `logits [B, Q - 1, V]` proposes for `columns`.
-
-        Args:
-            pick: scores `[B, Q - 1, V]`, and the weight of what a draft adds to them, to tokens `[B, Q - 1]`.
+        Returns:
+            The scores, and what a draft that scores pairs of tokens must multiply those by: 1 / temperature, where
+            the processors were applied.
         """
-        if self.noise is None or not self.coupled:
-            return pick(logits, 1.0)
-        scores = logits.float() if self.reads_text else self.scores(logits, None)
-        return pick(scores + self.noise.block(columns, scores), 1.0 if self.reads_text else 1 / self.temperature)
+        pair_scale = 1.0
+        scores = logits.float()
+        if not self.reads_text:
+            scores, pair_scale = self.process(logits, None), 1 / self.temperature
+        return scores + self.noise.block(first_slots, logits.shape[1], scores), pair_scale  # type: ignore[union-attr]
 
     @property
     def temperature(self) -> float:
-        """What the processors divide scores by."""
-        found = [one.temperature for one in self.processors if isinstance(one, TemperatureLogitsWarper)]
-        return math.prod(found)
-
-
-def refuse_processors(processors: LogitsProcessorList) -> None:
-    """Refuse processors that cannot judge the positions of a block.
-
-    Raises:
-        ValueError: naming it.
-    """
-    stateful = {
-        "SynthIDTextWatermarkLogitsProcessor": "it keeps state from one call to the next",
-        "UnbatchedClassifierFreeGuidanceLogitsProcessor": "guidance runs the target a second time for each token",
-    }
-    for processor in processors:
-        reason = stateful.get(type(processor).__name__)
-        if reason:
-            raise ValueError(f"{type(processor).__name__} cannot be used with a draft: {reason}. Leave it out.")
+        """The number that the processors divide scores by."""
+        return math.prod(one.temperature for one in self.processors if isinstance(one, TemperatureLogitsWarper))

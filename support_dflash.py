@@ -1,9 +1,26 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""What is supported: the families of targets, by the model type of their text part.
+"""Support as data: the families of targets, and checks of targets and options that yield findings.
 
-This file travels with every pushed draft.
+This file travels with every pushed draft. A finding says what is wrong, what was found, what was expected and what to
+do. Decoding raises the first one as a ValueError.
 """
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, LogitsProcessorList
+from transformers.cache_utils import CacheLayerMixin, DynamicCache
+from transformers.utils import logging
+
+from .cache_dflash import RecurrentLayers
+from .compat_dflash import cache_in, cache_name, makes_own_cache, parameters
+from .target_dflash import decoder_layers, is_recurrent
+
+logger = logging.get_logger(__name__)
 
 FAMILIES: dict[str, tuple[str, ...]] = {
     "beam": ("BeamForCausalLM",),
@@ -120,3 +137,241 @@ def siblings_of(architecture: str) -> tuple[str, ...]:
     """The architectures with the same text part, this one first."""
     members = (name for family in sorted(families_of(architecture)) for name in FAMILIES[family])
     return tuple(dict.fromkeys([architecture, *members]))
+
+
+_CACHE_LAYERS = {
+    *("DynamicLayer", "DynamicSlidingWindowLayer", "LinearAttentionLayer", "DummyLayer"),
+    *("LinearAttentionAndFullAttentionLayer", "LinearAttentionAndSlidingWindowAttentionLayer"),
+}
+"""The layers of transformers' caches whose state can be taken back."""
+
+_NOT_DECODED = "It is not decoded here: its text could come out wrong"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One reason why something is not supported. As a string it is the message of an error."""
+
+    what: str
+    found: Any
+    expected: Any
+    advice: str
+
+    def __str__(self) -> str:
+        return f"{self.what}. {self.advice}."
+
+
+def raise_first(findings: Iterable[Finding]) -> None:
+    """Raise the first finding, if there is one.
+
+    Raises:
+        ValueError: with what is wrong and what to do.
+    """
+    for finding in findings:
+        raise ValueError(str(finding))
+
+
+# Targets --------------------------------------------------------------------------------------------------------------
+
+
+def base_model(target: Any) -> Any:
+    """Return the model inside a PEFT wrapper, with its adapters in place; any other model as it is."""
+    return target.get_base_model() if hasattr(target, "get_base_model") else target
+
+
+def check_target(target: Any, strict: bool = False) -> None:
+    """Refuse a target that cannot be decoded exactly, before the first token.
+
+    Args:
+        strict: refuse families that the tests do not decode, too; so does DFLASH_STRICT=1 in the environment.
+
+    Raises:
+        ValueError: saying what the target is, and why it is refused.
+    """
+    raise_first(target_findings(target, strict))
+
+
+def target_findings(target: Any, strict: bool = False) -> Iterator[Finding]:
+    """Yield every reason not to decode with a target. A later one may rely on what an earlier one has checked."""
+    name = type(target).__name__
+    if target.config.is_encoder_decoder or target.get_output_embeddings() is None:
+        what = f"{name} is no decoder-only language model"
+        yield Finding(what, name, "a causal language model with a head", "A draft needs one as its target")
+        return
+    yield from _virtual_token_findings(target)
+    target = base_model(target)
+    text = target.config.get_text_config(decoder=True)
+    yield from _rope_findings(text)
+    yield from _state_findings(text)
+    bidirectional = getattr(text, "use_bidirectional_attention", None)
+    if bidirectional in (True, "all"):
+        what = f"{text.model_type} with bidirectional attention writes no text that could be continued"
+        yield Finding(what, bidirectional, "causal attention", "Set use_bidirectional_attention to None in its config")
+    if text.model_type not in TESTED and (strict or os.environ.get("DFLASH_STRICT") not in (None, "", "0")):
+        what = f"{text.model_type} is not a family that the tests decode, and strict=True or DFLASH_STRICT=1 refuses it"
+        yield Finding(what, text.model_type, sorted(TESTED), "Leave both out to decode where the self-check passes")
+    yield from _forward_findings(target)
+    yield from _raised_by(lambda: RecurrentLayers(DynamicCache(config=text).layers, decoder_layers(target)))
+
+
+def warn_of_new_family(target: Any) -> None:
+    """Warn once about a family that the tests do not decode: what a self-check that passed proves, and what not."""
+    family = target.config.get_text_config(decoder=True).model_type
+    if family not in TESTED:
+        logger.warning_once(
+            f"{family} is not a family that the tests decode. The self-check passed: on a short text, a block gives "
+            "what the target's own forward gives, and rejected tokens are taken back. That does not prove long texts "
+            "or other batches. DFLASH_STRICT=1 refuses such targets."
+        )
+
+
+def _raised_by(check: Callable[[], Any]) -> Iterator[Finding]:
+    """Yield the ValueError of a check as a finding."""
+    try:
+        check()
+    except ValueError as error:
+        yield Finding(str(error).removesuffix("."), None, None, _NOT_DECODED)
+
+
+def _virtual_token_findings(target: Any) -> Iterator[Finding]:
+    """Refuse PEFT methods that put tokens of their own before the prompt; adapters inside the layers are fine."""
+    wrapper = getattr(target.prepare_inputs_for_generation, "__self__", target)  # PEFT puts its own method there
+    for config in (getattr(wrapper, "peft_config", None) or {}).values():
+        if config.is_prompt_learning:
+            kind = config.peft_type.value
+            what = (
+                f"The target is wrapped by PEFT with {kind}, which puts virtual tokens before the prompt that have no "
+                "ids, so a draft cannot read it"
+            )
+            yield Finding(what, kind, "adapters inside the layers", "Merge or leave out that adapter")
+
+
+def _forward_findings(target: Any) -> Iterator[Finding]:
+    """Refuse models whose forward cannot be run over slots of a cache."""
+    name = type(target).__name__
+    known = parameters(target.forward) | parameters(target.get_decoder().forward)
+    for argument in ("position_ids", "attention_mask"):
+        if argument not in known:
+            what = f"{name} takes no {argument}, so it counts the tokens of a text by itself, rejected ones included"
+            yield Finding(what, sorted(known), argument, _NOT_DECODED)
+    yield from _raised_by(lambda: cache_name(target.forward))
+    if makes_own_cache(target):
+        what = f"{name} makes a cache of its own kind, which cannot be put back after a rejected token"
+        yield Finding(what, "a cache of its own", "a DynamicCache", _NOT_DECODED)
+    width = target.get_input_embeddings().weight.shape[-1]
+    hidden_size = target.config.get_text_config(decoder=True).hidden_size
+    if width != hidden_size:
+        what = f"{name} embeds its tokens {width} wide and has hidden states of {hidden_size}"
+        yield Finding(what, width, hidden_size, "A draft is made for targets where both are one width")
+
+
+def _state_findings(text: Any) -> Iterator[Finding]:
+    """Refuse layers whose state is neither keys and values in slots nor recurrent state that can be rolled back."""
+    layers = DynamicCache(config=text).layers
+    kinds = sorted({type(layer).__name__ for layer in layers} - _CACHE_LAYERS)
+    if "chunked_attention" in (getattr(text, "layer_types", None) or ()):
+        kinds.append("chunked attention")
+    if not any(isinstance(layer, CacheLayerMixin) for layer in layers):
+        kinds.append("no attention layer at all")
+    if kinds:
+        found = ", ".join(kinds)
+        what = f"{text.model_type} keeps state that cannot be put back exactly after a rejected token ({found})"
+        yield Finding(what, found, sorted(_CACHE_LAYERS), _NOT_DECODED)
+
+
+def _rope_findings(text: Any) -> Iterator[Finding]:
+    """Refuse rotary frequencies that depend on the length so far: a rejected token would change them for good."""
+    rope = getattr(text, "rope_parameters", None) or {}
+    forms = [rope, *(form for form in rope.values() if isinstance(form, dict))]
+    kinds = [form.get("rope_type") for form in forms]
+    for kind in sorted({"dynamic", "longrope"}.intersection(kinds)):
+        what = (
+            f"{text.model_type} uses rotary embeddings of type {kind}, which change with the length of the text and "
+            "are not put back after a rejected token"
+        )
+        yield Finding(what, kind, "frequencies that do not depend on the length", _NOT_DECODED)
+
+
+# Options of `generate` ------------------------------------------------------------------------------------------------
+
+
+def check_options(
+    config: GenerationConfig, processors: LogitsProcessorList, input_ids: torch.Tensor, inputs: dict[str, Any]
+) -> None:
+    """Refuse options that have no meaning with a draft.
+
+    Args:
+        input_ids `[B, P]`.
+        inputs: everything else that `generate` would hand to the target's forward.
+
+    Raises:
+        ValueError: saying what, why, and what to do.
+    """
+    raise_first(processor_findings(processors))
+    raise_first(config_findings(config))
+    raise_first(input_findings(config, input_ids, inputs))
+
+
+def processor_findings(processors: LogitsProcessorList) -> Iterator[Finding]:
+    """Yield the processors that cannot judge the positions of a block."""
+    reasons = {
+        "SynthIDTextWatermarkLogitsProcessor": "it keeps state from one call to the next",
+        "UnbatchedClassifierFreeGuidanceLogitsProcessor": "guidance runs the target a second time for each token",
+    }
+    for processor in processors:
+        name = type(processor).__name__
+        if name in reasons:
+            what = f"{name} cannot be used with a draft: {reasons[name]}"
+            yield Finding(what, name, "processors of single positions or of texts", "Leave it out")
+
+
+def config_findings(config: GenerationConfig) -> Iterator[Finding]:
+    """Yield the settings of a generation config that have no meaning with a draft."""
+    if (config.num_beams or 1) > 1:
+        why = "beams are searched with the scores of whole texts, a draft speeds up one text at a time"
+        yield _option_finding("num_beams above 1", why)
+    if config.penalty_alpha:
+        yield _option_finding("penalty_alpha", "contrastive search ranks several tokens by hidden states")
+    if config.dola_layers:
+        yield _option_finding("dola_layers", "DoLa takes its scores from two layers")
+    if config.output_attentions:
+        yield _option_finding("output_attentions", "attention over a block is not that of single tokens")
+    if config.output_hidden_states:
+        yield _option_finding("output_hidden_states", "of a block, only those of accepted tokens would count")
+
+
+def input_findings(config: GenerationConfig, input_ids: torch.Tensor, inputs: dict[str, Any]) -> Iterator[Finding]:
+    """Yield the inputs, caches included, that have no meaning with a draft."""
+    cache = cache_in(inputs)
+    kind, implementation = type(cache).__name__, config.cache_implementation
+    if cache is not None and not isinstance(cache, DynamicCache) and implementation is None:
+        what = f"The cache is a {kind}; with a draft only a DynamicCache carries on"
+        yield Finding(what, kind, "a DynamicCache", "Pass one, or no cache")
+    if inputs.get("inputs_embeds") is not None:
+        yield _option_finding("inputs_embeds", "the draft needs the token ids; pass input_ids")
+    if implementation == "quantized" or "Quantized" in kind:
+        why = "its keys are not those of plain decoding once a token was rejected"
+        yield _option_finding("cache_implementation='quantized'", why)
+    if "offloaded" in str(implementation) or getattr(cache, "offloading", False):
+        yield _option_finding("an offloaded cache", "keys are kept on the target's device here")
+    if input_ids.shape[1] == 0:
+        what = f"input_ids has shape {tuple(input_ids.shape)}; a prompt needs at least one token"
+        yield Finding(what, tuple(input_ids.shape), "[B, P] with P of 1 or more", "Give it one")
+
+
+def _option_finding(option: str, why: str) -> Finding:
+    what = f"A draft cannot be used with {option}: {why}"
+    return Finding(what, option, f"generate without {option}", "Leave one of the two out")
+
+
+def check_batch_cache(model: Any) -> None:
+    """Refuse to leave the state of several rows, which end at different slots, in one cache.
+
+    Raises:
+        ValueError: the target keeps recurrent state.
+    """
+    if is_recurrent(model):
+        raise ValueError(
+            f"{type(model).__name__} keeps recurrent state, and rows of a batch may end at different slots, so their "
+            "cache cannot be continued. Leave the cache out, or give one row at a time."
+        )

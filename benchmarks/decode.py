@@ -14,11 +14,9 @@ from memory over the bandwidth measured here. The last line is JSON.
 """
 
 import argparse
-import contextlib
 import json
 import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,13 +25,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from dflash_hub import DecodeStatistics, DFlashDraftSpec, load_draft
-from dflash_hub.capture_dflash import CAPTURE
-from dflash_hub.generation_dflash import Pair, now
-from dflash_hub.recurrence_dflash import Recurrence
-from dflash_hub.target_dflash import recurrent
+from dflash_hub.execution_dflash import CAPTURE
+from dflash_hub.generation_dflash import DecodeState, now
+from dflash_hub.kinds import KINDS
+from dflash_hub.proposals_dflash import ChainProposer, Proposal
+from dflash_hub.target_dflash import is_recurrent
 
 TINY = Path(__file__).parents[1] / "examples" / "tiny_pair"
-DRAFTS = {"dflash": "draft", "dflash2": "draft2"}
 SHAPES: dict[str, dict[str, Any]] = {
     "small": {
         "model_type": "qwen3",
@@ -84,8 +82,8 @@ class Figures:
     draft_ms: float | None = None
     verify_ms: float | None = None
     rest_ms: float | None = None
-    replay_ms: float | None = None
-    """Of the rest, running recurrent layers again after rejections."""
+    rollback_ms: float | None = None
+    """Of the rest, taking rejected tokens back from recurrent layers."""
     tau: float | None = None
     peak_mib: float | None = None
     same_text: bool = True
@@ -115,7 +113,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--block", type=int, default=16)
     parser.add_argument("--layers", type=int, default=5, help="of the draft")
-    parser.add_argument("--variant", default="dflash", choices=DRAFTS, help="kind of the draft")
+    parser.add_argument("--variant", default="dflash", choices=KINDS, help="kind of the draft")
     parser.add_argument("--tau", type=int, default=None, help="tokens committed per cycle, forced")
     parser.add_argument("--capture", default="auto", choices=CAPTURE)
     parser.add_argument("--prompts", type=int, default=6, help="of the tiny pair's")
@@ -129,7 +127,7 @@ def build(options: argparse.Namespace) -> tuple[Any, Any, list[dict[str, Any]]]:
     dtype = getattr(torch, options.dtype or ("float32" if options.device == "cpu" else "bfloat16"))
     if options.shape == "tiny-pair":
         target = AutoModelForCausalLM.from_pretrained(TINY / "target", dtype=dtype).to(options.device).eval()
-        draft = load_draft(TINY / DRAFTS[options.variant], dtype=dtype).to(options.device).eval()
+        draft = load_draft(KINDS[options.variant].demo_draft(TINY), dtype=dtype).to(options.device).eval()
         tokenizer = AutoTokenizer.from_pretrained(TINY / "target")
         lines = (TINY / "prompts.jsonl").read_text(encoding="utf-8").splitlines()[: options.prompts]
         ids = [tokenizer(json.loads(line)["prompt"], return_tensors="pt").input_ids for line in lines]
@@ -151,7 +149,7 @@ def the_ways(target: Any, draft: Any, options: argparse.Namespace) -> dict[str, 
     ways: dict[str, dict[str, Any]] = {"plain": {}}
     if options.device != "cpu":
         ways["plain, static and compiled"] = {"cache_implementation": "static"}
-    if options.batch == 1 and not recurrent(target):
+    if options.batch == 1 and not is_recurrent(target):
         own = {"assistant_model": draft, "speculation_type": "dflash"}
         ways["transformers' own dflash"] = own
         if options.device != "cpu":  # which it compiles from 5.24 on
@@ -167,19 +165,22 @@ def measure(
     figures = {name: Figures() for name in ways}
     cycles: dict[str, list[tuple[float, ...]]] = {name: [] for name in ways}
     plain: dict[int, torch.Tensor] = {}
+    vocab_size = target.config.get_text_config(decoder=True).vocab_size
     for run in range(-3 if options.capture == "compile" else -1, options.runs):
         totals = dict.fromkeys(ways, 0.0)
         for index, inputs in enumerate(prompts):
             for name, way in ways.items():
-                with forced(options, plain.get(index)) if name == "ours" else contextlib.nullcontext():
-                    text, seconds, peak = timed(target, lambda call=inputs | way: target.generate(**call))
+                call = inputs | way
+                if name == "ours":
+                    call |= forced(options, plain.get(index), vocab_size)
+                text, seconds, peak = timed(target, lambda call=call: target.generate(**call))
                 totals[name] += seconds
                 figures[name].peak_mib = peak
                 if name == "plain":
                     plain[index] = text
                 figures[name].same_text &= torch.equal(text, plain[index])
                 if run >= 0 and name != "plain":
-                    cycles[name] += count_cycles(target, name, inputs | way, options, plain[index])
+                    cycles[name] += count_cycles(target, name, call, options)
         if run >= 0:
             for name, seconds in totals.items():
                 figures[name].samples.append(seconds)
@@ -190,22 +191,19 @@ def measure(
         if cycles[name]:
             sums = [sum(column) for column in zip(*cycles[name], strict=True)]
             parts = [1e3 * second / sums[0] for second in sums[1:6]]
-            one.ms_per_cycle, one.draft_ms, one.verify_ms, one.rest_ms, one.replay_ms = parts
+            one.ms_per_cycle, one.draft_ms, one.verify_ms, one.rest_ms, one.rollback_ms = parts
             one.tau = sums[6] / sums[7]
             if name != "ours":
-                one.draft_ms = one.verify_ms = one.rest_ms = one.replay_ms = None
+                one.draft_ms = one.verify_ms = one.rest_ms = one.rollback_ms = None
     return figures
 
 
-def count_cycles(
-    target: Any, name: str, call: dict[str, Any], options: argparse.Namespace, plain: torch.Tensor
-) -> list[tuple[float, ...]]:
-    """One text more, for its cycles: how many, seconds in all, draft, verify, rest, replay; tokens and row-cycles."""
+def count_cycles(target: Any, name: str, call: dict[str, Any], options: argparse.Namespace) -> list[tuple[float, ...]]:
+    """Decode once more; per run: cycles, seconds in all, draft, verify, rest, rollback; tokens and row-cycles."""
     if name == "ours":
-        record, replay = DecodeStatistics(), []
-        with forced(options, plain), timing_replays(replay):
-            target.generate(**call, statistics=record)
-        parts = (record.draft_seconds, record.verify_seconds, record.rest_seconds, sum(replay))
+        record = DecodeStatistics()
+        target.generate(**call, statistics=record)
+        parts = (record.draft_seconds, record.verify_seconds, record.rest_seconds, record.rollback_seconds)
         return [(record.cycles, record.decode_seconds, *parts, sum(record.committed), len(record.committed))]
     moments: list[float] = []
 
@@ -223,43 +221,38 @@ def count_cycles(
     return [(cycles, moments[-1] - moments[0], 0.0, 0.0, 0.0, 0.0, options.new - 1, cycles)]
 
 
-@contextlib.contextmanager
-def timing_replays(seconds: list[float]) -> Iterator[None]:
-    honest = Recurrence.settle
+class Forced:
+    """A proposer that has `tau` tokens committed per cycle: tokens of the plain text replace the draft's own.
 
-    def settle(self: Recurrence, committed: list[int], size: int) -> None:
-        started = time.perf_counter()
-        honest(self, committed, size)
-        seconds.append(time.perf_counter() - started)
+    Args:
+        chain: the draft's own proposer, which runs first.
+        plain `[B, T]`: the plain text.
+        vocab_size: for tokens that are wrong.
+    """
 
-    Recurrence.settle = settle  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        Recurrence.settle = honest  # type: ignore[method-assign]
+    def __init__(self, chain: ChainProposer, plain: torch.Tensor, tau: int, vocab_size: int):
+        self.chain, self.plain, self.right, self.vocab_size = chain, plain, tau - 1, vocab_size
 
+    def append_context(self, features: torch.Tensor, first_slot: int) -> None:
+        self.chain.append_context(features, first_slot)
 
-@contextlib.contextmanager
-def forced(options: argparse.Namespace, plain: torch.Tensor | None) -> Iterator[None]:
-    """Have `tau` tokens committed per cycle: after the draft ran, tokens of the plain text take its tokens' place."""
-    if options.tau is None or plain is None:
-        yield
-        return
-    honest, right = Pair.propose, options.tau - 1
-
-    def propose(self: Pair) -> Any:
-        proposal = honest(self)
-        start = self.start[:, None] + torch.arange(1, proposal.tokens.shape[1], device=plain.device)
-        truth = plain.gather(1, start.clamp_max(plain.shape[1] - 1))
-        proposal.tokens[:, 1 : 1 + right] = truth[:, :right]
-        proposal.tokens[:, 1 + right :] = (truth[:, right:] + 1) % self.model.config.vocab_size
+    def propose(self, state: DecodeState) -> Proposal:
+        proposal = self.chain.propose(state)
+        slots = state.slots[:, None] + torch.arange(1, proposal.size, device=self.plain.device)
+        truth = self.plain.gather(1, slots.clamp_max(self.plain.shape[1] - 1))
+        proposal.tokens[:, 1 : 1 + self.right] = truth[:, : self.right]
+        proposal.tokens[:, 1 + self.right :] = (truth[:, self.right :] + 1) % self.vocab_size
         return proposal
 
-    Pair.propose = propose  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        Pair.propose = honest  # type: ignore[method-assign]
+    def commit(self, features: torch.Tensor, slots: torch.Tensor) -> None:
+        self.chain.commit(features, slots)
+
+
+def forced(options: argparse.Namespace, plain: torch.Tensor | None, vocab_size: int) -> dict[str, Any]:
+    """Return what is added to our call of `generate` so that `--tau` tokens are committed per cycle."""
+    if options.tau is None or plain is None:
+        return {}
+    return {"proposer": lambda chain: Forced(chain, plain, options.tau, vocab_size)}
 
 
 def timed(target: Any, run: Callable[[], Any]) -> tuple[Any, float, float | None]:
@@ -306,7 +299,7 @@ def measured_bandwidth(target: Any, size: int) -> float:
 
 def self_check_ms(target: Any, draft: Any, inputs: dict[str, Any], options: argparse.Namespace) -> float:
     """What the first decode of a session costs beyond the next, two tokens each; the median over the runs."""
-    call = inputs | {"max_new_tokens": 2, "custom_generate": draft.speculate, "capture": "off"}
+    call = inputs | {"max_new_tokens": 2, "custom_generate": draft.speculate, "capture": "eager"}
     costs = []
     for _ in range(options.runs + 1):
         draft.speculate.checked.clear()
@@ -321,10 +314,10 @@ def show(figures: dict[str, Figures], floor: dict[str, float], target: Any, draf
     print(f"{options.shape}, {options.device}, {dtype}, batch {options.batch}, context {options.context}, ", end="")
     print(f"block {draft.config.block_size}, {options.new} new tokens, {options.threads} threads, ", end="")
     print(f"capture {options.capture}")
-    heads = ("tok/s", "ms/cycle", "draft", "verify", "rest", "replay", "tau", "peak MiB")
+    heads = ("tok/s", "ms/cycle", "draft", "verify", "rest", "rollback", "tau", "peak MiB")
     print(" " * 28 + "".join(head.rjust(10) for head in heads) + "  text")
     for name, one in figures.items():
-        parts = (one.ms_per_cycle, one.draft_ms, one.verify_ms, one.rest_ms, one.replay_ms, one.tau, one.peak_mib)
+        parts = (one.ms_per_cycle, one.draft_ms, one.verify_ms, one.rest_ms, one.rollback_ms, one.tau, one.peak_mib)
         cells = "".join(number(part).rjust(10) for part in (one.tokens_per_second, *parts))
         print(f"{name:28}{cells}  {'same' if one.same_text else 'NOT the same'}")
     ratios = ratios_of(figures, floor, options)

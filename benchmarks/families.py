@@ -24,7 +24,6 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-import pytest  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
@@ -32,7 +31,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import tiny  # noqa: E402
 from dflash_hub import DecodeStatistics  # noqa: E402
-from dflash_hub.target_dflash import check_target  # noqa: E402
+from dflash_hub.support_dflash import check_target  # noqa: E402
 
 EXACT, EXACT_ALONE, REFUSED, CAUGHT = "exact", "exact, one row at a time", "refused", "stopped by the self-check"
 DIFFERENT, FOREIGN, NOT_BUILT = "ANOTHER TEXT", "FOREIGN ERROR", "not built"
@@ -126,10 +125,9 @@ def decode_both(model, inputs, block, new=24):
     """The model's own text, and the text with a steered draft; whether both kinds of cycles happened."""
     plain = model.generate(**inputs, max_new_tokens=new, do_sample=False)
     draft, statistics = tiny.draft(model, block_size=block), DecodeStatistics()
-    with pytest.MonkeyPatch.context() as patch:
-        tiny.partly_right(patch, plain, seed=block)
-        ways = {"custom_generate": draft.speculate, "statistics": statistics}
-        ours = model.generate(**inputs, max_new_tokens=new, do_sample=False, **ways)
+    ways = {"custom_generate": draft.speculate, "statistics": statistics}
+    ways["proposer"] = tiny.partly_right(plain, seed=block)
+    ours = model.generate(**inputs, max_new_tokens=new, do_sample=False, **ways)
     return plain, ours, {min(statistics.committed) < block, max(statistics.committed) > 1}
 
 

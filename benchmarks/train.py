@@ -1,21 +1,22 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""What a training step costs, and the same step with the logits of all positions at once, in one process.
+"""Measure what a training step costs, beside the same step with the logits of all positions at once.
 
     python benchmarks/train.py                                      # a small body, the vocabulary of Qwen3
     python benchmarks/train.py --shape qwen3-8b --device cuda --length 3072 --anchors 512
 
-Models are built in place with random weights. Times are medians over the steps, the two ways taking turns; memory is
-the most that a step takes beyond what is there before it. The last line is JSON.
+Models have random weights. Times are medians over the steps, where the two methods take turns. Memory is the peak of
+a step beyond what was in use before it. The last line is JSON.
 """
 
 import argparse
-import contextlib
 import json
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dflash_hub import DFlashDraftSpec
 from dflash_hub.generation_dflash import now
-from dflash_hub.training import objective as module
-from dflash_hub.training.blocks import Rows, draw_anchors
-from dflash_hub.training.loss import Scores
+from dflash_hub.training.blocks import Blocks, PackedBatch, draw_anchors
+from dflash_hub.training.loss import Loss, LossInputs, chunk_loss, weighted_loss
 from dflash_hub.training.objective import Objective, Recipe
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -55,17 +55,22 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
-    draft, objective = build(options, device)
+    draft, target = build(options, device)
+    recipe, timer = Recipe(distillation=options.distillation), Timer(device)
+    methods = {
+        "ours": Objective(draft.config, target, recipe, weighted_loss, timer.phase),
+        "logits in full": Objective(draft.config, target, recipe, loss_in_full, timer.phase),
+    }
+    draft.set_attn_implementation("flex_attention" if methods["ours"].flex(device) else "sdpa")
     optimizer = torch.optim.AdamW(draft.parameters(), lr=1e-4)
     ids = torch.randint(options.vocab, (options.batch, options.length), device=device)
-    rows = Rows(ids, torch.ones_like(ids, dtype=torch.bool), torch.ones_like(ids))
-    ways: dict[str, Callable[..., torch.Tensor]] = {"ours": module.weighted_loss, "logits in full": loss_in_full}
+    batch = PackedBatch(ids, torch.ones_like(ids, dtype=torch.bool), torch.ones_like(ids))
     measured: dict[str, list[dict[str, float]]] = defaultdict(list)
     for number in range(options.steps + 1):
-        blocks = objective.blocks(rows, draw_anchors(rows, options.anchors, 0, number))
-        for name, loss in ways.items():
-            figures = step(objective, draft, optimizer, blocks, loss, device)
-            if number:  # the first pays for what later ones do not
+        anchors = draw_anchors(batch, options.anchors, 0, number)
+        for name, objective in methods.items():
+            figures = step(objective, draft, optimizer, objective.blocks(batch, anchors), timer)
+            if number:  # the first step pays for warm-up
                 measured[name].append(figures)
     show(measured, options)
 
@@ -87,73 +92,54 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def build(options: argparse.Namespace, device: torch.device) -> tuple[Any, Objective]:
-    """The draft, in float32, and the objective with the target in it."""
+def build(options: argparse.Namespace, device: torch.device) -> tuple[Any, Any]:
+    """Return the draft, in float32, and the target."""
     dtype = getattr(torch, options.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
     config = AutoConfig.for_model("qwen3", vocab_size=options.vocab, tie_word_embeddings=True, **SHAPES[options.shape])
     with device:
         target = AutoModelForCausalLM.from_config(config, dtype=dtype)
         fresh = {"mask_token_id": 0, "block_size": options.block, "num_hidden_layers": options.layers}
         draft = DFlashDraftSpec("benchmark").build(config, dtype=torch.float32, **fresh).to(device).train()
-    objective = Objective(draft.config, target, Recipe(distillation=options.distillation))
-    draft.set_attn_implementation("flex_attention" if objective.flex(device) else "sdpa")
-    return draft, objective
+    return draft, target
 
 
-def loss_in_full(states: torch.Tensor, scores: Scores, vocab_size: int) -> torch.Tensor:
-    """As everybody writes it first: all logits, and autograd."""
-    return scores.chunk(states, slice(None))
+def loss_in_full(states: torch.Tensor, inputs: LossInputs, vocab_size: int) -> Loss:
+    """Compute the loss the simple way: all logits at once, and autograd."""
+    return chunk_loss(inputs, states, slice(None))[0]
 
 
-def step(
-    objective: Objective,
-    draft: Any,
-    optimizer: Any,
-    blocks: Any,
-    loss: Callable[..., torch.Tensor],
-    device: torch.device,
-) -> dict[str, float]:
-    """Seconds of each part of one step, and the most memory it took, in MiB."""
-    seconds = dict.fromkeys(PARTS, 0.0)
-    with peak_memory(device) as memory, contextlib.ExitStack() as stack:
-        for owner, name, part in (
-            (objective.target, "read", "target"),
-            (objective, "states", "draft"),
-            (module, "weighted_loss", "loss"),
-        ):
-            run = loss if part == "loss" else getattr(owner, name)
-            stack.enter_context(replaced(owner, name, timed(run, part, seconds, device)))
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            total, _ = objective(draft, blocks)
-        timed((total / blocks.weights(objective.gamma).sum()).backward, "backward", seconds, device)()
-        timed(optimizer.step, "optimizer", seconds, device)()
-        optimizer.zero_grad()
-    return seconds | memory | {"value": float(total.detach())}
+@dataclass
+class Timer:
+    """Measure the seconds of each part of a step."""
 
+    device: torch.device
+    seconds: dict[str, float] = field(default_factory=dict)
 
-def timed(run: Callable, part: str, seconds: dict[str, float], device: torch.device) -> Callable:
-    def wrapped(*args: Any) -> Any:
-        started = now(device)
-        result = run(*args)
-        seconds[part] += now(device) - started
-        return result
-
-    return wrapped
-
-
-@contextlib.contextmanager
-def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        started = now(self.device)
         yield
-    finally:
-        setattr(owner, name, before)
+        self.seconds[name] = self.seconds.get(name, 0.0) + now(self.device) - started
 
 
-@contextlib.contextmanager
+def step(objective: Objective, draft: Any, optimizer: Any, blocks: Blocks, timer: Timer) -> dict[str, float]:
+    """Return the seconds of each part of one step, its peak memory in MiB, and its loss."""
+    timer.seconds.clear()
+    device = timer.device
+    with peak_memory(device) as memory:
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            total = objective(draft, blocks).loss
+        with timer.phase("backward"):
+            (total / blocks.weights(objective.gamma).sum()).backward()
+        with timer.phase("optimizer"):
+            optimizer.step()
+        optimizer.zero_grad()
+    return timer.seconds | memory | {"value": float(total.detach())}
+
+
+@contextmanager
 def peak_memory(device: torch.device) -> Iterator[dict[str, float]]:
-    """The most memory beyond what there was before, in MiB: of the GPU, or resident (on Linux, else not known)."""
+    """Measure the peak memory beyond what was in use before, in MiB: of the GPU, or resident (NaN except on Linux)."""
     found: dict[str, float] = {}
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -170,7 +156,7 @@ def peak_memory(device: torch.device) -> Iterator[dict[str, float]]:
 
 
 def resident(field: str) -> float:
-    """Of /proc/self/status, in MiB."""
+    """Return a field of /proc/self/status, in MiB."""
     status = Path("/proc/self/status")
     text = status.read_text() if status.exists() else ""
     match = re.search(rf"{field}:\s+(\d+)", text)
@@ -178,7 +164,7 @@ def resident(field: str) -> float:
 
 
 def show(measured: dict[str, list[dict[str, float]]], options: argparse.Namespace) -> None:
-    """A table, and the JSON line."""
+    """Print a table, and the JSON line."""
     figures = {}
     print(f"{'ms':16}" + "".join(part.rjust(11) for part in (*PARTS, "step", "tokens/s", "peak MiB")))
     for name, steps in measured.items():

@@ -28,7 +28,7 @@ class Recording(TorchDispatchMode):
 
 
 def record(run):
-    """In place of `capture_dflash.record`."""
+    """In place of `execution_dflash.record`."""
     with Recording() as recording:
         outputs = run()
     return recording.replay, outputs

@@ -11,6 +11,8 @@ from typer.testing import CliRunner
 import tiny
 import tiny_checkpoints
 from dflash_hub import cli, evaluation
+from dflash_hub.commands.generate import find_draft, load_target
+from dflash_hub.commands.shared import console
 from dflash_hub.registry import CATALOGUE, drafts_for
 from paths import ROOT, TINY
 
@@ -23,7 +25,7 @@ def run(*words: str):
 
 @pytest.fixture(autouse=True)
 def wide(monkeypatch):
-    monkeypatch.setattr(cli.console, "width", 200, raising=False)
+    monkeypatch.setattr(console, "width", 200, raising=False)
 
 
 def test_python_dash_m_runs_it_and_errors_have_no_traceback():
@@ -32,6 +34,15 @@ def test_python_dash_m_runs_it_and_errors_have_no_traceback():
     assert done.returncode == 1
     assert "Error: no/such/folder is not a folder" in done.stderr
     assert "Traceback" not in done.stderr + done.stdout
+
+
+def test_an_error_that_nobody_expects_shows_its_traceback(monkeypatch):
+    def broken():
+        raise KeyError("a fault of ours")
+
+    monkeypatch.setattr(cli, "app", broken)
+    with pytest.raises(KeyError, match="a fault of ours"):
+        cli.main()
 
 
 def test_the_demo_shows_both_texts_and_the_figures():
@@ -108,9 +119,9 @@ def test_generate_finds_the_draft_of_a_target_that_sees_images(architecture, hub
     name = next(spec.target for spec in CATALOGUE if architecture in spec.architectures)
     HfApi().create_repo(name)
     HfApi().upload_folder(folder_path=tmp_path, repo_id=name)
-    model = cli.load_target(name, "auto")
-    with pytest.raises(OSError, match=drafts_for(name)[0].repo_id), cli.console.capture() as shown:
-        cli.find_draft(model, None, None)
+    model = load_target(name, "auto")
+    with pytest.raises(OSError, match=drafts_for(name)[0].repo_id), console.capture() as shown:
+        find_draft(model, None, None)
     assert f"It was made for {name}." in shown.get()
 
 

@@ -5,7 +5,9 @@ import json
 import pytest
 
 from dflash_hub import DFlash2Config, DFlashConfig, load_draft
-from dflash_hub.layouts_dflash import _HARMLESS
+from dflash_hub.configuration_dflash import EXTENSIONS
+from dflash_hub.layouts import _HARMLESS, read_layout
+from dflash_hub.layouts_dflash import engines_layout, read_own_layout
 from paths import DATA, TINY
 
 PUBLISHED = DATA / "published_configs"
@@ -532,3 +534,64 @@ def test_the_callers_rope_dict_is_left_alone():
     rope = {"rope_theta": 5.0}
     small(rope_parameters=rope)
     assert rope == {"rope_theta": 5.0}
+
+
+# Without the package ------------------------------------------------------------------------------------------------
+
+SHAPE = dict(block_size=8, mask_token_id=0, target_layer_ids=[1, 2], num_target_layers=6, vocab_size=64)
+MIXED = [SLIDING, FULL, SLIDING, FULL, SLIDING]
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 10240, "rope_theta": 1e6}
+OURS = {
+    "plain": DFlashConfig(**SHAPE, rope_theta=1e6),
+    "causal": DFlashConfig(**SHAPE, rope_theta=1e6, is_causal=True, dtype="bfloat16", target_hidden_size=32),
+    "sliding": DFlashConfig(**SHAPE, rope_theta=1e6, layer_types=MIXED, sliding_window=16),
+    "bidirectional": DFlashConfig(**SHAPE, rope_theta=1e6, layer_types=MIXED, sliding_window=16, is_causal=False),
+    "yarn": DFlashConfig(**SHAPE, rope_parameters=YARN, final_logit_softcapping=30.0),
+    "dflash2": DFlash2Config(**SHAPE, rope_theta=1e6, final_logit_softcapping=30.0, output_multiplier=2.0),
+}
+
+
+@pytest.fixture
+def without_package(monkeypatch):
+    """Configs are read as by the copy of this code in a repository."""
+    monkeypatch.setattr(EXTENSIONS, "read_layout", read_own_layout)
+
+
+@pytest.mark.parametrize("layout", ["hub", "engines"])
+@pytest.mark.parametrize("config", OURS.values(), ids=OURS)
+def test_the_reader_that_travels_reads_our_layouts_as_the_package_does(config, layout, tmp_path, without_package):
+    config.auto_map = {"AutoConfig": "configuration_dflash.DFlashConfig"} if layout == "hub" else None
+    config.save_pretrained(tmp_path, layout=layout)
+    assert type(config).from_pretrained(tmp_path) == config
+    content = json.loads((tmp_path / "config.json").read_text())
+    for given in ({}, {"block_size": 4}, {"rope_theta": 5.0}):
+        read = [one(dict(content), given, config.model_type) for one in (read_layout, read_own_layout)]
+        assert read[0] == {key: value for key, value in read[1].items() if key in read[0] or key != "sliding_window"}
+
+
+@pytest.mark.parametrize("path", sorted(PUBLISHED.glob("*.json")), ids=lambda path: path.stem)
+def test_the_reader_that_travels_reads_another_layout_as_the_package_does_or_refuses_it(path, without_package):
+    content = json.loads(path.read_text())
+    for kind in (DFlashConfig, DFlash2Config):
+        expected, refusal = None, ""
+        try:
+            config = kind.from_dict(dict(content))
+        except ValueError as error:
+            refusal = str(error)
+        else:
+            expected = kind(**read_layout(content, {}, kind.model_type))
+        assert config == expected if expected else "pip install dflash-hub" in refusal
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"block_size": 4}, "contradicts itself about block_size: block_size is 4 but dflash_config.block_size is 8"),
+        ({"dflash_config": {"casual": True}}, "dflash_config.casual is True.*pip install dflash-hub"),
+        ({"rms_norm_eps": None}, "lacks rms_norm_eps; supply it.*pip install dflash-hub"),
+        ({"auto_map": None}, "model_type is 'qwen3', auto_map is {}.*pip install dflash-hub"),
+    ],
+)
+def test_the_reader_that_travels_refuses_what_it_does_not_know(changes, message, without_package):
+    with pytest.raises(ValueError, match=message):
+        DFlashConfig.from_dict(engines_layout(OURS["plain"]) | changes)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from dflash_hub import DFlash2Config, DFlashConfig
-from dflash_hub.layouts_dflash import _NESTED, _PLACES, FIELDS, SLIDING
+from dflash_hub.layouts import _NESTED, _PLACES
+from dflash_hub.layouts_dflash import FIELDS, SLIDING
 from paths import DATA
 
 SEED = 20261125

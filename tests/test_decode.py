@@ -7,10 +7,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import tiny
 from dflash_hub import DecodeStatistics, DFlashDraftModel
-from dflash_hub.cache_dflash import ColumnCache, Masks
-from dflash_hub.generation_dflash import Pair, Proposal, accept
+from dflash_hub.attention_dflash import BlockMasks, MaskKind
+from dflash_hub.proposals_dflash import Proposal, accept, ancestors, paths
+from dflash_hub.sequences_dflash import Prompt
 from dflash_hub.support_dflash import TESTED
-from dflash_hub.text_dflash import Prompt
 from paths import DATA
 
 RECURRENT = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "lfm2", "nemotron_h")
@@ -45,7 +45,7 @@ def test_every_family_that_is_answered_for_is_tested():
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_greedy_text_is_the_targets_own_through_rejections_and_full_acceptances(family, monkeypatch):
+def test_greedy_text_is_the_targets_own_through_rejections_and_full_acceptances(family):
     """One row, with prompts of 1 to 300 tokens and blocks of 2 to 16, by the draft's own proposals and by better."""
     target = tiny.target(family)
     committed, tokens = set(), set()
@@ -56,9 +56,7 @@ def test_greedy_text_is_the_targets_own_through_rejections_and_full_acceptances(
         tokens |= set(expected[0, length:].tolist())
         draft = tiny.draft(target, block_size=block)
         assert torch.equal(speculative(target, draft, ids, 40)[0], expected)
-        with monkeypatch.context() as patch:
-            tiny.partly_right(patch, expected, seed=length)
-            text, statistics = speculative(target, draft, ids, 40)
+        text, statistics = speculative(target, draft, ids, 40, proposer=tiny.partly_right(expected, seed=length))
         assert torch.equal(text, expected)
         assert min(statistics.committed) < block
         committed |= {block - count for count in statistics.committed}
@@ -68,7 +66,7 @@ def test_greedy_text_is_the_targets_own_through_rejections_and_full_acceptances(
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("block", [2, 6, 16])
-def test_a_padded_batch_gives_every_row_the_text_that_plain_generate_gives_it(family, block, monkeypatch):
+def test_a_padded_batch_gives_every_row_the_text_that_plain_generate_gives_it(family, block):
     target = tiny.target(family)
     inputs = tiny.batch(20, pads=(0, 19, 7, 13))
     expected = target.generate(**inputs, max_new_tokens=40, do_sample=False)
@@ -77,9 +75,9 @@ def test_a_padded_batch_gives_every_row_the_text_that_plain_generate_gives_it(fa
     draft = tiny.draft(target, block_size=block)
     text, _ = speculative(target, draft, inputs["input_ids"], 40, attention_mask=inputs["attention_mask"])
     assert torch.equal(text, expected)
-    tiny.partly_right(monkeypatch, expected)
     statistics = DecodeStatistics()
     more = {"max_new_tokens": 40, "do_sample": False, "custom_generate": draft.speculate, "statistics": statistics}
+    more["proposer"] = tiny.partly_right(expected)
     assert torch.equal(target.generate(**inputs, **more), expected)
     assert {1, block} <= set(statistics.committed)
 
@@ -95,7 +93,7 @@ def test_the_drafts_own_window_may_be_crossed(layers):
 
 
 @pytest.mark.parametrize("layers", ["full", "sliding, causal", "sliding, not causal", "causal", "eager"])
-def test_what_the_draft_proposes_is_what_its_plain_forward_says(layers, monkeypatch):
+def test_what_the_draft_proposes_is_what_its_plain_forward_says(layers):
     """Over columns, with padding and windows and rejected context, against a forward without any cache."""
     target = tiny.target("qwen3")
     sliding = {"layer_types": ["sliding_attention"] * 2, "sliding_window": 9}
@@ -106,7 +104,7 @@ def test_what_the_draft_proposes_is_what_its_plain_forward_says(layers, monkeypa
         draft.set_attn_implementation("eager")
     inputs = tiny.batch(14, pads=(0, 5))
     texts = target.generate(**inputs, max_new_tokens=40, do_sample=False)
-    embed, honest, seen = target.get_input_embeddings(), draft.speculate, []
+    embed, seen = target.get_input_embeddings(), []
 
     @torch.no_grad()
     def plain(row: int, column: int) -> torch.Tensor:
@@ -116,20 +114,21 @@ def test_what_the_draft_proposes_is_what_its_plain_forward_says(layers, monkeypa
         block = torch.tensor([[int(texts[row, column])] + [3] * 4])
         return target.lm_head(draft(embed(block), context).last_hidden_state[:, 1:])[0]
 
-    from dflash_hub.drafting_dflash import Drafter
+    class Watched(tiny.Steered):
+        """Looks at what the draft gives before it is proposed."""
 
-    proposing = Drafter.propose
+        def propose(self, state):
+            drafter, context = self.chain.drafter, self.chain.context
+            output = drafter.draft_block(context, state.anchor, state.slots, max(state.last_slots) + drafter.size)
+            with state.target.attention.uninstalled(), drafter.attention.uninstalled():
+                for row, slot in enumerate(state.slots.tolist()):
+                    if (row, slot) not in seen:  # rows that have ended stay where they are
+                        seen.append((row, slot))
+                        assert torch.allclose(output.logits[row], plain(row, slot), atol=1e-4)
+            return self.chain.propose(state)
 
-    def propose(self, anchor, start, room):
-        logits = proposing(self, anchor, start, room)
-        for row, column in enumerate(start.tolist()):
-            if (row, column) not in seen:  # rows that have ended stay where they are
-                seen.append((row, column))
-                assert torch.allclose(logits[row], plain(row, column), atol=1e-4)
-        return logits
-
-    monkeypatch.setattr(Drafter, "propose", propose)
-    assert torch.equal(target.generate(**inputs, max_new_tokens=40, do_sample=False, custom_generate=honest), texts)
+    more = {"custom_generate": draft.speculate, "proposer": lambda chain: Watched(chain, None)}
+    assert torch.equal(target.generate(**inputs, max_new_tokens=40, do_sample=False, **more), texts)
     assert len(seen) > 40
 
 
@@ -171,7 +170,7 @@ def test_buffers_grow_over_long_texts(monkeypatch):
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma3_text", "gpt_oss", "deepseek_v3", "qwen3_next", "nemotron_h"])
 def test_long_prompts_are_prefilled_in_parts(family, monkeypatch):
-    monkeypatch.setattr("dflash_hub.text_dflash.PREFILL_CHUNK", 16)
+    monkeypatch.setattr("dflash_hub.sequences_dflash.PREFILL_CHUNK", 16)
     target = tiny.target(family)
     draft = tiny.draft(target)
     ids = tiny.prompt(70)
@@ -196,29 +195,30 @@ def test_only_the_last_position_of_a_prompt_goes_through_the_head():
 
 @pytest.mark.parametrize("window", [None, 7])
 @pytest.mark.parametrize("causal", [True, False])
-def test_masks_that_are_moved_on_are_those_that_are_made_anew(window, causal):
+def test_masks_that_are_moved_on_equal_masks_that_are_built_there(window, causal):
     torch.manual_seed(0)
-    hidden = torch.zeros(3, 120, dtype=torch.bool)
-    hidden[1, :6] = hidden[2, 3] = True
-    start = torch.tensor([9, 12, 20])
-    masks = Masks(hidden, start, size=5)
-    kind = (window, causal, 2, torch.float32, torch.device("cpu"))
-    masks.get(*kind)
+    padding_mask = torch.zeros(3, 120, dtype=torch.bool)
+    padding_mask[1, :6] = padding_mask[2, 3] = True
+    slots = torch.tensor([9, 12, 20])
+    masks = BlockMasks(padding_mask, slots, size=5)
+    kind = MaskKind(window, causal, 2, torch.float32, torch.device("cpu"))
+    masks.get(kind)
     for _ in range(15):
-        start = start + torch.randint(0, 6, (3,))
-        masks.move(start, masks.chain)
-        fresh = Masks(hidden, start, size=5).get(*kind)
-        assert torch.equal(masks.get(*kind), fresh)
+        slots = slots + torch.randint(0, 6, (3,))
+        masks.move(slots, masks.chain)
+        fresh = BlockMasks(padding_mask, slots, size=5).get(kind)
+        assert torch.equal(masks.get(kind), fresh)
         assert fresh.shape == (3, 1, 10, 120)
 
 
 def test_a_mask_shows_what_the_definition_of_a_window_says():
-    hidden = torch.zeros(1, 16, dtype=torch.bool)
-    hidden[0, 0] = True
+    padding_mask = torch.zeros(1, 16, dtype=torch.bool)
+    padding_mask[0, 0] = True
     start, size = 8, 3
     for window in (None, 4):
         for causal in (True, False):
-            shown = Masks(hidden, torch.tensor([start]), size).get(window, causal, 1, torch.float32, hidden.device)
+            masks = BlockMasks(padding_mask, torch.tensor([start]), size)
+            shown = masks.get(MaskKind(window, causal, 1, torch.float32, padding_mask.device))
             for query in range(size):
                 for column in range(16):
                     distance = start + query - column
@@ -231,16 +231,14 @@ def test_nothing_is_copied_but_what_a_block_writes():
     """The buffers of a text stay where they are while it grows inside them."""
     target, where = tiny.target("qwen3"), set()
     draft = tiny.draft(target)
-    speculative(target, draft, tiny.prompt(9), 60)  # checks itself
-    honest = ColumnCache.write_at
 
-    def write_at(self, *columns):
-        honest(self, *columns)
-        where.update((id(self), layer.keys.data_ptr()) for layer in self.attention if layer.is_initialized)
+    class Watched(tiny.Steered):
+        def propose(self, state):
+            for cache in (state.on_target.cache, self.chain.context.cache):
+                where.update((id(cache), layer.keys.data_ptr()) for layer in cache.slot_layers.values())
+            return self.chain.propose(state)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ColumnCache, "write_at", write_at)
-        speculative(target, draft, tiny.prompt(9), 60)
+    speculative(target, draft, tiny.prompt(9), 60, proposer=lambda chain: Watched(chain, None))
     assert len(where) == 4 + 2
 
 
@@ -256,20 +254,20 @@ def test_a_cycle_brings_one_tensor_to_the_host(rows, monkeypatch):
             return honest(self, *args, **kwargs)
 
         monkeypatch.setattr(torch.Tensor, name, bring)
-    per_cycle, honest_propose = [], Pair.propose
+    per_cycle = []
 
-    def propose(self):
+    def count(proposal, state):
         per_cycle.append(list(brought))
         brought.clear()
-        return honest_propose(self)
+        return proposal
 
-    monkeypatch.setattr(Pair, "propose", propose)
-    target.generate(**inputs, max_new_tokens=40, do_sample=False, custom_generate=draft.speculate)
+    more = {"custom_generate": draft.speculate, "proposer": tiny.steered(count)}
+    target.generate(**inputs, max_new_tokens=40, do_sample=False, **more)
     assert len(per_cycle) > 10
     assert all(names == ["tolist"] for names in per_cycle[1:])
 
 
-TREE = torch.tensor([-1, 0, 0, 1, 1, 2])
+TREE = torch.tensor([[-1, 0, 0, 1, 1, 2]])
 
 
 @pytest.mark.parametrize(
@@ -280,7 +278,7 @@ TREE = torch.tensor([-1, 0, 0, 1, 1, 2])
         ([7, 1, 2, 3], [1, 9, 3, 4], None, 1, [1, 9]),
         ([7, 1, 2, 3], [9, 2, 3, 4], None, 0, [9]),
         ([7, 1, 2, 3], [9, 9, 3, 4], None, 0, [9]),
-        ([7, 1, 2, 3], [1, 2, 9, 4], torch.tensor([-1, 0, 1, 2]), 2, [1, 2, 9]),
+        ([7, 1, 2, 3], [1, 2, 9, 4], torch.tensor([[-1, 0, 1, 2]]), 2, [1, 2, 9]),
         ([7, 1, 2, 3, 4, 5], [2, 0, 5, 0, 0, 6], TREE, 2, [2, 5, 6]),
         ([7, 1, 2, 3, 4, 5], [1, 4, 5, 0, 8, 6], TREE, 2, [1, 4, 8]),
         ([7, 1, 2, 3, 4, 5], [9, 4, 5, 0, 8, 6], TREE, 0, [9]),
@@ -289,37 +287,51 @@ TREE = torch.tensor([-1, 0, 0, 1, 1, 2])
 )
 def test_acceptance_keeps_the_drafted_tokens_before_the_first_mismatch(tokens, choices, parents, accepted, committed):
     choices = torch.tensor([choices])
-    count, way = accept(Proposal(torch.tensor([tokens]), parents), choices)
+    count, path = accept(Proposal(torch.tensor([tokens]), parents), choices)
     assert count.tolist() == [accepted]
-    assert choices.gather(1, way)[0, : accepted + 1].tolist() == committed
+    assert choices.gather(1, path)[0, : accepted + 1].tolist() == committed
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma3_text", "gpt_oss"])
 @pytest.mark.parametrize("block", [4, 6, 9])
-def test_a_tree_of_proposals_runs_in_the_same_loop(family, block, monkeypatch):
-    """Two ways on from the anchor: one that is right for a while, one that is wrong at once, in either order."""
+def test_a_tree_of_proposals_runs_in_the_same_loop(family, block):
+    """Two branches from the anchor: one that is right for a while, one that is wrong at once; another tree per row."""
     target = tiny.target(family)
     inputs = tiny.batch(12, pads=(0, 5, 9, 2))
     expected = target.generate(**inputs, max_new_tokens=40, do_sample=False)
-    parents = torch.tensor([-1, 0, 0, 1, 2, 4])
-    honest, turn = Pair.propose, []
+    turn = []
 
-    def propose(self):
-        anchor = honest(self).tokens[:, :1]
+    def branch(proposal, state):
         turn.append(len(turn) % 3)
-        ways = [self.texts.prompt.new_zeros(len(anchor), 5)]
-        for row, column in enumerate(self.columns):
-            truth = torch.nn.functional.pad(expected[row, column + 1 : column + 4], (0, 3))[:3]
+        tokens, parents = proposal.tokens[:, :1].repeat(1, 6), torch.empty(len(proposal.tokens), 6, dtype=torch.long)
+        for row, slot in enumerate(state.last_slots):
+            truth = torch.nn.functional.pad(expected[row, slot + 1 : slot + 4], (0, 3))[:3]
             other = (truth + 1) % tiny.VOCAB
-            one, two = (other, truth) if turn[-1] else (truth, other)
-            ways[0][row] = torch.stack([one[0], two[0], one[1], two[1], two[2] if turn[-1] == 1 else other[2]])
-        return Proposal(torch.cat([anchor, *ways], dim=1), parents)
+            deep = turn[-1] == 1 or (row + turn[-1]) % 2  # which branch is right, and how far, differs by row
+            one, two = (other, truth) if deep else (truth, other)
+            order = [one[0], two[0], one[1], two[1], two[2] if deep else other[2]]
+            tokens[row, 1:] = torch.stack(order)
+            parents[row] = torch.tensor([-1, 0, 0, 1, 2, 4])
+            if row % 2:  # the same branches, the other one first
+                tokens[row, 1:] = torch.stack([two[0], one[0], two[1], two[2] if deep else other[2], one[1]])
+                parents[row] = torch.tensor([-1, 0, 0, 1, 3, 2])
+        return Proposal(tokens, parents)
 
-    monkeypatch.setattr(Pair, "propose", propose)
     draft, statistics = tiny.draft(target, block_size=block), DecodeStatistics()
     more = {"max_new_tokens": 40, "do_sample": False, "custom_generate": draft.speculate, "statistics": statistics}
+    more["proposer"] = tiny.steered(branch)
     assert torch.equal(target.generate(**inputs, **more), expected)
     assert {3, 4} <= set(statistics.committed)
+
+
+def test_ancestors_and_paths_of_a_tree_say_the_same():
+    generator = torch.Generator().manual_seed(0)
+    for size in (1, 2, 3, 9, 17):
+        parents = torch.tensor([[-1, *(int(torch.randint(0, p, (), generator=generator)) for p in range(1, size))]] * 2)
+        lineage = ancestors(parents)
+        for row, row_paths in enumerate(paths(parents)):
+            for position, path in enumerate(row_paths):
+                assert lineage[row, position].nonzero()[:, 0].tolist() == path
 
 
 @pytest.mark.parametrize(
@@ -388,11 +400,11 @@ def test_a_target_that_is_not_answered_for_is_refused_by_name(family, fields, me
 
 
 def test_a_family_that_is_not_tested_decodes_after_its_self_check_or_is_refused_where_that_is_asked_for(monkeypatch):
-    from dflash_hub import target_dflash
+    from dflash_hub import support_dflash
 
     said: list[str] = []
-    monkeypatch.setattr(target_dflash, "TESTED", target_dflash.TESTED - {"olmo2"})
-    monkeypatch.setattr(target_dflash.logger, "warning_once", said.append)
+    monkeypatch.setattr(support_dflash, "TESTED", support_dflash.TESTED - {"olmo2"})
+    monkeypatch.setattr(support_dflash.logger, "warning_once", said.append)
     target = tiny.scaled(AutoModelForCausalLM.from_config(AutoConfig.for_model("olmo2", **tiny.SMALL)).eval(), "olmo2")
     draft, ids = tiny.draft(target), tiny.prompt(20)
     for _ in range(2):

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 import tiny
-from dflash_hub import DecodeStatistics, capture_dflash
-from dflash_hub.cache_dflash import Masks
-from dflash_hub.drafting_dflash import Drafter
-from dflash_hub.generation_dflash import Pair, Proposal
+from dflash_hub import DecodeStatistics, execution_dflash
+from dflash_hub.drafter_dflash import Drafter
+from dflash_hub.proposals_dflash import Proposal
+from dflash_hub.sequences_dflash import Prompt
 from dflash_hub.target_dflash import Target
 from recording import record
 
@@ -26,20 +26,22 @@ def test_the_blocks_of_a_family_need_neither_the_data_nor_another_device(family,
     draft = tiny.draft(model, **second).to(META)
     model = model.to(META)
     ids, size = torch.zeros(rows, 20, dtype=torch.long, device=META), draft.config.block_size
-    hidden = torch.zeros(rows, 20, dtype=torch.bool, device=META)
-    start, anchor = torch.zeros(rows, dtype=torch.long, device=META), ids[:, :1]
+    prompt = Prompt(ids, {})
+    slots, anchor = torch.zeros(rows, dtype=torch.long, device=META), ids[:, :1]
     target, drafter = Target(model, (0, 2)), Drafter(draft, model)
-    with torch.no_grad(), target.decoding("off"), drafter.decoding(hidden, "off"):
-        target.begin({"input_ids": ids})
-        target.taps.take()
-        target.cache.reserve(20 + size)
-        masks = Masks(torch.zeros(rows, target.cache.capacity, dtype=torch.bool, device=META), start, size)
-        logits = target.verify(ids[:, :size], start, masks, masks.chain, torch.zeros(rows, 1, device=META).long())
-        assert logits.device == target.features.device == META
-        proposed = drafter.propose(anchor, start, 20 + size)
-        assert proposed.device == drafter.picked.device == META
-        assert logits.shape == (rows, size, tiny.VOCAB)
-        assert proposed.shape == (rows, size - 1, tiny.VOCAB)
+    with (
+        torch.no_grad(),
+        target.decoding(prompt, "eager") as on_target,
+        drafter.decoding(prompt.padding_mask, "eager") as on_draft,
+    ):
+        target.prefill(on_target, {"input_ids": ids})
+        on_target.cache.reserve(20 + size)
+        verified = target.verify(on_target, ids[:, :size], slots)
+        assert verified.logits.device == verified.features.device == META
+        output = drafter.draft_block(on_draft, anchor, slots, 20 + size)
+        assert output.logits.device == output.tokens.device == META
+        assert verified.logits.shape == (rows, size, tiny.VOCAB)
+        assert output.logits.shape == (rows, size - 1, tiny.VOCAB)
 
 
 @pytest.mark.parametrize("family", CAPTURED)
@@ -58,47 +60,42 @@ def test_a_recording_that_is_replayed_without_python_gives_the_same_text(family,
         recorded.append(run)
         return lambda: (replayed.append(run), replay()), outputs
 
-    monkeypatch.setattr(capture_dflash, "record", counted)
+    monkeypatch.setattr(execution_dflash, "record", counted)
     torch.manual_seed(0)
     assert torch.equal(target.generate(**asked, capture="graphs"), plain)
     assert len(recorded) == 2
     assert len(replayed) > 20
 
 
-TREES = (
-    torch.tensor([-1, 0, 0, 1, 2, 4]),
-    torch.tensor([-1, 0, 1, 2, 3, 4]),
-    torch.tensor([-1, 0, 0, 0, 3, 4]),
-    torch.tensor([-1, 0, 0, 1, 2]),
-)
+TREES = torch.tensor([[-1, 0, 0, 1, 2, 4], [-1, 0, 1, 2, 3, 4], [-1, 0, 0, 0, 3, 4]])
 
 
-@pytest.mark.parametrize("capture", ["off", "graphs"])
-def test_a_tree_that_changes_from_cycle_to_cycle_is_replayed_as_it_is_now(capture, monkeypatch):
+@pytest.mark.parametrize("capture", ["eager", "graphs"])
+def test_a_tree_that_changes_from_cycle_to_cycle_and_row_to_row_is_replayed_as_it_is_now(capture, monkeypatch):
     target = tiny.target("gemma3_text")
     inputs = tiny.batch(12, pads=(0, 5, 9, 2))
     expected = target.generate(**inputs, max_new_tokens=60, do_sample=False)
-    honest, turn = Pair.propose, []
+    turn = []
 
-    def propose(self):
-        tokens, parents = honest(self).tokens[:, :1].repeat(1, 6), TREES[len(turn) % 3]
+    def branch(proposal, state):
+        tokens = proposal.tokens[:, :1].repeat(1, 6)
+        parents = torch.stack([TREES[(len(turn) + row) % 3] for row in range(len(tokens))])
         turn.append(1)
-        for row, column in enumerate(self.columns):
-            depth = 0
-            for position in range(1, 6):  # the last child of each parent is right, at least while its way is
-                way = [position]
-                while parents[way[-1]] >= 0:
-                    way.append(int(parents[way[-1]]))
-                depth = len(way) - 1
-                last = max(range(6), key=lambda other, parent=parents[position]: (parents[other] == parent, other))
-                truth = expected[row, min(column + depth, expected.shape[1] - 1)]
+        for row, slot in enumerate(state.last_slots):
+            tree = parents[row]
+            for position in range(1, 6):  # the last child of each parent is right, at least while its path is
+                path = [position]
+                while tree[path[-1]] >= 0:
+                    path.append(int(tree[path[-1]]))
+                last = max(range(6), key=lambda other: (tree[other] == tree[position], other))
+                truth = expected[row, min(slot + len(path) - 1, expected.shape[1] - 1)]
                 tokens[row, position] = truth if last == position else (truth + 1) % tiny.VOCAB
         return Proposal(tokens, parents)
 
-    monkeypatch.setattr(capture_dflash, "record", record)
-    monkeypatch.setattr(Pair, "propose", propose)
+    monkeypatch.setattr(execution_dflash, "record", record)
     draft, statistics = tiny.draft(target, block_size=6), DecodeStatistics()
     more = {"custom_generate": draft.speculate, "statistics": statistics, "capture": capture}
+    more["proposer"] = tiny.steered(branch)
     assert torch.equal(target.generate(**inputs, max_new_tokens=60, do_sample=False, **more), expected)
     assert len(set(statistics.committed)) > 1
 
@@ -115,22 +112,17 @@ def test_a_cycle_brings_one_tensor_to_the_host(second, sampled, tree, monkeypatc
         honest = getattr(torch.Tensor, name)
 
         def bring(self, *args, honest=honest, name=name, **kwargs):
-            if self is not TREES[3]:  # which is the host's
-                brought.append(name)
+            brought.append(name)
             return honest(self, *args, **kwargs)
 
         monkeypatch.setattr(torch.Tensor, name, bring)
-    per_cycle, honest_propose = [], Pair.propose
+    per_cycle, parents = [], torch.tensor([[-1, 0, 0, 1, 2]] * 3)
 
-    def propose(self):
+    def count(proposal, state):
         per_cycle.append(list(brought))
-        proposal = honest_propose(self)
-        if tree:
-            proposal = Proposal(proposal.tokens, TREES[3])
         brought.clear()
-        return proposal
+        return Proposal(proposal.tokens, parents) if tree else proposal
 
-    monkeypatch.setattr(Pair, "propose", propose)
-    target.generate(**asked)
+    target.generate(**asked, proposer=tiny.steered(count))
     assert len(per_cycle) > 8
     assert all(names == ["tolist"] for names in per_cycle[1:]), per_cycle[1:3]

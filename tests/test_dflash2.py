@@ -20,10 +20,9 @@ from dflash_hub import (
     load_draft,
     resolve_dflash_draft_spec,
 )
-from dflash_hub.hub_probe import digests
 from dflash_hub.publishing import publish
+from dflash_hub.publishing.probe import digests
 from dflash_hub.registry import CATALOGUE, drafts_for
-from dflash_hub.target_dflash import embed_noise
 from dflash_hub.training import loss as loss_module
 from dflash_hub.training.loss import weighted_loss
 from dflash_hub.training.objective import Objective, Recipe
@@ -48,7 +47,7 @@ def test_candidates_and_path_are_those_of_the_original_code():
     draft = DFlash2DraftModel.from_pretrained(GOLDEN / "draft")
     logits = data["selector_logits"]
     assert torch.equal(logits.topk(draft.config.selector_top_k).indices, data["selector_candidate_ids"])
-    path = draft.pick(logits, data["selector_hidden"], data["selector_anchor_ids"][:, None], 1.0)
+    path = draft.select_tokens(logits, data["selector_hidden"], data["selector_anchor_ids"][:, None], 1.0)
     assert torch.equal(path, data["selector_path"])
     assert not torch.equal(path, logits.argmax(-1))  # the selector chose otherwise than each position by itself
 
@@ -79,7 +78,7 @@ def test_a_fresh_draft_is_a_dflash_1_draft_with_the_same_weights(monkeypatch):
     states = [draft(noise, context).last_hidden_state for draft in (first, second)]
     torch.testing.assert_close(*states, atol=1e-6, rtol=0)
     scores, anchor = target.lm_head(states[0][:, 1:]), torch.tensor([[1], [2]])
-    picked = [draft.pick(scores, states[0][:, 1:], anchor, 1.0) for draft in (first, second)]
+    picked = [draft.select_tokens(scores, states[0][:, 1:], anchor, 1.0) for draft in (first, second)]
     assert torch.equal(*picked)
     committed = []
     for draft in (first, second):
@@ -167,7 +166,7 @@ def test_logits_are_multiplied_then_capped_and_embeddings_scaled(pair):
     "family", ["qwen3", "qwen3_moe", "gemma3_text", "gpt_oss", "deepseek_v3", "qwen3_next", "nemotron_h", "lfm2"]
 )
 @pytest.mark.parametrize("block", [2, 7])
-def test_text_is_the_targets_own_alone_and_in_padded_batches(family, block, monkeypatch):
+def test_text_is_the_targets_own_alone_and_in_padded_batches(family, block):
     target = tiny.target(family)
     draft = tiny.draft(target, block_size=block, **tiny.SECOND)
     inputs = tiny.batch(9, pads=(0, 3, 5, 1))
@@ -176,7 +175,7 @@ def test_text_is_the_targets_own_alone_and_in_padded_batches(family, block, monk
     statistics = DecodeStatistics()
     ways = {"custom_generate": draft.speculate, "statistics": statistics}
     assert torch.equal(target.generate(**inputs, **asked, **ways), plain)
-    tiny.partly_right(monkeypatch, torch.nn.functional.pad(plain, (0, 40)))
+    ways["proposer"] = tiny.partly_right(torch.nn.functional.pad(plain, (0, 40)))
     assert torch.equal(target.generate(**inputs, **asked, **ways), plain)
     assert {1, block} <= set(statistics.committed)
     one = {name: value[:1] for name, value in inputs.items()}
@@ -184,24 +183,20 @@ def test_text_is_the_targets_own_alone_and_in_padded_batches(family, block, monk
     assert tiny.as_found(target)
 
 
-def test_what_is_proposed_is_what_the_selector_walks(pair, monkeypatch):
+def test_what_is_proposed_is_what_the_selector_walks(pair):
     """The engine's proposal equals the walk over the plain forward's states: taps, positions and anchor are right."""
-    from dflash_hub.generation_dflash import Pair
-
     target, draft = pair
     proposals = []
-    honest = Pair.propose
-    monkeypatch.setattr(Pair, "propose", lambda self: proposals.append(honest(self)) or proposals[-1])
+    keep = tiny.steered(lambda proposal, state: proposals.append(proposal) or proposal)
     ids = tiny.prompt(11)
-    text = target.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, custom_generate=draft.speculate
-    )
+    asked = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False}
+    text = target.generate(ids, **asked, custom_generate=draft.speculate, proposer=keep)
     hidden = target(text, output_hidden_states=True).hidden_states
     features = torch.cat([hidden[1], hidden[3]], dim=-1)
     size, anchor = draft.config.block_size, text[:, 11:12]
     noise_ids = torch.cat([anchor, torch.full((1, size - 1), 3)], dim=1)
     states = draft(target.get_input_embeddings()(noise_ids), features[:, :11]).last_hidden_state[:, 1:]
-    expected = draft.pick(target.lm_head(states), states, anchor, 1.0)
+    expected = draft.select_tokens(target.lm_head(states), states, anchor, 1.0)
     assert proposals[0].tokens[0].tolist() == [int(anchor), *expected[0].tolist()]
 
 
@@ -226,19 +221,16 @@ def test_a_walk_coupled_to_the_noise_is_accepted_more_often(pair):
     draft = pair[1]
     from transformers import LogitsProcessorList, TemperatureLogitsWarper
 
-    from dflash_hub.sampling_dflash import Chooser, PositionNoise
+    from dflash_hub.sampling_dflash import PositionNoise, Sampler
 
     logits = torch.randn(1, 64, tiny.VOCAB)
-    chooser = Chooser(LogitsProcessorList([TemperatureLogitsWarper(1.7)]), PositionNoise(5), coupled=True)
-    choices = chooser.choose(chooser.scores(logits, None), [list(range(64))])
+    sampler = Sampler(LogitsProcessorList([TemperatureLogitsWarper(1.7)]), PositionNoise(5), coupled=True)
+    choices, _ = sampler.sample(logits, [0])
     states, anchor = torch.zeros(1, 64, 32), torch.tensor([[1]])
-
-    def pick(scores, weight):
-        assert weight == pytest.approx(1 / 1.7)
-        return draft.pick(scores, states, anchor, weight)
-
-    coupled = chooser.draft(logits, [range(64)], pick)
-    alone = draft.pick(logits, states, anchor, 1.0)
+    scores, pair_scale = sampler.draft_scores(logits, [0])
+    assert pair_scale == pytest.approx(1 / 1.7)
+    coupled = draft.select_tokens(scores, states, anchor, pair_scale)
+    alone = draft.select_tokens(logits, states, anchor, 1.0)
     assert torch.equal(coupled, choices)
     assert (alone == choices).float().mean() < 0.8
 
@@ -296,9 +288,8 @@ def test_loss_and_gradients_are_those_of_the_plain_reference(pair, monkeypatch):
     rows, anchors = packed((30,), (12,)), torch.tensor([[2, 18, 28], [8, 10, -1]])
     objective = Objective(draft.config, target, Recipe(gamma=3.0, attention="dense", selector_weight=0.7))
     blocks = objective.blocks(rows, anchors)
-    features, _ = objective.target.read(rows, False)
-    noise_embeds = embed_noise(objective.target.embed, blocks.noise_ids(3))
-    states = objective.states(draft, blocks, noise_embeds, features).detach()
+    features = objective.target.run(rows, last_hidden_state=False).features
+    states = objective.states(draft, blocks, objective.noise_embeds(blocks), features).detach()
     results = []
     for plain in (False, True):
         leaf = states.clone().requires_grad_()
@@ -307,16 +298,17 @@ def test_loss_and_gradients_are_those_of_the_plain_reference(pair, monkeypatch):
             whole = leaf.unflatten(1, (-1, 5))
             loss = plain_selector_loss(draft, target, whole, rows, anchors, 3.0, 0.7)
         else:
-            counted = leaf[blocks.counted.flatten(1)]
-            scores = objective._scores(draft, blocks, counted, None)
-            loss = weighted_loss(counted, scores, tiny.VOCAB)
+            with_loss = leaf[blocks.block_loss_mask.flatten(1)]
+            inputs = objective.loss_inputs(draft, blocks, with_loss, None)
+            result = weighted_loss(with_loss, inputs, tiny.VOCAB)
+            loss = result.total
         loss.backward()
         learned = [weight.grad.clone() for weight in draft.candidate_selector.parameters()]
         results.append([loss.detach(), leaf.grad, *learned])
     for ours, expected in zip(*results, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
-    assert 0 < scores.found.sum() < len(scores.found)
-    assert not (scores.correct & ~scores.found).any()
+    assert 0 < result.is_candidate.sum() < len(result.is_candidate)
+    assert not (result.correct & ~result.is_candidate).any()
     draft.zero_grad()
 
 
@@ -366,7 +358,7 @@ STRANGER = """
     import json, sys, torch
     from transformers import AutoModel, AutoModelForCausalLM
     sys.path.insert(0, {root!r})
-    from hub_probe import digests
+    from probe import digests
     draft = AutoModel.from_pretrained({repo!r}, revision={revision!r}, trust_remote_code=True)
     target = AutoModelForCausalLM.from_pretrained({target!r})
     ids = torch.tensor([[1, 5, 2, 8, 3, 3, 1]])
@@ -388,7 +380,9 @@ def test_a_published_draft_is_used_by_a_stranger_from_both_branches(hub, repo_id
     for revision in ("main", "engines"):
         files = set(HfApi().list_repo_files(repo_id, revision=revision))
         assert {*SECOND_FILES, "dflash.py", "modeling_dflash.py", "custom_generate/generate.py"} <= files
-        code = STRANGER.format(root=str(ROOT), repo=repo_id, revision=revision, target=str(tmp_path / "target"))
+        code = STRANGER.format(
+            root=str(ROOT / "publishing"), repo=repo_id, revision=revision, target=str(tmp_path / "target")
+        )
         module, name, same, found = json.loads(fresh_process(code).splitlines()[-1])
         assert module.startswith("transformers_modules.")
         assert name == "DFlash2DraftModel"
@@ -518,7 +512,7 @@ def test_one_kind_read_as_the_other_is_refused_saying_what_reads_it(tmp_path, pa
         DFlashConfig.from_dict(golden_config())
     for layout in ("hub", "engines"):
         tiny.draft(target).save_pretrained(tmp_path / layout, layout=layout)
-        with pytest.raises(ValueError, match=r"describes a DFlash 1 draft.*DFlashDraftModel\.from_pretrained"):
+        with pytest.raises(ValueError, match=r"describes a DFlash draft.*DFlashDraftModel\.from_pretrained"):
             DFlash2DraftModel.from_pretrained(tmp_path / layout)
     draft.save_pretrained(tmp_path / "second")
     with pytest.raises(ValueError, match="describes a DFlash 2 draft"):

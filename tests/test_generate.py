@@ -66,12 +66,14 @@ PADDED = tiny.batch(9, pads=(0, 3, 5, 1))
     ids=lambda asked: ", ".join(f"{name}" for name in asked if name != "max_new_tokens") or str(asked),
 )
 @pytest.mark.parametrize("rows", [1, 4])
-def test_the_text_is_that_of_plain_generate(pair, asked, rows, monkeypatch):
+def test_the_text_is_that_of_plain_generate(pair, asked, rows):
     inputs = {name: value[:rows] for name, value in PADDED.items()}
     plain, ours = both(*pair, **inputs, **asked)
     assert torch.equal(plain, ours)
-    tiny.partly_right(monkeypatch, torch.nn.functional.pad(plain, (0, 40)))
-    assert torch.equal(plain, both(*pair, **inputs, **asked)[1])
+    target, draft = pair
+    better = tiny.partly_right(torch.nn.functional.pad(plain, (0, 40)))
+    more = {"do_sample": False, "custom_generate": draft.speculate, "proposer": better}
+    assert torch.equal(plain, target.generate(**inputs, **asked, **more))
 
 
 def test_the_draft_may_also_be_given_as_the_assistant(pair):
@@ -198,6 +200,31 @@ def test_a_stopping_criterion_of_ones_own_is_asked_at_every_token(pair, eos):
     )
     assert torch.equal(plain, ours)
     assert set(range(10, 10 + len(set(mine.shown)))) == set(mine.shown)
+
+
+class Asks(StoppingCriteria):
+    """A criterion that runs the target itself, on the text so far; counts where it disagrees with the last token."""
+
+    def __init__(self, target):
+        self.target, self.wrong, self.asked = target, 0, 0
+
+    def __call__(self, input_ids, scores, **kwargs):
+        own = self.target(input_ids[:, :-1]).logits[:, -1].argmax(-1)
+        self.wrong += int((own != input_ids[:, -1]).sum())
+        self.asked += 1
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3_text", "qwen3_next"])
+def test_a_stopping_criterion_may_call_the_target(family):
+    target, ids = tiny.target(family), tiny.prompt(20)
+    criterion, draft = Asks(target), tiny.draft(target)
+    asked = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 30, "do_sample": False}
+    criteria = StoppingCriteriaList([criterion])
+    ours = target.generate(ids, **asked, custom_generate=draft.speculate, stopping_criteria=criteria)
+    assert torch.equal(ours, tiny.greedy(target, ids, 30))
+    assert criterion.wrong == 0
+    assert criterion.asked >= 29  # not at the last token, where the length has ended the text
 
 
 def test_max_time_ends_a_text_soon(pair):
@@ -365,7 +392,7 @@ def test_compiled_blocks_give_the_same_text_while_batches_change_and_buffers_gro
         plain = target.generate(**inputs, max_new_tokens=new, do_sample=False)
         ways = {"custom_generate": draft.speculate, "capture": "compile", "statistics": statistics}
         assert torch.equal(target.generate(**inputs, max_new_tokens=new, do_sample=False, **ways), plain)
-    assert draft.speculate.compiled.target.block.trusted
+    assert draft.speculate.compiled_session.target.runner.verified_keys
     assert tiny.as_found(target)
 
 
@@ -446,7 +473,7 @@ def test_a_target_that_is_gone_is_not_kept_alive():
 
 @pytest.mark.parametrize("fault", ["raises", "lies"])
 def test_what_cannot_be_captured_runs_as_it_is_and_says_so(pair, fault, monkeypatch, caplog):
-    from dflash_hub import capture_dflash
+    from dflash_hub import execution_dflash
 
     def record(run):
         if fault == "raises":
@@ -456,8 +483,8 @@ def test_what_cannot_be_captured_runs_as_it_is_and_says_so(pair, fault, monkeypa
             lambda: [one.mul_(-1) for one in ([outputs] if isinstance(outputs, torch.Tensor) else outputs)]
         ), outputs
 
-    monkeypatch.setattr(capture_dflash, "record", record)
-    monkeypatch.setattr(capture_dflash.logger, "warning_once", lambda text: said.append(text))
+    monkeypatch.setattr(execution_dflash, "record", record)
+    monkeypatch.setattr(execution_dflash.logger, "warning_once", lambda text: said.append(text))
     said: list[str] = []
     target, draft = pair
     plain = target.generate(**PADDED, max_new_tokens=30, do_sample=False)

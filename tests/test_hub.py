@@ -9,10 +9,11 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel
 
 import tiny
-from dflash_hub import DFlashConfig, DFlashDraftModel, DFlashDraftSpec, publishing
-from dflash_hub.hub_probe import digests
+from dflash_hub import DFlashConfig, DFlashDraftModel, DFlashDraftSpec
 from dflash_hub.publishing import PublishOptions, publish
-from paths import ROOT, TINY
+from dflash_hub.publishing import push as pushing
+from dflash_hub.publishing.probe import digests
+from paths import DATA, ROOT, TINY
 
 TRAVELLING = sorted(path.name for path in ROOT.glob("*dflash.py"))
 SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
@@ -21,7 +22,7 @@ LOAD = """
     import json, sys
     from transformers import AutoModel
     sys.path.insert(0, {root!r})
-    from hub_probe import digests
+    from probe import digests
     model = AutoModel.from_pretrained({repo!r}, revision={revision!r}, trust_remote_code=True)
     print(json.dumps([type(model).__module__, digests(model)]))
 """
@@ -39,7 +40,7 @@ def files(hub, repo_id: str, revision: str = "main") -> dict[str, bytes | None]:
 
 def load_elsewhere(fresh_process, repo: str, revision: str | None = None, **env: str) -> tuple[str, dict]:
     """Load in a fresh process without our package: the module its class came from, and the tensors' digests."""
-    output = fresh_process(LOAD.format(root=str(ROOT), repo=repo, revision=revision), **env)
+    output = fresh_process(LOAD.format(root=str(ROOT / "publishing"), repo=repo, revision=revision), **env)
     module, found = json.loads(output.splitlines()[-1])
     return module, found
 
@@ -107,6 +108,30 @@ def test_a_draft_loaded_by_remote_code_generates_and_is_pushed_again_whole(
     card = ModelCard.load(again)
     assert (card.data.base_model, card.data.license) == ("Qwen/Qwen3-4B", "apache-2.0")
     assert again in card.text
+
+
+def test_remote_code_keeps_a_card_when_it_saves_and_refuses_other_layouts(draft, tmp_path, fresh_process):
+    foreign = DATA / "published_configs" / "z-lab__gemma-4-26B-A4B-it-DFlash.json"
+    draft.save_pretrained(tmp_path / "draft")
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "README.md").write_text("---\nlicense: mit\n---\nMy words\n")
+    fresh_process(
+        f"""
+        from transformers import AutoModel
+        draft = AutoModel.from_pretrained({str(tmp_path / "draft")!r}, trust_remote_code=True)
+        draft.save_pretrained({str(tmp_path / "saved")!r})
+        AutoModel.from_pretrained({str(tmp_path / "saved")!r}, trust_remote_code=True)
+        try:
+            type(draft.config).from_json_file({str(foreign)!r})
+        except ValueError as error:
+            assert "pip install dflash-hub" in str(error), error
+        else:
+            raise AssertionError("A layout that this code does not know was read")
+        """
+    )
+    card = ModelCard.load(tmp_path / "saved" / "README.md")
+    assert (card.text.strip(), card.data.license) == ("My words", "mit")
+    assert digests(DFlashDraftModel.from_pretrained(tmp_path / "saved")) == digests(draft)
 
 
 @pytest.mark.parametrize("loaded", ["hub", "engines"])
@@ -289,7 +314,7 @@ def test_damaged_weights_in_a_folder_say_so(draft, tmp_path):
 
 
 def test_a_card_in_the_folder_is_kept(hub, repo_id, tmp_path, monkeypatch):
-    monkeypatch.setattr(publishing, "check_staged", lambda draft, folder: None)  # tested above, and slow
+    monkeypatch.setattr(pushing, "check_staged", lambda draft, folder: None)  # tested above, and slow
     DFlashDraftModel.from_pretrained(TINY / "draft").save_pretrained(tmp_path)
     (tmp_path / "README.md").write_text("---\nlicense: mit\n---\nMy words\n")
     publish(tmp_path, repo_id)
@@ -298,11 +323,11 @@ def test_a_card_in_the_folder_is_kept(hub, repo_id, tmp_path, monkeypatch):
 
 
 def test_what_does_not_load_bit_equal_in_a_fresh_process_is_never_pushed(hub, repo_id, monkeypatch, forked_probe):
-    def spoil(draft, folder, layout, card, stage=publishing.stage):
+    def spoil(draft, folder, layout, card, stage=pushing.stage):
         stage(draft, folder, layout, card)
         (folder / "cache_dflash.py").write_text("raise RuntimeError('spoilt')\n")
 
-    monkeypatch.setattr(publishing, "stage", spoil)
+    monkeypatch.setattr(pushing, "stage", spoil)
     with pytest.raises(ValueError, match=r"(?s)does not load in a fresh process.*spoilt"):
         publish(TINY / "draft", repo_id)
     assert hub.calls() == []
@@ -324,7 +349,7 @@ def test_what_does_not_load_bit_equal_in_a_fresh_process_is_never_pushed(hub, re
 def test_a_failing_server_leaves_whole_commits_or_none_and_a_second_try_completes(
     hub, repo_id, fault, left, monkeypatch
 ):
-    monkeypatch.setattr(publishing, "check_staged", lambda draft, folder: None)  # tested above, and slow
+    monkeypatch.setattr(pushing, "check_staged", lambda draft, folder: None)  # tested above, and slow
     hub.state.fail[fault] = 501  # the client would try 500 again and again, for half a minute
     with pytest.raises(RuntimeError, match=r"(?s)did not take the upload.*Run the same again"):
         publish(TINY / "draft", repo_id)
@@ -475,10 +500,10 @@ DECODE = """
     same = [torch.equal(target.generate(ids, **asked), target.generate(ids, **asked, **with_draft)) for _ in range(2)]
 
     class Statistics:
-        def count(self, counts, size):
+        def add_cycle(self, counts, size):
             self.kept = getattr(self, "kept", []) + [kept for _, kept in counts]
     statistics = Statistics()
-    for phase in ("prefill", "draft", "verify", "rest"):
+    for phase in ("prefill", "draft", "verify", "rest", "rollback"):
         setattr(statistics, phase + "_seconds", 0.0)
     target.generate(ids, **asked, **with_draft, statistics=statistics)
     torch.manual_seed(0)

@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 
 import tiny
 from dflash_hub import DFlash2DraftModel, DFlashDraftModel, __version__, cli
-from dflash_hub import refresh as refreshing
-from dflash_hub.hub_probe import digests
-from dflash_hub.refresh import RefreshOptions, refresh, travelling_code
+from dflash_hub.publishing import refresh as refreshing
+from dflash_hub.publishing.probe import digests
+from dflash_hub.publishing.refresh import RefreshOptions, refresh, travelling_code
 from hubserver import Entry, git_blob
 from paths import ROOT, TINY
 
@@ -29,14 +29,14 @@ OLD = {
     "notes_dflash.py": HEADER + b"# Ours by its first line, but nothing of ours imports it.\n",
     "custom_generate/generate.py": HEADER + b"raise RuntimeError('old code ran')\n",
     "README.md": CARD,
-    "text_dflash.py": None,
+    "sequences_dflash.py": None,
 }
 pytestmark = pytest.mark.usefixtures("forked_probe")
 LOAD = """
     import json, sys
     from transformers import AutoModel
     sys.path.insert(0, {root!r})
-    from hub_probe import digests
+    from probe import digests
     for revision in ("main", "engines"):
         model = AutoModel.from_pretrained({repo!r}, revision=revision, trust_remote_code=True)
         print(json.dumps([type(model).__module__, digests(model)]))
@@ -143,7 +143,7 @@ def test_both_branches_get_this_versions_code_and_nothing_else_changes(hub, old,
         ("GET", f"/_lfs/{after['model.safetensors'].sha256}")
     ]
     assert modules_of_repositories() == imported, "code of the repository ran here"
-    lines = fresh_process(LOAD.format(root=str(ROOT), repo=old)).splitlines()[-2:]
+    lines = fresh_process(LOAD.format(root=str(ROOT / "publishing"), repo=old)).splitlines()[-2:]
     for module, found in map(json.loads, lines):
         assert module.startswith("transformers_modules.")
         assert found == digests(draft)
@@ -234,13 +234,17 @@ def test_a_dry_run_shows_the_difference_and_commits_nothing(hub, old):
     output = done.output
     for branch in ("main", "engines"):
         assert f"{branch} at {first[branch][:8]}: dflash-hub 0.0.9 becomes {__version__}" in output
-    added = len((ROOT / "text_dflash.py").read_text().splitlines())
-    for line in (f"new      text_dflash.py +{added}/-0", "changed  config.json +1/-1", "removed  gone_too.py +0/-2"):
+    added = len((ROOT / "sequences_dflash.py").read_text().splitlines())
+    for line in (
+        f"new      sequences_dflash.py +{added}/-0",
+        "changed  config.json +1/-1",
+        "removed  gone_too.py +0/-2",
+    ):
         assert line in output
     assert "mine.py" not in output
     assert "-from .gone_dflash import gone" not in output
     lines = run(old, "--dry-run", "--diff").output.splitlines()
-    for line in ("--- /dev/null", "+++ b/text_dflash.py", "+++ /dev/null", "-from .gone_dflash import gone"):
+    for line in ("--- /dev/null", "+++ b/sequences_dflash.py", "+++ /dev/null", "-from .gone_dflash import gone"):
         assert line in lines
     assert heads(hub, old) == first
     assert not [call for call in hub.calls() if call[0] not in ("GET", "HEAD") or "lfs" in call[1]]

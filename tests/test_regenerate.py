@@ -9,7 +9,14 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from dflash_hub.training import regenerate as module
-from dflash_hub.training.regenerate import Asking, InProcess, Server, check_columns, finished_rows, regenerate
+from dflash_hub.training.regenerate import (
+    GenerationSettings,
+    InProcess,
+    Server,
+    check_columns,
+    finished_rows,
+    regenerate,
+)
 from paths import TINY
 
 CHATS = [
@@ -85,7 +92,7 @@ def quiet(done: int, failed: int) -> None:
 def test_answers_of_a_server_replace_those_of_the_data_turn_by_turn(backend, tokenizer, tmp_path):
     talk = [("system", "be brief"), ("user", "a"), ("assistant", "x"), ("user", "b"), ("assistant", "y")]
     rows = [{"messages": [{"role": role, "content": content} for role, content in talk]}]
-    answer = Server(backend.url, tokenizer, Asking(max_new_tokens=9, temperature=0.5))
+    answer = Server(backend.url, tokenizer, GenerationSettings(max_new_tokens=9, temperature=0.5))
     assert regenerate(rows, tmp_path / "out.jsonl", answer, 2, quiet) == (1, [])
     said = [message["content"] for message in lines(tmp_path / "out.jsonl")[0]["messages"]]
     assert said == ["be brief", "a", "re: a", "b", "re: b"]
@@ -100,7 +107,7 @@ def test_answers_of_a_server_replace_those_of_the_data_turn_by_turn(backend, tok
 def test_text_keeps_its_first_tokens_and_goes_on_as_the_target_would(backend, tokenizer, tmp_path):
     text = "import os\nimport sys\n\n\ndef main():\n    pass\n"
     start = tokenizer.decode(tokenizer(text).input_ids[:5])
-    answer = Server(backend.url, tokenizer, Asking(prompt_tokens=5))
+    answer = Server(backend.url, tokenizer, GenerationSettings(prompt_tokens=5))
     regenerate([{"text": text}], tmp_path / "out.jsonl", answer, 1, quiet)
     assert lines(tmp_path / "out.jsonl") == [{"row": 0, "text": start + " and on"}]
     assert text.startswith(start)
@@ -109,7 +116,7 @@ def test_text_keeps_its_first_tokens_and_goes_on_as_the_target_would(backend, to
 def test_an_interrupted_run_goes_on_where_it_was_and_nothing_is_written_twice(backend, tokenizer, tmp_path):
     """Half the rows are there, the last line cut off in the middle."""
     path = tmp_path / "out.jsonl"
-    answer = Server(backend.url, tokenizer, Asking())
+    answer = Server(backend.url, tokenizer, GenerationSettings())
     regenerate(CHATS[:4], path, answer, 3, quiet)
     path.write_bytes(path.read_bytes()[:-7])
     assert len(finished_rows(path)) == 3
@@ -122,7 +129,7 @@ def test_an_interrupted_run_goes_on_where_it_was_and_nothing_is_written_twice(ba
 
 def test_rows_that_fail_are_reported_and_tried_again_by_the_next_run(backend, tokenizer, tmp_path):
     backend.broken = 3
-    answer = Server(backend.url, tokenizer, Asking())
+    answer = Server(backend.url, tokenizer, GenerationSettings())
     done, failed = regenerate(CHATS, tmp_path / "out.jsonl", answer, 1, quiet)
     assert (done, len(failed)) == (5, 3)
     assert "503" in failed[0]
@@ -130,28 +137,28 @@ def test_rows_that_fail_are_reported_and_tried_again_by_the_next_run(backend, to
 
 
 def test_a_server_that_is_gone_ends_the_run_with_what_there_is_kept(backend, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "GIVE_UP", 3)
-    answer = Server(backend.url, tokenizer, Asking())
+    monkeypatch.setattr(module, "MAX_CONSECUTIVE_FAILURES", 3)
+    answer = Server(backend.url, tokenizer, GenerationSettings())
     regenerate(CHATS[:2], tmp_path / "out.jsonl", answer, 1, quiet)
     backend.broken = 99
-    with pytest.raises(RuntimeError, match=r"3 rows in succession .* holds 2, and the same command goes on"):
+    with pytest.raises(RuntimeError, match=r"3 rows in succession .* holds 2, and the same command resumes"):
         regenerate(CHATS, tmp_path / "out.jsonl", answer, 1, quiet)
     assert len(lines(tmp_path / "out.jsonl")) == 2
 
 
 def test_a_server_that_is_not_there_and_a_foreign_file_are_refused(tokenizer, tmp_path):
     with pytest.raises(ValueError, match="No server that lists its models answers at http"):
-        Server("http://127.0.0.1:9/v1", tokenizer, Asking())
+        Server("http://127.0.0.1:9/v1", tokenizer, GenerationSettings())
     (tmp_path / "mine.jsonl").write_text('{"text": "precious"}\n')
     with pytest.raises(ValueError, match="was not written by regenerate"):
         finished_rows(tmp_path / "mine.jsonl")
-    with pytest.raises(ValueError, match="has the columns question; 'messages' or 'text' is read"):
+    with pytest.raises(ValueError, match="has the columns question; 'messages' or 'text' is needed"):
         check_columns(Dataset.from_list([{"question": "?"}]))
 
 
 def test_in_process_the_text_is_the_targets_own(tiny_target, tokenizer, tmp_path):
     text = (TINY / "train.py").read_text()[:400]
-    answer = InProcess(tiny_target, tokenizer, Asking(max_new_tokens=12, temperature=0, prompt_tokens=30))
+    answer = InProcess(tiny_target, tokenizer, GenerationSettings(max_new_tokens=12, temperature=0, prompt_tokens=30))
     regenerate([{"text": text}], tmp_path / "out.jsonl", answer, 1, quiet)
     ids = tokenizer(text, return_tensors="pt").input_ids[:, :30]
     again = tokenizer(tokenizer.decode(ids[0]), return_tensors="pt").input_ids

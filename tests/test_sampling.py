@@ -7,8 +7,8 @@ import torch
 from transformers import LogitsProcessorList
 
 import tiny
-from dflash_hub import DecodeStatistics, sampling_dflash
-from dflash_hub.sampling_dflash import PositionNoise
+from dflash_hub import DecodeStatistics
+from dflash_hub.sampling_dflash import PositionNoise, Sampler
 
 SETTINGS = {
     "temperature": {"temperature": 0.6, "top_k": 0},
@@ -107,12 +107,16 @@ def keep_everything(proposal, choices):
     return count, torch.arange(tokens.shape[1]).expand_as(tokens)
 
 
-def draw_again(self, scores, columns):
+class DrawsAgain(Sampler):
     """The draw, broken: the drafted token is judged by its probability, and replaced by a fresh draw if refused."""
-    noise = torch.rand(scores.shape).log().neg().log().neg()
-    second = torch.rand(scores.shape).log().neg().log().neg()
-    one, two = (scores + noise).argmax(-1), (scores + second).argmax(-1)
-    return torch.where(torch.rand(one.shape) < 0.3, scores.argmax(-1), torch.where(one == two, one, two))
+
+    def sample(self, logits, first_slots, depths=None, prefixes=None):
+        scores = self.process(logits, prefixes)
+        noise = torch.rand(scores.shape).log().neg().log().neg()
+        second = torch.rand(scores.shape).log().neg().log().neg()
+        one, two = (scores + noise).argmax(-1), (scores + second).argmax(-1)
+        tokens = torch.where(torch.rand(one.shape) < 0.3, scores.argmax(-1), torch.where(one == two, one, two))
+        return tokens, scores
 
 
 DRAWS, ROWS = 8_000, 1_000
@@ -155,7 +159,7 @@ def test_three_tokens_are_distributed_as_generate_distributes_them(settings, mon
     assert excess(DRAWS) < 0
     for name, broken in (
         ("dflash_hub.generation_dflash.accept", keep_everything),
-        ("dflash_hub.sampling_dflash.Chooser.choose", draw_again),
+        ("dflash_hub.generate_dflash.Sampler", DrawsAgain),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(name, broken)
@@ -189,11 +193,11 @@ def test_processors_see_every_row_at_its_own_place(monkeypatch):
     """Rows of different lengths, shown one by one, as they are shown together."""
     from transformers import RepetitionPenaltyLogitsProcessor
 
-    chooser = sampling_dflash.Chooser(LogitsProcessorList([RepetitionPenaltyLogitsProcessor(2.0)]))
-    assert chooser.reads_text
+    sampler = Sampler(LogitsProcessorList([RepetitionPenaltyLogitsProcessor(2.0)]))
+    assert sampler.reads_text
     logits = torch.randn(2, 1, 8)
     texts = [[torch.tensor([1, 2])], [torch.tensor([3, 4, 5])]]
-    scores = chooser.scores(logits, texts)
+    scores = sampler.process(logits, texts)
     for row in range(2):
         alone = RepetitionPenaltyLogitsProcessor(2.0)(texts[row][0][None], logits[row].clone())
         assert torch.equal(scores[row], alone)

@@ -8,9 +8,7 @@ from test_decode import speculative
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import tiny
-from dflash_hub.cache_dflash import ColumnLayer, Masks
-from dflash_hub.recurrence_dflash import Recurrence
-from dflash_hub.target_dflash import BlockAttention
+from dflash_hub import attention_dflash, cache_dflash, generation_dflash, selfcheck_dflash
 
 FAMILIES = ("qwen3", "gemma3_text", "qwen3_next")  # dense, sliding, recurrent
 
@@ -48,7 +46,10 @@ def rename_cache(patch, target):
 
 
 def ignore_masks(patch, target):
-    wrap(patch, BlockAttention, "_mask", lambda honest, *args: torch.zeros_like(honest(*args)))
+    def unmasked(honest, *args, attn_mask, **kwargs):
+        return honest(*args, attn_mask=None, **kwargs)
+
+    wrap(patch, attention_dflash, "scaled_dot_product_attention", unmasked)
 
 
 def ignore_positions(patch, target):
@@ -66,17 +67,17 @@ def silence_hooks(patch, target):
 
 
 def write_keys_elsewhere(patch, target):
-    def shifted(honest, self, start, *states):
-        return honest(self, start + 1, *states)
+    def shifted(honest, states, rows, new):
+        return honest(states, rows + 1, new)
 
-    wrap(patch, ColumnLayer, "fill", shifted)
+    wrap(patch, cache_dflash, "write", shifted)
 
 
 def widen_windows(patch, target):
-    def visible(honest, self, columns, window, causal):
-        return honest(self, columns, None if window is None else window + 1, causal)
+    def visible(honest, query, key, window, causal):
+        return honest(query, key, None if window is None else window + 1, causal)
 
-    wrap(patch, Masks, "visible", visible)
+    wrap(patch, attention_dflash, "visible", visible)
 
 
 def pass_over_attention(patch, target):
@@ -101,7 +102,8 @@ def give_tuples(patch, target):
 
 
 def keep_rejected_state(patch, target):
-    patch.setattr(Recurrence, "settle", lambda self, committed, size: None)
+    for user in (generation_dflash, selfcheck_dflash):
+        patch.setattr(user, "roll_back", lambda recurrent, snapshot, committed, size: None)
 
 
 def ignore_logits_to_keep(patch, target):
@@ -156,10 +158,10 @@ def test_what_a_release_changes_is_an_error_before_the_first_token(family, chang
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_check_is_made_once_for_a_session_and_again_when_something_changes(family, monkeypatch):
-    from dflash_hub import speculate_dflash
+    from dflash_hub import generate_dflash
 
     checks = []
-    wrap(monkeypatch, speculate_dflash, "check_alone", lambda honest, *args: checks.append(1) or honest(*args))
+    wrap(monkeypatch, generate_dflash, "check_alone", lambda honest, *args: checks.append(1) or honest(*args))
     target = tiny.target(family)
     draft = tiny.draft(target)
     for length in (5, 9):

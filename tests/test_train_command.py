@@ -7,8 +7,8 @@ from huggingface_hub import HfApi, ModelCard
 from typer.testing import CliRunner
 
 from dflash_hub import DFlashDraftModel, cli
-from dflash_hub.hub_probe import digests
-from dflash_hub.training import command
+from dflash_hub.commands.shared import console
+from dflash_hub.publishing.probe import digests
 from paths import ROOT, TINY
 
 SHAPE = ["--mask-token-id", "1", "--block-size", "8", "--num-layers", "1", "--target-layer-ids", "1", "2", "4"]
@@ -32,8 +32,7 @@ USE = """
 
 @pytest.fixture(autouse=True)
 def wide(monkeypatch):
-    for module in (cli, command):
-        monkeypatch.setattr(module.console, "width", 200, raising=False)
+    monkeypatch.setattr(console, "width", 200, raising=False)
 
 
 @pytest.fixture

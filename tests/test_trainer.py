@@ -10,7 +10,7 @@ import tiny
 import training_run
 from dflash_hub import DFlashDraftModel
 from dflash_hub.evaluation import compare
-from dflash_hub.hub_probe import digests
+from dflash_hub.publishing.probe import digests
 from dflash_hub.training import DFlashTrainer, DFlashTrainingArguments
 from dflash_hub.training.trainer import last_checkpoint
 from paths import ROOT
@@ -193,7 +193,7 @@ def test_an_earlier_run_is_not_overwritten_by_a_new_one(tmp_path):
     training_run.trainer(tmp_path, **options).train()
     with pytest.raises(ValueError, match="checkpoint-4 is of an earlier run"):
         training_run.trainer(tmp_path, **options).train()
-    with pytest.raises(ValueError, match="no whole checkpoint"):
+    with pytest.raises(ValueError, match="no complete checkpoint"):
         training_run.trainer(tmp_path / "empty", **options).train(resume_from_checkpoint=True)
 
 
@@ -220,6 +220,6 @@ def test_a_full_disk_ends_the_run_with_the_last_whole_checkpoint_named(tmp_path,
     """
     said = servers.training.run(code=textwrap.dedent(code)).stdout
     assert "The checkpoint of step 8 could not be written" in said
-    assert "checkpoint-4: make room, and go on from it" in said
+    assert "checkpoint-4: make room, and resume from it" in said
     assert last_checkpoint(tmp_path).name == "checkpoint-4"
     assert not (tmp_path / "checkpoint-8").exists()

@@ -8,12 +8,14 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 import tiny
 from dflash_hub import DecodeStatistics, load_draft
-from dflash_hub.drafting_dflash import Drafter
-from dflash_hub.target_dflash import Target, embed_noise
+from dflash_hub.drafter_dflash import Drafter
+from dflash_hub.sequences_dflash import Prompt
+from dflash_hub.target_dflash import Target
 from dflash_hub.training import loss as loss_module
-from dflash_hub.training.blocks import Blocks, Rows, default_gamma, draw_anchors
-from dflash_hub.training.loss import Scores, weighted_loss
-from dflash_hub.training.objective import Figures, Objective, Recipe, count
+from dflash_hub.training.blocks import Blocks, PackedBatch, default_gamma, draw_anchors
+from dflash_hub.training.loss import LossInputs, weighted_loss
+from dflash_hub.training.metrics import Counts, Metrics
+from dflash_hub.training.objective import Objective, Recipe
 from paths import TINY
 
 SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 7}
@@ -28,14 +30,14 @@ KINDS = {
 }
 
 
-def packed(*lengths: tuple[int, ...], seed: int = 0) -> Rows:
+def packed(*lengths: tuple[int, ...], seed: int = 0) -> PackedBatch:
     """Rows of random documents with these lengths, everything supervised."""
     width = max(map(sum, lengths))
     ids = torch.randint(0, tiny.VOCAB, (len(lengths), width), generator=torch.Generator().manual_seed(seed))
     documents = torch.zeros(len(lengths), width, dtype=torch.long)
     for row, sizes in enumerate(lengths):
         documents[row, : sum(sizes)] = torch.arange(1, len(sizes) + 1).repeat_interleave(torch.tensor(sizes))
-    return Rows(ids, documents > 0, documents)
+    return PackedBatch(ids, documents > 0, documents)
 
 
 @torch.no_grad()
@@ -44,28 +46,31 @@ def decoded_states(draft, target, ids: torch.Tensor, block: int) -> torch.Tensor
     seen: list[torch.Tensor] = []
     hook = draft.register_forward_hook(lambda module, inputs, output: seen.append(output.last_hidden_state[0]))
     drafter, engine = Drafter(draft, target), Target(target, tuple(draft.config.target_layer_ids))
-    hidden = torch.zeros(1, ids.shape[1], dtype=torch.bool)
-    with engine.decoding("off"), drafter.decoding(hidden, "off"):
+    prompt = Prompt(ids, {})
+    with (
+        engine.decoding(prompt, "eager") as on_target,
+        drafter.decoding(prompt.padding_mask, "eager") as on_draft,
+    ):
         if ids.shape[1] > 1:
-            engine.begin({"input_ids": ids[:, :-1]})
-            drafter.absorb(engine.taps.take(), 0)
-        start = torch.tensor([ids.shape[1] - 1])
-        drafter.propose(ids[:, -1:], start, ids.shape[1] + block)
+            drafter.cache_context(on_draft, engine.prefill(on_target, {"input_ids": ids[:, :-1]}).features, 0)
+        slots = torch.tensor([ids.shape[1] - 1])
+        drafter.draft_block(on_draft, ids[:, -1:], slots, ids.shape[1] + block)
     hook.remove()
     return seen[0]
 
 
 @torch.no_grad()
-def trained_states(draft, target, rows: Rows, anchors: torch.Tensor) -> torch.Tensor:
+def trained_states(draft, target, rows: PackedBatch, anchors: torch.Tensor) -> torch.Tensor:
     """The training forward's `[B, A, Q, H]`."""
     objective = Objective(draft.config, target, Recipe(attention="dense"))
     blocks = objective.blocks(rows, anchors)
-    features, _ = objective.target.read(rows, False)
-    noise_embeds = embed_noise(objective.target.embed, blocks.noise_ids(draft.config.mask_token_id))
-    return objective.states(draft, blocks, noise_embeds, features).unflatten(1, (-1, draft.config.block_size))
+    features = objective.target.run(rows, last_hidden_state=False).features
+    return objective.states(draft, blocks, objective.noise_embeds(blocks), features).unflatten(
+        1, (-1, draft.config.block_size)
+    )
 
 
-def assert_same_as_decoding(draft, target, rows: Rows, anchors: torch.Tensor) -> float:
+def assert_same_as_decoding(draft, target, rows: PackedBatch, anchors: torch.Tensor) -> float:
     """Compare every block, within 1e-5 of the largest state; how far they are apart at most."""
     trained = trained_states(draft, target, rows, anchors)
     furthest = 0.0
@@ -130,7 +135,7 @@ def test_flex_attention_and_the_dense_mask_give_the_same(window, causal):
 # The loss ------------------------------------------------------------------------------------------------------
 
 
-def counted_places(rows: Rows, anchors: torch.Tensor, size: int):
+def counted_places(rows: PackedBatch, anchors: torch.Tensor, size: int):
     """Row, number of the block, step in the block and column of every position that counts, one by one."""
     for row, columns in enumerate(anchors.tolist()):
         for number, column in enumerate(columns):
@@ -138,11 +143,13 @@ def counted_places(rows: Rows, anchors: torch.Tensor, size: int):
                 place = column + step
                 if column < 0 or place >= rows.input_ids.shape[1]:
                     continue
-                if rows.documents[row, place] == rows.documents[row, column] and rows.supervised[row, place]:
+                if rows.documents[row, place] == rows.documents[row, column] and rows.loss_mask[row, place]:
                     yield row, number, step, place
 
 
-def plain_loss(states: torch.Tensor, rows: Rows, anchors: torch.Tensor, target, gamma: float, distillation: float):
+def plain_loss(
+    states: torch.Tensor, rows: PackedBatch, anchors: torch.Tensor, target, gamma: float, distillation: float
+):
     """The sum and the weights, position by position, as one would write them without a thought for cost."""
     total, weights = 0.0, 0.0
     final = target.get_decoder()(input_ids=rows.input_ids).last_hidden_state
@@ -165,19 +172,17 @@ def test_loss_and_gradient_are_those_of_the_plain_reference(dtype, distillation,
     target = tiny.target("qwen3").to(dtype)
     draft = tiny.draft(target).to(dtype)
     rows = packed((30,), (12,))
-    rows.supervised[0, 20:24] = False
+    rows.loss_mask[0, 20:24] = False
     anchors = torch.tensor([[2, 18, 28], [8, 10, -1]])
     objective = Objective(draft.config, target, Recipe(gamma=3.0, distillation=distillation, attention="dense"))
     blocks = objective.blocks(rows, anchors)
-    features, final = objective.target.read(rows, True)
-    noise_embeds = embed_noise(objective.target.embed, blocks.noise_ids(3))
-    states = objective.states(draft, blocks, noise_embeds, features).detach()
+    output = objective.target.run(rows, last_hidden_state=True)
+    states = objective.states(draft, blocks, objective.noise_embeds(blocks), output.features).detach()
     ours, theirs = states.clone().requires_grad_(), states.clone().requires_grad_()
-    loss = weighted_loss(
-        ours[blocks.counted.flatten(1)],
-        objective._scores(draft, blocks, ours[blocks.counted.flatten(1)], final if distillation else None),
-        12,
-    )
+    with_loss = ours[blocks.block_loss_mask.flatten(1)]
+    last_hidden_state = output.last_hidden_state if distillation else None
+    inputs = objective.loss_inputs(draft, blocks, with_loss, last_hidden_state)
+    loss = weighted_loss(with_loss, inputs, 12).total
     expected, weights = plain_loss(theirs.unflatten(1, (-1, 5)), rows, anchors, target, 3.0, distillation)
     (loss / weights).backward()
     (expected / weights).backward()
@@ -196,15 +201,15 @@ def test_a_chunk_is_forgotten_before_the_next(monkeypatch):
     monkeypatch.setattr(loss_module, "CHUNK_LOGITS", 100 * 7)
     sizes = []
     head = torch.nn.Linear(4, 100)
-    scores = Scores(lambda states: sizes.append(len(states)) or head(states), torch.arange(20), torch.ones(20))
-    weighted_loss(torch.randn(20, 4, requires_grad=True), scores, 100).backward()
+    inputs = LossInputs(lambda states: sizes.append(len(states)) or head(states), torch.arange(20), torch.ones(20))
+    weighted_loss(torch.randn(20, 4, requires_grad=True), inputs, 100).total.backward()
     assert sizes == [7, 7, 6]
 
 
 def test_anchors_depend_on_the_row_the_seed_and_the_step_alone():
     rows = packed((50,), (50,), (30,))
     drawn = draw_anchors(rows, 8, seed=1, step=5)
-    alone = draw_anchors(Rows(rows.input_ids[1:2], rows.supervised[1:2], rows.documents[1:2]), 8, 1, 5)
+    alone = draw_anchors(PackedBatch(rows.input_ids[1:2], rows.loss_mask[1:2], rows.documents[1:2]), 8, 1, 5)
     assert torch.equal(drawn[1:2], alone)
     assert not torch.equal(drawn, draw_anchors(rows, 8, seed=1, step=6))
     assert not torch.equal(drawn, draw_anchors(rows, 8, seed=2, step=5))
@@ -214,17 +219,23 @@ def test_anchors_depend_on_the_row_the_seed_and_the_step_alone():
 def test_anchors_are_supervised_tokens_with_one_to_predict():
     rows = packed((4, 4))
     some = torch.tensor([[0, 1, 1, 1, 1, 0, 1, 1]]).bool()
-    assert draw_anchors(replace(rows, supervised=some), 99, 0, 0).tolist() == [[1, 2, 6]]
-    assert draw_anchors(replace(rows, supervised=~some & some), 99, 0, 0).tolist() == [[-1]]
+    assert draw_anchors(replace(rows, loss_mask=some), 99, 0, 0).tolist() == [[1, 2, 6]]
+    assert draw_anchors(replace(rows, loss_mask=~some & some), 99, 0, 0).tolist() == [[-1]]
 
 
 def test_expected_acceptance_is_that_of_whole_prefixes_and_blocks_cut_short_do_not_weigh_it_down():
     counted = torch.tensor([[[0, 1, 1, 1], [0, 1, 1, 1], [0, 1, 0, 0]]]).bool()
     correct = torch.tensor([1, 1, 0, 0, 1, 1, 1]).bool()  # two of three, none, and one of one
-    figures = Figures.of(count(counted, correct, correct & False)[0])
-    assert figures.by_position == pytest.approx((2 / 3, 1.0, 0.5))
-    assert figures.acceptance_length == pytest.approx(1 + 2 / 3 + 2 / 3 * 1 + 0)
-    assert figures.accuracy == pytest.approx(5 / 7)
+    counts = Counts.of(counted, correct, correct & False)
+    assert counts.total.tolist() == [[3, 2, 2]]
+    assert counts.correct.tolist() == [[2, 2, 1]]
+    assert counts.reached.tolist() == [[3, 1, 1]]
+    assert counts.accepted.tolist() == [[2, 1, 0]]
+    metrics = Metrics.of(counts.over_rows())
+    assert Metrics.of((counts + counts).over_rows()) == metrics
+    assert metrics.by_position == pytest.approx((2 / 3, 1.0, 0.5))
+    assert metrics.acceptance_length == pytest.approx(1 + 2 / 3 + 2 / 3 * 1 + 0)
+    assert metrics.accuracy == pytest.approx(5 / 7)
 
 
 @pytest.mark.parametrize("folder", ["draft", "draft2"])
@@ -238,13 +249,13 @@ def test_what_training_counts_as_right_is_what_decoding_accepts(folder, tiny_tar
     tiny_target.generate(ids, **asked, max_new_tokens=80, custom_generate=draft.speculate, statistics=statistics)
     every = torch.ones_like(text)
     objective = Objective(draft.config, tiny_target, Recipe(attention="dense"))
-    blocks = objective.blocks(Rows(text, every.bool(), every), torch.arange(40, 120)[None])
-    features, _ = objective.target.read(blocks.rows, False)
-    states = objective.states(draft, blocks, embed_noise(objective.target.embed, blocks.noise_ids(1)), features)
-    scores = objective._scores(draft, blocks, states[blocks.counted.flatten(1)], None)
-    weighted_loss(states[blocks.counted.flatten(1)], scores, 512)
-    right = torch.zeros_like(blocks.counted)
-    right[blocks.counted] = scores.correct
+    blocks = objective.blocks(PackedBatch(text, every.bool(), every), torch.arange(40, 120)[None])
+    features = objective.target.run(blocks.batch, last_hidden_state=False).features
+    states = objective.states(draft, blocks, objective.noise_embeds(blocks), features)
+    with_loss = states[blocks.block_loss_mask.flatten(1)]
+    inputs = objective.loss_inputs(draft, blocks, with_loss, None)
+    right = torch.zeros_like(blocks.block_loss_mask)
+    right[blocks.block_loss_mask] = weighted_loss(with_loss, inputs, 512).correct
     accepted = right[0, :, 1:].int().cumprod(-1).sum(-1).tolist()
     committed, place = [], 0
     while place < 79:

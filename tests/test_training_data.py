@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoTokenizer
 
-from dflash_hub.training.data import Collator, Reading, load_rows, pack, prepare, rows_of
+from dflash_hub.training.data import Collator, PreprocessConfig, load_rows, pack, packed_batch, prepare
 from paths import ROOT, TINY
 
 TEMPLATE = """{%- for m in messages %}<{{ m.role }}>
@@ -25,8 +25,8 @@ def tokenizer():
 
 
 @pytest.fixture
-def reading(tokenizer):
-    return Reading(tokenizer, block_size=4, mask_token_id=1, max_length=64, stop_ids=frozenset([0]))
+def config(tokenizer):
+    return PreprocessConfig(tokenizer, block_size=4, mask_token_id=1, max_length=64, stop_ids=frozenset([0]))
 
 
 def chat(*turns: str) -> dict:
@@ -44,18 +44,18 @@ def spoken(tokenizer, row) -> list[str]:
     return [tokenizer.decode(ids) for ids in found]
 
 
-def test_only_what_the_assistant_says_is_supervised_up_to_its_end_token(tokenizer, reading):
-    rows, report = prepare([chat("how", "so", "why", "thus")], reading)
+def test_only_what_the_assistant_says_is_supervised_up_to_its_end_token(tokenizer, config):
+    rows, report = prepare([chat("how", "so", "why", "thus")], config)
     assert len(rows) == 1
     assert spoken(tokenizer, rows[0]) == ["so<|endoftext|>", "thus<|endoftext|>"]
     assert tokenizer.decode(rows[0]["input_ids"]).startswith("<user>\nhow<|endoftext|>\n<assistant>\nso<|endoftext|>")
     assert str(report) == "1 documents"
 
 
-def test_an_answer_stands_behind_what_the_target_will_be_asked_with(tokenizer, reading):
+def test_an_answer_stands_behind_what_the_target_will_be_asked_with(tokenizer, config):
     """The template drops the thoughts of earlier turns, so the second answer needs a document of its own."""
-    rows, report = prepare([chat("a", "hm</think>b", "c", "oh</think>d")], replace(reading, max_length=200))
-    assert (report.kept, len(rows), len(rows[0]["lengths"])) == (2, 1, 2)
+    rows, report = prepare([chat("a", "hm</think>b", "c", "oh</think>d")], replace(config, max_length=200))
+    assert (report.used, len(rows), len(rows[0]["lengths"])) == (2, 1, 2)
     assert set(spoken(tokenizer, rows[0])) == {"hm</think>b<|endoftext|>", "oh</think>d<|endoftext|>"}
     asked = chat("a", "hm</think>b", "c")["messages"]
     asked = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
@@ -63,42 +63,42 @@ def test_an_answer_stands_behind_what_the_target_will_be_asked_with(tokenizer, r
     assert "hm" not in asked
 
 
-def test_text_is_supervised_whole_and_cut_into_pieces_that_know_nothing_of_each_other(tokenizer, reading):
+def test_text_is_supervised_whole_and_cut_into_pieces_that_know_nothing_of_each_other(tokenizer, config):
     text = (ROOT / "cli.py").read_text()
     ids = tokenizer(text).input_ids
-    rows, report = prepare([{"text": text}], reading)
-    assert report.kept + report.dropped["too short"] == -(-len(ids) // 64)
+    rows, report = prepare([{"text": text}], config)
+    assert report.used + report.dropped["too short"] == -(-len(ids) // 64)
     assert [token for row in rows for token in row["input_ids"]] == ids[: sum(len(row["input_ids"]) for row in rows)]
     assert all(set(row["supervised"]) == {1} for row in rows)
 
 
-def test_rows_that_teach_nothing_are_counted_by_reason_and_left_out(reading):
+def test_rows_that_teach_nothing_are_counted_by_reason_and_left_out(config):
     rows = [chat("hello there"), chat("long enough", "a good answer"), {"messages": []}, chat("one", "")]
-    _, report = prepare(rows, reading)
-    assert report.kept == 1
+    _, report = prepare(rows, config)
+    assert report.used == 1
     assert dict(report.dropped) == {"nothing supervised": 3}
-    _, report = prepare([{"text": "ab"}, {"text": ""}, {"text": None}, {"text": "def f(x): return x"}], reading)
+    _, report = prepare([{"text": "ab"}, {"text": ""}, {"text": None}, {"text": "def f(x): return x"}], config)
     assert dict(report.dropped) == {"too short": 3}
     assert str(report) == "1 documents; left out: 3 too short"
 
 
-def test_a_conversation_that_the_template_refuses_is_counted(tokenizer, reading):
+def test_a_conversation_that_the_template_refuses_is_counted(tokenizer, config):
     tokenizer.chat_template = "{{ raise_exception('no') }}"
     with pytest.raises(ValueError, match="1 refused by the chat template"):
-        prepare([chat("long enough", "a good answer")], reading)
+        prepare([chat("long enough", "a good answer")], config)
 
 
-def test_an_answer_that_is_cut_off_before_it_begins_is_left_out(tokenizer, reading):
+def test_an_answer_that_is_cut_off_before_it_begins_is_left_out(tokenizer, config):
     with pytest.raises(ValueError, match=r"No row can be trained on: 0 documents; left out: 1 nothing supervised"):
-        prepare([chat("x " * 200, "never reached")], reading)
+        prepare([chat("x " * 200, "never reached")], config)
 
 
-def test_a_stream_gives_the_same_documents_and_counts_as_it_goes(tokenizer, reading):
+def test_a_stream_gives_the_same_documents_and_counts_as_it_goes(tokenizer, config):
     rows = [chat("long enough", f"a good answer {n}") for n in range(5)] + [chat("no answer")]
-    whole, _ = prepare(rows, reading)
-    streamed, report = prepare(Dataset.from_list(rows).to_iterable_dataset(), reading)
+    whole, _ = prepare(rows, config)
+    streamed, report = prepare(Dataset.from_list(rows).to_iterable_dataset(), config)
     assert [row["input_ids"] for row in streamed] == [row["input_ids"] for row in whole]
-    assert (report.kept, dict(report.dropped)) == (5, {"nothing supervised": 1})
+    assert (report.used, dict(report.dropped)) == (5, {"nothing supervised": 1})
 
 
 def test_packing_fills_rows_and_loses_nothing():
@@ -119,16 +119,16 @@ def test_packing_fills_rows_and_loses_nothing():
 
 def test_a_batch_says_which_token_is_of_which_document():
     batch = Collator()([{"input_ids": [5, 6, 7, 8, 9], "lengths": [2, 3]}, {"input_ids": [4, 4], "supervised": [0, 1]}])
-    rows = rows_of(batch)
+    rows = packed_batch(batch)
     assert rows.documents.tolist() == [[1, 1, 2, 2, 2], [1, 1, 0, 0, 0]]
     assert rows.positions.tolist()[0] == [0, 1, 0, 1, 2]
-    assert rows.supervised.tolist()[1] == [False, True, False, False, False]
+    assert rows.loss_mask.tolist()[1] == [False, True, False, False, False]
     assert sorted(rows.spans()) == [(0, 0, 2), (0, 2, 3), (1, 0, 2)]
 
 
-def test_columns_that_are_not_known_and_files_of_other_kinds_are_refused(reading, tmp_path):
-    with pytest.raises(ValueError, match="has the columns question; one of 'messages', 'text', 'input_ids' is read"):
-        prepare([{"question": "?"}], reading)
+def test_columns_that_are_not_known_and_files_of_other_kinds_are_refused(config, tmp_path):
+    with pytest.raises(ValueError, match="has the columns question; one of 'messages', 'text', 'input_ids' is needed"):
+        prepare([{"question": "?"}], config)
     (tmp_path / "rows.xml").write_text("<a/>")
     with pytest.raises(ValueError, match=r"give one of .jsonl"):
         load_rows(str(tmp_path / "rows.xml"))
@@ -136,13 +136,13 @@ def test_columns_that_are_not_known_and_files_of_other_kinds_are_refused(reading
         load_rows(str(tmp_path / "rows.jsonl"))
 
 
-def test_text_that_holds_the_mask_token_is_refused(reading):
+def test_text_that_holds_the_mask_token_is_refused(config):
     with pytest.raises(ValueError, match=r"contains the mask token 1, in the row 'x <\|mask\|> y"):
-        prepare([{"text": "x <|mask|> y and more"}], reading)
+        prepare([{"text": "x <|mask|> y and more"}], config)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_dataset_on_the_hub_is_read(hub, repo_id, reading, tmp_path, streaming):
+def test_a_dataset_on_the_hub_is_read(hub, repo_id, config, tmp_path, streaming):
     from huggingface_hub import HfApi
 
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(chat("q", f"an answer {n}")) + "\n" for n in range(3)))
@@ -150,7 +150,7 @@ def test_a_dataset_on_the_hub_is_read(hub, repo_id, reading, tmp_path, streaming
     HfApi().upload_file(
         path_or_fileobj=tmp_path / "data.jsonl", path_in_repo="data.jsonl", repo_id=repo_id, repo_type="dataset"
     )
-    rows, _ = prepare(load_rows(repo_id, streaming=streaming), reading)
+    rows, _ = prepare(load_rows(repo_id, streaming=streaming), config)
     assert sum(len(row["lengths"]) for row in rows) == 3
 
 
@@ -176,11 +176,11 @@ def test_an_empty_file_and_a_stream_of_nothing_usable_are_told_so(tmp_path):
     for streaming in (False, True):
         rows = load_rows(str(tmp_path / "short.jsonl"), streaming=streaming)
         with pytest.raises(ValueError, match="No row can be trained on: 0 documents; left out: 5 too short"):
-            prepare(rows, Reading(None, block_size=8, mask_token_id=1))
+            prepare(rows, PreprocessConfig(None, block_size=8, mask_token_id=1))
 
 
 def test_a_stream_is_counted_from_its_beginning(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"input_ids": [5, 6, 7, 8, 9]}\n{"input_ids": [5]}\n' * 3)
-    packed, report = prepare(load_rows(str(tmp_path / "rows.jsonl"), streaming=True), Reading(None, 4, 1))
+    packed, report = prepare(load_rows(str(tmp_path / "rows.jsonl"), streaming=True), PreprocessConfig(None, 4, 1))
     assert len(list(packed)) == 1
-    assert (report.kept, report.dropped["too short"]) == (3, 3)
+    assert (report.used, report.dropped["too short"]) == (3, 3)

@@ -5,7 +5,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from dflash_hub import DFlash2Config, DFlash2DraftModel, DFlashConfig, DFlashDraftModel
 from dflash_hub.compat_dflash import cache_name
-from dflash_hub.generation_dflash import Pair
 
 VOCAB = 12
 CACHE = cache_name(GenerationMixin.prepare_inputs_for_generation)
@@ -227,23 +226,46 @@ def batch(length: int, pads: tuple[int, ...]) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def partly_right(monkeypatch, expected: torch.Tensor, seed: int = 0):
-    """Let the draft run, then replace its proposals: in each row a random number of tokens is right, the next wrong."""
-    wanted = torch.Generator().manual_seed(seed)
-    honest = Pair.propose
+class Steered:
+    """A proposer that lets another one run, and then proposes what `change` makes of its proposal.
 
-    def propose(self):
-        proposal = honest(self)
-        size = proposal.tokens.shape[1]
-        for row, column in enumerate(self.columns):
+    Args:
+        change: of a proposal and a `DecodeState`, to a proposal.
+    """
+
+    def __init__(self, chain, change):
+        self.chain, self.change = chain, change
+
+    def append_context(self, features, first_slot):
+        self.chain.append_context(features, first_slot)
+
+    def propose(self, state):
+        return self.change(self.chain.propose(state), state)
+
+    def commit(self, features, slots):
+        self.chain.commit(features, slots)
+
+
+def steered(change):
+    """The keyword `proposer` of a call of `generate`, for `Steered`."""
+    return lambda chain: Steered(chain, change)
+
+
+def partly_right(expected: torch.Tensor, seed: int = 0):
+    """A proposer: in each row a random number of tokens is right, and the next one wrong."""
+    wanted = torch.Generator().manual_seed(seed)
+
+    def change(proposal, state):
+        size = proposal.size
+        for row, slot in enumerate(state.last_slots):
             right = int(torch.randint(0, size, (), generator=wanted))
-            truth = expected[row, column + 1 : column + 1 + right]
+            truth = expected[row, slot + 1 : slot + 1 + right]
             proposal.tokens[row, 1 : 1 + len(truth)] = truth
-            wrong = expected[row, column + 1 + right : column + 2 + right]
+            wrong = expected[row, slot + 1 + right : slot + 2 + right]
             proposal.tokens[row, 1 + right : 1 + right + len(wrong[: size - 1 - right])] = (wrong + 1) % VOCAB
         return proposal
 
-    monkeypatch.setattr(Pair, "propose", propose)
+    return steered(change)
 
 
 def as_found(target) -> bool:

@@ -10,7 +10,7 @@ import torch
 from transformers import TrainerCallback
 
 import tiny
-from dflash_hub.hub_probe import digests
+from dflash_hub.publishing.probe import digests
 from dflash_hub.training import DFlashTrainer, DFlashTrainingArguments
 
 SMALL = {

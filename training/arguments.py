@@ -1,6 +1,6 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""The Trainer's own options, with the published recipe (arXiv 2602.06036) as their defaults, and a few of ours."""
+"""Define the training options: those of Trainer, with the published recipe (arXiv 2602.06036) as defaults, and ours."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,26 +18,24 @@ def _gpu_has_bf16() -> bool:
 
 @dataclass
 class DFlashTrainingArguments(TrainingArguments):
-    """`transformers.TrainingArguments`; AdamW at 6e-4 with a cosine schedule, warm-up 0.04, clip 1.0, 6 epochs."""
+    """Extend `TrainingArguments`. Defaults: AdamW at 6e-4, cosine schedule, warm-up 0.04, clip 1.0, 6 epochs."""
 
-    num_anchors: int = field(default=512, metadata={"help": "Blocks drawn in each row, each step."})
+    num_anchors: int = field(default=512, metadata={"help": "Number of blocks drawn in each row at each step."})
     loss_gamma: float | None = field(
         default=None,
-        metadata={
-            "help": "The weight at position k of a block is exp(-(k - 1) / gamma). 7 for blocks of 16 unless said."
-        },
+        metadata={"help": "The weight at position k of a block is exp(-(k - 1) / gamma). Default: 7 for blocks of 16."},
     )
     distillation: float = field(
         default=0.0,
         metadata={
-            "help": "Share of the divergence (forward KL) from the target's own distribution in the loss, 0 to 1."
+            "help": "Share of the loss, 0 to 1, that is the forward KL divergence from the target's distribution."
         },
     )
     selector_loss_weight: float = field(
-        default=1.0, metadata={"help": "Of the selector's cross-entropy beside the draft's, for a DFlash 2 draft."}
+        default=1.0, metadata={"help": "Weight of the selector loss, for a draft with a selector."}
     )
-    max_length: int = field(default=3072, metadata={"help": "Tokens of a packed row."})
-    packing: bool = field(default=True, metadata={"help": "Put several documents into a row."})
+    max_length: int = field(default=3072, metadata={"help": "Maximum number of tokens of a packed row."})
+    packing: bool = field(default=True, metadata={"help": "Pack several documents into a row."})
     draft_attention: str = field(
         default="auto",
         metadata={
@@ -47,26 +45,39 @@ class DFlashTrainingArguments(TrainingArguments):
     )
     eval_acceptance_prompts: int = field(
         default=0,
-        metadata={"help": "At each evaluation, decode this many held-out prompts and count what is accepted."},
+        metadata={"help": "Number of held-out prompts to decode at each evaluation."},
     )
-    eval_acceptance_tokens: int = field(default=128, metadata={"help": "New tokens for each of those prompts."})
+    eval_acceptance_tokens: int = field(
+        default=128, metadata={"help": "Number of new tokens for each of those prompts."}
+    )
 
-    output_dir: str | None = field(default="dflash-draft", metadata={"help": "Where the draft and its checkpoints go."})
-    learning_rate: float = field(default=6e-4, metadata={"help": "The highest learning rate."})
-    lr_scheduler_type: SchedulerType | str = field(
-        default="cosine", metadata={"help": "The schedule of the learning rate."}
+    output_dir: str | None = field(
+        default="dflash-draft", metadata={"help": "Folder for the draft and its checkpoints."}
     )
-    warmup_steps: float = field(default=0.04, metadata={"help": "Steps of warm-up; below 1, a share of all steps."})
-    num_train_epochs: float = field(default=6.0, metadata={"help": "How often the data is seen."})
-    per_device_train_batch_size: int = field(default=1, metadata={"help": "Packed rows in a step, on each device."})
-    per_device_eval_batch_size: int = field(default=1, metadata={"help": "Packed rows in an evaluation step."})
-    logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of the log."})
-    bf16: bool = field(default_factory=_gpu_has_bf16, metadata={"help": "Mixed precision; on where a GPU has it."})
-    dataloader_pin_memory: bool = field(default_factory=torch.cuda.is_available, metadata={"help": "On with a GPU."})
-    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Off: a draft uses all it has."})
+    learning_rate: float = field(default=6e-4, metadata={"help": "Peak learning rate."})
+    lr_scheduler_type: SchedulerType | str = field(default="cosine", metadata={"help": "Learning rate schedule."})
+    warmup_steps: float = field(
+        default=0.04, metadata={"help": "Number of warm-up steps; below 1, a share of all steps."}
+    )
+    num_train_epochs: float = field(default=6.0, metadata={"help": "Number of passes over the data."})
+    per_device_train_batch_size: int = field(default=1, metadata={"help": "Packed rows in a batch, on each device."})
+    per_device_eval_batch_size: int = field(
+        default=1, metadata={"help": "Packed rows in an evaluation batch, on each device."}
+    )
+    logging_steps: float = field(default=10, metadata={"help": "Number of steps between two lines of the log."})
+    bf16: bool = field(
+        default_factory=_gpu_has_bf16,
+        metadata={"help": "bfloat16 mixed precision. Default: on if the GPU supports it."},
+    )
+    dataloader_pin_memory: bool = field(
+        default_factory=torch.cuda.is_available, metadata={"help": "Pin memory. Default: on with a GPU."}
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Off, because a draft uses all of its parameters."}
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off."})
     logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Off: a loss that is no number ends the run."}
+        default=False, metadata={"help": "Off, because a loss that is NaN or infinite ends the run."}
     )
 
     def __post_init__(self) -> None:
@@ -80,14 +91,17 @@ class DFlashTrainingArguments(TrainingArguments):
             "selector_loss_weight": (self.selector_loss_weight >= 0, "at least 0"),
             "max_length": (self.max_length >= 2, "at least 2"),
             "draft_attention": (self.draft_attention in ("auto", "flex", "dense"), "auto, flex or dense"),
-            "remove_unused_columns": (not self.remove_unused_columns, "False: rows are no arguments of the draft"),
+            "remove_unused_columns": (
+                not self.remove_unused_columns,
+                "False, because the columns are not arguments of the draft",
+            ),
         }
-        for name, (sound, wanted) in checks.items():
-            if not sound:
+        for name, (valid, wanted) in checks.items():
+            if not valid:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {wanted}.")
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the token: these are pickled beside every checkpoint, and pushed."""
+        """Leave the token out: the arguments are saved with every checkpoint, and pushed."""
         return self.__dict__ | {"hub_token": None}
 
     @property

@@ -1,10 +1,10 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""What a draft is trained on: packed rows of documents, anchors drawn in them, one block after each anchor.
+"""Build the training input of a draft: packed rows of documents, random anchors in them, one block after each anchor.
 
-Random anchors, the block mask and the decaying weights are those of DFlash (arXiv 2602.06036).
+Random anchors, the block mask and the decaying weights follow DFlash (arXiv 2602.06036).
 
-Shapes: B rows, S tokens of a row, A anchors of a row, Q block positions.
+Shapes: B rows, S tokens of a row, A anchors of a row, Q block positions. A column is an index into a row, 0 to S - 1.
 """
 
 import hashlib
@@ -15,171 +15,200 @@ from typing import Any
 
 import torch
 
+from ..attention_dflash import visible
+
 
 @dataclass(frozen=True)
-class Rows:
-    """Packed rows. Several documents may share a row; nothing crosses from one to another.
+class PackedBatch:
+    """Hold a batch of packed rows. Several documents may share a row; attention never crosses between them.
 
     Args:
         input_ids `[B, S]`: token ids.
-        supervised `[B, S]`: True where the draft shall learn to predict the token.
-        documents `[B, S]`: 1, 2 ... for the documents of a row, in order; 0 where the row is padded at its end.
+        loss_mask `[B, S]`: True where the draft learns to predict the token.
+        documents `[B, S]`: 1, 2 ... for the documents of a row, in order; 0 for the padding at its end.
     """
 
     input_ids: torch.Tensor
-    supervised: torch.Tensor
+    loss_mask: torch.Tensor
     documents: torch.Tensor
 
     @cached_property
     def positions(self) -> torch.Tensor:
-        """`[B, S]`, counted from 0 in each document, as when it is decoded alone."""
+        """Return `[B, S]`: the position of each token in its document, from 0, as if it were decoded alone."""
         columns = torch.arange(self.documents.shape[1], device=self.documents.device).expand_as(self.documents)
         begins = torch.ones_like(self.documents, dtype=torch.bool)
         begins[:, 1:] = self.documents[:, 1:] != self.documents[:, :-1]
         return columns - (columns * begins).cummax(dim=1).values
 
     @cached_property
-    def candidates(self) -> torch.Tensor:
-        """`[B, S]`, where an anchor may be: a supervised token followed by one of its document."""
-        follows = self.supervised[:, 1:] & (self.documents[:, 1:] == self.documents[:, :-1])
-        return torch.nn.functional.pad(self.supervised[:, :-1] & follows, (0, 1))
+    def anchor_mask(self) -> torch.Tensor:
+        """Return `[B, S]`: True where an anchor may be, which is where this token and the next have a loss.
+
+        Both must belong to the same document.
+        """
+        next_has_loss = self.loss_mask[:, 1:] & (self.documents[:, 1:] == self.documents[:, :-1])
+        return torch.nn.functional.pad(self.loss_mask[:, :-1] & next_has_loss, (0, 1))
 
     def spans(self) -> list[tuple[int, int, int]]:
-        """Each document's row, first column and length."""
+        """Return the row, first column and length of each document."""
         found = []
         for row, documents in enumerate(self.documents.cpu()):
             values, lengths = documents.unique_consecutive(return_counts=True)
             starts = (lengths.cumsum(0) - lengths).tolist()
-            every = zip(values.tolist(), starts, lengths.tolist(), strict=True)
-            found += [(row, start, length) for value, start, length in every if value]
+            for value, start, length in zip(values.tolist(), starts, lengths.tolist(), strict=True):
+                if value:
+                    found.append((row, start, length))
         return found
 
 
-def draw_anchors(rows: Rows, most: int, seed: int, step: int) -> torch.Tensor:
-    """`[B, A]` columns, ascending, `A <= most`; -1 where a row has fewer candidates than another.
+def draw_anchors(batch: PackedBatch, num_anchors: int, seed: int, step: int) -> torch.Tensor:
+    """Draw up to `num_anchors` anchors in each row; the same arguments always give the same anchors.
 
-    What is drawn in a row depends on its tokens, the seed and the step alone, so that it is the same in whichever
-    process and batch the row is, and again after a run was resumed.
+    The draw in a row depends on its tokens, the seed and the step alone. So it is the same in any batch, in any
+    process, and after a resumed run.
+
+    Returns:
+        `[B, A]` columns, ascending, with `A <= num_anchors`; -1 fills rows that have fewer anchors than others.
     """
     drawn = []
-    every = zip(rows.input_ids.cpu(), rows.documents.cpu(), rows.candidates.cpu(), strict=True)
-    for ids, documents, candidates in every:
-        columns = candidates.nonzero()[:, 0]
-        key = hashlib.blake2b(ids[documents > 0].numpy().tobytes(), digest_size=8, key=f"{seed} {step}".encode())
-        generator = torch.Generator().manual_seed(int.from_bytes(key.digest(), "little") >> 1)
-        drawn.append(columns[torch.randperm(len(columns), generator=generator)[:most]].sort().values)
+    rows = zip(batch.input_ids.cpu(), batch.documents.cpu(), batch.anchor_mask.cpu(), strict=True)
+    for ids, documents, anchor_mask in rows:
+        columns = anchor_mask.nonzero()[:, 0]
+        order = torch.randperm(len(columns), generator=_row_generator(ids[documents > 0], seed, step))
+        drawn.append(columns[order[:num_anchors]].sort().values)
     anchors = torch.nn.utils.rnn.pad_sequence(drawn, batch_first=True, padding_value=-1)
     if anchors.shape[1] == 0:
-        anchors = anchors.new_full((len(drawn), 1), -1)  # one empty block, so that nothing has no size
-    return anchors.to(rows.input_ids.device)
+        anchors = anchors.new_full((len(drawn), 1), -1)  # one empty block: tensors of size 0 break kernels
+    return anchors.to(batch.input_ids.device)
+
+
+def _row_generator(tokens: torch.Tensor, seed: int, step: int) -> torch.Generator:
+    """Return a generator seeded by a hash of `tokens [n]`, `seed` and `step`."""
+    digest = hashlib.blake2b(tokens.numpy().tobytes(), digest_size=8, key=f"{seed} {step}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """One block of `size` positions after each anchor.
+    """Place one block of `size` positions after each anchor.
 
     Args:
-        rows: that the anchors are in.
+        batch: the rows that the anchors are in.
         anchors `[B, A]`: their columns; -1 for an empty block.
         size: Q.
     """
 
-    rows: Rows
+    batch: PackedBatch
     anchors: torch.Tensor
     size: int
 
     @cached_property
     def columns(self) -> torch.Tensor:
-        """`[B, A, Q]`, in the row; the last one's where a block hangs over the end."""
+        """Return `[B, A, Q]`: the column of each block position; the last column where a block exceeds the row."""
         columns = self.anchors[..., None].clamp_min(0) + torch.arange(self.size, device=self.anchors.device)
-        return columns.clamp_max(self.rows.input_ids.shape[1] - 1)
+        return columns.clamp_max(self.batch.input_ids.shape[1] - 1)
 
     @cached_property
     def tokens(self) -> torch.Tensor:
-        """`[B, A, Q]`, the text's."""
-        return self._of(self.rows.input_ids)
+        """Return `[B, A, Q]`: the tokens of the text at the block positions."""
+        return self._gather(self.batch.input_ids)
 
     @cached_property
-    def counted(self) -> torch.Tensor:
-        """`[B, A, Q]`, where there is something to learn: a supervised token after the anchor, in its document."""
+    def block_loss_mask(self) -> torch.Tensor:
+        """Return `[B, A, Q]`: True where a position has a loss.
+
+        It does after the anchor, inside the anchor's document, where `loss_mask` is True.
+        """
         steps = torch.arange(self.size, device=self.anchors.device)
-        inside = self.anchors[..., None] + steps == self.columns
-        documents = self._of(self.rows.documents)
-        return inside & (steps > 0) & (documents == documents[..., :1]) & self._of(self.rows.supervised)
+        inside_row = self.anchors[..., None] + steps == self.columns
+        documents = self._gather(self.batch.documents)
+        same_document = documents == documents[..., :1]
+        return inside_row & (steps > 0) & same_document & self._gather(self.batch.loss_mask)
 
     @cached_property
     def positions(self) -> torch.Tensor:
-        """`[B, A * Q]`, in each anchor's document."""
-        first = self._of(self.rows.positions)[..., :1]
+        """Return `[B, A * Q]`: positions, counted in the document of each anchor."""
+        first = self._gather(self.batch.positions)[..., :1]
         return (first + torch.arange(self.size, device=first.device)).flatten(1)
 
     def weights(self, gamma: float) -> torch.Tensor:
-        """`[B, A, Q]`: exp(-(k - 1) / gamma) at position k where it is counted, else 0."""
+        """Return `[B, A, Q]`: exp(-(k - 1) / gamma) at position k where it has a loss, else 0."""
         steps = torch.arange(self.size, device=self.anchors.device, dtype=torch.float32)
-        return self.counted * torch.exp(-(steps - 1) / gamma)
+        return self.block_loss_mask * torch.exp(-(steps - 1) / gamma)
 
     def noise_ids(self, mask_token_id: int) -> torch.Tensor:
-        """`[B, A * Q]`: of each block its anchor, then mask tokens."""
+        """Return `[B, A * Q]`: for each block its anchor, then mask tokens."""
         ids = torch.full_like(self.tokens, mask_token_id)
         ids[..., 0] = self.tokens[..., 0]
         return ids.flatten(1)
 
-    def visible(self, window: int | None, causal: bool) -> Callable[..., torch.Tensor]:
-        """Whether query q of the blocks sees key kv, of the row's S columns and then of the blocks, row by row.
+    def mask_function(self, window: int | None, causal: bool) -> Callable[..., torch.Tensor]:
+        """Return the function `sees(b, h, q, kv)` that FlexAttention takes: True where query q sees key kv.
 
-        The context of a block is its document strictly before its anchor. Inside the block it is bidirectional or
-        causal; a window counts distances, strictly below it.
+        Queries are the A * Q block positions of row b. Keys are the S columns of the row, then the block positions. A
+        query sees its own block, and its document strictly before the anchor. Of these, it sees what the window and
+        the causality of the layer allow (`visible`).
+
+        Example: a row with documents 1 1 1 2 2 2 2, anchors at columns 1 and 5, Q = 3. Keys 0 to 6 are the row, 7 to 9
+        the first block, 10 to 12 the second. The second block has queries 3, 4, 5, at columns 5, 6, 7. These see:
+
+        | | query 3 | query 4 | query 5 |
+        |---|---|---|---|
+        | no window, not causal | 3 4, 10 11 12 | 3 4, 10 11 12 | 3 4, 10 11 12 |
+        | no window, causal | 3 4, 10 | 3 4, 10 11 | 3 4, 10 11 12 |
+        | window 2, not causal | 4, 10 11 | 10 11 12 | 11 12 |
         """
-        length, size, anchors = self.rows.input_ids.shape[1], self.size, self.anchors
-        documents = self.rows.documents
-        own = self._of(documents)[..., 0].where(anchors >= 0, -1)  # an empty block sees no context
+        length, documents = self.batch.input_ids.shape[1], self.batch.documents
+        size, anchors = self.size, self.anchors
+        own_document = self._gather(documents)[..., 0].where(anchors >= 0, -1)  # an empty block sees no context
 
-        def visible(b: Any, h: Any, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
-            block, at = q // size, q % size
+        def sees(b: Any, h: Any, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
+            block, anchor = q // size, anchors[b, q // size]
             column, other = kv.clamp(max=length - 1), kv - length
-            context = (kv < length) & (documents[b, column] == own[b, block]) & (column < anchors[b, block])
+            context = (kv < length) & (documents[b, column] == own_document[b, block]) & (column < anchor)
             inside = (other >= 0) & (other // size == block)
-            distance = at - other % size
-            if causal:
-                inside = inside & (distance >= 0)
-            if window is not None:
-                context = context & (anchors[b, block] + at - column < window)
-                inside = inside & (distance.abs() < window)
-            return context | inside
+            key_column = torch.where(kv < length, column, anchor + other % size)
+            return (context | inside) & visible(anchor + q % size, key_column, window, causal)
 
-        return visible
+        return sees
 
     def dense_mask(self, window: int | None, causal: bool, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """`[B, 1, A * Q, S + A * Q]`: True where visible; or, given a dtype, 0 there and its lowest number elsewhere.
+        """Return the mask `[B, 1, A * Q, S + A * Q]`.
 
-        The boolean form is for `sdpa`, the other for `eager` attention.
+        Args:
+            window, causal: the kind of layer, as in `mask_function`.
+            dtype: None for a boolean mask, True where visible, as `sdpa` takes it. With a dtype, 0 where visible and
+                its lowest number elsewhere, as `eager` attention takes it.
         """
         device = self.anchors.device
-        queries = self.anchors.shape[1] * self.size
-        keys = torch.arange(self.rows.input_ids.shape[1] + queries, device=device)
-        batch = torch.arange(len(self.anchors), device=device)[:, None, None]
-        seen = self.visible(window, causal)(batch, None, torch.arange(queries, device=device)[:, None], keys)[:, None]
-        return (
-            seen if dtype is None else torch.zeros((), dtype=dtype, device=device).where(seen, torch.finfo(dtype).min)
-        )
+        num_queries = self.anchors.shape[1] * self.size
+        keys = torch.arange(self.batch.input_ids.shape[1] + num_queries, device=device)
+        rows = torch.arange(len(self.anchors), device=device)[:, None, None]
+        queries = torch.arange(num_queries, device=device)[:, None]
+        seen = self.mask_function(window, causal)(rows, None, queries, keys)[:, None]
+        if dtype is None:
+            return seen
+        return torch.zeros((), dtype=dtype, device=device).where(seen, torch.finfo(dtype).min)
 
     def flex_mask(self, window: int | None, causal: bool) -> Any:
-        """The same as a `BlockMask` for FlexAttention."""
+        """Return the same mask as a `BlockMask` for FlexAttention."""
         from torch.nn.attention.flex_attention import create_block_mask
 
-        rows, queries = len(self.anchors), self.anchors.shape[1] * self.size
-        keys = self.rows.input_ids.shape[1] + queries
-        device = self.anchors.device
-        # Compiled, the mask is never whole in memory.
+        rows, queries = self.anchors.shape[0], self.anchors.shape[1] * self.size
+        keys = self.batch.input_ids.shape[1] + queries
+        device = self.anchors.device.type
+        # Compiled, the mask never exists as a whole in memory.
         return create_block_mask(
-            self.visible(window, causal), rows, None, queries, keys, device=device.type, _compile=device.type == "cuda"
+            self.mask_function(window, causal), rows, None, queries, keys, device=device, _compile=device == "cuda"
         )
 
-    def _of(self, values: torch.Tensor) -> torch.Tensor:
-        """`values [B, S]` at the blocks' columns, `[B, A, Q]`."""
+    def _gather(self, values: torch.Tensor) -> torch.Tensor:
+        """Return `values [B, S]` at the columns of the blocks, `[B, A, Q]`."""
         return values.gather(1, self.columns.flatten(1)).view_as(self.columns)
 
 
 def default_gamma(block_size: int) -> float:
-    """How slowly the weights fall: 7 for blocks of 16, 5 for 10, 4 for 8, as published; between them in proportion."""
-    return max(1.0, 5 + (block_size - 10) / 3 if block_size >= 10 else 5 - (10 - block_size) / 2)
+    """Return how slowly the weights fall: as published, 7 for blocks of 16, 5 for 10, 4 for 8; linear between them."""
+    if block_size >= 10:
+        return 5 + (block_size - 10) / 3
+    return max(1.0, 5 - (10 - block_size) / 2)

@@ -1,17 +1,18 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""The loss, without the logits of all positions at once.
+"""Compute the loss without the logits of all positions at once.
 
-The target's head is frozen, so the gradient of a chunk of states is known as soon as the chunk's logits are: it is
-taken in the forward, and the logits are gone before the next chunk's are made. The head is called as a module,
-whatever it is made of.
+The target's head is frozen. So the gradient of a chunk of states is known as soon as the chunk's logits are. It is
+taken in the forward, and the logits are freed before the next chunk's are made. The head is called as a module,
+so any kind of head works.
 
-Shapes: N counted positions, n those of a chunk, H hidden size, V vocabulary, R selector_rank, k selector_top_k.
+Shapes: N positions with a loss, n those of a chunk, H hidden size, V vocabulary, R width of a further head, m rows of
+its codebook.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
@@ -20,124 +21,178 @@ CHUNK_LOGITS = 2**25
 """Logits that exist at once: 128 MiB in float32, and their gradient."""
 
 
-@dataclass
-class Selection:
-    """What a DFlash 2 draft's selector is scored with: S(a, b) = U(b) + <A(a) * H(h), B(b)>, a being the true token.
+@dataclass(frozen=True)
+class HeadChunk:
+    """Hold what a further head of the draft computes for a chunk.
 
     Args:
-        gates `[N, R]`: A(a) * H(h) for the token before each position in the text.
-        codebook `[V, R]`: B.
-        top_k: candidates at each position.
-        weight: of the selector's cross-entropy beside the draft's.
+        losses `[n]`: added to those of the draft's logits.
+        correct `[n]`: whether the head chooses the token of the text.
+        is_candidate `[n]`: whether the token of the text is among those that the head chooses from.
+        row_ids `[m]`: rows of the codebook that were used. The gradient of all other rows is zero.
+        rows `[m, R]`: those rows as a leaf, whose gradient is taken.
     """
 
-    gates: torch.Tensor
-    codebook: torch.Tensor
-    top_k: int
-    weight: float
-
-    def score(self, logits: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
-        """Scores `[n, k]` of the candidates, the best of `logits [n, V]`, given `gates [n, R]`.
-
-        `candidates [n, k]` and their `rows [n, k, R]` of the codebook are kept: the gradient of all others is zero.
-        """
-        unary, self.candidates = logits[:, : len(self.codebook)].topk(self.top_k)
-        self.rows = self.codebook.detach()[self.candidates].float().requires_grad_()
-        return unary + (self.rows @ gates[..., None])[..., 0]
+    losses: torch.Tensor
+    correct: torch.Tensor
+    is_candidate: torch.Tensor
+    row_ids: torch.Tensor
+    rows: torch.Tensor
 
 
-@dataclass
-class Scores:
-    """What the counted positions are scored against.
+class HeadLossInputs(Protocol):
+    """Describe the inputs of a further head's loss.
+
+    Gradients flow through `gates [N, R]`, one for each position, into whatever they were made from; and into
+    `codebook [V, R]`, a parameter with a row for each token.
+    """
+
+    @property
+    def gates(self) -> torch.Tensor: ...
+
+    @property
+    def codebook(self) -> torch.Tensor: ...
+
+    def head_chunk(self, logits: torch.Tensor, gates: torch.Tensor, labels: torch.Tensor) -> HeadChunk:
+        """Score a chunk, given the draft's `logits [n, V]`, `gates [n, R]` and `labels [n]`."""
+        ...
+
+
+@dataclass(frozen=True)
+class LossInputs:
+    """Hold what the draft's states are scored against.
 
     Args:
         head: states `[n, H]` to logits `[n, V]`.
         labels `[N]`: the tokens of the text.
-        weights `[N]`: of each position in the sum.
-        teacher: for a slice of the positions, the target's own logits `[n, V]`; None without distillation.
+        weights `[N]`: the weight of each position in the sum.
+        target_logits: a slice of the positions to the target's own logits `[n, V]`; None without distillation.
         distillation: share of the forward Kullback-Leibler divergence from the target's distribution in the loss; the
             rest is cross-entropy.
-        selection: for a DFlash 2 draft.
+        further_head: inputs of the loss of a further head; None for a draft that has none.
     """
 
     head: Callable[[torch.Tensor], torch.Tensor]
     labels: torch.Tensor
     weights: torch.Tensor
-    teacher: Callable[[slice], torch.Tensor] | None = None
+    target_logits: Callable[[slice], torch.Tensor] | None = None
     distillation: float = 0.0
-    selection: Selection | None = None
+    further_head: HeadLossInputs | None = None
 
-    def __post_init__(self) -> None:
-        self.correct = torch.zeros_like(self.labels, dtype=torch.bool)
-        """`[N]`, whether the draft proposes the text's token where all before it was right; known once the loss is."""
-        self.found = torch.zeros_like(self.correct)
-        """`[N]`, whether the text's token is among the selector's candidates."""
 
-    def chunk(self, states: torch.Tensor, part: slice, gates: torch.Tensor | None = None) -> torch.Tensor:
-        """The weighted sum of the losses of `states [n, H]`, which are those of `part`; `gates [n, R]` go with them."""
-        logits = self.head(states).float()
-        losses = self._likelihood(logits, part)
-        if self.selection is None or gates is None:
-            self.correct[part] = logits.detach().argmax(-1) == self.labels[part]
-        else:
-            losses = losses + self.selection.weight * self._selector(self.selection.score(logits, gates), part)
-        return (losses * self.weights[part]).sum()
+@dataclass(frozen=True)
+class Loss:
+    """Hold the loss of some positions.
 
-    def _likelihood(self, logits: torch.Tensor, part: slice) -> torch.Tensor | float:
-        """`[n]`, of `logits [n, V]`: cross-entropy, divergence, or a mixture."""
-        losses = cross_entropy(logits, self.labels[part], reduction="none") if self.distillation < 1 else 0.0
-        if self.teacher is None:
-            return losses
-        own = log_softmax(self.teacher(part).float(), dim=-1)
-        divergence = kl_div(log_softmax(logits, dim=-1), own, reduction="none", log_target=True).sum(-1)
-        return (1 - self.distillation) * losses + self.distillation * divergence
+    Args:
+        total: the weighted sum of losses, a float32 scalar.
+        correct `[n]`: whether the draft proposes the token of the text, given the tokens before it in the text.
+        is_candidate `[n]`: whether the token of the text is a candidate of the further head; False without one.
+    """
 
-    def _selector(self, scores: torch.Tensor, part: slice) -> torch.Tensor:
-        """`[n]`: cross-entropy over candidates with `scores [n, k]`; 0 where the text's token is none of them."""
-        right = self.selection.candidates == self.labels[part][:, None]  # type: ignore[union-attr]
-        self.found[part] = right.any(-1)
-        self.correct[part] = right.gather(-1, scores.detach().argmax(-1, keepdim=True))[:, 0]
-        return cross_entropy(scores, right.int().argmax(-1), reduction="none") * self.found[part]
+    total: torch.Tensor
+    correct: torch.Tensor
+    is_candidate: torch.Tensor
+
+
+def chunk_loss(
+    inputs: LossInputs, states: torch.Tensor, part: slice, gates: torch.Tensor | None = None
+) -> tuple[Loss, HeadChunk | None]:
+    """Compute the loss of `states [n, H]`, and what the further head computed for it.
+
+    Args:
+        part: which of the N positions these are.
+        gates `[n, R]`: those of the further head, where the draft has one.
+    """
+    labels, weights = inputs.labels[part], inputs.weights[part]
+    logits = inputs.head(states).float()
+    losses = _draft_losses(inputs, logits, part)
+    if inputs.further_head is None or gates is None:
+        correct = logits.detach().argmax(-1) == labels
+        return Loss((losses * weights).sum(), correct, torch.zeros_like(correct)), None
+    chunk = inputs.further_head.head_chunk(logits, gates, labels)
+    total = ((losses + chunk.losses) * weights).sum()
+    return Loss(total, chunk.correct, chunk.is_candidate), chunk
+
+
+def _draft_losses(inputs: LossInputs, logits: torch.Tensor, part: slice) -> torch.Tensor:
+    """Return `[n]`, for `logits [n, V]`: cross-entropy, divergence from the target, or a mixture of both."""
+    labels = inputs.labels[part]
+    if inputs.target_logits is None:
+        return cross_entropy(logits, labels, reduction="none")
+    target = log_softmax(inputs.target_logits(part).float(), dim=-1)
+    divergence = kl_div(log_softmax(logits, dim=-1), target, reduction="none", log_target=True).sum(-1)
+    if inputs.distillation == 1:
+        return divergence
+    losses = cross_entropy(logits, labels, reduction="none")
+    return (1 - inputs.distillation) * losses + inputs.distillation * divergence
 
 
 class _InChunks(torch.autograd.Function):
-    """The sum over chunks, whose gradient is taken chunk by chunk in the forward."""
+    """Sum the loss over chunks; the gradient of each chunk is taken in the forward."""
 
     @staticmethod
-    def forward(ctx: Any, scores: Scores, size: int, states: torch.Tensor, *selection: torch.Tensor) -> torch.Tensor:
-        """`selection` is empty, or gates `[N, R]` and codebook `[V, R]`."""
-        wanted, by_position = ctx.needs_input_grad[2], (states, *selection[:1])
-        totals = [torch.zeros_like(one, dtype=torch.float32) for one in (states, *selection)] if wanted else []
-        loss = torch.zeros((), dtype=torch.float32, device=states.device)
+    def forward(ctx: Any, inputs: LossInputs, size: int, states: torch.Tensor, *head: torch.Tensor) -> tuple:
+        """Return the total, `correct [N]` and `is_candidate [N]`.
+
+        Args:
+            size: positions of a chunk.
+            states `[N, H]`: of the draft.
+            head: gates `[N, R]` and codebook `[V, R]` of the further head; empty without one.
+        """
+        needs_grad, by_position = ctx.needs_input_grad[2], (states, *head[:1])
+        gradients = []
+        if needs_grad:
+            gradients = [torch.zeros_like(tensor, dtype=torch.float32) for tensor in (states, *head)]
+        total = torch.zeros((), dtype=torch.float32, device=states.device)
+        correct = torch.zeros(len(states), dtype=torch.bool, device=states.device)
+        is_candidate = torch.zeros_like(correct)
         for start in range(0, len(states), size):
             part = slice(start, start + size)
-            leaves = [one[part].detach().requires_grad_(wanted) for one in by_position]
-            with torch.set_grad_enabled(wanted):
-                chunk = scores.chunk(leaves[0], part, *leaves[1:])
-            loss += chunk.detach()
-            if wanted:
-                _add(totals, leaves, chunk, part, scores.selection)
-        ctx.save_for_backward(*totals)
-        ctx.dtypes = [one.dtype for one in (states, *selection)]
-        return loss
+            leaves = [tensor[part].detach().requires_grad_(needs_grad) for tensor in by_position]
+            with torch.set_grad_enabled(needs_grad):
+                loss, chunk = chunk_loss(inputs, leaves[0], part, *leaves[1:])
+            total += loss.total.detach()
+            correct[part], is_candidate[part] = loss.correct, loss.is_candidate
+            if needs_grad:
+                _add_gradients(gradients, part, loss.total, leaves, chunk)
+        ctx.save_for_backward(*gradients)
+        ctx.dtypes = [tensor.dtype for tensor in (states, *head)]
+        ctx.mark_non_differentiable(correct, is_candidate)
+        return total, correct, is_candidate
 
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[Any, ...]:
-        found = [(total * outer[0]).to(dtype) for total, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)]
-        return None, None, *found
+        """Scale the gradients that the forward took."""
+        scaled = [gradient * outer[0] for gradient in ctx.saved_tensors]
+        return None, None, *[one.to(dtype) for one, dtype in zip(scaled, ctx.dtypes, strict=True)]
 
 
-def _add(totals: list, leaves: list, loss: torch.Tensor, part: slice, selection: Selection | None) -> None:
-    """Add the gradients of a chunk's `loss` to `totals`, those of all positions."""
-    rows = [] if selection is None else [selection.rows]
-    gradients = torch.autograd.grad(loss, [*leaves, *rows])
-    for total, gradient in zip(totals[: len(leaves)], gradients, strict=False):
-        total[part] = gradient
-    if selection is not None:
-        totals[-1].index_add_(0, selection.candidates.flatten(), gradients[-1].flatten(0, -2))
+def _add_gradients(
+    gradients: list[torch.Tensor], part: slice, loss: torch.Tensor, leaves: list[torch.Tensor], chunk: HeadChunk | None
+) -> None:
+    """Add the gradients of a chunk's `loss` to `gradients`, those of all positions.
+
+    Args:
+        part: the positions of the chunk.
+        leaves: the states `[n, H]`, and the gates `[n, R]` where the draft has a further head.
+        chunk: what that head computed.
+    """
+    rows = [] if chunk is None else [chunk.rows]
+    found = torch.autograd.grad(loss, [*leaves, *rows])
+    for whole, gradient in zip(gradients[: len(leaves)], found[: len(leaves)], strict=True):
+        whole[part] = gradient
+    if chunk is not None:
+        gradients[-1].index_add_(0, chunk.row_ids, found[-1])
 
 
-def weighted_loss(states: torch.Tensor, scores: Scores, vocab_size: int) -> torch.Tensor:
-    """The weighted sum of losses over `states [N, H]`, a float32 number; `scores.correct` is filled on the way."""
-    selection = () if scores.selection is None else (scores.selection.gates, scores.selection.codebook)
-    return _InChunks.apply(scores, max(1, CHUNK_LOGITS // vocab_size), states, *selection)
+def weighted_loss(states: torch.Tensor, inputs: LossInputs, vocab_size: int) -> Loss:
+    """Compute the loss of all positions in chunks.
+
+    Args:
+        states `[N, H]`: of the draft.
+        vocab_size: V, from which the size of a chunk follows.
+    """
+    head = inputs.further_head
+    tensors = () if head is None else (head.gates, head.codebook)
+    return Loss(*_InChunks.apply(inputs, max(1, CHUNK_LOGITS // vocab_size), states, *tensors))

@@ -1,6 +1,6 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""How a run went: a plot beside every checkpoint, and a section of the model card that shows it."""
+"""Show how a run went: a plot with every checkpoint, and a section of the model card."""
 
 from pathlib import Path
 from typing import Any
@@ -13,31 +13,33 @@ _UNMEASURED = "Nothing yet: no acceptance length and no speed have been measured
 _MEASURED = "Acceptance length on held-out text: see the section on training. No speed was measured for this draft."
 
 
-def write_progress(folder: Path, history: list[dict[str, float]], facts: dict[str, Any]) -> None:
-    """Write the plot and the card's section into `folder`, which holds a draft; an older section is replaced.
+def write_progress(folder: Path, history: list[dict[str, float]], run_summary: dict[str, Any]) -> None:
+    """Write the plot and the section of the card into `folder`, which holds a draft; replace an older section.
 
     Args:
         history: Trainer's `state.log_history`.
-        facts: what the section's table says of the run.
+        run_summary: further rows of the section's table.
     """
     path = folder / "README.md"
-    drawn = draw(folder / PLOT, history)
+    has_plot = draw(folder / PLOT, history)
     card = ModelCard(path.read_text(encoding="utf-8"))
     before, _, rest = card.text.partition(_HEADING)
     following = rest[rest.index("\n## ") + 1 :] if "\n## " in rest else ""
     if _last(history, "eval_acceptance_length") is not None:
         before = before.replace(_UNMEASURED, _MEASURED)
-    card.text = before.rstrip() + "\n\n" + section(history, facts, drawn) + "\n" + following
+    card.text = before.rstrip() + "\n\n" + section(history, run_summary, has_plot) + "\n" + following
     card.save(path)
 
 
-def section(history: list[dict[str, float]], facts: dict[str, Any], drawn: bool) -> str:
-    """The card's section: what was done, what came of it, and the plot."""
-    shown = facts | {
-        "loss, first and last of the log": _ends(history, "loss"),
-        "held-out loss": _ends(history, "eval_loss"),
-        "expected acceptance length, held-out text": _ends(history, "eval_acceptance_length"),
-        "acceptance length, held-out prompts decoded greedily": _ends(history, "eval_decoded_acceptance_length"),
+def section(history: list[dict[str, float]], run_summary: dict[str, Any], has_plot: bool) -> str:
+    """Return the section of the card: the recipe, the results, and the plot."""
+    shown = run_summary | {
+        "loss, first and last of the log": _first_and_last(history, "loss"),
+        "held-out loss": _first_and_last(history, "eval_loss"),
+        "expected acceptance length, held-out text": _first_and_last(history, "eval_acceptance_length"),
+        "acceptance length, held-out prompts decoded greedily": _first_and_last(
+            history, "eval_decoded_acceptance_length"
+        ),
     }
     lines = [_HEADING, "", "| | |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in shown.items() if value is not None]
@@ -46,15 +48,17 @@ def section(history: list[dict[str, float]], facts: dict[str, Any], drawn: bool)
         positions = [key for key in by_position if key.startswith("eval_accuracy_")]
         shares = ", ".join(f"{by_position[key]:.2f}" for key in positions)
         lines.append(f"| accuracy at positions 1 to {len(positions)} of a block, held-out text | {shares} |")
-    lines += ["", f"![The run: loss and acceptance by step]({PLOT})", ""] if drawn else [""]
+    lines += ["", f"![The run: loss and acceptance by step]({PLOT})", ""] if has_plot else [""]
     return "\n".join(lines)
 
 
 def _last(history: list[dict[str, float]], key: str) -> dict[str, float] | None:
+    """Return the last line of the log that has the key."""
     return next((line for line in reversed(history) if key in line), None)
 
 
-def _ends(history: list[dict[str, float]], key: str) -> str | None:
+def _first_and_last(history: list[dict[str, float]], key: str) -> str | None:
+    """Return the first and the last value that was logged, as text."""
     values = [line[key] for line in history if key in line]
     if not values:
         return None
@@ -62,7 +66,7 @@ def _ends(history: list[dict[str, float]], key: str) -> str | None:
 
 
 def draw(path: Path, history: list[dict[str, float]]) -> bool:
-    """Loss, acceptance length and accuracy by position as a PNG; False where there is nothing to show yet."""
+    """Draw loss, acceptance length and accuracy by position as a PNG; return False where nothing was logged yet."""
     from matplotlib.figure import Figure
 
     panels = {
@@ -90,6 +94,7 @@ def draw(path: Path, history: list[dict[str, float]]) -> bool:
 
 
 def _bars(axes: Any, line: dict[str, float] | None) -> None:
+    """Draw the accuracy by position of a line of the log."""
     axes.set(title="held-out accuracy by position", xlabel="position in the block", ylim=(0, 1))
     if line is None:
         axes.text(0.5, 0.5, "no evaluation", ha="center", transform=axes.transAxes)

@@ -1,11 +1,25 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""The Hugging Face Trainer, with a draft to train and a target that stays as it is."""
+"""Train a draft with the Hugging Face Trainer; the target stays frozen.
+
+Trainer calls these methods of `DFlashTrainer`, in this order:
+
+1. `train`: checks that the output folder holds no earlier run, and finds the checkpoint to resume from.
+2. In each step: `_get_num_items_in_batch` once, for the sum of weights over the batches of the step; then for each
+   batch `compute_loss` and `floating_point_ops`. Both of the first two draw the same anchors.
+3. Every `logging_steps`: `log`.
+4. Every `eval_steps`: `evaluate`, which calls `prediction_step` for each batch, then `_metrics_of` once, then `log`.
+5. Every `save_steps`: `_save_checkpoint`, which calls `_save` (`super()._save` writes the repository, we add how the
+   run went), then `_push_from_checkpoint` with a hub strategy, which calls `create_model_card`.
+6. At the end `save_model` calls `_save`, and `push_to_hub` calls `create_model_card`.
+"""
 
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,29 +31,31 @@ from torch.nn import Module
 from transformers import Trainer
 from transformers.trainer_callback import TrainerCallback
 
-from ..evaluation import greedy
+from ..evaluation import greedy, stop_token_ids
+from ..generate_dflash import check_compatible
 from ..generation_dflash import DecodeStatistics
-from ..speculate_dflash import check_pair
+from ..kinds import kind_of
 from .arguments import DFlashTrainingArguments
 from .blocks import Blocks, draw_anchors
-from .data import Collator, Reading, Report, columns_of, prepare, rows_of
-from .objective import Figures, Objective
+from .data import Collator, DropReport, PreprocessConfig, columns_of, packed_batch, prepare
+from .metrics import Counts, Metrics
+from .objective import Objective
 from .progress import write_progress
 
 EVALUATION = -1
-"""The step whose anchors every evaluation draws, so that evaluations can be compared."""
+"""Every evaluation draws the anchors of this step, so that evaluations can be compared."""
 _FOR_RESUMING = re.compile("optimizer|scheduler|scaler|rng_state|trainer_state|training_args")
 
 
 class DFlashTrainer(Trainer):
-    """Trains a draft for a target, which is frozen and never saved.
+    """Train a draft for a target, which is frozen and never saved.
 
     Args:
         model: the draft; `DFlashDraftSpec.build` makes a fresh one.
-        target: the target; its parameters are frozen, and it is moved to the trainer's device unless it is spread over
-            several or quantised.
+        target: the target; its parameters are frozen. It is moved to the trainer's device, unless it is quantised or
+            spread over several devices.
         args: how to train.
-        train_dataset, eval_dataset: rows with `messages`, `text` or `input_ids` (see `data`), or packed ones.
+        train_dataset, eval_dataset: rows with `messages`, `text` or `input_ids` (see `data`), or packed rows.
         processing_class: the target's tokenizer; not needed for rows of ids.
         callbacks, optimizers: as for `Trainer`.
 
@@ -59,11 +75,12 @@ class DFlashTrainer(Trainer):
         optimizers: tuple[Any, Any] = (None, None),
     ):
         args = args or DFlashTrainingArguments()
-        check_pair(model.config, target)
+        check_compatible(model.config, target)
         if args.eval_acceptance_prompts and args.fsdp:
             raise ValueError("eval_acceptance_prompts needs a whole draft on each process; leave it out with FSDP.")
-        self.reading = reading_for(processing_class, target, model.config, args)
-        self.reports: dict[str, Report] = {}
+        self.kind = kind_of(model.config)
+        self.preprocess_config = preprocess_config(processing_class, target, model.config, args)
+        self.reports: dict[str, DropReport] = {}
         with args.main_process_first(desc="reading the data"):
             train_dataset = self._prepared(train_dataset, "train")
             eval_dataset = self._prepared(eval_dataset, "eval")
@@ -73,9 +90,9 @@ class DFlashTrainer(Trainer):
             data_collator=Collator(args.max_length if args.world_size > 1 else None),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            # Not a loss for Trainer's own use: told that there is one, it leaves the scale to us.
+            # Setting it turns off Trainer's own loss scaling; compute_loss divides by the total weight of the step.
             compute_loss_func=self.compute_loss,
-            compute_metrics=_figures,
+            compute_metrics=self._metrics_of,
             callbacks=callbacks,
             optimizers=optimizers,
         )
@@ -85,33 +102,32 @@ class DFlashTrainer(Trainer):
         self.target = target
         self.objective = Objective(model.config, target, args.recipe)
         model.set_attn_implementation("flex_attention" if self.objective.flex(args.device) else "sdpa")
-        self._counts: torch.Tensor | None = None  # [5, Q - 1], since the last line of the log
+        self._counts: Counts | None = None  # since the last line of the log
 
     def _prepared(self, rows: Any, name: str) -> Any:
-        """Packed rows, of which `self.reports` tells."""
+        """Return packed rows; how many documents were left out goes into `self.reports[name]`."""
         if isinstance(rows, dict):
             return {key: self._prepared(part, f"{name} {key}") for key, part in rows.items()}
         if rows is None or isinstance(rows, str) or "lengths" in columns_of(rows):
             return rows
-        rows, self.reports[name] = prepare(rows, self.reading)
+        rows, self.reports[name] = prepare(rows, self.preprocess_config)
         return rows
 
     # One step --------------------------------------------------------------------------------------------------
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
-        """Draw the anchors of a step; the sum of their weights over all of its batches, on all processes."""
+        """Return the sum of weights over all batches of a step, on all processes."""
         if not batch_samples:
             return None
         weights = torch.zeros((), device=device)
         for batch in batch_samples:
-            batch["anchors"] = draw_anchors(
-                rows_of(batch), self.args.num_anchors, self.args.seed, self.state.global_step
-            )
-            weights += self._blocks(batch).weights(self.objective.gamma).sum().to(device)
+            weights += self._blocks(batch, self.state.global_step).weights(self.objective.gamma).sum().to(device)
         return self.accelerator.reduce(weights)
 
-    def _blocks(self, batch: dict[str, torch.Tensor]) -> Blocks:
-        return self.objective.blocks(rows_of(batch), batch["anchors"])
+    def _blocks(self, tensors: dict[str, torch.Tensor], step: int) -> Blocks:
+        """Draw the anchors of a step, the same in every call, and return their blocks."""
+        batch = packed_batch(tensors)
+        return self.objective.blocks(batch, draw_anchors(batch, self.args.num_anchors, self.args.seed, step))
 
     def compute_loss(
         self,
@@ -120,53 +136,53 @@ class DFlashTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | None = None,
     ) -> Any:
-        """The mean over all counted positions of the step, weighted; this process's share of it, for its gradient.
+        """Return this process's share of the weighted mean over all positions of the step.
 
         Raises:
-            ValueError: the loss is no number.
+            ValueError: the loss is NaN or infinite.
         """
-        loss, counts = self.objective(model, self._blocks(inputs))
-        weights = (
-            num_items_in_batch
-            if num_items_in_batch is not None
-            else self._get_num_items_in_batch([inputs], loss.device)
-        )
-        # Gradients are averaged over processes, and the sum is wanted.
-        loss = loss / torch.as_tensor(weights).clamp_min(1e-9) * self.accelerator.num_processes
+        output = self.objective(model, self._blocks(inputs, self.state.global_step))
+        weights = num_items_in_batch
+        if weights is None:
+            weights = self._get_num_items_in_batch([inputs], output.loss.device)
+        # Gradients are averaged over processes, but their sum is needed.
+        loss = output.loss / torch.as_tensor(weights).clamp_min(1e-9) * self.accelerator.num_processes
         if not torch.isfinite(loss):
             raise ValueError(
                 f"The loss is {loss.item()} at step {self.state.global_step + 1}; the last checkpoint is from before. "
                 "Try a lower learning_rate or a longer warm-up, or bf16 in place of fp16."
             )
-        counts = counts.sum(0)
+        counts = output.counts.over_rows()
         self._counts = counts if self._counts is None else self._counts + counts
         return (loss, counts) if return_outputs else loss
 
     def floating_point_ops(self, inputs: Any) -> int:
-        """Not counted: most of them are the target's."""
+        """Return 0: they are not counted, since most of them are the target's."""
         return 0
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As in Trainer; beside the loss stand accuracy and expected acceptance length since the last line."""
+        """Log as Trainer does; add accuracy and expected acceptance length since the last line to a loss."""
         if "loss" in logs and self._counts is not None:
-            logs |= Figures.of(self.accelerator.reduce(self._counts)).named()
+            logs |= Metrics.of(Counts(**self.accelerator.reduce(self._counts.tensors()))).as_log(self.kind.metrics)
             self._counts = None
         super().log(logs, start_time)
 
     # Saving ----------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """As in Trainer; True goes on from the last checkpoint that was written whole.
+        """Train as Trainer does; True resumes from the last complete checkpoint.
 
         Raises:
-            ValueError: there is none to go on from, or an earlier run's would be overwritten.
+            ValueError: there is no checkpoint to resume from, or those of an earlier run would be overwritten.
         """
         found = last_checkpoint(self.args.output_dir)
         if resume_from_checkpoint in (True, "true", "True") and found is None:
-            raise ValueError(f"{self.args.output_dir} holds no whole checkpoint to go on from; leave the option out.")
+            raise ValueError(
+                f"{self.args.output_dir} holds no complete checkpoint to resume from; leave the option out."
+            )
         if not resume_from_checkpoint and found is not None and self.args.save_strategy != "no":
             raise ValueError(
-                f"{found} is of an earlier run. Go on from it with resume_from_checkpoint=True, or choose another "
+                f"{found} is of an earlier run. Resume from it with resume_from_checkpoint=True, or choose another "
                 "output_dir."
             )
         if resume_from_checkpoint in (True, "true", "True"):
@@ -174,50 +190,55 @@ class DFlashTrainer(Trainer):
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """A whole repository, and how the run went."""
+        """Save a complete repository, with a plot and a card that show how the run went."""
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            write_progress(Path(output_dir or self.args.output_dir), self.state.log_history, self._facts())
+            write_progress(Path(output_dir or self.args.output_dir), self.state.log_history, self._run_summary())
 
-    def _facts(self) -> dict[str, Any]:
-        """What the card says of the run."""
+    def _run_summary(self) -> dict[str, Any]:
+        """Return the rows of the card's table that describe the run."""
         args = self.args
         rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         return {
             "steps": f"{self.state.global_step:,} of {rows} rows, up to {args.max_length:,} tokens each",
             "anchors": f"up to {args.num_anchors} in a row, gamma {self.objective.gamma:g}",
-            "loss": self._loss_in_words(),
-            "optimizer": f"{plain(args.optim)}, learning rate {args.learning_rate:g}, "
-            f"{plain(args.lr_scheduler_type)} schedule",
+            "loss": self._loss_summary(),
+            "optimizer": f"{enum_value(args.optim)}, learning rate {args.learning_rate:g}, "
+            f"{enum_value(args.lr_scheduler_type)} schedule",
         }
 
-    def _loss_in_words(self) -> str:
+    def _loss_summary(self) -> str:
         distilled, weight = self.args.distillation, self.args.selector_loss_weight
-        words = "cross-entropy" + (f", {distilled:g} of it replaced by distillation" if distilled else "")
-        selector = self.objective.config.model_type == "dflash2"
-        return words + (f", and {weight:g} times the selector's" if selector else "")
+        parts = ["cross-entropy"]
+        if distilled:
+            parts.append(f"{distilled:g} of it replaced by distillation")
+        if self.kind.head is not None:
+            parts.append(f"and {weight:g} times the {self.kind.head}'s")
+        return ", ".join(parts)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """As in Trainer; what was written of a checkpoint that could not be is removed.
+        """Save as Trainer does; remove an incomplete checkpoint that could not be written.
 
         Raises:
-            OSError: with what to do.
+            OSError: it could not be written; says which checkpoint is complete and how to resume from it.
         """
         try:
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:
-            partial = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            if last_checkpoint(self.args.output_dir) != partial:
-                shutil.rmtree(partial, ignore_errors=True)
-            whole = last_checkpoint(self.args.output_dir)
-            advice = f"The last whole one is {whole}: make room, and go on from it (--resume-from-checkpoint true)."
+            incomplete = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            if last_checkpoint(self.args.output_dir) != incomplete:
+                shutil.rmtree(incomplete, ignore_errors=True)
+            complete = last_checkpoint(self.args.output_dir)
+            advice = "There is no earlier one."
+            if complete is not None:
+                advice = f"The last complete one is {complete}: make room, and resume from it "
+                advice += "(--resume-from-checkpoint true)."
             raise OSError(
-                f"The checkpoint of step {self.state.global_step} could not be written: {error}\n"
-                f"{advice if whole else 'There is no earlier one.'}"
+                f"The checkpoint of step {self.state.global_step} could not be written: {error}\n{advice}"
             ) from error
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """The draft's own card, written with it; it becomes the repository's."""
+        """Use the card that was saved with the draft as the repository's."""
         path = Path(self.args.output_dir)
         if self.is_world_process_zero():
             self.accelerator.unwrap_model(self.model).write_card(
@@ -225,19 +246,16 @@ class DFlashTrainer(Trainer):
             )
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
-        """As in Trainer.
+        """Push as Trainer does.
 
         Raises:
-            RuntimeError: the Hub did not take it; where the draft is, and how to push it later.
+            RuntimeError: the push failed; says where the draft is, and how to push it later.
         """
-        return kept_safe(
-            lambda: super(DFlashTrainer, self).push_to_hub(*args, **kwargs),
-            self.args.output_dir,
-            self.args.hub_model_id,
-        )
+        with explain_failed_push(self.args.output_dir, self.args.hub_model_id):
+            return super().push_to_hub(*args, **kwargs)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """As in Trainer, whose list of files to push lacks the code and the card that travel with a draft."""
+        """Push as Trainer does, with the code and the card, which its list of files lacks."""
         if self.is_world_process_zero():
             for path in Path(checkpoint_folder).iterdir():
                 copy = Path(self.args.output_dir) / path.name
@@ -257,24 +275,41 @@ class DFlashTrainer(Trainer):
         inputs: dict[str, torch.Tensor],
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
-    ) -> tuple[None, torch.Tensor, torch.Tensor]:
-        """Counts of each row, `[B, 5, Q - 1]`, and its loss and weight, `[B, 2]`; all of them add up."""
-        batch = dict(self._prepare_inputs(inputs))
-        counts, sums = [], []
-        for index in range(len(batch["input_ids"])):
-            row = {name: values[index : index + 1] for name, values in batch.items()}
-            row["anchors"] = draw_anchors(rows_of(row), self.args.num_anchors, self.args.seed, EVALUATION)
-            blocks = self._blocks(row)
+    ) -> tuple[None, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Return no loss, the `Counts` of each row as tensors `[B, Q - 1]`, and each row's loss and weight `[B]`.
+
+        All of these add up over rows. Rows are computed one by one, so the result does not depend on the batch.
+        """
+        tensors = dict(self._prepare_inputs(inputs))
+        counts: dict[str, list[torch.Tensor]] = defaultdict(list)
+        sums: dict[str, list[torch.Tensor]] = {"loss": [], "weight": []}
+        for index in range(len(tensors["input_ids"])):
+            row = {name: values[index : index + 1] for name, values in tensors.items()}
+            blocks = self._blocks(row, EVALUATION)
             with self.compute_loss_context_manager():
-                loss, counted = self.objective(model, blocks)
-            counts.append(counted)
-            sums.append(torch.stack([loss, blocks.weights(self.objective.gamma).sum()]))
-        return None, torch.cat(counts), torch.stack(sums)
+                output = self.objective(model, blocks)
+            for name, values in output.counts.tensors().items():
+                counts[name].append(values)
+            sums["loss"].append(output.loss)
+            sums["weight"].append(blocks.weights(self.objective.gamma).sum())
+        joined = {name: torch.cat(rows) for name, rows in counts.items()}
+        return None, joined, {name: torch.stack(rows) for name, rows in sums.items()}
+
+    def _metrics_of(self, prediction: Any) -> dict[str, float]:
+        """Compute the metrics from what `prediction_step` returned for all rows; Trainer's `compute_metrics`."""
+        counts = Counts(**{name: torch.as_tensor(values) for name, values in prediction.predictions.items()})
+        sums = {name: float(torch.as_tensor(values).double().sum()) for name, values in prediction.label_ids.items()}
+        metrics = Metrics.of(counts.over_rows())
+        by_position = {f"accuracy_{k}": value for k, value in enumerate(metrics.by_position, start=1)}
+        return {"loss": sums["loss"] / max(sums["weight"], 1e-9)} | metrics.as_log(self.kind.metrics) | by_position
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """As in Trainer: loss, accuracy by position, expected acceptance length; decoded, where it is asked for."""
+        """Evaluate as Trainer does: loss, accuracy by position, expected acceptance length.
+
+        With `eval_acceptance_prompts`, prompts are decoded too, for the acceptance length in decoding.
+        """
         eval_dataset = self._prepared(eval_dataset, metric_key_prefix)
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
@@ -287,44 +322,46 @@ class DFlashTrainer(Trainer):
 
     @torch.no_grad()
     def decoded_acceptance(self, rows: Any) -> float:
-        """Tokens per cycle after the first prompts of packed `rows`, decoded greedily by the engine."""
+        """Return the tokens per cycle when the first prompts of packed `rows` are decoded greedily."""
         draft = self.accelerator.unwrap_model(self.model)
         training, statistics = draft.training, DecodeStatistics()
         draft.eval()
         for row in islice(rows, self.args.eval_acceptance_prompts):
             ids = prompt_of(row).to(self.target.device)
-            ways = {"custom_generate": draft.speculate, "statistics": statistics}
-            greedy(self.target, ids, self.args.eval_acceptance_tokens, **ways)
+            generate_kwargs = {"custom_generate": draft.speculate, "statistics": statistics}
+            greedy(self.target, ids, self.args.eval_acceptance_tokens, **generate_kwargs)
         draft.train(training)
         return statistics.acceptance_length
 
 
-def plain(name: Any) -> str:
-    """A name that may be one of transformers' enumerations."""
+def enum_value(name: Any) -> str:
+    """Return a name that may be a member of one of transformers' enumerations."""
     return str(getattr(name, "value", name))
 
 
 def last_checkpoint(folder: Any) -> Path | None:
-    """The last checkpoint in `folder` that was written whole: its state is what is written last."""
+    """Return the last complete checkpoint in `folder`, or None."""
     found = sorted(Path(folder).glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2] or 0))
-    return next((path for path in reversed(found) if _is_whole(path)), None)
+    return next((path for path in reversed(found) if _is_complete(path)), None)
 
 
-def _is_whole(checkpoint: Path) -> bool:
+def _is_complete(checkpoint: Path) -> bool:
+    """Return whether the checkpoint has a readable state, the file that is written last."""
     try:
         return "global_step" in json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
 
 
-def kept_safe(push: Callable[[], Any], folder: Any, repo_id: str | None) -> Any:
-    """Push what a long run made; if the Hub fails, say where it is.
+@contextmanager
+def explain_failed_push(folder: Any, repo_id: str | None) -> Iterator[None]:
+    """Push in this context: if it fails, the error says where the draft of a long run is.
 
     Raises:
-        RuntimeError: with the command that pushes it later.
+        RuntimeError: the push failed; has the command that pushes it later.
     """
     try:
-        return push()
+        yield
     except (OSError, RuntimeError, ValueError) as error:
         raise RuntimeError(
             f"The run is over and the draft is safe in {folder}, but it is not on the Hub: {error}\n"
@@ -332,32 +369,27 @@ def kept_safe(push: Callable[[], Any], folder: Any, repo_id: str | None) -> Any:
         ) from error
 
 
-def reading_for(tokenizer: Any, target: Any, config: Any, args: DFlashTrainingArguments) -> Reading:
-    """How rows are read for this pair."""
-    stops = target.generation_config.eos_token_id
-    stops = [] if stops is None else stops if isinstance(stops, list) else [stops]
-    own = [] if tokenizer is None or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return Reading(
+def preprocess_config(tokenizer: Any, target: Any, config: Any, args: DFlashTrainingArguments) -> PreprocessConfig:
+    """Return how rows are turned into tokens for this draft and target."""
+    stop_ids = set(stop_token_ids(target))
+    if tokenizer is not None and tokenizer.eos_token_id is not None:
+        stop_ids.add(tokenizer.eos_token_id)
+    return PreprocessConfig(
         tokenizer,
         config.block_size,
         config.mask_token_id,
         args.max_length,
         args.packing,
-        frozenset([*stops, *own]),
+        frozenset(stop_ids),
     )
 
 
 def prompt_of(row: dict[str, Any]) -> torch.Tensor:
-    """`[1, P]`: the first document of a packed row up to its first supervised token, or its half if all is."""
+    """Return `[1, P]`: the first document of a packed row up to its first supervised token.
+
+    It is the first half of the document if that is supervised from its first token on.
+    """
     length = (row.get("lengths") or [len(row["input_ids"])])[0]
     supervised = row["supervised"][:length]
     end = supervised.index(1) or max(1, length // 2)
     return torch.tensor([row["input_ids"][:end]])
-
-
-def _figures(prediction: Any) -> dict[str, float]:
-    """Trainer's `compute_metrics`, of what `prediction_step` gave for every row."""
-    figures = Figures.of(torch.as_tensor(prediction.predictions).sum(0))
-    loss, weight = torch.as_tensor(prediction.label_ids).double().sum(0).tolist()
-    by_position = {f"accuracy_{k}": value for k, value in enumerate(figures.by_position, start=1)}
-    return {"loss": loss / max(weight, 1e-9)} | figures.named() | by_position

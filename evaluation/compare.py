@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .generation_dflash import DecodeStatistics, now
+from ..generation_dflash import DecodeStatistics, now
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class Comparison:
 
     @property
     def acceptance_length(self) -> float:
-        """Tokens committed per cycle, pooled: tokens / cycles."""
-        return sum(self.committed) / len(self.committed) if self.committed else 0.0
+        """Return the tokens committed per cycle, pooled over all prompts."""
+        return DecodeStatistics(committed=list(self.committed)).acceptance_length
 
     @property
     def histogram(self) -> dict[int, int]:

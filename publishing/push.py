@@ -15,10 +15,10 @@ from typing import Any
 
 from huggingface_hub import HfApi, ModelCard
 
-from .hub_probe import digests
-from .modeling_dflash import DFlashDraftModel
-from .registry import load_draft
-from .repository_dflash import PLACEHOLDER, card_on_hub, make_repo, upload
+from ..modeling_dflash import DFlashDraftModel
+from ..registry import load_draft
+from ..repository_dflash import PLACEHOLDER, card_on_hub, make_repo, upload
+from .probe import digests
 
 ENGINES_BRANCH = "engines"
 _LAYOUTS = ("hub", "engines")
@@ -109,7 +109,7 @@ def stage(draft: DFlashDraftModel, folder: Path, layout: str, card: dict[str, An
 
 def hub_files() -> dict[str, bytes]:
     """What a repository holds for the Hub's own sake: path -> content."""
-    return {".gitattributes": (Path(__file__).parent / "hub_repo" / ".gitattributes").read_bytes()}
+    return {".gitattributes": (Path(__file__).parents[1] / "hub_repo" / ".gitattributes").read_bytes()}
 
 
 def check_staged(draft: DFlashDraftModel, folder: Path) -> None:
@@ -130,7 +130,7 @@ def load_apart(folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: it does not load there.
     """
-    probe = Path(__file__).parent / "hub_probe.py"
+    probe = Path(__file__).with_name("probe.py")
     with tempfile.TemporaryDirectory() as modules:
         env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": modules}
         command = [sys.executable, "-I", str(probe), str(folder)]

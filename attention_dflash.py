@@ -1,0 +1,246 @@
+# Copyright 2026 the dflash-hub authors.
+# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+"""Attention over the slots of a cache: one visibility rule, its masks, and the attention function that uses them.
+
+This file travels with every pushed draft.
+
+Shapes: B rows, N new positions, Q block positions, S slots of a buffer, M some of those slots, L slots that attention
+reads (L <= S), H key and value heads, G query heads per key head, D head dim.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn.functional import pad, scaled_dot_product_attention
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .compat_dflash import attention_name, difference, names_attention, own_eager, set_attention_name
+
+
+def visible(query: torch.Tensor, key: torch.Tensor, window: int | None, causal: bool) -> torch.Tensor:
+    """Tell which keys a query sees, by their positions in one text. The draft, the target and training use this rule.
+
+    A causal layer hides later keys. A window of W hides keys at a distance of W or more, on both sides.
+    For a query at position 5 with a window of 3, a causal layer shows 3, 4, 5; any other layer shows 3 to 7.
+
+    Args:
+        query, key: positions, in shapes that broadcast.
+
+    Returns:
+        Bool, in the shape that the two broadcast to.
+    """
+    distance = query - key
+    seen = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
+    if window is not None:
+        seen = seen & (distance.abs() < window)
+    return seen
+
+
+class MaskKind(NamedTuple):
+    """What makes the mask of one layer differ from that of another."""
+
+    window: int | None
+    causal: bool
+    groups: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+class BlockMasks:
+    """The additive masks of a block, updated as its rows move on.
+
+    Between two cycles a row moves by at most one block. So a mask changes only near the block and, where a window
+    slides, near the far end of the window. Only those slots are written again.
+
+    Args:
+        padding_mask `[B, S]`: True at slots of padding, which only themselves may see.
+        slots `[B]`: of the first token of each row's block.
+        size: Q. The block starts as a chain; `move` makes it any tree of that size.
+        kinds: masks to build at once. A block that is captured must find them in place.
+    """
+
+    def __init__(self, padding_mask: torch.Tensor, slots: torch.Tensor, size: int, kinds: Iterable[MaskKind] = ()):
+        self.padding_mask = padding_mask
+        self.slots, self.size = slots, size
+        self.offsets = torch.arange(size, device=slots.device)  # [Q]
+        self.nearby = torch.arange(-size, size, device=slots.device)  # [2 * Q]
+        chain = torch.ones(size, size, dtype=torch.bool, device=slots.device).tril()
+        self.chain = self.ancestors = chain.expand(len(slots), -1, -1).contiguous()  # [B, Q, Q]
+        self.depths = self.ancestors.sum(-1) - 1  # [B, Q]
+        self.built: dict[MaskKind, torch.Tensor] = {}
+        for kind in kinds:
+            self.get(kind)
+
+    def get(self, kind: MaskKind) -> torch.Tensor:
+        """Return the mask of this kind, built when first asked for: `[B, 1, G * Q, S]`, 0 if visible and -inf else."""
+        if kind not in self.built:
+            slots = torch.arange(self.padding_mask.shape[1], device=self.slots.device)
+            values = self._values(slots.expand(len(self.slots), -1), kind)
+            self.built[kind] = values.expand(-1, 1, kind.groups, -1, -1).contiguous()
+        return self.built[kind].flatten(2, 3)
+
+    def move(self, slots: torch.Tensor, ancestors: torch.Tensor) -> None:
+        """Update all masks for blocks at `slots [B]`, at most Q behind the last ones.
+
+        Args:
+            ancestors `[B, Q, Q]`: of each row's tree, as `ancestors` gives it, or `chain`.
+        """
+        self.slots, self.ancestors = slots, ancestors
+        self.depths = ancestors.sum(-1) - 1
+        for kind, mask in self.built.items():
+            changed = self.nearby
+            if kind.window is not None:
+                changed = torch.cat([changed, changed - kind.window])
+            where = (slots[:, None] + changed).clamp_min(0)  # [B, M]
+            values = self._values(where, kind)
+            index = where.to(kind.device)[:, None, None, None].expand(*mask.shape[:-1], -1)
+            mask.scatter_(-1, index, values.expand_as(index))
+
+    def _values(self, where: torch.Tensor, kind: MaskKind) -> torch.Tensor:
+        """`[B, 1, 1, Q, M]` for the slots `where [B, M]`."""
+        seen = self.visible_slots(where, kind.window, kind.causal)
+        values = torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, float("-inf"))
+        return values.to(kind.device, kind.dtype)[:, None, None]
+
+    def visible_slots(self, where: torch.Tensor, window: int | None, causal: bool) -> torch.Tensor:
+        """Tell which of the slots `where [B, M]` each position of the block sees: `[B, Q, M]`.
+
+        With the block at slot 8, a chain of 3: its second position sees slots 0 to 9 if causal, and 0 to 10 if not.
+        Of a tree, a causal position sees its ancestors and not its siblings.
+        """
+        offset = where - self.slots[:, None]  # [B, M]; below 0 is the context, from Q on nothing is written yet
+        in_block = (offset >= 0) & (offset < self.size)
+        member = offset.clamp(0, self.size - 1)
+        # Relative to the anchor, context lies at its offset and a position of the block at its depth in the tree.
+        key = torch.where(in_block, self.depths.gather(1, member), offset)
+        seen = visible(self.depths[:, :, None], key[:, None], window, causal)
+        written = (offset < self.size)[:, None]
+        if causal:
+            lineage = self.ancestors.gather(2, member[:, None].expand(-1, self.size, -1))  # [B, Q, M]
+            written = torch.where(in_block[:, None], lineage, written)
+        padding = self.padding_mask.gather(1, where)[:, None]
+        itself = offset[:, None] == self.offsets[:, None]
+        return (seen & written & ~padding) | itself
+
+
+def pad_to(padding_mask: torch.Tensor, slots: int) -> torch.Tensor:
+    """Return `padding_mask [B, S]` with at least this many slots; the new ones are no padding."""
+    return pad(padding_mask, (0, max(0, slots - padding_mask.shape[1])))
+
+
+class BlockAttention:
+    """Attention over slots of a cache under `BlockMasks`, in place of a model's own attention function.
+
+    A model that runs `sdpa` gets it with its query heads packed by key head, so that keys are never repeated. A model
+    that runs `eager` keeps its own function, since only that one knows its sinks or soft caps.
+
+    Args:
+        layer_kinds: for each layer its window (None for none) and whether it is causal.
+    """
+
+    def __init__(self, model: Any, layer_kinds: list[tuple[int | None, bool]]):
+        configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+        self.configs = [config for config in configs.values() if names_attention(config)]
+        self.layer_kinds = layer_kinds
+        self.name = f"dflash_slots_{id(self):x}"
+        self.original = attention_name(model.config.get_text_config(decoder=True))
+        self.names_before: list[str] = []
+        self.masks: BlockMasks | None = None
+        self.mask_kinds: set[MaskKind] = set()
+        """The masks that this model's layers have asked for, for the next decode to build in advance."""
+        self.layers_seen: list[int | None] = []
+        """The layers that called `attend` since `check_layers`."""
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Replace the model's attention during a decode. Its configs name this one, so no other masks are made."""
+        self.names_before = [attention_name(config) for config in self.configs]
+        ALL_ATTENTION_FUNCTIONS[self.name] = self.attend
+        self._set_names([self.name] * len(self.configs))
+        try:
+            yield
+        finally:
+            self._set_names(self.names_before)
+            del ALL_ATTENTION_FUNCTIONS[self.name]
+
+    @contextmanager
+    def uninstalled(self) -> Iterator[None]:
+        """Put the model's own attention back inside a decode, for forwards as plain `generate` runs them."""
+        self._set_names(self.names_before)
+        try:
+            yield
+        finally:
+            self._set_names([self.name] * len(self.configs))
+
+    @contextmanager
+    def under(self, masks: BlockMasks) -> Iterator[None]:
+        """Use these masks in the forward inside."""
+        self.masks = masks
+        try:
+            yield
+        finally:
+            self.masks = None
+
+    def _set_names(self, names: list[str]) -> None:
+        for config, name in zip(self.configs, names, strict=True):
+            set_attention_name(config, name)
+
+    def attend(
+        self,
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attend from `query [B, G * H, Q, D]` to `key, value [B, H, L, D]`: `[B, Q, G * H, D]`, and no weights."""
+        if attention_mask is not None:
+            raise difference(f"{type(module).__name__} brings a mask of its own, which is not read over slots")
+        if not torch.compiler.is_compiling():
+            self.layers_seen.append(module.layer_idx)
+        beyond_sdpa = any(kwargs.get(name) is not None for name in ("softcap", "s_aux"))
+        eager = self.original == "eager" or (beyond_sdpa and self.original != "sdpa")
+        groups = 1 if eager else query.shape[1] // key.shape[1]
+        mask = self._mask(module, groups, query)[..., : key.shape[2]]
+        if eager:
+            return own_eager(module)(module, query, key, value, mask, scaling=scaling, **kwargs)
+        packed = query.unflatten(1, (key.shape[1], groups)).flatten(2, 3)  # [B, H, G * Q, D]
+        output = scaled_dot_product_attention(packed, key, value, attn_mask=mask, scale=scaling)
+        return output.unflatten(2, (groups, query.shape[2])).flatten(1, 2).transpose(1, 2).contiguous(), None
+
+    def check_layers(self, layers: set[int], whose: str) -> None:
+        """Check that all of `layers` called `attend` in the last forward.
+
+        Raises:
+            ValueError: naming the first that did not.
+        """
+        seen, self.layers_seen = self.layers_seen, []
+        missing = layers - set(seen)
+        if missing and len(seen) != len(layers):  # a module that several layers share knows no number of its own
+            raise difference(f"Layer {min(missing)} of {whose} did not ask the attention that its config names")
+
+    def _layer_kind(self, module: Any) -> tuple[int | None, bool]:
+        """Return the window of a layer, and whether it is causal.
+
+        Raises:
+            ValueError: layers differ, and this one does not know its number.
+        """
+        if len(set(self.layer_kinds)) == 1:
+            return self.layer_kinds[0]
+        if module.layer_idx not in range(len(self.layer_kinds)):
+            raise difference(f"{type(module).__name__} does not know which of {len(self.layer_kinds)} layers it is")
+        return self.layer_kinds[module.layer_idx]
+
+    def _mask(self, module: Any, groups: int, query: torch.Tensor) -> torch.Tensor:
+        """Return the mask for one layer, `[B, 1, G * Q, S]`."""
+        if self.masks is None:
+            raise RuntimeError("The target was called from elsewhere while a draft decodes; call it afterwards.")
+        window, causal = self._layer_kind(module)
+        kind = MaskKind(window, causal, groups, query.dtype, query.device)
+        if kind not in self.masks.built:
+            self.mask_kinds.add(kind)
+        return self.masks.get(kind)

@@ -1,0 +1,77 @@
+# Copyright 2026 the dflash-hub authors.
+# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+"""`dflash-hub refresh`: the code of a pushed draft."""
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+
+from .shared import console
+
+if TYPE_CHECKING:
+    from ..publishing.refresh import BranchDifference
+
+
+def refresh(
+    repo: Annotated[str, typer.Argument(help="Repository that was pushed before, such as me/my-draft.")],
+    diff: Annotated[bool, typer.Option("--diff", help="Show the unified diff too.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the difference, and stop there.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Push without asking.")] = False,
+    message: Annotated[str | None, typer.Option(help="Commit message.")] = None,
+    token: Annotated[str | None, typer.Option(envvar="HF_TOKEN", help="A token that may write.")] = None,
+) -> None:
+    """Bring the code of a pushed draft to this version; weights, config and card stay as they are."""
+    from transformers.utils import logging
+
+    from ..publishing.refresh import RefreshOptions
+    from ..publishing.refresh import refresh as run
+
+    logging.disable_progress_bar()
+    options = RefreshOptions(token=token, dry_run=dry_run)
+    options.message = message or options.message
+    with console.status("Starting") as status:
+
+        def agree(branches: "tuple[BranchDifference, ...]") -> bool:
+            status.stop()
+            show_difference(branches, diff)
+            if not yes and not sys.stdin.isatty():
+                raise ValueError(
+                    "Nothing was pushed: there is no terminal to ask on. Pass --yes to push without being asked."
+                )
+            agreed = yes or typer.confirm(f"Push this to {repo}?", abort=True)
+            status.start()
+            return agreed
+
+        done = run(repo, options, agree, report=status.update)
+    if dry_run:
+        show_difference(done.branches, diff)
+        console.print("Nothing was pushed (--dry-run).")
+    elif not done.commits:
+        show_difference(done.branches, diff)
+        console.print("Nothing to push.")
+    for branch, commit in done.commits.items():
+        console.print(f"[bold]{escape(repo)}[/bold]: {branch} is at {commit[:8]}.", highlight=False, soft_wrap=True)
+
+
+def show_difference(branches: "tuple[BranchDifference, ...]", diff: bool) -> None:
+    """File by file, what would change on each branch; with `diff` the lines too."""
+    from ..configuration_dflash import __version__
+
+    for found in branches:
+        if found.changes:
+            what = f"dflash-hub {found.version} becomes {__version__}"
+        else:
+            what = f"the code is that of dflash-hub {__version__} already"
+        console.print(f"[bold]{found.branch}[/bold] at {found.commit[:8]}: {escape(what)}", highlight=False)
+        for change in found.changes:
+            added, removed = change.lines
+            counts = f"+{added}/-{removed} lines"
+            console.print(f"  {change.kind:<8} {escape(change.path)} {counts}", highlight=False, soft_wrap=True)
+        if diff:
+            console.print(
+                "".join(change.diff for change in found.changes), markup=False, highlight=False, soft_wrap=True
+            )
+    if "engines" not in [found.branch for found in branches]:
+        console.print("There is no branch engines; it is main alone that is refreshed.")

@@ -1,0 +1,208 @@
+# Copyright 2026 the dflash-hub authors.
+# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+"""The draft's side of a decode: its context in slots of a cache, and its forward over a block.
+
+This file travels with every pushed draft.
+
+Shapes: B rows, N new positions, Q block positions, S slots of a buffer, V vocabulary, H hidden size of the draft,
+F taps * target hidden size.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from transformers.cache_utils import DynamicCache
+
+from .attention_dflash import BlockAttention, BlockMasks, pad_to
+from .cache_dflash import SlotCache
+from .execution_dflash import BlockRunner
+from .target_dflash import embed_noise
+
+
+class DraftOutput(NamedTuple):
+    """What a draft returned for the positions of a block after its anchor.
+
+    Args:
+        logits `[B, Q - 1, V]`: on the device of the target's tokens.
+        states `[B, Q - 1, H]`: hidden states, on the draft's device.
+        tokens `[B, Q - 1]`: what it proposes by its logits alone.
+    """
+
+    logits: torch.Tensor
+    states: torch.Tensor
+    tokens: torch.Tensor
+
+
+@dataclass
+class PendingContext:
+    """Context features that reach the draft with its next block.
+
+    Args:
+        features `[B, N, F]`: of committed tokens in the order of the text; those of rejected ones may follow.
+        slots `[B]`: of the first of them.
+    """
+
+    features: torch.Tensor
+    slots: torch.Tensor
+
+
+@dataclass
+class DraftState:
+    """What a draft holds of one decode: made before the prefill, dropped at the end.
+
+    Args:
+        cache: keys and values of its context.
+        padding_mask `[B, S]`: True at slots that hold no context.
+        position_offset `[B, 1]`: position minus slot.
+        noise_ids `[B, Q - 1]`: mask tokens.
+    """
+
+    cache: SlotCache
+    padding_mask: torch.Tensor
+    position_offset: torch.Tensor
+    noise_ids: torch.Tensor
+    pending: PendingContext | None = None
+    masks: BlockMasks | None = None
+
+    def positions(self, slots: torch.Tensor) -> torch.Tensor:
+        """Return the positions in each row's text of `slots [B, N]`."""
+        return (slots + self.position_offset).clamp_min(0)
+
+    def mask_context(self, slots: int) -> None:
+        """Hide the first `slots`, which were cached without this draft and hold no context of it."""
+        self.padding_mask = self.padding_mask.clone()
+        self.padding_mask[:, :slots] = True
+
+    def masks_for(self, slots: torch.Tensor, size: int, attention: BlockAttention) -> BlockMasks:
+        """Return the masks for blocks of `size` at `slots [B]`; new ones where the buffers grew."""
+        masks, capacity = self.masks, self.cache.capacity
+        if masks is None or masks.padding_mask.shape[1] < capacity:
+            masks = self.masks = BlockMasks(pad_to(self.padding_mask, capacity), slots, size, attention.mask_kinds)
+        return masks
+
+
+class Drafter:
+    """A draft's forwards while it proposes blocks. Reused across decodes; holds no tensors of a decode in between.
+
+    Args:
+        draft: the draft model.
+        target: whose embeddings and head it uses.
+    """
+
+    def __init__(self, draft: Any, target: Any):
+        self.draft, self.size = draft, draft.config.block_size
+        self.embed, self.head = target.get_input_embeddings(), target.get_output_embeddings()
+        # Weights of few bits have dtypes that are not those of their inputs.
+        self.head_device, self.head_dtype = next(self.head.parameters()).device, target.dtype
+        self.attention = BlockAttention(draft, layer_kinds(draft.config))
+        self.no_masks = dict.fromkeys(draft.config.layer_types)
+        self.runner = BlockRunner(self._run_block, lambda state: (state.cache.length, state.cache.capacity))
+
+    @contextmanager
+    def decoding(self, padding_mask: torch.Tensor, mode: str) -> Iterator[DraftState]:
+        """Make the state for one decode.
+
+        Args:
+            padding_mask `[B, P]`: True at the prompt's slots of padding.
+            mode: of `BlockRunner`.
+        """
+        shape = (len(padding_mask), self.size - 1)
+        noise_ids = torch.full(shape, self.draft.config.mask_token_id, device=padding_mask.device)
+        padding_mask = padding_mask.to(self.draft.device)
+        first = (~padding_mask).int().argmax(dim=1, keepdim=True)  # the slot at which each row's text begins
+        cache = SlotCache(DynamicCache(config=self.draft.config))
+        with self.runner.using(mode), self.attention.installed():
+            yield DraftState(cache, padding_mask, -first, noise_ids)
+
+    def cache_context(self, state: DraftState, features: torch.Tensor, first_slot: int) -> None:
+        """Cache the context features `[B, N, F]` of the slots from `first_slot` on, the same in every row."""
+        slots = torch.arange(first_slot, first_slot + features.shape[1], device=self.draft.device)
+        self._update_cache(state, features, slots.expand(len(features), -1))
+
+    def set_pending(self, state: DraftState, features: torch.Tensor, slots: torch.Tensor) -> None:
+        """Let context features `[B, N, F]` at `slots [B]` and behind reach the draft with its next block."""
+        state.pending = PendingContext(self._to_draft(features), slots.to(self.draft.device))
+
+    def flush_pending(self, state: DraftState) -> None:
+        """Cache the pending context now. The slots of rejected tokens are overwritten by whatever follows."""
+        if state.pending is not None:
+            features, first = state.pending.features, state.pending.slots
+            steps = torch.arange(features.shape[1], device=self.draft.device)
+            self._update_cache(state, features, first[:, None] + steps)
+
+    def _update_cache(self, state: DraftState, features: torch.Tensor, slots: torch.Tensor) -> None:
+        state.cache.reserve(int(slots.max()) + 1)
+        self.draft.extend_cache(self._to_draft(features), state.positions(slots), state.cache.at(slots))
+        state.cache.check_written(slots.shape[1], "the draft")
+
+    def draft_block(self, state: DraftState, anchor: torch.Tensor, slots: torch.Tensor, num_slots: int) -> DraftOutput:
+        """Run a block of noise after `anchor [B, 1]`.
+
+        Args:
+            slots `[B]`: of each row's anchor.
+            num_slots: slots that the longest row needs, its block included.
+        """
+        own_slots = slots.to(self.draft.device)
+        if state.pending is None:  # all context is cached; the block overwrites the slots of these zeros
+            shape = (len(slots), self.size, self.draft.config.fc_width)
+            zeros = torch.zeros(shape, device=own_slots.device, dtype=self.draft.dtype)
+            state.pending = PendingContext(zeros, own_slots)
+        context = state.pending
+        wider = max(0, context.features.shape[1] - self.size)  # a tree that was verified may be wider than a block
+        state.cache.reserve(num_slots + wider)
+        with self.attention.under(state.masks_for(own_slots, self.size, self.attention)):
+            output: DraftOutput = self.runner(state, anchor, context.features, context.slots, own_slots)
+        return DraftOutput(output.logits.to(slots.device), output.states, output.tokens.to(slots.device))
+
+    def tokens_for(
+        self, scores: torch.Tensor, output: DraftOutput, anchor: torch.Tensor, pair_scale: float
+    ) -> torch.Tensor:
+        """Return the tokens `[B, Q - 1]` that the draft proposes by `scores [B, Q - 1, V]` in place of its logits.
+
+        Args:
+            pair_scale: what drafts that score pairs of tokens multiply those scores by.
+        """
+        own = output.states.device
+        tokens = self.draft.select_tokens(scores.to(own), output.states, anchor.to(own), pair_scale)
+        return tokens.to(scores.device)
+
+    def _run_block(
+        self,
+        state: DraftState,
+        anchor: torch.Tensor,
+        context: torch.Tensor,
+        context_slots: torch.Tensor,
+        slots: torch.Tensor,
+    ) -> DraftOutput:
+        """Run the block. What changes from cycle to cycle are the arguments."""
+        masks = state.masks_for(slots, self.size, self.attention)
+        masks.move(slots, masks.chain)
+        block_slots = slots[:, None] + masks.offsets  # [B, Q]
+        before = context_slots[:, None] + torch.arange(context.shape[1], device=slots.device)
+        # Rejected positions of the context share their slots with the block, which is written after it.
+        view = state.cache.at(before, block_slots)
+        noise_ids = torch.cat([anchor, state.noise_ids], dim=1)
+        noise_embeds = self._to_draft(embed_noise(self.embed, noise_ids))
+        positions = state.positions(torch.cat([before, block_slots], dim=1))
+        states = self.draft(noise_embeds, context, self.no_masks, positions, view).last_hidden_state[:, 1:]
+        if not torch.compiler.is_compiling():
+            state.cache.check_written(positions.shape[1], "the draft")
+            self.attention.check_layers(set(range(len(self.draft.layers))), "the draft")
+        logits = self.draft.logits(states.to(self.head_device, self.head_dtype), self.head)
+        tokens = self.draft.select_tokens(logits.to(slots.device), states, anchor.to(slots.device), 1.0)
+        return DraftOutput(logits, states, tokens)
+
+    def _to_draft(self, states: torch.Tensor) -> torch.Tensor:
+        return states.to(self.draft.device, self.draft.dtype)
+
+
+def layer_kinds(config: Any) -> list[tuple[int | None, bool]]:
+    """Return, for each layer of a draft, its window (None for none) and whether it is causal."""
+    kinds = []
+    for kind, causal in zip(config.layer_types, config.causal_layers, strict=True):
+        window = config.sliding_window if kind == "sliding_attention" else None
+        kinds.append((window, causal))
+    return kinds

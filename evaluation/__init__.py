@@ -1,0 +1,7 @@
+# Copyright 2026 the dflash-hub authors.
+# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+"""Measuring what a draft does for a target."""
+
+from .compare import Comparison, compare, greedy, stop_token_ids, warm_up
+
+__all__ = ["Comparison", "compare", "greedy", "stop_token_ids", "warm_up"]

@@ -1,0 +1,156 @@
+# Copyright 2026 the dflash-hub authors.
+# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+"""How a block runs: eager, as a CUDA graph, or compiled, to avoid the launch cost of every single operation.
+
+This file travels with every pushed draft. A block has the same shapes in every cycle and works on buffers that stay
+where they are, so it can be captured once and replayed. A capture is compared with the eager block before it is used.
+What cannot be captured runs eagerly, after one warning.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+CAPTURE = ("auto", "eager", "graphs", "compile", "off")
+"""What a caller may ask for; "off" is the older name of "eager"."""
+
+
+def resolve_mode(capture: str, model: Any, recurrent: bool) -> str:
+    """Return how blocks run: "auto" is CUDA graphs for dense targets on a GPU, and eager elsewhere.
+
+    A recurrent target's block changes its state, so it cannot be run twice to compare a capture with it.
+    """
+    asks = capture in ("graphs", "compile")
+    if recurrent and asks:
+        logger.warning_once(f"capture={capture!r} is not for targets with recurrent state; blocks run eagerly.")
+    if recurrent:
+        return "eager"
+    if asks:
+        return capture
+    dense = not any("expert" in name for name, _ in model.named_modules())
+    if capture == "auto" and model.device.type == "cuda" and dense:
+        return "graphs"
+    return "eager"
+
+
+class BlockRunner:
+    """Runs a function of some state and tensors eagerly, as a CUDA graph, or compiled.
+
+    Args:
+        function: of a state and of tensors; returns a tensor or a tuple of them. Run twice on the same inputs it must
+            do the same again.
+        key: of the state; a recording holds as long as it and the shapes of the inputs stay the same.
+    """
+
+    def __init__(self, function: Callable, key: Callable[[Any], Any]):
+        self.function, self.key = function, key
+        self.compiled: Callable = function  # until it is asked for: the compiler takes seconds to import
+        self.mode = "eager"
+        self.failed_modes: set[str] = set()
+        self.last_key: Any = None
+        self.capture: Callable | None = None
+        self.verified_keys: set[Any] = set()
+        """Keys for which compiled code was compared. A graph is compared whenever it is recorded."""
+
+    @contextmanager
+    def using(self, mode: str) -> Iterator[None]:
+        """Run in this mode inside the context. A graph, which holds on to memory, is dropped at its end."""
+        self.mode = "eager" if mode in self.failed_modes else mode
+        if self.mode == "compile" and self.compiled is self.function:
+            self.compiled = torch.compile(self.function)
+        try:
+            yield
+        finally:
+            self.last_key = self.capture = None
+
+    def __call__(self, state: Any, *inputs: torch.Tensor) -> Any:
+        """Return what the function returns."""
+        if self.mode == "eager":
+            return self.function(state, *inputs)
+        key = (self.key(state), *(tensor.shape for tensor in inputs))
+        if self.mode == "compile" and key in self.verified_keys:
+            return self._run_compiled(key, state, *inputs)
+        if key != self.last_key:  # run eagerly, so that buffers made when first used exist before recording
+            self.last_key, self.capture = key, None
+            return self.function(state, *inputs)
+        if self.capture is None:
+            return self._record(state, *inputs)
+        return self.capture(*inputs)
+
+    def _run_compiled(self, key: Any, state: Any, *inputs: torch.Tensor) -> Any:
+        """Run compiled code; its guards cost a quarter of a call, so skip them while the key stays the same."""
+        same, self.last_key = key == self.last_key, key
+        with torch.compiler.set_stance(skip_guard_eval_unsafe=same):
+            return self.compiled(state, *inputs)
+
+    def _record(self, state: Any, *inputs: torch.Tensor) -> Any:
+        """Record, compare with the eager function, and return what that one gave."""
+        expected = self.function(state, *inputs)
+        try:
+            capture = self._capture(state, inputs)
+            result = capture(*inputs)
+        except Exception as error:  # a compiler or a driver may raise anything; the function itself still runs
+            first_line = (str(error).splitlines() or [""])[0]
+            self._run_eagerly(f"{type(error).__name__}: {first_line}")
+            return expected
+        if not _close(result, expected):
+            self._run_eagerly("it gave other numbers")
+            return expected
+        self.capture = capture
+        if self.mode == "compile":
+            self.verified_keys.add(self.last_key)
+        return expected
+
+    def _capture(self, state: Any, inputs: tuple[torch.Tensor, ...]) -> Callable:
+        if self.mode == "compile":
+            return lambda *tensors: self.compiled(state, *tensors)
+        return Graph(lambda *tensors: self.function(state, *tensors), inputs)
+
+    def _run_eagerly(self, reason: str) -> None:
+        logger.warning_once(f"A block could not be run with capture={self.mode!r} ({reason}); it runs eagerly.")
+        self.failed_modes.add(self.mode)
+        self.mode = "eager"
+
+
+class Graph:
+    """A CUDA graph of a function, on inputs and outputs that stay where they are."""
+
+    def __init__(self, function: Callable, inputs: tuple[torch.Tensor, ...]):
+        self.inputs = [tensor.clone() for tensor in inputs]
+        self.replay, self.outputs = record(lambda: function(*self.inputs))
+
+    def __call__(self, *inputs: torch.Tensor) -> Any:
+        for static, current in zip(self.inputs, inputs, strict=True):
+            static.copy_(current)
+        self.replay()
+        return self.outputs
+
+
+def record(run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+    """Record `run` on the device.
+
+    Returns:
+        What repeats it, and what it returned; each repetition writes those tensors again.
+    """
+    if not torch.cuda.is_available():
+        raise RuntimeError("CUDA graphs need a CUDA device")
+    graph = torch.cuda.CUDAGraph()
+    # Other threads may go on meanwhile, such as the reader of a streamer.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        outputs = run()
+    return graph.replay, outputs
+
+
+def _close(result: Any, expected: Any) -> bool:
+    """Tell whether two results agree as far as another order of additions allows."""
+    if isinstance(expected, tuple):
+        return all(_close(*both) for both in zip(result, expected, strict=True))
+    if not expected.is_floating_point():  # tokens, which near-ties may turn
+        return result.shape == expected.shape
+    scale = expected.float().abs().amax().clamp_min(1e-6)
+    return bool(((result.float() - expected.float()).abs().amax() / scale) < 0.05)

@@ -1,0 +1,344 @@
+# Copyright 2026 the dflash-hub authors.
+# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+"""The callable that a target's `generate` takes: `target.generate(..., custom_generate=draft.speculate)`.
+
+This file travels with every pushed draft. `generate` prepares everything as for plain decoding. Options that have no
+meaning with a draft are refused (`support_dflash`).
+
+Shapes: B rows, P prompt tokens, T tokens of the longest text, V vocabulary.
+"""
+
+import inspect
+import sys
+import threading
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList, TemperatureLogitsWarper
+from transformers.cache_utils import Cache
+from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.utils import ModelOutput
+
+from .compat_dflash import (
+    attention_name,
+    cache_field,
+    keep_tokenizer,
+    local_of_generate,
+    made_by_user,
+    padding_token,
+)
+from .drafter_dflash import Drafter
+from .execution_dflash import CAPTURE, resolve_mode
+from .generation_dflash import DecodeState, DecodeStatistics, Recorder, StepOutputs, decode, prefill
+from .past_key_values_dflash import export_past_key_values, import_past_key_values
+from .proposals_dflash import ChainProposer, Proposer
+from .sampling_dflash import PositionNoise, Sampler
+from .selfcheck_dflash import check_alone, circumstances
+from .sequences_dflash import Prompt, Sequences, StopConditions
+from .support_dflash import base_model, check_batch_cache, check_options, check_target, warn_of_new_family
+from .target_dflash import Target, TargetState, is_recurrent
+
+DRAFT_SAMPLING = ("greedy", "coupled")
+
+ProposerFactory = Callable[[ChainProposer], Proposer]
+"""Makes the proposer of a decode from the draft's own."""
+
+
+def own_proposer(chain: ChainProposer) -> Proposer:
+    """Return the draft's own proposer."""
+    return chain
+
+
+class SpeculativeGenerate:
+    """A draft, as the decoding function of its target's `generate`.
+
+    Besides all that `generate` takes, it takes five keywords, none of which changes the text:
+
+    statistics: a `DecodeStatistics` to fill.
+    draft_sampling: "coupled" (when sampling, the draft draws its tokens with the same noise as the target) or "greedy"
+        (it always proposes its likeliest tokens, which are accepted less often).
+    capture: how blocks run. "auto" is CUDA graphs for dense targets on a GPU and eager elsewhere; "graphs" and
+        "compile" (torch.compile, with a warm-up of about 30 s) ask for one; "eager" is neither.
+    strict: refuse a target whose family the tests do not decode. Otherwise its self-check decides.
+    proposer: a function that is called with the draft's `ChainProposer` and returns the `Proposer` to decode with.
+    """
+
+    def __init__(self, draft: Any):
+        self.draft = draft
+        self.compiled_session: DecoderSession | None = None
+        """The last session, if it was compiled: the next decode can use the compiled code."""
+        self.checked: weakref.WeakKeyDictionary[Any, set] = weakref.WeakKeyDictionary()
+        """For each target, the session keys and circumstances for which a self-check has passed."""
+
+    def __reduce__(self) -> tuple:
+        return SpeculativeGenerate, (self.draft,)
+
+    def session(self, model: Any) -> "DecoderSession":
+        """Return a session for this target, the compiled one where it still fits."""
+        session = self.compiled_session
+        if session is not None and session.target.model is model and session.key == session_key(self.draft, model):
+            return session
+        return DecoderSession(self.draft, model, self.checked.setdefault(model, set()))
+
+    def __call__(
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        streamer: Any = None,
+        tokenizer: Any = None,
+        statistics: DecodeStatistics | None = None,
+        draft_sampling: str = "coupled",
+        capture: str = "auto",
+        strict: bool = False,
+        proposer: ProposerFactory = own_proposer,
+        **inputs: Any,
+    ) -> torch.Tensor | ModelOutput:
+        """Decode `input_ids [B, P]`. `generate` reads the names of these arguments, `tokenizer` among them.
+
+        Returns:
+            What `generate` returns: `[B, T]`, or a dict with `sequences`.
+
+        Raises:
+            ValueError: the draft does not fit the target, the target cannot be decoded exactly, or an option has no
+                meaning with a draft.
+        """
+        streamer = streamer or local_of_generate("streamer", sys._getframe(1))
+        check_compatible(self.draft.config, model, strict)
+        check_options(generation_config, logits_processor, input_ids, inputs)
+        _check_choice("draft_sampling", draft_sampling, DRAFT_SAMPLING)
+        _check_choice("capture", capture, CAPTURE)
+        prompt = Prompt(input_ids, inputs, generation_config.return_dict_in_generate)
+        if len(input_ids) > 1 and made_by_user(prompt.cache, unmarked=False):
+            check_batch_cache(model)
+        stop_conditions = StopConditions.from_criteria(stopping_criteria)
+        noise = PositionNoise() if generation_config.do_sample else None
+        request = DecodeRequest(
+            prompt,
+            Sequences(input_ids, stop_conditions, padding_token(generation_config), streamer),
+            Sampler(logits_processor, noise, coupled=draft_sampling == "coupled"),
+            StepOutputs(_requested_outputs(generation_config), len(input_ids)),
+            resolve_mode(capture, model, is_recurrent(model)),
+            proposer,
+        )
+        session = self.session(model)
+        self.compiled_session = session if request.mode == "compile" else None
+        cache = session.decode(request, statistics)
+        if not generation_config.return_dict_in_generate:
+            return request.sequences.output_ids()
+        return request.output(cache)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """The signature that `generate` reads to learn which of its arguments it may pass.
+
+        Workaround: `generate` pops `tokenizer` before it reads this signature and then discards it, so stop strings
+        would fail. While it reads, `tokenizer` is put back among its arguments.
+        """
+        keep_tokenizer(sys._getframe(1))
+        return inspect.signature(SpeculativeGenerate.__call__.__get__(self))
+
+
+@dataclass
+class DecodeRequest:
+    """One decode, as it was asked for.
+
+    Args:
+        mode: of `BlockRunner`.
+        proposer: makes the proposer from the draft's own.
+    """
+
+    prompt: Prompt
+    sequences: Sequences
+    sampler: Sampler
+    step_outputs: StepOutputs
+    mode: str
+    proposer: ProposerFactory = own_proposer
+
+    def state(self, target: Target, on_target: TargetState) -> DecodeState:
+        """Return the state of this decode, before the prefill."""
+        return DecodeState(target, on_target, self.prompt, self.sequences, self.sampler, self.step_outputs)
+
+    def output(self, cache: Cache | None) -> ModelOutput:
+        """Return the dict that `generate` returns."""
+        longest = self.sequences.longest
+        return GenerateDecoderOnlyOutput(
+            sequences=self.sequences.output_ids(),
+            scores=self.step_outputs.per_step("scores", longest),
+            logits=self.step_outputs.per_step("logits", longest),
+            **{cache_field(GenerateDecoderOnlyOutput): cache},
+        )
+
+
+class DecoderSession:
+    """A target and a draft that decode together.
+
+    Args:
+        checked: session keys and circumstances for which a self-check of this target has passed; it is added to.
+    """
+
+    _locks: "weakref.WeakKeyDictionary[Any, threading.RLock]" = weakref.WeakKeyDictionary()
+
+    def __init__(self, draft: Any, model: Any, checked: set):
+        self.checked = checked
+        self.target = Target(model, tuple(draft.config.target_layer_ids))
+        self.drafter = Drafter(draft, model)
+        self.key = session_key(draft, model)
+
+    def decode(self, request: DecodeRequest, statistics: DecodeStatistics | None = None) -> Cache | None:
+        """Decode to the end, one decode of a target at a time; both models are left as they were found.
+
+        Returns:
+            The cache to return, if one was asked for.
+        """
+        prompt, mode = request.prompt, request.mode
+        target, drafter = self.target, self.drafter
+        recorder = Recorder(statistics, drafter.draft.device)
+        with self._locks.setdefault(target.model, threading.RLock()):
+            self._check_alone(prompt)
+            with (
+                target.decoding(prompt, mode) as on_target,
+                drafter.decoding(prompt.padding_mask, mode) as on_draft,
+            ):
+                state = request.state(target, on_target)
+                proposer = request.proposer(ChainProposer(drafter, on_draft, request.sampler))
+                with recorder.phase("prefill"):
+                    first_slot = import_past_key_values(prompt.cache, on_target, drafter, on_draft)
+                    checked = prefill(state, proposer, first_slot, self._check_size(on_target, prompt))
+                decode(state, proposer, recorder)
+                cache = export_past_key_values(state, drafter, on_draft)
+            if checked:
+                self.checked.add(self._circumstances(prompt))
+        if request.sequences.streamer is not None:
+            request.sequences.streamer.end()
+        return cache
+
+    def _check_size(self, on_target: TargetState, prompt: Prompt) -> int:
+        """Return the block with which the end of the prompt is checked; 0 if that is done, or has no meaning."""
+        if on_target.recurrent.states or self._circumstances(prompt) in self.checked:
+            return 0
+        return self.drafter.size
+
+    def _check_alone(self, prompt: Prompt) -> None:
+        """Check the block path on a short text, unless that was done for such prompts."""
+        alone = ("alone", *self._circumstances(prompt)[:-1])
+        if alone not in self.checked:
+            check_alone(self.target, self.drafter.size, prompt)
+            self.checked.add(alone)
+            warn_of_new_family(self.target.model)
+
+    def _circumstances(self, prompt: Prompt) -> tuple:
+        """Return what a check of `prompt` holds for, its windows last."""
+        return (*self.key, *circumstances(self.target, prompt))
+
+
+def session_key(draft: Any, model: Any) -> tuple:
+    """Return what a session was made for, and may have changed since."""
+    found = []
+    for one in (draft, model):
+        found.append((one.dtype, one.device, attention_name(one.config.get_text_config(decoder=True))))
+    return tuple(found)
+
+
+def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(known)}.")
+
+
+def _requested_outputs(config: GenerationConfig) -> tuple[str, ...]:
+    """Return what a returned dict is to hold for every token."""
+    if not config.return_dict_in_generate:
+        return ()
+    asked = {"scores": config.output_scores, "logits": config.output_logits}
+    return tuple(name for name, wanted in asked.items() if wanted)
+
+
+def check_compatible(config: Any, target: Any, strict: bool = False) -> None:
+    """Refuse a target that a draft with this config was not made for, or that no draft can decode.
+
+    Args:
+        config: the draft's.
+
+    Raises:
+        ValueError: with both numbers.
+    """
+    check_target(target, strict)
+    text = target.config.get_text_config(decoder=True)
+    rows = target.get_input_embeddings().num_embeddings
+    config.check_target(text.hidden_size, text.num_hidden_layers, text.vocab_size, rows)
+
+
+def spec_generate(
+    self: Any,
+    target: Any,
+    input_ids: torch.Tensor,
+    max_new_tokens: int = 256,
+    stop_token_ids: list[int] | int | None = None,
+    temperature: float = 0.0,
+) -> torch.Tensor:
+    """Generate with `target`, sped up by this draft; the same call as z-lab/dflash's.
+
+    It ignores the target's own generation config: no penalties, no top-k. `target.generate(...,
+    custom_generate=draft.speculate)` honours it.
+
+    Args:
+        target: a causal language model of transformers.
+        input_ids `[B, P]`: the prompts, without padding.
+        max_new_tokens: maximum number of new tokens.
+        stop_token_ids: a text ends right after the first of these; None to use the whole budget.
+        temperature: 0 for exactly the target's greedy text; above, exactly its distribution.
+
+    Returns:
+        `[B, T]`: prompts and new tokens.
+
+    Raises:
+        ValueError: the target does not fit this draft, cannot be decoded exactly, or an argument is out of range.
+    """
+    _check_arguments(target, input_ids, max_new_tokens, temperature)
+    ends = frozenset(_token_ids(stop_token_ids))
+    check_compatible(self.config, target)
+    target = base_model(target)
+    if max_new_tokens == 0:
+        return input_ids
+    sampled = temperature > 0
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(float(temperature))] if sampled else [])
+    request = DecodeRequest(
+        Prompt(input_ids, {"attention_mask": torch.ones_like(input_ids), "use_cache": True}),
+        Sequences(input_ids, StopConditions(input_ids.shape[1] + max_new_tokens, ends, has_eos=True)),
+        Sampler(warpers, PositionNoise() if sampled else None),
+        StepOutputs((), len(input_ids)),
+        resolve_mode("auto", target, is_recurrent(target)),
+    )
+    with torch.no_grad():
+        self.speculate.session(target).decode(request)
+    return request.sequences.output_ids()
+
+
+def _token_ids(tokens: Any) -> tuple[int, ...]:
+    """Return one id, several, a tensor of them, or None, as a tuple."""
+    if tokens is None:
+        return ()
+    found = tokens.flatten().tolist() if isinstance(tokens, torch.Tensor) else tokens
+    found = [found] if isinstance(found, int) else found
+    if isinstance(found, str) or not all(isinstance(token, int) for token in found):
+        raise ValueError(f"stop_token_ids is {tokens!r}; it must be token ids, such as [tokenizer.eos_token_id].")
+    return tuple(found)
+
+
+def _check_arguments(target: Any, input_ids: torch.Tensor, max_new_tokens: int, temperature: float) -> None:
+    if not hasattr(target, "get_output_embeddings"):
+        raise ValueError(f"target is {target!r}; pass the loaded model, not its name.")
+    if not isinstance(input_ids, torch.Tensor) or input_ids.is_floating_point():
+        raise ValueError(f"input_ids is {type(input_ids).__name__}; pass a tensor of token ids, [B, P].")
+    if input_ids.ndim != 2 or input_ids.numel() == 0:
+        shape = tuple(input_ids.shape)
+        raise ValueError(f"input_ids has shape {shape}; decoding takes rows of at least one token, [B, P].")
+    if not isinstance(max_new_tokens, int) or max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens is {max_new_tokens!r}; it must be an int, 0 or more.")
+    if not isinstance(temperature, int | float) or not (temperature == 0 or 1e-5 <= temperature < float("inf")):
+        raise ValueError(f"temperature is {temperature}; it must be 0 (greedy) or a number from 1e-5 up.")

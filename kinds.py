@@ -1,0 +1,103 @@
+# Copyright 2026 the dflash-hub authors.
+# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+"""List the kinds of drafts: one row for each, where the registry, the commands, training and benchmarks look.
+
+A kind also has an entry in `layouts_dflash.DRAFT_LAYOUTS`, because that file travels and this one does not.
+CONTRIBUTING.md says how to add a kind.
+"""
+
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .configuration_dflash import DFlashConfig
+from .configuration_dflash2 import DFlash2Config
+from .layouts_dflash import DRAFT_LAYOUTS
+
+if TYPE_CHECKING:
+    from .modeling_dflash import DFlashDraftModel
+
+METRICS = ("accuracy", "acceptance_length")
+"""What training reports of every draft; see `training.metrics.Metrics`."""
+
+
+@dataclass(frozen=True)
+class DraftKind:
+    """Describe a kind of draft.
+
+    Args:
+        config_class: its config, whose `model_type` is the name of the kind in `drafts.json` and in options.
+        model: module and class of its model. It is imported when it is needed, since that takes about a second.
+        demo_folder: folder of the built-in pair's draft of this kind, in `examples/tiny_pair`; None without one.
+        head: name of its further head in `training.heads.HEADS`; None where the loss is that of its logits alone.
+        head_fields: fields of its config that the command `train` has options for.
+        metrics: what training reports.
+    """
+
+    config_class: type[DFlashConfig]
+    model: tuple[str, str]
+    demo_folder: str | None = None
+    head: str | None = None
+    head_fields: tuple[str, ...] = ()
+    metrics: tuple[str, ...] = METRICS
+
+    @property
+    def name(self) -> str:
+        return self.config_class.model_type
+
+    @property
+    def title(self) -> str:
+        """Return its name in messages."""
+        return DRAFT_LAYOUTS[self.name].title
+
+    @property
+    def model_class(self) -> "type[DFlashDraftModel]":
+        module, name = self.model
+        return getattr(import_module(f".{module}", __package__), name)
+
+    def demo_draft(self, pair: Path) -> Path:
+        """Return the folder of the draft of this kind in the built-in pair's folder.
+
+        Raises:
+            ValueError: the pair has none.
+        """
+        if self.demo_folder is None:
+            shown = ", ".join(kind.name for kind in KINDS.values() if kind.demo_folder)
+            raise ValueError(f"The built-in pair has no draft of the kind {self.name}; choose one of {shown}.")
+        return pair / self.demo_folder
+
+
+_ROWS = (
+    DraftKind(DFlashConfig, ("modeling_dflash", "DFlashDraftModel"), demo_folder="draft"),
+    DraftKind(
+        DFlash2Config,
+        ("modeling_dflash2", "DFlash2DraftModel"),
+        demo_folder="draft2",
+        head="selector",
+        head_fields=("selector_rank", "selector_top_k"),
+        metrics=(*METRICS, "candidate_recall", "selector_accuracy"),
+    ),
+)
+
+KINDS: dict[str, DraftKind] = {kind.name: kind for kind in _ROWS}
+"""The kinds by name. Where a checkpoint has drafts of several kinds, the later kind is preferred."""
+
+DEMO_KIND = [kind.name for kind in _ROWS if kind.demo_folder][-1]
+"""The kind that the demo shows."""
+
+
+def kind_of(config: Any) -> DraftKind:
+    """Return the kind of a draft, given its config or its config's class."""
+    return KINDS[config.model_type]
+
+
+def kind_named(name: str) -> DraftKind:
+    """Return the kind with this name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in KINDS:
+        raise ValueError(f"variant is {name!r}; it must be one of {', '.join(KINDS)}.")
+    return KINDS[name]

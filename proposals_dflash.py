@@ -1,0 +1,155 @@
+# Copyright 2026 the dflash-hub authors.
+# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+"""Proposals: trees of drafted tokens, what proposes them, and which of their tokens the target accepts.
+
+This file travels with every pushed draft. Acceptance is by *match* and a pure function of tensors; see
+`sampling_dflash` for why that is exact.
+
+Shapes: B rows, Q block positions, N new positions, F taps * target hidden size.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from .drafter_dflash import Drafter, DraftState
+from .sampling_dflash import Sampler
+
+
+@dataclass
+class Proposal:
+    """For each row, a tree of tokens whose root is the anchor.
+
+    Args:
+        tokens `[B, Q]`: the anchor first.
+        parents `[B, Q]`: for each position the one before it, -1 for the root. Parents come before their children. None
+            for a chain, where they are -1, 0, 1, 2 ...
+    """
+
+    tokens: torch.Tensor
+    parents: torch.Tensor | None = None
+
+    @property
+    def size(self) -> int:
+        """Q."""
+        return self.tokens.shape[1]
+
+    @property
+    def ancestors(self) -> torch.Tensor | None:
+        """`[B, Q, Q]`, as `ancestors` returns it; None for a chain."""
+        return None if self.parents is None else ancestors(self.parents.to(self.tokens.device))
+
+    @property
+    def depths(self) -> torch.Tensor | None:
+        """How far each position is from the root, `[B, Q]`; None for a chain, where they are 0, 1, 2 ..."""
+        lineage = self.ancestors
+        return None if lineage is None else lineage.sum(-1) - 1
+
+
+def ancestors(parents: torch.Tensor) -> torch.Tensor:
+    """Tell which positions lie on the path from the root to each position of a tree, both included.
+
+    For the parents -1, 0, 0, 1 (the root has two children, the first of them has one) the rows are
+    [1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 0, 1].
+
+    Args:
+        parents `[B, Q]`: as in `Proposal`.
+
+    Returns:
+        `[B, Q, Q]`: True where the second position is on the path to the first.
+    """
+    size = parents.shape[1]
+    itself = torch.eye(size, device=parents.device)
+    steps = itself + (parents[..., None] == torch.arange(size, device=parents.device))  # [B, Q, Q], at most one up
+    reach = 1
+    while reach < size:  # each round doubles how far up a position looks, without asking the host for anything
+        steps, reach = ((steps @ steps) > 0).float(), 2 * reach
+    return steps > 0
+
+
+def paths(parents: torch.Tensor) -> list[list[list[int]]]:
+    """Return, for each row and position, the positions from the root to it. This reads `parents [B, Q]` on the host.
+
+    For the parents -1, 0, 0, 1 these are [0], [0, 1], [0, 2] and [0, 1, 3].
+    """
+    found = []
+    for row in parents.tolist():
+        row_paths: list[list[int]] = []
+        for position, parent in enumerate(row):
+            before = row_paths[parent] if parent >= 0 else []
+            row_paths.append([*before, position])
+        found.append(row_paths)
+    return found
+
+
+def accept(proposal: Proposal, target_tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Accept the drafted tokens on the path that is the target's own choice all along.
+
+    For the chain 7, 1, 2, 3 and the target tokens 1, 2, 9, 4 two are accepted: 1 and 2 are what the target wrote after
+    7 and 1. What it wrote after 2 is 9, which ends the cycle. Committed are 1, 2, 9.
+
+    Args:
+        target_tokens `[B, Q]`: the target's token after each position of the proposal.
+
+    Returns:
+        How many drafted tokens are accepted, `[B]`; and the path, `[B, Q]`: positions of the proposal from the root on,
+        of which the first `1 + accepted` count. The tokens to commit are the target's along the path.
+    """
+    tokens, parents = proposal.tokens, proposal.parents
+    size = tokens.shape[1]
+    positions = torch.arange(size, device=tokens.device)
+    if parents is None:
+        accepted = (tokens[:, 1:] == target_tokens[:, :-1]).cumprod(dim=1).sum(dim=1)
+        return accepted, positions.expand_as(tokens)
+    parents = parents.to(tokens.device)
+    lineage = ancestors(parents)  # [B, Q, Q]
+    depths = lineage.sum(dim=-1)  # [B, Q], from 1 at the root
+    matches = (tokens == target_tokens.gather(1, parents.clamp_min(0))) | (parents < 0)  # [B, Q]
+    stays = (matches[:, None] | ~lineage).all(dim=-1)
+    tip = torch.where(stays, depths, 0).argmax(dim=-1, keepdim=True)  # [B, 1], the deepest that stays
+    on_path = lineage.gather(1, tip[..., None].expand(-1, 1, size))[:, 0]  # [B, Q]
+    path = torch.where(on_path, positions, size).sort().values
+    return depths.gather(1, tip)[:, 0] - 1, path.clamp_max(size - 1)
+
+
+class Proposer(Protocol):
+    """What proposes tokens. `decode` calls `propose` and `commit` in turn; the prefill calls `append_context`."""
+
+    def append_context(self, features: torch.Tensor, first_slot: int) -> None:
+        """Take the context features `[B, N, F]` of the prompt's slots from `first_slot` on, the same in every row."""
+
+    def propose(self, state: Any) -> Proposal:
+        """Return a proposal for every row of a `DecodeState`."""
+
+    def commit(self, features: torch.Tensor, slots: torch.Tensor) -> None:
+        """Take the context features `[B, Q, F]` of the block at `slots [B]`, accepted tokens first."""
+
+
+class ChainProposer:
+    """Proposes the draft's block as a chain.
+
+    Args:
+        context: the draft's state of this decode.
+        sampler: with whose noise the draft draws, where it is coupled.
+    """
+
+    def __init__(self, drafter: Drafter, context: DraftState, sampler: Sampler):
+        self.drafter, self.context = drafter, context
+        self.sampler = sampler
+
+    def append_context(self, features: torch.Tensor, first_slot: int) -> None:
+        self.drafter.cache_context(self.context, features, first_slot)
+
+    def propose(self, state: Any) -> Proposal:
+        """Return the anchor and the draft's tokens after it."""
+        num_slots = max(state.last_slots) + self.drafter.size
+        output = self.drafter.draft_block(self.context, state.anchor, state.slots, num_slots)
+        tokens = output.tokens
+        if self.sampler.coupled:
+            scores, pair_scale = self.sampler.draft_scores(output.logits, state.next_slots)
+            tokens = self.drafter.tokens_for(scores, output, state.anchor, pair_scale)
+        return Proposal(torch.cat([state.anchor, tokens], dim=1))
+
+    def commit(self, features: torch.Tensor, slots: torch.Tensor) -> None:
+        self.drafter.set_pending(self.context, features, slots)

@@ -1,0 +1,7 @@
+# Copyright 2026 the dflash-hub authors.
+# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+"""Publishing drafts, and bringing the code of published ones up to date (`publishing.refresh`)."""
+
+from .push import Published, PublishOptions, publish
+
+__all__ = ["PublishOptions", "Published", "publish"]

@@ -1,0 +1,49 @@
+"""The table of kinds: each row is complete, and kinds are named nowhere else."""
+
+import re
+
+import pytest
+
+import tiny
+from dflash_hub import load_draft
+from dflash_hub.kinds import KINDS, kind_of
+from dflash_hub.layouts_dflash import DRAFT_LAYOUTS, FIELDS
+from dflash_hub.training.heads import HEADS
+from dflash_hub.training.metrics import Metrics
+from paths import ROOT, TINY
+
+
+def test_every_kind_has_a_layout_and_every_layout_a_kind():
+    assert list(KINDS) == list(DRAFT_LAYOUTS)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_row_names_what_there_is(name):
+    kind, layout = KINDS[name], DRAFT_LAYOUTS[name]
+    assert kind.model_class.config_class is kind.config_class
+    assert layout.reader == kind.config_class.architecture == kind.model_class.__name__
+    assert {layout.reader, *layout.architectures} == set(layout.architectures)
+    own = set(kind.config_class.__dataclass_fields__)
+    assert {*layout.fields, *layout.required, *layout.scales, *layout.mirrored, *kind.head_fields} <= own
+    assert {*layout.fields, *layout.scales} <= set(FIELDS)
+    assert kind.head is None or kind.head in HEADS
+    assert set(kind.metrics) <= set(Metrics.__dataclass_fields__)
+    assert kind.demo_folder is None or kind_of(load_draft(kind.demo_draft(TINY)).config) is kind
+
+
+def test_a_kind_that_does_not_exist_is_refused_with_the_kinds_there_are():
+    from dflash_hub import DFlashDraftSpec
+
+    with pytest.raises(ValueError, match="variant is 'domino'; it must be one of dflash, dflash2"):
+        DFlashDraftSpec("x").build(tiny.target("qwen3").config, "domino", mask_token_id=3)
+
+
+def test_a_further_kind_is_named_in_its_own_files_and_the_tables_alone():
+    """Its config, model and entry for engines, the two tables, and the public names."""
+    code = [*ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py")]
+    for folder in ("training", "commands", "publishing", "evaluation"):
+        code += ROOT.glob(f"{folder}/*.py")
+    named = {path.name for path in code if re.search("dflash ?2", path.read_text(encoding="utf-8"), re.IGNORECASE)}
+    own = {"configuration_dflash2.py", "modeling_dflash2.py", "dflash2.py"}
+    others = {"layouts.py"}  # other projects' heads, whose names begin alike
+    assert named == own | others | {"kinds.py", "layouts_dflash.py", "__init__.py"}
