@@ -46,7 +46,7 @@ def test_every_family_that_is_answered_for_is_tested():
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_greedy_text_is_the_targets_own_through_rejections_and_full_acceptances(family):
-    """One row, with prompts of 1 to 300 tokens and blocks of 2 to 16; proposals are partly right, and once the draft's own."""
+    """One row, prompts of 1 to 300 tokens, blocks of 2 to 16: proposals partly right, and once the draft's own."""
     target = tiny.target(family)
     committed, tokens = set(), set()
     for length, block in ((1, 16), (7, 2), (40, 5), (300, 9)):
