@@ -113,7 +113,7 @@ class BlockMasks:
             mask.scatter_(-1, index, values.expand_as(index))
 
     def _values(self, where: torch.Tensor, kind: MaskKind) -> torch.Tensor:
-        """`[B, 1, 1, Q, M]` for the slots `where [B, M]`."""
+        """Return the masks for the slots `where [B, M]`: `[B, 1, 1, Q, M]`."""
         seen = self.visible_slots(where, kind.window, kind.causal)
         values = torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, float("-inf"))
         return values.to(kind.device, kind.dtype)[:, None, None]

@@ -217,7 +217,7 @@ class SlotCache:
         return SlotView(self.layers, [self._flat(part) for part in parts], self.length)
 
     def _flat(self, slots: torch.Tensor) -> torch.Tensor:
-        """`slots [B, N]` as rows of the flattened buffers, `[B * N]`."""
+        """Return `slots [B, N]` as rows of the flattened buffers: `[B * N]`."""
         if slots.shape[0] == 1:
             return slots[0]
         offsets = torch.arange(slots.shape[0], device=slots.device)[:, None] * self.capacity

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import transformers
+from packaging.version import Version
 from transformers import AutoModel, masking_utils
 from transformers.utils import cached_file
 
@@ -34,11 +35,21 @@ def versions() -> str:
 
 
 def difference(what: str) -> ValueError:
-    """The error for a model that does not run as it is expected to: `what` is different, and what to do."""
+    """Return the error for a model that runs in another way than expected: what differs, and what to do."""
+    oldest, newest = (Version(version) for version in CHECKED)
+    advice = (
+        f"This version of dflash-hub was checked with transformers {oldest} to {newest}: upgrade it (pip install "
+        "--upgrade dflash-hub; for a draft whose code came from the Hub, its owner runs `dflash-hub refresh`), or "
+        "install one of those."
+    )
+    if oldest <= Version(transformers.__version__) <= newest:
+        advice = (
+            "This version of dflash-hub was checked with this transformers, so it is this model that it cannot "
+            "decode, or something has changed it. Call `target.eval()` if it is in training mode; else generate "
+            "without a draft."
+        )
     return ValueError(
-        f"{what} ({versions()}). The text could come out wrong, so it is not written. This version of dflash-hub was "
-        f"checked with transformers {CHECKED[0]} to {CHECKED[1]}: upgrade it (pip install --upgrade dflash-hub; for a "
-        "draft whose code came from the Hub, its owner runs `dflash-hub refresh`), or install one of those."
+        f"{what} ({versions()}). The text could come out wrong, so it is not written. {advice}"
     )
 
 

@@ -2,8 +2,8 @@
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
 """How a block runs: eager, as a CUDA graph, or compiled, to avoid the launch cost of every single operation.
 
-This file travels with every pushed draft. A block has the same shapes in every cycle and works on buffers that stay
-where they are, so it can be captured once and replayed. A capture is compared with the eager block before it is used.
+This file travels with every pushed draft. A block has the same shapes in every cycle, on buffers that stay in
+place. So it can be captured once and replayed. A capture is compared with the eager block before it is used.
 What cannot be captured runs eagerly, after one warning.
 """
 

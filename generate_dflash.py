@@ -69,8 +69,8 @@ class SpeculativeGenerate:
     Besides all that `generate` takes, it takes five keywords, none of which changes the text:
 
     statistics: a `DecodeStatistics` to fill.
-    draft_sampling: "coupled" (when sampling, the draft draws its tokens with the same noise as the target) or "greedy"
-        (it always proposes its likeliest tokens, which are accepted less often).
+    draft_sampling: how the draft chooses tokens when text is sampled. "coupled": with the same noise as the target.
+        "greedy": always the likeliest, which are accepted less often.
     capture: how blocks run. "auto" is CUDA graphs for dense targets on a GPU and eager elsewhere; "graphs" and
         "compile" (torch.compile, with a warm-up of about 30 s) ask for one; "eager" is neither.
     strict: refuse a target whose family the tests do not decode. Otherwise its self-check decides.
@@ -128,6 +128,8 @@ class SpeculativeGenerate:
         check_options(generation_config, logits_processor, input_ids, inputs)
         _check_choice("draft_sampling", draft_sampling, DRAFT_SAMPLING)
         _check_choice("capture", capture, CAPTURE)
+        _check_method("statistics", statistics, "add_cycle")
+        _check_method("proposer", proposer, "__call__")
         prompt = Prompt(input_ids, inputs, generation_config.return_dict_in_generate)
         if len(input_ids) > 1 and made_by_user(prompt.cache, unmarked=False):
             check_batch_cache(model)
@@ -273,6 +275,16 @@ def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(known)}.")
 
 
+def _check_method(name: str, value: Any, method: str) -> None:
+    """Refuse a keyword that is not what it must be, before the prefill."""
+    if value is not None and not hasattr(value, method):
+        kind = {
+            "add_cycle": "a DecodeStatistics()",
+            "__call__": "a function of the draft's proposer",
+        }
+        raise ValueError(f"{name} is {value!r}; it must be {kind[method]}.")
+
+
 def _requested_outputs(config: GenerationConfig) -> tuple[str, ...]:
     """Return what a returned dict is to hold for every token."""
     if not config.return_dict_in_generate:
@@ -292,7 +304,7 @@ def check_compatible(config: Any, target: Any, strict: bool = False) -> None:
     """
     check_target(target, strict)
     text = target.config.get_text_config(decoder=True)
-    rows = target.get_input_embeddings().num_embeddings
+    rows = target.get_input_embeddings().weight.shape[0]
     config.check_target(text.hidden_size, text.num_hidden_layers, text.vocab_size, rows)
 
 

@@ -59,8 +59,8 @@ class DecodeStatistics:
     def add_cycle(self, counts: list[tuple[int, int]], size: int) -> None:
         """Count one cycle of blocks of `size`.
 
-        In a cycle of two rows with the counts (3, 4) and (0, 1), the first accepted 3 drafted tokens and committed
-        those and the target's own; the second committed only the target's own.
+        Example: two rows with the counts (3, 4) and (0, 1). The first committed 3 drafted tokens and the target's own.
+        The second committed only the target's own.
 
         Args:
             counts: for each row, drafted tokens accepted and tokens committed; 0 committed once it is finished.

@@ -50,7 +50,7 @@ class Proposal:
 def ancestors(parents: torch.Tensor) -> torch.Tensor:
     """Tell which positions lie on the path from the root to each position of a tree, both included.
 
-    For the parents -1, 0, 0, 1 (the root has two children, the first of them has one) the rows are
+    Example: parents -1, 0, 0, 1. The root has two children, and the first of them has one. The rows are
     [1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 0, 1].
 
     Args:

@@ -48,8 +48,12 @@ class Prompt:
     ):
         self.input_ids, self.device = input_ids, input_ids.device
         self.returns_cache = bool(returns_cache)
+        # `generate` asks for the logits of the last position; a check of the prompt needs more.
+        ours = {"logits_to_keep"}
         self.inputs = {
-            name: value for name, value in without_cache(inputs).items() if value is not None
+            name: value
+            for name, value in without_cache(inputs).items()
+            if value is not None and name not in ours
         }
         self.cache = cache_in(inputs)
         mask, positions = self.inputs.get("attention_mask"), self.inputs.get("position_ids")

@@ -199,7 +199,7 @@ def target_findings(target: Any, strict: bool = False) -> Iterator[Finding]:
             what, name, "a causal language model with a head", "A draft needs one as its target"
         )
         return
-    yield from _virtual_token_findings(target)
+    yield from _adapter_findings(target)
     target = base_model(target)
     text = target.config.get_text_config(decoder=True)
     yield from _rope_findings(text)
@@ -216,7 +216,7 @@ def target_findings(target: Any, strict: bool = False) -> Iterator[Finding]:
             "Set use_bidirectional_attention to None in its config",
         )
     if text.model_type not in TESTED and (
-        strict or os.environ.get("DFLASH_STRICT") not in (None, "", "0")
+        strict or os.environ.get("DFLASH_STRICT", "").lower() not in ("", "0", "false", "no", "off")
     ):
         what = f"{text.model_type} is not a family that the tests decode, and strict=True or DFLASH_STRICT=1 refuses it"
         yield Finding(
@@ -250,14 +250,13 @@ def _raised_by(check: Callable[[], Any]) -> Iterator[Finding]:
         yield Finding(str(error).removesuffix("."), None, None, _NOT_DECODED)
 
 
-def _virtual_token_findings(target: Any) -> Iterator[Finding]:
-    """Refuse PEFT methods that put tokens of their own before the prompt; adapters inside the layers are fine."""
-    wrapper = getattr(
-        target.prepare_inputs_for_generation, "__self__", target
-    )  # PEFT puts its own method there
+def _adapter_findings(target: Any) -> Iterator[Finding]:
+    """Refuse PEFT methods that depend on the prompt; adapters inside the layers that are always on are fine."""
+    # PEFT puts its own method there
+    wrapper = getattr(target.prepare_inputs_for_generation, "__self__", target)
     for config in (getattr(wrapper, "peft_config", None) or {}).values():
+        kind = config.peft_type.value
         if config.is_prompt_learning:
-            kind = config.peft_type.value
             what = (
                 f"The target is wrapped by PEFT with {kind}, which puts virtual tokens before the prompt that have no "
                 "ids, so a draft cannot read it"
@@ -265,6 +264,13 @@ def _virtual_token_findings(target: Any) -> Iterator[Finding]:
             yield Finding(
                 what, kind, "adapters inside the layers", "Merge or leave out that adapter"
             )
+        invocation = getattr(config, "alora_invocation_tokens", None)
+        if invocation is not None:
+            what = (
+                "The target has an activated LoRA adapter (alora_invocation_tokens), which sees the tokens of each "
+                "forward, so a block does not get the weights that plain decoding gets"
+            )
+            yield Finding(what, invocation, "adapters that are always on", "Leave out that adapter")
 
 
 def _forward_findings(target: Any) -> Iterator[Finding]:
