@@ -72,6 +72,7 @@ class RepositoryMixin:
             "ignore_mismatched_sizes": True,
         }
         where = _where(kwargs)
+        config_class = cls.config_class  # type: ignore[attr-defined]
         refuse_mask_embedding(pretrained_model_name_or_path, where)
         started = time.time()
         try:
@@ -79,9 +80,7 @@ class RepositoryMixin:
                 model, info = super().from_pretrained(  # type: ignore[misc]
                     pretrained_model_name_or_path,
                     *model_args,
-                    config=_own_config(
-                        cls.config_class, config, pretrained_model_name_or_path, kwargs
-                    ),  # type: ignore[attr-defined]
+                    config=_own_config(config_class, config, pretrained_model_name_or_path, kwargs),
                     output_loading_info=True,
                     **(defaults | kwargs),
                 )
