@@ -27,7 +27,7 @@ def push(
         str | None, typer.Option(envvar="HF_TOKEN", help="A Hub token with write access.")
     ] = None,
 ) -> None:
-    """Check a draft in a fresh process, then push it: for transformers to main, for engines to the branch engines."""
+    """Check a draft in a fresh process and push it: the hub layout to main, the engines layout to branch engines."""
     from transformers.utils import logging
 
     from ..publishing import PublishOptions, publish

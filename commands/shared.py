@@ -18,7 +18,7 @@ NewTokens = Annotated[int, typer.Option(min=1, help="Maximum number of new token
 Capture = Annotated[
     str,
     typer.Option(
-        help="How forwards run: auto, eager, graphs (CUDA) or compile (about 30 s warm-up)."
+        help="Execution mode: auto, eager, graphs (CUDA) or compile (about 30 s warm-up)."
     ),
 ]
 
