@@ -91,6 +91,7 @@ class Result:
 
 
 def main() -> None:
+    """Run the whole script."""
     options = arguments()
     torch.manual_seed(0)
     torch.set_num_threads(options.threads)
@@ -104,6 +105,7 @@ def main() -> None:
 
 
 def arguments() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

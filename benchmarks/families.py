@@ -315,6 +315,7 @@ def write(text):
 
 
 def main():
+    """Run the whole script."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -51,6 +51,7 @@ PARTS = ("target", "draft", "loss", "backward", "optimizer")
 
 
 def main() -> None:
+    """Run the whole script."""
     options = arguments()
     torch.manual_seed(0)
     torch.set_num_threads(options.threads)
@@ -76,6 +77,7 @@ def main() -> None:
 
 
 def arguments() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -4,7 +4,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -12,7 +12,10 @@ from rich.panel import Panel
 from rich.table import Table
 
 from ..kinds import DEMO_KIND, KINDS, kind_named
-from .shared import Capture, console, fail_differing, show_figures
+from .shared import Capture, console, fail_differing, show_speed
+
+if TYPE_CHECKING:
+    from ..evaluation import Comparison
 
 
 def demo(
@@ -36,17 +39,13 @@ def demo(
     kind = kind_named(variant)
     draft = load_draft(kind.demo_draft(folder))
     lines = (folder / "prompts.jsonl").read_text(encoding="utf-8").splitlines()[:prompts]
-    rows = [
-        tokenizer(json.loads(line)["prompt"], return_tensors="pt").input_ids[:, -150:]
-        for line in lines
-    ]
+    texts = [json.loads(line)["prompt"] for line in lines]
+    rows = [tokenizer(text, return_tensors="pt").input_ids[:, -150:] for text in texts]
     with console.status("Warming up (compiling takes about 30 s)"):
         warm_up(draft, target, rows[0], capture)
     results = [compare(draft, target, row, max_new_tokens=96, capture=capture) for row in rows]
     total = sum(results[1:], results[0])
 
-    # So small a target often repeats itself, so show the most varied text.
-    shown = max(range(len(results)), key=lambda index: len({*results[index].plain[0]}))
     console.print(
         f"[bold]DFlash demo[/bold]: a target with {target.num_parameters():,} parameters that writes Python, ",
         end="",
@@ -54,20 +53,21 @@ def demo(
     console.print(
         f"and its {kind.title} draft with {draft.num_parameters():,}. Greedy, {len(rows)} held-out prompts.\n"
     )
-    console.print(
-        Panel(
-            escape(tokenizer.decode(rows[shown][0, -60:])),
-            title="end of one prompt",
-            border_style="dim",
-        )
-    )
-    side_by_side = Table(expand=True, show_lines=True)
-    side_by_side.add_column("the target alone", ratio=1)
-    side_by_side.add_column(f"the target with its {kind.title} draft", ratio=1)
-    best = results[shown]
-    texts = [tokenizer.decode(list(row)) for row in (best.plain[0], best.dflash[0])]
-    side_by_side.add_row(*map(escape, texts))
-    console.print(side_by_side)
-    show_figures(total)
+    # So small a target often repeats itself, so show the most varied text.
+    shown = max(range(len(results)), key=lambda index: len({*results[index].plain[0]}))
+    show_texts(tokenizer, rows[shown], results[shown], kind.title)
+    show_speed(total)
     if not total.identical:
         fail_differing()
+
+
+def show_texts(tokenizer: Any, row: Any, result: "Comparison", title: str) -> None:
+    """Print the end of a prompt `row [1, P]`, and below it both texts side by side."""
+    end = escape(tokenizer.decode(row[0, -60:]))
+    console.print(Panel(end, title="end of one prompt", border_style="dim"))
+    texts = [tokenizer.decode(list(tokens)) for tokens in (result.plain[0], result.dflash[0])]
+    table = Table(expand=True, show_lines=True)
+    table.add_column("the target alone", ratio=1)
+    table.add_column(f"the target with its {title} draft", ratio=1)
+    table.add_row(*map(escape, texts))
+    console.print(table)

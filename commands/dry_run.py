@@ -33,7 +33,7 @@ class _StepClock(TrainerCallback):
 
 
 def dry_run(trainer: DFlashTrainer, folder: Path) -> None:
-    """Run two steps; save, reload and check the draft; print what the whole run would cost."""
+    """Run two steps; save, reload and check the draft; print the cost of the whole run."""
     args, total_steps = trainer.args, _total_steps(trainer)
     args.max_steps, args.save_strategy = 2, "no"
     args.logging_steps = 1

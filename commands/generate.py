@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .shared import Capture, NewTokens, Target, console, fail_differing, show_figures
+from .shared import Capture, NewTokens, Target, console, fail_differing, show_speed
 
 
 def generate(
@@ -50,7 +50,7 @@ def generate(
         draft_model, model, row, max_new_tokens, TextStreamer(tokenizer, skip_prompt=True), capture
     )
     console.print()
-    show_figures(result)
+    show_speed(result)
     if not result.identical and model.dtype == torch.float32:
         fail_differing()
     if not result.identical:

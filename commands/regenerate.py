@@ -3,13 +3,23 @@
 """`dflash-hub regenerate`: replace the answers of a dataset by the target's own."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.progress import Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from .shared import NewTokens, Target, console
+
+if TYPE_CHECKING:
+    from ..training.regenerate import AnswerFn
 
 
 def regenerate(
@@ -43,12 +53,10 @@ def regenerate(
     streaming: Annotated[bool, typer.Option(help="Stream the dataset.")] = False,
 ) -> None:
     """Replace a dataset's answers by the target's own, from a server or generated here. Resumable."""
-    from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from ..training.data import load_rows
-    from ..training.regenerate import AnswerFn, GenerationSettings, InProcess, Server, check_columns
-    from ..training.regenerate import regenerate as run
+    from ..training.regenerate import GenerationSettings, InProcess, Server, check_columns
 
     tokenizer = AutoTokenizer.from_pretrained(target)
     settings = GenerationSettings(max_new_tokens, temperature, prompt_tokens)
@@ -58,9 +66,23 @@ def regenerate(
     if server is not None:
         answer: AnswerFn = Server(server, tokenizer, settings, model)
     else:
-        answer = InProcess(
-            AutoModelForCausalLM.from_pretrained(target, dtype="auto"), tokenizer, settings
+        target_model = AutoModelForCausalLM.from_pretrained(target, dtype="auto")
+        answer = InProcess(target_model, tokenizer, settings)
+    done, failed = regenerate_with_progress(rows, output, answer, workers if server else 1)
+    console.print(f"[bold]{output}[/bold] holds {done:,} rows.")
+    if failed:
+        console.print(
+            f"{len(failed)} rows failed; run the same command to try them again. First error: {escape(failed[0])}"
         )
+        raise typer.Exit(1)
+
+
+def regenerate_with_progress(
+    rows: Any, output: Path, answer: "AnswerFn", workers: int
+) -> tuple[int, list[str]]:
+    """Run `training.regenerate` with a progress bar; return the number of rows, and the errors of failed rows."""
+    from ..training.regenerate import regenerate as run
+
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -76,10 +98,4 @@ def regenerate(
             description = f"rows, {failed} failed" if failed else "rows"
             progress.update(task, completed=done, description=description)
 
-        done, failed = run(rows, output, answer, workers if server else 1, report)
-    console.print(f"[bold]{output}[/bold] holds {done:,} rows.")
-    if failed:
-        console.print(
-            f"{len(failed)} rows failed; run the same command to try them again. First error: {escape(failed[0])}"
-        )
-        raise typer.Exit(1)
+        return run(rows, output, answer, workers, report)

@@ -23,7 +23,7 @@ Capture = Annotated[
 ]
 
 
-def show_figures(result: "Comparison") -> None:
+def show_speed(result: "Comparison") -> None:
     """Print the speed of both, the acceptance length, tokens per cycle, and whether the texts are identical."""
     table = Table(show_header=False, box=None, padding=(0, 2))
     table.add_row("the target alone", f"{result.plain_rate:.1f} tokens/s")

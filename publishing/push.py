@@ -151,8 +151,9 @@ def check_same_tensors(folder: Path, loaded: dict[str, str], expected: dict[str,
     names = {*loaded, *expected}
     differing = sorted(name for name in names if loaded.get(name) != expected.get(name))
     if differing:
+        shown = ", ".join(differing[:3])
         raise ValueError(
-            f"The repository staged in {folder} loads otherwise in a fresh process: {', '.join(differing[:3])} differ."
+            f"The repository staged in {folder} loads with other weights in a fresh process: {shown}."
         )
 
 

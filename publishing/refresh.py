@@ -350,8 +350,8 @@ class _Branch:
         return sorted(shards)
 
     def _check_config_values(self, loaded: dict[str, Any]) -> None:
-        """Raise ValueError if the new code reads a value otherwise than config.json has it."""
-        if self.layout == "engines":  # its keys are other ones, so compare what would be written
+        """Raise ValueError if the new code reads another value than config.json has."""
+        if self.layout == "engines":  # has other keys, so compare the config as written in it
             config = self.draft_class.config_class.from_dict(loaded)
             loaded = json.loads(json.dumps(engines_layout(config)))
         stored = {key: value for key, value in self.config.items() if key not in _BOOKKEEPING}
@@ -408,7 +408,7 @@ def _operation(change: FileChange) -> CommitOperationAdd | CommitOperationDelete
 
 
 def _on_hub_now(done: dict[str, str], failed: str) -> str:
-    """Return a sentence that says which branches have the new code after a failure."""
+    """Return a sentence that lists the branches with the new code, after a failure."""
     if not done:
         return "Nothing was pushed: all is as it was."
     updated = "".join(f"{branch} is new (commit {commit[:8]}), " for branch, commit in done.items())

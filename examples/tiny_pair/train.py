@@ -53,6 +53,7 @@ HEAD_SHAPE = {"selector_rank": 32, "selector_top_k": 8}
 
 
 def main() -> None:
+    """Run the whole script."""
     options = arguments()
     torch.set_num_threads(options.threads)
     tokenizer = make_tokenizer(options.output_dir)
@@ -71,6 +72,7 @@ def main() -> None:
 
 
 def arguments() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
