@@ -94,6 +94,7 @@ def test_generate_fails_on_differing_texts_in_float32_alone(differing, dtype, st
         assert done.stderr == ""
 
 
+@pytest.mark.quick
 def test_generate_streams_the_text_and_ends_in_the_figures():
     words = ["generate", "def main(", "--target", str(TINY / "target"), "--draft", str(TINY / "draft")]
     output = run(*words, "--max-new-tokens", "40").output

@@ -42,6 +42,7 @@ def pair():
 # The original implementation --------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick
 def test_candidates_and_path_are_those_of_the_original_code():
     data = load_file(GOLDEN / "golden.safetensors")
     draft = DFlash2DraftModel.from_pretrained(GOLDEN / "draft")
@@ -52,6 +53,7 @@ def test_candidates_and_path_are_those_of_the_original_code():
     assert not torch.equal(path, logits.argmax(-1))  # the selector chose otherwise than each position by itself
 
 
+@pytest.mark.quick
 def test_generated_tokens_are_those_of_the_original_code():
     data = load_file(GOLDEN / "golden.safetensors")
     draft = DFlash2DraftModel.from_pretrained(GOLDEN / "draft")

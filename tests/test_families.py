@@ -26,6 +26,7 @@ def test_a_family_of_the_table_decodes_exactly(family):
     assert family in TESTED
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("family", "reason"),
     [

@@ -87,6 +87,7 @@ def test_the_draft_may_also_be_given_as_the_assistant(pair):
     assert torch.equal(plain, ours)
 
 
+@pytest.mark.quick
 def test_generation_settings_may_come_from_the_target_or_in_a_config(pair):
     target, draft = pair
     settings = GenerationConfig(max_new_tokens=12, repetition_penalty=1.4, eos_token_id=5, pad_token_id=0)

@@ -189,6 +189,7 @@ def test_what_a_name_says_of_quantisation_is_told_from_the_rest(name, rest):
     assert split_precision(name) == (rest, name[len(rest) :])
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     "name", ["Qwen/Qwen3-8B-AWQ", "unsloth/Qwen3-8B-bnb-4bit", "RedHatAI/Qwen3-8B-quantized.w4a16", "me/qwen3-8b_fp8"]
 )

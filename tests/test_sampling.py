@@ -68,6 +68,7 @@ def test_sampling_is_exact_for_other_families_too(family):
     assert torch.equal(sample(target, draft.speculate, 3, **asked), sample(target, Plain(), 3, **asked))
 
 
+@pytest.mark.quick
 def test_spec_generate_samples_with_the_same_noise():
     target = tiny.target("qwen3")
     draft, ids = tiny.draft(target), tiny.prompt(6)
