@@ -16,10 +16,18 @@ import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .compat_dflash import attention_name, difference, names_attention, own_eager, set_attention_name
+from .compat_dflash import (
+    attention_name,
+    difference,
+    names_attention,
+    own_eager,
+    set_attention_name,
+)
 
 
-def visible(query: torch.Tensor, key: torch.Tensor, window: int | None, causal: bool) -> torch.Tensor:
+def visible(
+    query: torch.Tensor, key: torch.Tensor, window: int | None, causal: bool
+) -> torch.Tensor:
     """Tell which keys a query sees, by their positions in one text. The draft, the target and training use this rule.
 
     A causal layer hides later keys. A window of W hides keys at a distance of W or more, on both sides.
@@ -61,7 +69,13 @@ class BlockMasks:
         kinds: masks to build at once. A block that is captured must find them in place.
     """
 
-    def __init__(self, padding_mask: torch.Tensor, slots: torch.Tensor, size: int, kinds: Iterable[MaskKind] = ()):
+    def __init__(
+        self,
+        padding_mask: torch.Tensor,
+        slots: torch.Tensor,
+        size: int,
+        kinds: Iterable[MaskKind] = (),
+    ):
         self.padding_mask = padding_mask
         self.slots, self.size = slots, size
         self.offsets = torch.arange(size, device=slots.device)  # [Q]
@@ -99,7 +113,7 @@ class BlockMasks:
             mask.scatter_(-1, index, values.expand_as(index))
 
     def _values(self, where: torch.Tensor, kind: MaskKind) -> torch.Tensor:
-        """`[B, 1, 1, Q, M]` for the slots `where [B, M]`."""
+        """Return the masks for the slots `where [B, M]`: `[B, 1, 1, Q, M]`."""
         seen = self.visible_slots(where, kind.window, kind.causal)
         values = torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, float("-inf"))
         return values.to(kind.device, kind.dtype)[:, None, None]
@@ -110,7 +124,9 @@ class BlockMasks:
         With the block at slot 8, a chain of 3: its second position sees slots 0 to 9 if causal, and 0 to 10 if not.
         Of a tree, a causal position sees its ancestors and not its siblings.
         """
-        offset = where - self.slots[:, None]  # [B, M]; below 0 is the context, from Q on nothing is written yet
+        offset = (
+            where - self.slots[:, None]
+        )  # [B, M]; below 0 is the context, from Q on nothing is written yet
         in_block = (offset >= 0) & (offset < self.size)
         member = offset.clamp(0, self.size - 1)
         # Relative to the anchor, context lies at its offset and a position of the block at its depth in the tree.
@@ -118,7 +134,9 @@ class BlockMasks:
         seen = visible(self.depths[:, :, None], key[:, None], window, causal)
         written = (offset < self.size)[:, None]
         if causal:
-            lineage = self.ancestors.gather(2, member[:, None].expand(-1, self.size, -1))  # [B, Q, M]
+            lineage = self.ancestors.gather(
+                2, member[:, None].expand(-1, self.size, -1)
+            )  # [B, Q, M]
             written = torch.where(in_block[:, None], lineage, written)
         padding = self.padding_mask.gather(1, where)[:, None]
         itself = offset[:, None] == self.offsets[:, None]
@@ -141,7 +159,11 @@ class BlockAttention:
     """
 
     def __init__(self, model: Any, layer_kinds: list[tuple[int | None, bool]]):
-        configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+        configs = {
+            id(module.config): module.config
+            for module in model.modules()
+            if hasattr(module, "config")
+        }
         self.configs = [config for config in configs.values() if names_attention(config)]
         self.layer_kinds = layer_kinds
         self.name = f"dflash_slots_{id(self):x}"
@@ -199,7 +221,9 @@ class BlockAttention:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attend from `query [B, G * H, Q, D]` to `key, value [B, H, L, D]`: `[B, Q, G * H, D]`, and no weights."""
         if attention_mask is not None:
-            raise difference(f"{type(module).__name__} brings a mask of its own, which is not read over slots")
+            raise difference(
+                f"{type(module).__name__} brings a mask of its own, which is not read over slots"
+            )
         if not torch.compiler.is_compiling():
             self.layers_seen.append(module.layer_idx)
         beyond_sdpa = any(kwargs.get(name) is not None for name in ("softcap", "s_aux"))
@@ -210,7 +234,9 @@ class BlockAttention:
             return own_eager(module)(module, query, key, value, mask, scaling=scaling, **kwargs)
         packed = query.unflatten(1, (key.shape[1], groups)).flatten(2, 3)  # [B, H, G * Q, D]
         output = scaled_dot_product_attention(packed, key, value, attn_mask=mask, scale=scaling)
-        return output.unflatten(2, (groups, query.shape[2])).flatten(1, 2).transpose(1, 2).contiguous(), None
+        return output.unflatten(2, (groups, query.shape[2])).flatten(1, 2).transpose(
+            1, 2
+        ).contiguous(), None
 
     def check_layers(self, layers: set[int], whose: str) -> None:
         """Check that all of `layers` called `attend` in the last forward.
@@ -220,8 +246,12 @@ class BlockAttention:
         """
         seen, self.layers_seen = self.layers_seen, []
         missing = layers - set(seen)
-        if missing and len(seen) != len(layers):  # a module that several layers share knows no number of its own
-            raise difference(f"Layer {min(missing)} of {whose} did not ask the attention that its config names")
+        if missing and len(seen) != len(
+            layers
+        ):  # a module that several layers share knows no number of its own
+            raise difference(
+                f"Layer {min(missing)} of {whose} did not ask the attention that its config names"
+            )
 
     def _layer_kind(self, module: Any) -> tuple[int | None, bool]:
         """Return the window of a layer, and whether it is causal.
@@ -232,13 +262,17 @@ class BlockAttention:
         if len(set(self.layer_kinds)) == 1:
             return self.layer_kinds[0]
         if module.layer_idx not in range(len(self.layer_kinds)):
-            raise difference(f"{type(module).__name__} does not know which of {len(self.layer_kinds)} layers it is")
+            raise difference(
+                f"{type(module).__name__} does not know which of {len(self.layer_kinds)} layers it is"
+            )
         return self.layer_kinds[module.layer_idx]
 
     def _mask(self, module: Any, groups: int, query: torch.Tensor) -> torch.Tensor:
         """Return the mask for one layer, `[B, 1, G * Q, S]`."""
         if self.masks is None:
-            raise RuntimeError("The target was called from elsewhere while a draft decodes; call it afterwards.")
+            raise RuntimeError(
+                "The target was called from elsewhere while a draft decodes; call it afterwards."
+            )
         window, causal = self._layer_kind(module)
         kind = MaskKind(window, causal, groups, query.dtype, query.device)
         if kind not in self.masks.built:

@@ -58,9 +58,13 @@ class SlotLayer(CacheLayerMixin):
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Refuse: a layer does not know its slots, `SlotView.update` does."""
-        raise NotImplementedError("A layer's cache was updated directly, so its slots are not known.")
+        raise NotImplementedError(
+            "A layer's cache was updated directly, so its slots are not known."
+        )
 
-    def write(self, parts: list[torch.Tensor], key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+    def write(
+        self, parts: list[torch.Tensor], key_states: torch.Tensor, value_states: torch.Tensor
+    ) -> None:
         """Write `[B, H, N, D]` to flat slots, one part `[B * n]` of the N positions after the other.
 
         A later part may overwrite an earlier one, which one write of all would do in no defined order.
@@ -92,7 +96,10 @@ class SlotLayer(CacheLayerMixin):
         """Make room for `capacity` slots."""
         if self.is_initialized:
             self.keys, self.values = (
-                torch.cat([old, old.new_zeros(old.shape[0], capacity - old.shape[1], *old.shape[2:])], dim=1)
+                torch.cat(
+                    [old, old.new_zeros(old.shape[0], capacity - old.shape[1], *old.shape[2:])],
+                    dim=1,
+                )
                 for old in (self.keys, self.values)
             )
 
@@ -146,7 +153,12 @@ class SlotView(Cache):
         self.parts, self.length = parts, length
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        *args: Any,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write `[B, H, N, D]` and return what attention reads, `[B, H, L, D]`."""
         layer = self.layers[layer_idx]
@@ -184,7 +196,9 @@ class SlotCache:
     @property
     def slot_layers(self) -> dict[int, SlotLayer]:
         """The layers with keys and values, by their number."""
-        return {index: layer for index, layer in enumerate(self.layers) if isinstance(layer, SlotLayer)}
+        return {
+            index: layer for index, layer in enumerate(self.layers) if isinstance(layer, SlotLayer)
+        }
 
     def reserve(self, slots: int) -> None:
         """Make room for this many slots, and let forwards read all of them."""
@@ -203,7 +217,7 @@ class SlotCache:
         return SlotView(self.layers, [self._flat(part) for part in parts], self.length)
 
     def _flat(self, slots: torch.Tensor) -> torch.Tensor:
-        """`slots [B, N]` as rows of the flattened buffers, `[B * N]`."""
+        """Return `slots [B, N]` as rows of the flattened buffers: `[B * N]`."""
         if slots.shape[0] == 1:
             return slots[0]
         offsets = torch.arange(slots.shape[0], device=slots.device)[:, None] * self.capacity
@@ -257,7 +271,11 @@ class RecurrentLayers:
     """
 
     def __init__(self, cache_layers: list[Any], layers: nn.ModuleList):
-        self.states = {i: layer for i, layer in enumerate(cache_layers) if isinstance(layer, LinearAttentionLayer)}
+        self.states = {
+            i: layer
+            for i, layer in enumerate(cache_layers)
+            if isinstance(layer, LinearAttentionLayer)
+        }
         self.mixers = {index: find_mixer(layers[index]) for index in self.states}
         self.mixer_inputs: MixerInputs = {}
 
@@ -297,10 +315,14 @@ class RecurrentLayers:
         snapshot.mixer_inputs, self.mixer_inputs = self.mixer_inputs, {}
         for index, states in snapshot.states.items():
             if any(states) and index not in snapshot.mixer_inputs:
-                raise difference(f"The recurrent part of layer {index} of {whose} was not called as a module")
+                raise difference(
+                    f"The recurrent part of layer {index} of {whose} was not called as a module"
+                )
 
 
-def roll_back(recurrent: RecurrentLayers, snapshot: Snapshot, committed: list[int], size: int) -> None:
+def roll_back(
+    recurrent: RecurrentLayers, snapshot: Snapshot, committed: list[int], size: int
+) -> None:
     """Leave the states as if each row had seen only its first `committed[row]` of the block's `size` tokens.
 
     Rows that committed the whole block are right as they are.
@@ -308,11 +330,15 @@ def roll_back(recurrent: RecurrentLayers, snapshot: Snapshot, committed: list[in
     for count in sorted(set(committed) - {size}):
         rows = [row for row, tokens in enumerate(committed) if tokens == count]
         for index, states in snapshot.states.items():
-            if any(states):  # some versions count layers without a mixer as recurrent; those never hold a state
+            if any(
+                states
+            ):  # some versions count layers without a mixer as recurrent; those never hold a state
                 _recompute(recurrent, index, snapshot, rows, count)
 
 
-def _recompute(recurrent: RecurrentLayers, index: int, snapshot: Snapshot, rows: list[int], count: int) -> None:
+def _recompute(
+    recurrent: RecurrentLayers, index: int, snapshot: Snapshot, rows: list[int], count: int
+) -> None:
     """Run the mixer of one layer again for some rows, over their first `count` tokens, and put their states in."""
     layer = recurrent.states[index]
     after = (layer.conv_states, layer.recurrent_states)
@@ -369,7 +395,9 @@ def find_mixer(layer: nn.Module) -> nn.Module:
             found = getattr(found, part, None)
         if found is not None:
             return found
-    raise ValueError(f"{type(layer).__name__} keeps recurrent state in a module that is not known here.")
+    raise ValueError(
+        f"{type(layer).__name__} keeps recurrent state in a module that is not known here."
+    )
 
 
 def _part(value: Any, rows: list[int], count: int) -> Any:

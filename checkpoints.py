@@ -35,7 +35,17 @@ _TAIL = re.compile(rf"(?:[-_.](?:{_QUANTISED}|{_PRECISE}|{_DETAILS}))+$", re.IGN
 _NAMED = re.compile(rf"[-_.](?:{_QUANTISED}|{_PRECISE})(?![^-_.])", re.IGNORECASE)
 
 # Tags of cards that say nothing of how their checkpoint came from its base, though it was trained or changed.
-_CHANGED = {"generated_from_trainer", "trl", "sft", "dpo", "merge", "mergekit", "lora", "abliterated", "uncensored"}
+_CHANGED = {
+    "generated_from_trainer",
+    "trl",
+    "sft",
+    "dpo",
+    "merge",
+    "mergekit",
+    "lora",
+    "abliterated",
+    "uncensored",
+}
 
 
 @dataclass
@@ -128,11 +138,19 @@ def origin_of(target: Target, catalogue: Sequence["DFlashDraftSpec"]) -> Origin 
     bases = (_by_name(base, target, catalogue) for base in card.bases) if card else ()
     base = next((base for base in bases if base), None)
     if card and base and _card_counts(card, base, named, target.name):
-        why = _reason(target.name, base, "its card", card.relation == "quantized") if card.same else ""
+        why = (
+            _reason(target.name, base, "its card", card.relation == "quantized")
+            if card.same
+            else ""
+        )
         return Origin(base, card.same, why)
     if named:
         local = Path(target.name).is_dir()
-        return Origin(named, True, _reason(target.name, named, f"its {'folder' if local else 'name'} and shape"))
+        return Origin(
+            named,
+            True,
+            _reason(target.name, named, f"its {'folder' if local else 'name'} and shape"),
+        )
     written = _text_in(Path(target.name) / "config.json", "_name_or_path")
     if written and (base := _by_name(written, target, catalogue)):
         return Origin(base, True, _reason(target.name, base, "its config.json"))
@@ -152,7 +170,9 @@ def _card_counts(card: Card, base: str, named: str | None, name: str) -> bool:
 
 def _by_name(name: str, target: Target, catalogue: Sequence["DFlashDraftSpec"]) -> str | None:
     """The checkpoint of the catalogue that has this name but for the precision; under another owner, and this shape."""
-    exact = next((known for _, known in _all_targets(catalogue) if known.casefold() == name.casefold()), None)
+    exact = next(
+        (known for _, known in _all_targets(catalogue) if known.casefold() == name.casefold()), None
+    )
     if exact:
         return exact
     owner, _, rest = split_precision(name)[0].casefold().rpartition("/")
@@ -206,7 +226,9 @@ def read_card(name: str, ask: bool) -> Card | None:
     except (OSError, ValueError, YAMLError):
         return None
     said = data.get("base_model")
-    bases = tuple(base for base in (said if isinstance(said, list) else [said]) if isinstance(base, str))
+    bases = tuple(
+        base for base in (said if isinstance(said, list) else [said]) if isinstance(base, str)
+    )
     return Card(bases, _relation(data, bases)) if bases else None
 
 
@@ -229,7 +251,9 @@ def _file_of(name: str, file: str, ask: bool = True) -> Path | None:
     silent = dict.fromkeys(("gated_repo", "missing_entries", "connection_errors"), False)
     silent = {f"_raise_exceptions_for_{what}": value for what, value in silent.items()}
     try:
-        found = cached_file(name, file, local_files_only=not (ask and _on_hub(name, file)), **silent)
+        found = cached_file(
+            name, file, local_files_only=not (ask and _on_hub(name, file)), **silent
+        )
     except (OSError, ValueError):  # no such repository, or no name that one could have
         return None
     return Path(found) if found else None
@@ -239,7 +263,9 @@ def _on_hub(name: str, file: str) -> bool:
     """Whether the Hub answers that it has a file; asked once, where a download would try for half a minute."""
     try:
         return HfApi().file_exists(name, file)
-    except Exception:  # of the HTTP library, which is another one in each major version of huggingface_hub
+    except (
+        Exception
+    ):  # of the HTTP library, which is another one in each major version of huggingface_hub
         return False
 
 

@@ -18,7 +18,9 @@ from .commands.resolve import resolve
 from .commands.train import train
 from .commands.version import version
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__
+)
 
 # The options of `train` are the Trainer's: its own parser reads them, and prints its help.
 TRAINERS_OWN = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import transformers
+from packaging.version import Version
 from transformers import AutoModel, masking_utils
 from transformers.utils import cached_file
 
@@ -34,11 +35,21 @@ def versions() -> str:
 
 
 def difference(what: str) -> ValueError:
-    """The error for a model that does not run as it is expected to: `what` is different, and what to do."""
+    """Return the error for a model that runs in another way than expected: what differs, and what to do."""
+    oldest, newest = (Version(version) for version in CHECKED)
+    advice = (
+        f"This version of dflash-hub was checked with transformers {oldest} to {newest}: upgrade it (pip install "
+        "--upgrade dflash-hub; for a draft whose code came from the Hub, its owner runs `dflash-hub refresh`), or "
+        "install one of those."
+    )
+    if oldest <= Version(transformers.__version__) <= newest:
+        advice = (
+            "This version of dflash-hub was checked with this transformers, so it is this model that it cannot "
+            "decode, or something has changed it. Call `target.eval()` if it is in training mode; else generate "
+            "without a draft."
+        )
     return ValueError(
-        f"{what} ({versions()}). The text could come out wrong, so it is not written. This version of dflash-hub was "
-        f"checked with transformers {CHECKED[0]} to {CHECKED[1]}: upgrade it (pip install --upgrade dflash-hub; for a "
-        "draft whose code came from the Hub, its owner runs `dflash-hub refresh`), or install one of those."
+        f"{what} ({versions()}). The text could come out wrong, so it is not written. {advice}"
     )
 
 
@@ -190,7 +201,9 @@ def own_eager(module: Any) -> Callable:
     return home.eager_attention_forward
 
 
-def visible_in_window(window: int, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor | None:
+def visible_in_window(
+    window: int, queries: torch.Tensor, keys: torch.Tensor
+) -> torch.Tensor | None:
     """Which `keys [M]` each of `queries [Q]` sees through a causal window, by transformers' own masks: `[Q, M]`.
 
     Checked with 5.15.1 to 5.24.0. None where a version has no such function; the window is then crossed to see.
@@ -253,6 +266,9 @@ def find_file(name: Any, file: str, **where: Any) -> Path | None:
 
     Checked with 5.15.1 to 5.24.0; can go when `cached_file` has public arguments for that.
     """
-    silent = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    silent = {
+        "_raise_exceptions_for_missing_entries": False,
+        "_raise_exceptions_for_connection_errors": False,
+    }
     found = cached_file(name, file, **where, **silent)
     return None if found is None else Path(found)

@@ -156,7 +156,9 @@ class DFlashConfig(PretrainedConfig):
         if older is not None:
             check_field("torch_dtype", older, kind=FIELDS["dtype"])
         dtype = older if dtype is None else dtype
-        self.dtype = getattr(torch, dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+        self.dtype = (
+            getattr(torch, dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+        )
 
     def _settle_rope(self, kwargs: dict[str, Any]) -> None:
         """A dict of our own, since transformers fills it in place, without what says nothing."""
@@ -165,7 +167,9 @@ class DFlashConfig(PretrainedConfig):
         rope = modern_rope("rope_parameters", said | partial)
         theta = kwargs.get("rope_theta")
         if theta is not None and rope.get("rope_theta", theta) != theta:
-            raise ValueError(f"rope_theta is {theta}, but rope_parameters has {rope['rope_theta']}; say one of them.")
+            raise ValueError(
+                f"rope_theta is {theta}, but rope_parameters has {rope['rope_theta']}; say one of them."
+            )
         check_rope(rope, self.head_dim)
         self.rope_parameters = rope or None
 
@@ -214,7 +218,9 @@ class DFlashConfig(PretrainedConfig):
                 f"({self.num_key_value_heads})."
             )
 
-    def check_target(self, hidden_size: int, num_layers: int, vocab_size: int, embedding_rows: int) -> None:
+    def check_target(
+        self, hidden_size: int, num_layers: int, vocab_size: int, embedding_rows: int
+    ) -> None:
         """Refuse a target that this draft was not made for; a misfit would draft nonsense, or fail far from its cause.
 
         Args:
@@ -229,11 +235,36 @@ class DFlashConfig(PretrainedConfig):
         fc = len(self.target_layer_ids)
         misfits = [
             (hidden_size != self.hidden_size, "hidden_size", self.hidden_size, hidden_size),
-            (hidden_size * fc != self.fc_width, "fc width (taps x tap width)", self.fc_width, hidden_size * fc),
-            (self.num_target_layers not in (None, num_layers), "num_target_layers", self.num_target_layers, num_layers),
-            (self.target_layer_ids[-1] >= num_layers, "last tapped layer", self.target_layer_ids[-1], num_layers),
-            (self.mask_token_id >= embedding_rows, "mask_token_id", self.mask_token_id, embedding_rows),
-            (self.vocab_size not in (None, vocab_size, embedding_rows), "vocab_size", self.vocab_size, vocab_size),
+            (
+                hidden_size * fc != self.fc_width,
+                "fc width (taps x tap width)",
+                self.fc_width,
+                hidden_size * fc,
+            ),
+            (
+                self.num_target_layers not in (None, num_layers),
+                "num_target_layers",
+                self.num_target_layers,
+                num_layers,
+            ),
+            (
+                self.target_layer_ids[-1] >= num_layers,
+                "last tapped layer",
+                self.target_layer_ids[-1],
+                num_layers,
+            ),
+            (
+                self.mask_token_id >= embedding_rows,
+                "mask_token_id",
+                self.mask_token_id,
+                embedding_rows,
+            ),
+            (
+                self.vocab_size not in (None, vocab_size, embedding_rows),
+                "vocab_size",
+                self.vocab_size,
+                vocab_size,
+            ),
         ]
         units = {
             "last tapped layer": "layers, counted from 0",
@@ -256,7 +287,12 @@ class DFlashConfig(PretrainedConfig):
     @classmethod
     def own_fields(cls) -> list[str]:
         """The fields that are a draft's, and not every model's."""
-        return [name for one in cls.__mro__ if issubclass(one, DFlashConfig) for name in one.__annotations__]
+        return [
+            name
+            for one in cls.__mro__
+            if issubclass(one, DFlashConfig)
+            for name in one.__annotations__
+        ]
 
     # Reading ---------------------------------------------------------------------------------------------------
 
@@ -268,10 +304,16 @@ class DFlashConfig(PretrainedConfig):
         except (json.JSONDecodeError, UnicodeDecodeError):
             raise  # transformers says that it is no JSON
         except (RecursionError, ValueError):
-            raise ValueError(f"{json_file} holds a list or a number too large to be read; it must not.") from None
+            raise ValueError(
+                f"{json_file} holds a list or a number too large to be read; it must not."
+            ) from None
         if content == {}:
             raise ValueError(f"{json_file} is {{}}; it must be a dict of fields.")
-        return {key: value for key, value in check_content(content).items() if key != "configuration_files"}
+        return {
+            key: value
+            for key, value in check_content(content).items()
+            if key != "configuration_files"
+        }
 
     @classmethod
     def from_json_file(cls, json_file: Any) -> Any:
@@ -279,7 +321,9 @@ class DFlashConfig(PretrainedConfig):
         return cls.from_dict(cls._dict_from_json_file(json_file))
 
     @classmethod
-    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict, dict]:
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: Any, **kwargs: Any
+    ) -> tuple[dict, dict]:
         """As in transformers. Every layout is translated on purpose, so its `model_type` is no cause for a warning."""
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if not config_dict:
@@ -307,7 +351,9 @@ class DFlashConfig(PretrainedConfig):
             if dtype is not None and not (isinstance(dtype, str) and dtype == "auto"):
                 check_field(name, dtype, kind=FIELDS["dtype"])
                 given["dtype"] = dtype
-        return super().from_dict(EXTENSIONS.read_layout(config_dict, given, cls.model_type), **kwargs)
+        return super().from_dict(
+            EXTENSIONS.read_layout(config_dict, given, cls.model_type), **kwargs
+        )
 
     # Writing ---------------------------------------------------------------------------------------------------
 
@@ -315,7 +361,9 @@ class DFlashConfig(PretrainedConfig):
         """The hub layout: the typed fields, and the version of dflash-hub that wrote them."""
         return super().to_dict() | {"dflash_hub_version": __version__}
 
-    def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, layout: str = "hub", **kwargs: Any):
+    def save_pretrained(
+        self, save_directory: Any, push_to_hub: bool = False, layout: str = "hub", **kwargs: Any
+    ):
         """Write config.json in the hub layout, or with `layout="engines"` in the one that serving engines load."""
         if check_layout(layout) == "engines":
             if push_to_hub:
@@ -331,7 +379,9 @@ class DFlashConfig(PretrainedConfig):
 
     def __eq__(self, other: object) -> bool:
         """Two configs are equal when they describe the same draft, wherever each was read from."""
-        return getattr(other, "model_type", None) == self.model_type and _content(self) == _content(other)
+        return getattr(other, "model_type", None) == self.model_type and _content(self) == _content(
+            other
+        )
 
 
 def check_layout(layout: str) -> str:

@@ -40,7 +40,9 @@ class DFlash2Config(DFlashConfig):
                 "must."
             )
         if self.vocab_size is None:
-            raise ValueError("A DFlash 2 draft keeps codebooks of its target's tokens, so vocab_size must be said.")
+            raise ValueError(
+                "A DFlash 2 draft keeps codebooks of its target's tokens, so vocab_size must be said."
+            )
         if self.selector_top_k > self.vocab_size:
             raise ValueError(
                 f"selector_top_k is {self.selector_top_k}; it must be from 1 to vocab_size, {self.vocab_size}."

@@ -27,9 +27,13 @@ def generate(model: Any, **kwargs: Any) -> Any:
     Raises:
         ValueError: the draft was not made for this target, or something was asked for that has no meaning with it.
     """
-    repository = sys._getframe(1).f_locals.get("custom_generate")  # `generate` does not tell which one it was given
+    repository = sys._getframe(1).f_locals.get(
+        "custom_generate"
+    )  # `generate` does not tell which one it was given
     if not isinstance(repository, str):
-        raise ValueError('Call this by `target.generate(..., custom_generate="org/draft", trust_remote_code=True)`.')
+        raise ValueError(
+            'Call this by `target.generate(..., custom_generate="org/draft", trust_remote_code=True)`.'
+        )
     hub = {name: kwargs.pop(name) for name in _HUB if kwargs.get(name) is not None}
     draft = _draft(repository, model, hub)
     return model.generate(custom_generate=draft.speculate, **kwargs)
@@ -42,6 +46,8 @@ def _draft(repository: str, model: Any, hub: dict[str, Any]) -> Any:
         hub = hub | {"revision": commit}
     key = (repository, commit, model.device, model.dtype)
     if key not in _DRAFTS:
-        loaded = AutoModel.from_pretrained(repository, dtype=model.dtype, trust_remote_code=True, **hub)
+        loaded = AutoModel.from_pretrained(
+            repository, dtype=model.dtype, trust_remote_code=True, **hub
+        )
         _DRAFTS[key] = loaded.to(model.device).eval()
     return _DRAFTS[key]

@@ -80,7 +80,9 @@ class DraftState:
         """Return the masks for blocks of `size` at `slots [B]`; new ones where the buffers grew."""
         masks, capacity = self.masks, self.cache.capacity
         if masks is None or masks.padding_mask.shape[1] < capacity:
-            masks = self.masks = BlockMasks(pad_to(self.padding_mask, capacity), slots, size, attention.mask_kinds)
+            masks = self.masks = BlockMasks(
+                pad_to(self.padding_mask, capacity), slots, size, attention.mask_kinds
+            )
         return masks
 
 
@@ -99,7 +101,9 @@ class Drafter:
         self.head_device, self.head_dtype = next(self.head.parameters()).device, target.dtype
         self.attention = BlockAttention(draft, layer_kinds(draft.config))
         self.no_masks = dict.fromkeys(draft.config.layer_types)
-        self.runner = BlockRunner(self._run_block, lambda state: (state.cache.length, state.cache.capacity))
+        self.runner = BlockRunner(
+            self._run_block, lambda state: (state.cache.length, state.cache.capacity)
+        )
 
     @contextmanager
     def decoding(self, padding_mask: torch.Tensor, mode: str) -> Iterator[DraftState]:
@@ -112,7 +116,9 @@ class Drafter:
         shape = (len(padding_mask), self.size - 1)
         noise_ids = torch.full(shape, self.draft.config.mask_token_id, device=padding_mask.device)
         padding_mask = padding_mask.to(self.draft.device)
-        first = (~padding_mask).int().argmax(dim=1, keepdim=True)  # the slot at which each row's text begins
+        first = (
+            (~padding_mask).int().argmax(dim=1, keepdim=True)
+        )  # the slot at which each row's text begins
         cache = SlotCache(DynamicCache(config=self.draft.config))
         with self.runner.using(mode), self.attention.installed():
             yield DraftState(cache, padding_mask, -first, noise_ids)
@@ -135,10 +141,14 @@ class Drafter:
 
     def _update_cache(self, state: DraftState, features: torch.Tensor, slots: torch.Tensor) -> None:
         state.cache.reserve(int(slots.max()) + 1)
-        self.draft.extend_cache(self._to_draft(features), state.positions(slots), state.cache.at(slots))
+        self.draft.extend_cache(
+            self._to_draft(features), state.positions(slots), state.cache.at(slots)
+        )
         state.cache.check_written(slots.shape[1], "the draft")
 
-    def draft_block(self, state: DraftState, anchor: torch.Tensor, slots: torch.Tensor, num_slots: int) -> DraftOutput:
+    def draft_block(
+        self, state: DraftState, anchor: torch.Tensor, slots: torch.Tensor, num_slots: int
+    ) -> DraftOutput:
         """Run a block of noise after `anchor [B, 1]`.
 
         Args:
@@ -146,16 +156,24 @@ class Drafter:
             num_slots: slots that the longest row needs, its block included.
         """
         own_slots = slots.to(self.draft.device)
-        if state.pending is None:  # all context is cached; the block overwrites the slots of these zeros
+        if (
+            state.pending is None
+        ):  # all context is cached; the block overwrites the slots of these zeros
             shape = (len(slots), self.size, self.draft.config.fc_width)
             zeros = torch.zeros(shape, device=own_slots.device, dtype=self.draft.dtype)
             state.pending = PendingContext(zeros, own_slots)
         context = state.pending
-        wider = max(0, context.features.shape[1] - self.size)  # a tree that was verified may be wider than a block
+        wider = max(
+            0, context.features.shape[1] - self.size
+        )  # a tree that was verified may be wider than a block
         state.cache.reserve(num_slots + wider)
         with self.attention.under(state.masks_for(own_slots, self.size, self.attention)):
-            output: DraftOutput = self.runner(state, anchor, context.features, context.slots, own_slots)
-        return DraftOutput(output.logits.to(slots.device), output.states, output.tokens.to(slots.device))
+            output: DraftOutput = self.runner(
+                state, anchor, context.features, context.slots, own_slots
+            )
+        return DraftOutput(
+            output.logits.to(slots.device), output.states, output.tokens.to(slots.device)
+        )
 
     def tokens_for(
         self, scores: torch.Tensor, output: DraftOutput, anchor: torch.Tensor, pair_scale: float
@@ -187,12 +205,16 @@ class Drafter:
         noise_ids = torch.cat([anchor, state.noise_ids], dim=1)
         noise_embeds = self._to_draft(embed_noise(self.embed, noise_ids))
         positions = state.positions(torch.cat([before, block_slots], dim=1))
-        states = self.draft(noise_embeds, context, self.no_masks, positions, view).last_hidden_state[:, 1:]
+        states = self.draft(
+            noise_embeds, context, self.no_masks, positions, view
+        ).last_hidden_state[:, 1:]
         if not torch.compiler.is_compiling():
             state.cache.check_written(positions.shape[1], "the draft")
             self.attention.check_layers(set(range(len(self.draft.layers))), "the draft")
         logits = self.draft.logits(states.to(self.head_device, self.head_dtype), self.head)
-        tokens = self.draft.select_tokens(logits.to(slots.device), states, anchor.to(slots.device), 1.0)
+        tokens = self.draft.select_tokens(
+            logits.to(slots.device), states, anchor.to(slots.device), 1.0
+        )
         return DraftOutput(logits, states, tokens)
 
     def _to_draft(self, states: torch.Tensor) -> torch.Tensor:

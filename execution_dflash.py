@@ -2,8 +2,8 @@
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
 """How a block runs: eager, as a CUDA graph, or compiled, to avoid the launch cost of every single operation.
 
-This file travels with every pushed draft. A block has the same shapes in every cycle and works on buffers that stay
-where they are, so it can be captured once and replayed. A capture is compared with the eager block before it is used.
+This file travels with every pushed draft. A block has the same shapes in every cycle, on buffers that stay in
+place. So it can be captured once and replayed. A capture is compared with the eager block before it is used.
 What cannot be captured runs eagerly, after one warning.
 """
 
@@ -27,7 +27,9 @@ def resolve_mode(capture: str, model: Any, recurrent: bool) -> str:
     """
     asks = capture in ("graphs", "compile")
     if recurrent and asks:
-        logger.warning_once(f"capture={capture!r} is not for targets with recurrent state; blocks run eagerly.")
+        logger.warning_once(
+            f"capture={capture!r} is not for targets with recurrent state; blocks run eagerly."
+        )
     if recurrent:
         return "eager"
     if asks:
@@ -49,7 +51,9 @@ class BlockRunner:
 
     def __init__(self, function: Callable, key: Callable[[Any], Any]):
         self.function, self.key = function, key
-        self.compiled: Callable = function  # until it is asked for: the compiler takes seconds to import
+        self.compiled: Callable = (
+            function  # until it is asked for: the compiler takes seconds to import
+        )
         self.mode = "eager"
         self.failed_modes: set[str] = set()
         self.last_key: Any = None
@@ -75,7 +79,9 @@ class BlockRunner:
         key = (self.key(state), *(tensor.shape for tensor in inputs))
         if self.mode == "compile" and key in self.verified_keys:
             return self._run_compiled(key, state, *inputs)
-        if key != self.last_key:  # run eagerly, so that buffers made when first used exist before recording
+        if (
+            key != self.last_key
+        ):  # run eagerly, so that buffers made when first used exist before recording
             self.last_key, self.capture = key, None
             return self.function(state, *inputs)
         if self.capture is None:
@@ -94,7 +100,9 @@ class BlockRunner:
         try:
             capture = self._capture(state, inputs)
             result = capture(*inputs)
-        except Exception as error:  # a compiler or a driver may raise anything; the function itself still runs
+        except (
+            Exception
+        ) as error:  # a compiler or a driver may raise anything; the function itself still runs
             first_line = (str(error).splitlines() or [""])[0]
             self._run_eagerly(f"{type(error).__name__}: {first_line}")
             return expected
@@ -112,7 +120,9 @@ class BlockRunner:
         return Graph(lambda *tensors: self.function(state, *tensors), inputs)
 
     def _run_eagerly(self, reason: str) -> None:
-        logger.warning_once(f"A block could not be run with capture={self.mode!r} ({reason}); it runs eagerly.")
+        logger.warning_once(
+            f"A block could not be run with capture={self.mode!r} ({reason}); it runs eagerly."
+        )
         self.failed_modes.add(self.mode)
         self.mode = "eager"
 

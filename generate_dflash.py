@@ -17,7 +17,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList, TemperatureLogitsWarper
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+)
 from transformers.cache_utils import Cache
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.utils import ModelOutput
@@ -38,7 +43,13 @@ from .proposals_dflash import ChainProposer, Proposer
 from .sampling_dflash import PositionNoise, Sampler
 from .selfcheck_dflash import check_alone, circumstances
 from .sequences_dflash import Prompt, Sequences, StopConditions
-from .support_dflash import base_model, check_batch_cache, check_options, check_target, warn_of_new_family
+from .support_dflash import (
+    base_model,
+    check_batch_cache,
+    check_options,
+    check_target,
+    warn_of_new_family,
+)
 from .target_dflash import Target, TargetState, is_recurrent
 
 DRAFT_SAMPLING = ("greedy", "coupled")
@@ -58,8 +69,8 @@ class SpeculativeGenerate:
     Besides all that `generate` takes, it takes five keywords, none of which changes the text:
 
     statistics: a `DecodeStatistics` to fill.
-    draft_sampling: "coupled" (when sampling, the draft draws its tokens with the same noise as the target) or "greedy"
-        (it always proposes its likeliest tokens, which are accepted less often).
+    draft_sampling: how the draft chooses tokens when text is sampled. "coupled": with the same noise as the target.
+        "greedy": always the likeliest, which are accepted less often.
     capture: how blocks run. "auto" is CUDA graphs for dense targets on a GPU and eager elsewhere; "graphs" and
         "compile" (torch.compile, with a warm-up of about 30 s) ask for one; "eager" is neither.
     strict: refuse a target whose family the tests do not decode. Otherwise its self-check decides.
@@ -79,7 +90,11 @@ class SpeculativeGenerate:
     def session(self, model: Any) -> "DecoderSession":
         """Return a session for this target, the compiled one where it still fits."""
         session = self.compiled_session
-        if session is not None and session.target.model is model and session.key == session_key(self.draft, model):
+        if (
+            session is not None
+            and session.target.model is model
+            and session.key == session_key(self.draft, model)
+        ):
             return session
         return DecoderSession(self.draft, model, self.checked.setdefault(model, set()))
 
@@ -113,6 +128,8 @@ class SpeculativeGenerate:
         check_options(generation_config, logits_processor, input_ids, inputs)
         _check_choice("draft_sampling", draft_sampling, DRAFT_SAMPLING)
         _check_choice("capture", capture, CAPTURE)
+        _check_method("statistics", statistics, "add_cycle")
+        _check_method("proposer", proposer, "__call__")
         prompt = Prompt(input_ids, inputs, generation_config.return_dict_in_generate)
         if len(input_ids) > 1 and made_by_user(prompt.cache, unmarked=False):
             check_batch_cache(model)
@@ -162,7 +179,9 @@ class DecodeRequest:
 
     def state(self, target: Target, on_target: TargetState) -> DecodeState:
         """Return the state of this decode, before the prefill."""
-        return DecodeState(target, on_target, self.prompt, self.sequences, self.sampler, self.step_outputs)
+        return DecodeState(
+            target, on_target, self.prompt, self.sequences, self.sampler, self.step_outputs
+        )
 
     def output(self, cache: Cache | None) -> ModelOutput:
         """Return the dict that `generate` returns."""
@@ -190,7 +209,9 @@ class DecoderSession:
         self.drafter = Drafter(draft, model)
         self.key = session_key(draft, model)
 
-    def decode(self, request: DecodeRequest, statistics: DecodeStatistics | None = None) -> Cache | None:
+    def decode(
+        self, request: DecodeRequest, statistics: DecodeStatistics | None = None
+    ) -> Cache | None:
         """Decode to the end, one decode of a target at a time; both models are left as they were found.
 
         Returns:
@@ -209,7 +230,9 @@ class DecoderSession:
                 proposer = request.proposer(ChainProposer(drafter, on_draft, request.sampler))
                 with recorder.phase("prefill"):
                     first_slot = import_past_key_values(prompt.cache, on_target, drafter, on_draft)
-                    checked = prefill(state, proposer, first_slot, self._check_size(on_target, prompt))
+                    checked = prefill(
+                        state, proposer, first_slot, self._check_size(on_target, prompt)
+                    )
                 decode(state, proposer, recorder)
                 cache = export_past_key_values(state, drafter, on_draft)
             if checked:
@@ -241,13 +264,25 @@ def session_key(draft: Any, model: Any) -> tuple:
     """Return what a session was made for, and may have changed since."""
     found = []
     for one in (draft, model):
-        found.append((one.dtype, one.device, attention_name(one.config.get_text_config(decoder=True))))
+        found.append(
+            (one.dtype, one.device, attention_name(one.config.get_text_config(decoder=True)))
+        )
     return tuple(found)
 
 
 def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(known)}.")
+
+
+def _check_method(name: str, value: Any, method: str) -> None:
+    """Refuse a keyword that is not what it must be, before the prefill."""
+    if value is not None and not hasattr(value, method):
+        kind = {
+            "add_cycle": "a DecodeStatistics()",
+            "__call__": "a function of the draft's proposer",
+        }
+        raise ValueError(f"{name} is {value!r}; it must be {kind[method]}.")
 
 
 def _requested_outputs(config: GenerationConfig) -> tuple[str, ...]:
@@ -269,7 +304,7 @@ def check_compatible(config: Any, target: Any, strict: bool = False) -> None:
     """
     check_target(target, strict)
     text = target.config.get_text_config(decoder=True)
-    rows = target.get_input_embeddings().num_embeddings
+    rows = target.get_input_embeddings().weight.shape[0]
     config.check_target(text.hidden_size, text.num_hidden_layers, text.vocab_size, rows)
 
 
@@ -309,7 +344,9 @@ def spec_generate(
     warpers = LogitsProcessorList([TemperatureLogitsWarper(float(temperature))] if sampled else [])
     request = DecodeRequest(
         Prompt(input_ids, {"attention_mask": torch.ones_like(input_ids), "use_cache": True}),
-        Sequences(input_ids, StopConditions(input_ids.shape[1] + max_new_tokens, ends, has_eos=True)),
+        Sequences(
+            input_ids, StopConditions(input_ids.shape[1] + max_new_tokens, ends, has_eos=True)
+        ),
         Sampler(warpers, PositionNoise() if sampled else None),
         StepOutputs((), len(input_ids)),
         resolve_mode("auto", target, is_recurrent(target)),
@@ -326,19 +363,31 @@ def _token_ids(tokens: Any) -> tuple[int, ...]:
     found = tokens.flatten().tolist() if isinstance(tokens, torch.Tensor) else tokens
     found = [found] if isinstance(found, int) else found
     if isinstance(found, str) or not all(isinstance(token, int) for token in found):
-        raise ValueError(f"stop_token_ids is {tokens!r}; it must be token ids, such as [tokenizer.eos_token_id].")
+        raise ValueError(
+            f"stop_token_ids is {tokens!r}; it must be token ids, such as [tokenizer.eos_token_id]."
+        )
     return tuple(found)
 
 
-def _check_arguments(target: Any, input_ids: torch.Tensor, max_new_tokens: int, temperature: float) -> None:
+def _check_arguments(
+    target: Any, input_ids: torch.Tensor, max_new_tokens: int, temperature: float
+) -> None:
     if not hasattr(target, "get_output_embeddings"):
         raise ValueError(f"target is {target!r}; pass the loaded model, not its name.")
     if not isinstance(input_ids, torch.Tensor) or input_ids.is_floating_point():
-        raise ValueError(f"input_ids is {type(input_ids).__name__}; pass a tensor of token ids, [B, P].")
+        raise ValueError(
+            f"input_ids is {type(input_ids).__name__}; pass a tensor of token ids, [B, P]."
+        )
     if input_ids.ndim != 2 or input_ids.numel() == 0:
         shape = tuple(input_ids.shape)
-        raise ValueError(f"input_ids has shape {shape}; decoding takes rows of at least one token, [B, P].")
+        raise ValueError(
+            f"input_ids has shape {shape}; decoding takes rows of at least one token, [B, P]."
+        )
     if not isinstance(max_new_tokens, int) or max_new_tokens < 0:
         raise ValueError(f"max_new_tokens is {max_new_tokens!r}; it must be an int, 0 or more.")
-    if not isinstance(temperature, int | float) or not (temperature == 0 or 1e-5 <= temperature < float("inf")):
-        raise ValueError(f"temperature is {temperature}; it must be 0 (greedy) or a number from 1e-5 up.")
+    if not isinstance(temperature, int | float) or not (
+        temperature == 0 or 1e-5 <= temperature < float("inf")
+    ):
+        raise ValueError(
+            f"temperature is {temperature}; it must be 0 (greedy) or a number from 1e-5 up."
+        )

@@ -59,8 +59,8 @@ class DecodeStatistics:
     def add_cycle(self, counts: list[tuple[int, int]], size: int) -> None:
         """Count one cycle of blocks of `size`.
 
-        In a cycle of two rows with the counts (3, 4) and (0, 1), the first accepted 3 drafted tokens and committed
-        those and the target's own; the second committed only the target's own.
+        Example: two rows with the counts (3, 4) and (0, 1). The first committed 3 drafted tokens and the target's own.
+        The second committed only the target's own.
 
         Args:
             counts: for each row, drafted tokens accepted and tokens committed; 0 committed once it is finished.
@@ -89,7 +89,11 @@ class Recorder:
         started = now(self.device)
         yield
         field_name = f"{name}_seconds"
-        setattr(self.statistics, field_name, getattr(self.statistics, field_name) + now(self.device) - started)
+        setattr(
+            self.statistics,
+            field_name,
+            getattr(self.statistics, field_name) + now(self.device) - started,
+        )
 
     def record_cycle(self, counts: list[tuple[int, int]], size: int) -> None:
         """Count a cycle, see `DecodeStatistics.add_cycle`."""
@@ -175,7 +179,11 @@ class DecodeState:
 
     def user_code(self) -> AbstractContextManager[None]:
         """Let processors, stopping criteria and streamers that are not transformers' own call the target inside."""
-        runs = self.sampler.reads_text or self.sequences.streamer is not None or self.sequences.stop_conditions.others
+        runs = (
+            self.sampler.reads_text
+            or self.sequences.streamer is not None
+            or self.sequences.stop_conditions.others
+        )
         return self.target.attention.uninstalled() if runs else nullcontext()
 
     def prefixes(self, proposal: Proposal) -> list[list[torch.Tensor]] | None:
@@ -187,7 +195,11 @@ class DecodeState:
         return self.sequences.tree_prefixes(proposal.tokens, paths(proposal.parents))
 
     def commit(
-        self, target_tokens: torch.Tensor, accepted: torch.Tensor, scores: torch.Tensor, logits: torch.Tensor
+        self,
+        target_tokens: torch.Tensor,
+        accepted: torch.Tensor,
+        scores: torch.Tensor,
+        logits: torch.Tensor,
     ) -> list[tuple[int, int]]:
         """Append tokens to every row, and move each to its new anchor.
 
@@ -201,13 +213,17 @@ class DecodeState:
         Raises:
             ValueError: the target's logits are not numbers.
         """
-        cycle = torch.cat([target_tokens, accepted[:, None]], dim=1).tolist()  # the cycle's one transfer to the host
+        cycle = torch.cat(
+            [target_tokens, accepted[:, None]], dim=1
+        ).tolist()  # the cycle's one transfer to the host
         tokens = [row[: row[-1] + 1] for row in cycle]
         self._check_numbers(tokens)
         counts = self.sequences.append_tokens(tokens)
         self.step_outputs.collect(scores, logits, counts)
         steps = (accepted + 1) * self.active
-        if self.sequences.row_ended:  # finished rows stop advancing; tokens computed for them are ignored
+        if (
+            self.sequences.row_ended
+        ):  # finished rows stop advancing; tokens computed for them are ignored
             steps = torch.tensor(counts, device=steps.device)
             self.active = torch.tensor(self.sequences.active, device=steps.device).long()
         self.slots = self.slots + steps
@@ -262,7 +278,9 @@ def run_chunk(state: DecodeState, first: int, last: int, num_logits: int) -> Tar
     """
     prompt = state.prompt
     if first == 0:
-        return state.target.prefill(state.on_target, prompt.model_inputs(state.target.model, last), num_logits)
+        return state.target.prefill(
+            state.on_target, prompt.model_inputs(state.target.model, last), num_logits
+        )
     slots = torch.arange(first, last, device=prompt.device).expand(len(state.slots), -1)
     positions = prompt.positions[..., first:last]
     return state.target.prefill_chunk(state.on_target, prompt.ids(first, last), slots, positions)
@@ -278,7 +296,9 @@ def decode(state: DecodeState, proposer: Proposer, recorder: Recorder) -> None:
     target, on_target = state.target, state.on_target
     while not state.sequences.finished:
         with recorder.phase("draft"):
-            proposal = proposer.propose(state)  # a tree for each row, tokens [B, Q], with the anchor as its root
+            proposal = proposer.propose(
+                state
+            )  # a tree for each row, tokens [B, Q], with the anchor as its root
         with recorder.phase("verify"):
             on_target.cache.reserve(max(state.last_slots) + proposal.size)
             verified = target.verify(on_target, proposal.tokens, state.slots, proposal.ancestors)
@@ -286,12 +306,19 @@ def decode(state: DecodeState, proposer: Proposer, recorder: Recorder) -> None:
             target_tokens, scores = state.sampler.sample(
                 verified.logits, state.next_slots, proposal.depths, state.prefixes(proposal)
             )
-            accepted, path = accept(proposal, target_tokens)  # drafted tokens that stay [B], and which [B, Q]
+            accepted, path = accept(
+                proposal, target_tokens
+            )  # drafted tokens that stay [B], and which [B, Q]
             if proposal.parents is not None:
                 target_tokens, scores = target_tokens.gather(1, path), gather_path(scores, path)
                 verified = target.move_path(on_target, verified, state.slots, path)
             proposer.commit(verified.features, state.slots)
             counts = state.commit(target_tokens, accepted, scores, verified.logits)
             with recorder.phase("rollback"):
-                roll_back(on_target.recurrent, verified.snapshot, [count for _, count in counts], proposal.size)
+                roll_back(
+                    on_target.recurrent,
+                    verified.snapshot,
+                    [count for _, count in counts],
+                    proposal.size,
+                )
         recorder.record_cycle(counts, proposal.size)

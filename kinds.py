@@ -64,7 +64,9 @@ class DraftKind:
         """
         if self.demo_folder is None:
             shown = ", ".join(kind.name for kind in KINDS.values() if kind.demo_folder)
-            raise ValueError(f"The built-in pair has no draft of the kind {self.name}; choose one of {shown}.")
+            raise ValueError(
+                f"The built-in pair has no draft of the kind {self.name}; choose one of {shown}."
+            )
         return pair / self.demo_folder
 
 

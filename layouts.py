@@ -58,9 +58,14 @@ _PLACES = {
 }
 _TAP_PLACES = ("target_layer_ids", "dflash_config.target_layer_ids")
 # hidden_states indices, where 0 is the embedding: one more than the layer whose output they are.
-_SHIFTED_TAP_PLACES = ("eagle_aux_hidden_state_layer_ids", "dflash_config.eagle_aux_hidden_state_layer_ids")
+_SHIFTED_TAP_PLACES = (
+    "eagle_aux_hidden_state_layer_ids",
+    "dflash_config.eagle_aux_hidden_state_layer_ids",
+)
 _SHIFTED_TAPS = list_of(
-    "a list of indices of hidden_states, ints from 1 up, at least one, ascending", int_from(1, LAYERS), ascending=True
+    "a list of indices of hidden_states, ints from 1 up, at least one, ascending",
+    int_from(1, LAYERS),
+    ascending=True,
 )
 _WINDOW_PLACES = ("sliding_window", "dflash_config.swa_window_size", "dflash_config.sliding_window")
 _REDUCED_PLACES = ("draft_vocab_size", "dflash_config.draft_vocab_size")
@@ -120,7 +125,11 @@ _NESTED = {
         *(place for places in _PLACES.values() for place in places),
         *(*_TAP_PLACES, *_SHIFTED_TAP_PLACES, *_WINDOW_PLACES, *_REDUCED_PLACES),
         *(f"dflash_config.{key.removeprefix('dflash_config.')}" for _, key, _ in _FEATURES),
-        *(f"dflash_config.{key}" for kind in DRAFT_LAYOUTS.values() for key in (*kind.fields, *kind.scales)),
+        *(
+            f"dflash_config.{key}"
+            for kind in DRAFT_LAYOUTS.values()
+            for key in (*kind.fields, *kind.scales)
+        ),
         *(f"dflash_config.{key}" for key in (*_HARMLESS, "use_swa")),
     )
     if place.startswith("dflash_config.")
@@ -161,17 +170,27 @@ def _signs_of(name: str, config: dict[str, Any]) -> dict[str, Any]:
         for field in layout.fields:
             if place.get(field) not in _OFF:
                 signs[f"{outer}{field}"] = place.get(field)
-    named = {"model_type": model_type_of(config), "speculators_model_type": config.get("speculators_model_type")}
-    named |= {f"{outer}projector_type": place.get("projector_type") for outer, place in outer_places.items()}
+    named = {
+        "model_type": model_type_of(config),
+        "speculators_model_type": config.get("speculators_model_type"),
+    }
+    named |= {
+        f"{outer}projector_type": place.get("projector_type")
+        for outer, place in outer_places.items()
+    }
     signs |= {place: value for place, value in named.items() if value == name}
     architectures = config.get("architectures")
     names = architectures if isinstance(architectures, list | tuple) else [architectures]
-    if any(isinstance(architecture, str) and layout.name_part in architecture for architecture in names):
+    if any(
+        isinstance(architecture, str) and layout.name_part in architecture for architecture in names
+    ):
         signs["architectures"] = architectures
     return signs
 
 
-def read_layout(config: dict[str, Any], given: dict[str, Any], variant: str = BASE) -> dict[str, Any]:
+def read_layout(
+    config: dict[str, Any], given: dict[str, Any], variant: str = BASE
+) -> dict[str, Any]:
     """Translate the config.json of any published layout into the keywords of its kind's config.
 
     Args:
@@ -200,10 +219,16 @@ class _Layout:
         self.architecture = next(iter(self.architectures), None)
         model_type = model_type_of(config)
         if model_type is not None:
-            check_field("model_type", model_type, f"The draft's config.json says model_type is {shown(model_type)}")
+            check_field(
+                "model_type",
+                model_type,
+                f"The draft's config.json says model_type is {shown(model_type)}",
+            )
         self.muse = self.architecture == MUSE or model_type == "muse_glimmer_assistant"
         if model_type == "laguna":
-            raise ValueError(refusal("per-tap norms and attention gates (Laguna)", "model_type", model_type))
+            raise ValueError(
+                refusal("per-tap norms and attention gates (Laguna)", "model_type", model_type)
+            )
 
     def at(self, place: str) -> Any:
         outer, _, inner = place.rpartition(".")
@@ -214,7 +239,9 @@ class _Layout:
         value = self.at(place)
         if value is not None:
             where = "" if place == field else f" ({place})"
-            check_field(field, value, f"The draft's config.json says {field} is {shown(value)}{where}", kind)
+            check_field(
+                field, value, f"The draft's config.json says {field} is {shown(value)}{where}", kind
+            )
         return value
 
     def agreed(self, field: str, places: tuple[str, ...]) -> Any:
@@ -223,7 +250,11 @@ class _Layout:
             return self.given[field]
         said = {place: self.value(field, place) for place in places}
         if field == "dtype":
-            return one_of(field, said, {place: str(value).removeprefix("torch.") for place, value in said.items()})
+            return one_of(
+                field,
+                said,
+                {place: str(value).removeprefix("torch.") for place, value in said.items()},
+            )
         return one_of(field, said)
 
     def fields(self) -> dict[str, Any]:
@@ -247,7 +278,12 @@ class _Layout:
         """Every field that all its places must agree on; those that are read in their own way are not among them."""
         names = [field for field in (*REQUIRED, *DEFAULTED) if field != "target_layer_ids"]
         places = {field: _PLACES.get(field, (field,)) for field in names}
-        places.update({field: (field, f"dflash_config.{field}") for field in (*self.kind.fields, *self.kind.scales)})
+        places.update(
+            {
+                field: (field, f"dflash_config.{field}")
+                for field in (*self.kind.fields, *self.kind.scales)
+            }
+        )
         return places
 
     def refuse_foreign(self) -> None:
@@ -266,7 +302,11 @@ class _Layout:
 
     def refuse_no_draft(self) -> None:
         known = self.kind.architectures
-        silent = not self.nested and self.at("target_layer_ids") is None and self.at("mask_token_id") is None
+        silent = (
+            not self.nested
+            and self.at("target_layer_ids") is None
+            and self.at("mask_token_id") is None
+        )
         if self.architecture in known or (self.architecture is None and (self.given or not silent)):
             return
         raise ValueError(
@@ -295,12 +335,21 @@ class _Layout:
                 said = f"The draft's config.json has dflash_config.{key}, which is {shown(value)}; no such key is known"
                 nearest = difflib.get_close_matches(str(key).lower(), sorted(_NESTED), n=1)
                 at_top = self.places().get(key) == (key,) or key in _ONLY_AT_TOP
-                advice = f"is {nearest[0]} meant?" if nearest else "remove it if the draft does not need it."
-                raise ValueError(f"{said}, so it is refused: {'it belongs at the top.' if at_top else advice}")
+                advice = (
+                    f"is {nearest[0]} meant?"
+                    if nearest
+                    else "remove it if the draft does not need it."
+                )
+                raise ValueError(
+                    f"{said}, so it is refused: {'it belongs at the top.' if at_top else advice}"
+                )
 
     def refuse_lengths(self, layers: int) -> None:
         """Refuse what is said layer by layer for another number of layers."""
-        places = [("layer_types", "layer_types"), *(("is_causal", place) for place in _PLACES["is_causal"])]
+        places = [
+            ("layer_types", "layer_types"),
+            *(("is_causal", place) for place in _PLACES["is_causal"]),
+        ]
         for field, place in places:
             said = None if field in self.given else self.value(field, place)
             if isinstance(said, list) and len(said) != layers:
@@ -312,7 +361,11 @@ class _Layout:
     def refuse_shapes(self, fields: dict[str, Any]) -> None:
         vocab, reduced = fields.get("vocab_size"), self.agreed("draft_vocab_size", _REDUCED_PLACES)
         if reduced is not None and reduced != vocab:
-            raise ValueError(refusal(f"a reduced vocabulary (of vocab_size, {vocab})", "draft_vocab_size", reduced))
+            raise ValueError(
+                refusal(
+                    f"a reduced vocabulary (of vocab_size, {vocab})", "draft_vocab_size", reduced
+                )
+            )
         width = self.value("v_head_dim", "v_head_dim")
         if width not in (None, fields["head_dim"]):
             keys = f"values of another width than keys (head_dim, {fields['head_dim']})"
@@ -341,16 +394,27 @@ class _Layout:
     def unsaid(self, places: tuple[str, ...]) -> str:
         """How places say nothing: they are not there, null, or empty."""
         if "dflash_config" in self.config and not self.nested:
-            places = tuple(dict.fromkeys("dflash_config" if "." in place else place for place in places))
-        there = [place.rpartition(".")[2] in (self.nested if "." in place else self.config) for place in places]
+            places = tuple(
+                dict.fromkeys("dflash_config" if "." in place else place for place in places)
+            )
+        there = [
+            place.rpartition(".")[2] in (self.nested if "." in place else self.config)
+            for place in places
+        ]
         told = zip(places, there, strict=True)
-        return ", ".join(f"{place} is {shown(self.at(place))}" if found else f"no {place}" for place, found in told)
+        return ", ".join(
+            f"{place} is {shown(self.at(place))}" if found else f"no {place}"
+            for place, found in told
+        )
 
     def layer_types(self, layers: int) -> list[str]:
         """Which layers slide. `use_swa` makes all of them slide where `layer_types` names none, as vLLM reads it."""
         if "layer_types" in self.given:
             return self.agreed("layer_types", ())
-        said, forced = self.value("layer_types", "layer_types"), self.value("use_swa", "dflash_config.use_swa")
+        said, forced = (
+            self.value("layer_types", "layer_types"),
+            self.value("use_swa", "dflash_config.use_swa"),
+        )
         used = self.value("use_sliding_window", "use_sliding_window")
         for place, value in (("use_sliding_window", used), ("dflash_config.use_swa", forced)):
             if SLIDING in (said or ()) and value is False:
@@ -377,7 +441,9 @@ class _Layout:
         window = self.agreed("sliding_window", _WINDOW_PLACES)
         if window is None:
             said = {place: self.at(place) for place in ("layer_types", "dflash_config.use_swa")}
-            why = " and ".join(f"{place} is {shown(value)}" for place, value in said.items() if value)
+            why = " and ".join(
+                f"{place} is {shown(value)}" for place, value in said.items() if value
+            )
             raise ValueError(
                 f"The draft has sliding layers{f' ({why})' if why else ''}, but its config.json does not say how far "
                 f"they see ({self.unsaid(_WINDOW_PLACES)}); supply it: from_pretrained(..., sliding_window=...), "
@@ -396,13 +462,18 @@ class _Layout:
     def rope(self, head_dim: int) -> dict[str, Any]:
         """`rope_parameters`, from either form or both. A theta is never guessed."""
         if "rope_parameters" in self.given:
-            forms = {"rope_parameters": modern_rope("rope_parameters", self.given["rope_parameters"])}
+            forms = {
+                "rope_parameters": modern_rope("rope_parameters", self.given["rope_parameters"])
+            }
         else:
             forms = {
-                place: modern_rope(place, self.value(place, place)) for place in ("rope_parameters", "rope_scaling")
+                place: modern_rope(place, self.value(place, place))
+                for place in ("rope_parameters", "rope_scaling")
             }
         merged: dict[str, Any] = {}
-        for key in dict.fromkeys(key for form in forms.values() for key in form if key != "rope_theta"):
+        for key in dict.fromkeys(
+            key for form in forms.values() for key in form if key != "rope_theta"
+        ):
             said = {f"{place}.{key}": form[key] for place, form in forms.items() if key in form}
             merged[key] = one_of("rope_parameters", said)
         merged["rope_theta"] = self.rope_theta(forms)
@@ -413,12 +484,20 @@ class _Layout:
                 "rope_parameters={'rope_type': ..., ...})."
             )
         said_there = {place: self.given.get(place, self.at(place)) for place in forms}
-        check_rope(merged, head_dim, " and ".join(f"{place} is {shown(form)}" for place, form in said_there.items()))
+        check_rope(
+            merged,
+            head_dim,
+            " and ".join(f"{place} is {shown(form)}" for place, form in said_there.items()),
+        )
         return {"rope_type": "default"} | merged
 
     def rope_theta(self, forms: dict[str, dict[str, Any]]) -> float:
         """The caller's, in either keyword; else the one that all places which say something agree on."""
-        said = {f"{place}.rope_theta": form["rope_theta"] for place, form in forms.items() if "rope_theta" in form}
+        said = {
+            f"{place}.rope_theta": form["rope_theta"]
+            for place, form in forms.items()
+            if "rope_theta" in form
+        }
         top = self.agreed("rope_theta", ("rope_theta",))
         if "rope_theta" in self.given:
             said = {"rope_theta": top}

@@ -49,7 +49,9 @@ class DraftLayout:
 
 
 DRAFT_LAYOUTS = {
-    "dflash": DraftLayout("DFlash", "DFlashDraftModel", ("DFlashDraftModel", "Qwen3DFlashDraftModel", MUSE)),
+    "dflash": DraftLayout(
+        "DFlash", "DFlashDraftModel", ("DFlashDraftModel", "Qwen3DFlashDraftModel", MUSE)
+    ),
     "dflash2": DraftLayout(
         "DFlash 2",
         "DFlash2DraftModel",
@@ -78,7 +80,12 @@ class Kind:
 
 def int_from(low: int, high: int, step: int = 1) -> Kind:
     def fits(value: Any) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high and value % step == 0
+        return (
+            isinstance(value, int)
+            and not isinstance(value, bool)
+            and low <= value <= high
+            and value % step == 0
+        )
 
     return Kind(f"an {'int' if step == 1 else 'even int'} from {low} to {high}", fits)
 
@@ -90,7 +97,12 @@ def _number(low: float, high: float, above: bool = False) -> Kind:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         return number and low <= value <= high and not (above and value == low)
 
-    return Kind(f"a number above {low:g}, at most {high:g}" if above else f"a number from {low:g} to {high:g}", fits)
+    return Kind(
+        f"a number above {low:g}, at most {high:g}"
+        if above
+        else f"a number from {low:g} to {high:g}",
+        fits,
+    )
 
 
 def list_of(words: str, item: Kind, longest: int = 1000, ascending: bool = False) -> Kind:
@@ -102,7 +114,9 @@ def list_of(words: str, item: Kind, longest: int = 1000, ascending: bool = False
 
 
 def _choice(names: tuple[str, ...]) -> Kind:
-    return Kind(f"one of {', '.join(names)}", lambda value: isinstance(value, str) and value in names)
+    return Kind(
+        f"one of {', '.join(names)}", lambda value: isinstance(value, str) and value in names
+    )
 
 
 def _is_dtype(value: Any) -> bool:
@@ -116,7 +130,9 @@ def _is_activation(value: Any) -> bool:
 
 
 def _is_auto_map(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(name, str | list | None) for name in value.values())
+    return isinstance(value, dict) and all(
+        isinstance(name, str | list | None) for name in value.values()
+    )
 
 
 def _is_labels(value: Any) -> bool:
@@ -127,7 +143,12 @@ _BOOL = Kind("True or False", lambda value: isinstance(value, bool))
 _STR = Kind("a string", lambda value: isinstance(value, str))
 _DICT = Kind("a dict", lambda value: isinstance(value, dict))
 LAYERS = 1000
-_WIDTH, _HEADS, _POSITIONS, _ID = int_from(1, 2**20), int_from(1, 4096), int_from(1, 2**30), int_from(0, 2**24 - 1)
+_WIDTH, _HEADS, _POSITIONS, _ID = (
+    int_from(1, 2**20),
+    int_from(1, 4096),
+    int_from(1, 2**30),
+    int_from(0, 2**24 - 1),
+)
 _FACTOR = _number(0, 1e6, above=True)
 _FACTORS = list_of("a list of numbers above 0", _FACTOR, longest=2**16)
 _BOOLS = list_of("a list of True or False", _BOOL, LAYERS)
@@ -137,14 +158,19 @@ FIELDS = {
     "block_size": int_from(2, 1024),
     "mask_token_id": _ID,
     "target_layer_ids": list_of(
-        "a list of 0-based layers of the target, ints, at least one, ascending", int_from(0, LAYERS - 1), ascending=True
+        "a list of 0-based layers of the target, ints, at least one, ascending",
+        int_from(0, LAYERS - 1),
+        ascending=True,
     ),
     "num_target_layers": int_from(1, LAYERS),
     "target_hidden_size": _WIDTH,
     "is_causal": Kind(
-        "True or False, or a list of them, one per layer", lambda value: _BOOL.fits(value) or _BOOLS.fits(value)
+        "True or False, or a list of them, one per layer",
+        lambda value: _BOOL.fits(value) or _BOOLS.fits(value),
     ),
-    "layer_types": list_of(f"a list of {FULL!r} or {SLIDING!r}, one per layer", _choice((FULL, SLIDING)), LAYERS),
+    "layer_types": list_of(
+        f"a list of {FULL!r} or {SLIDING!r}, one per layer", _choice((FULL, SLIDING)), LAYERS
+    ),
     "sliding_window": _POSITIONS,
     "rope_parameters": _DICT,
     "rope_theta": _number(0, 1e15, above=True),
@@ -155,7 +181,9 @@ FIELDS = {
     "num_attention_heads": _HEADS,
     "num_key_value_heads": _HEADS,
     "head_dim": int_from(2, 2**14, step=2),
-    "hidden_act": Kind("the name of an activation that transformers has, such as 'silu'", _is_activation),
+    "hidden_act": Kind(
+        "the name of an activation that transformers has, such as 'silu'", _is_activation
+    ),
     "rms_norm_eps": _number(0, 1, above=True),
     "max_position_embeddings": _POSITIONS,
     "initializer_range": _number(0, 1e3),
@@ -198,7 +226,9 @@ ROPE = {
     "long_factor": _FACTORS,
     "mrope_section": list_of("a list of ints from 0 up", _ID),
     "mrope_interleaved": _BOOL,
-    **dict.fromkeys(("factor", "beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor"), _FACTOR),
+    **dict.fromkeys(
+        ("factor", "beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor"), _FACTOR
+    ),
     **dict.fromkeys(("attention_factor", "mscale", "mscale_all_dim"), _number(0, 1e6)),
 }
 _ROPE_NEEDS = {
@@ -214,7 +244,10 @@ def shown(value: Any, longest: int = 160) -> str:
     """`repr(value)`, shortened where it is long."""
     try:
         text = repr(value)
-    except (ValueError, RecursionError):  # more digits than Python writes; lists in lists in lists ...
+    except (
+        ValueError,
+        RecursionError,
+    ):  # more digits than Python writes; lists in lists in lists ...
         text = f"a {type(value).__name__} too large to be shown"
     return text if len(text) <= longest else f"{text[:longest]} ..."
 
@@ -232,13 +265,17 @@ def check_field(field: str, value: Any, said: str | None = None, kind: Kind | No
     kind = kind or FIELDS[field]
     if not kind.fits(value):
         advice = "" if said else f" (pass {field}=...)"
-        raise ValueError(f"{said or f'{field} is {shown(value)}'}; it must be {kind.words}{advice}.")
+        raise ValueError(
+            f"{said or f'{field} is {shown(value)}'}; it must be {kind.words}{advice}."
+        )
 
 
 def check_content(config: Any) -> dict[str, Any]:
     """The content of a config.json, or a ValueError where it is no dict."""
     if not isinstance(config, dict):
-        raise ValueError(f"The draft's config.json is {shown(config)}; it must be a dict of fields.")
+        raise ValueError(
+            f"The draft's config.json is {shown(config)}; it must be a dict of fields."
+        )
     return config
 
 
@@ -258,7 +295,9 @@ def modern_rope(place: str, form: dict[str, Any] | None) -> dict[str, Any]:
     _refuse_partial_rope(place, form)
     old_type = form.pop("type", None)
     if old_type is not None:
-        said = {f"{place}.type": old_type} | ({f"{place}.rope_type": form["rope_type"]} if "rope_type" in form else {})
+        said = {f"{place}.type": old_type} | (
+            {f"{place}.rope_type": form["rope_type"]} if "rope_type" in form else {}
+        )
         form["rope_type"] = one_of("rope_parameters", said)
     for key, value in form.items():
         check_field(key, value, f"{place}.{key} is {shown(value)}", ROPE[key])
@@ -278,7 +317,9 @@ def check_rope(rope: dict[str, Any], head_dim: int, said: str | None = None) -> 
     for key in _ROPE_NEEDS.get(rope_type, ()):
         if key not in rope:
             said = said or f"rope_parameters is {shown(rope)}"
-            raise ValueError(f"{said}: for rope_type {rope_type!r}, {key} is None; it must be {ROPE[key].words}.")
+            raise ValueError(
+                f"{said}: for rope_type {rope_type!r}, {key} is None; it must be {ROPE[key].words}."
+            )
     for key in ("short_factor", "long_factor"):
         if key in rope and len(rope[key]) != head_dim // 2:
             raise ValueError(
@@ -289,9 +330,13 @@ def check_rope(rope: dict[str, Any], head_dim: int, said: str | None = None) -> 
 
 def _refuse_unknown_rope(place: str, form: dict[str, Any]) -> None:
     for key, value in form.items():
-        if key not in (*ROPE, "type", "partial_rotary_factor", "rope_dim") and not isinstance(value, dict):
+        if key not in (*ROPE, "type", "partial_rotary_factor", "rope_dim") and not isinstance(
+            value, dict
+        ):
             nearest = difflib.get_close_matches(str(key).lower(), ROPE, n=1)
-            advice = f"is {nearest[0]} meant?" if nearest else f"it must be one of {', '.join(ROPE)}."
+            advice = (
+                f"is {nearest[0]} meant?" if nearest else f"it must be one of {', '.join(ROPE)}."
+            )
             said = f"{place}.{key} is {shown(value)}, but no such key is known"
             raise ValueError(f"{said}, so it is refused: {advice}")
 
@@ -301,13 +346,23 @@ def _refuse_partial_rope(place: str, form: dict[str, Any]) -> None:
     nested = [key for key, value in form.items() if isinstance(value, dict)]
     if nested:
         raise ValueError(
-            refusal("rotary embeddings that differ by layer type", f"{place}.{nested[0]}", form[nested[0]])
+            refusal(
+                "rotary embeddings that differ by layer type",
+                f"{place}.{nested[0]}",
+                form[nested[0]],
+            )
         )
     factor = form.pop("partial_rotary_factor", 1.0)
     if not is_among(factor, (1.0,)):
-        raise ValueError(refusal("partial rotary embeddings", f"{place}.partial_rotary_factor", factor, (None, 1.0)))
+        raise ValueError(
+            refusal(
+                "partial rotary embeddings", f"{place}.partial_rotary_factor", factor, (None, 1.0)
+            )
+        )
     if "rope_dim" in form:
-        raise ValueError(refusal("partial rotary embeddings", f"{place}.rope_dim", form["rope_dim"], (None,)))
+        raise ValueError(
+            refusal("partial rotary embeddings", f"{place}.rope_dim", form["rope_dim"], (None,))
+        )
 
 
 def listed(value: Any) -> Any:
@@ -370,12 +425,20 @@ _USUAL = (
     "attention_dropout",
     "use_cache",
 )
-_RARE = ("target_hidden_size", "is_causal", "final_logit_softcapping", "dtype", "quantization_config")
+_RARE = (
+    "target_hidden_size",
+    "is_causal",
+    "final_logit_softcapping",
+    "dtype",
+    "quantization_config",
+)
 DEFAULTED = (*_USUAL, *_RARE)
 # Key inside dflash_config of the engines layout -> the key at the top that says the same.
 _REPEATED = ("block_size", "mask_token_id", "target_layer_ids", "num_target_layers")
 _NESTED = dict(zip(_REPEATED, _REPEATED, strict=True))
-_NESTED.update({"causal": "is_causal", "use_swa": "use_sliding_window", "swa_window_size": "sliding_window"})
+_NESTED.update(
+    {"causal": "is_causal", "use_swa": "use_sliding_window", "swa_window_size": "sliding_window"}
+)
 for _layout in DRAFT_LAYOUTS.values():
     _NESTED.update({name: name for name in (*_layout.fields, *_layout.scales, *_layout.mirrored)})
 
@@ -385,7 +448,9 @@ def model_type_of(config: dict[str, Any]) -> Any:
     return config.get("foreign_model_type", config.get("model_type"))
 
 
-def read_own_layout(config: dict[str, Any], given: dict[str, Any], variant: str = BASE) -> dict[str, Any]:
+def read_own_layout(
+    config: dict[str, Any], given: dict[str, Any], variant: str = BASE
+) -> dict[str, Any]:
     """Translate a config.json in the hub or the engines layout into the keywords of its config class.
 
     A copy of this code in a repository reads these two alone; with dflash_hub imported, `layouts.read_layout` reads
@@ -402,10 +467,20 @@ def read_own_layout(config: dict[str, Any], given: dict[str, Any], variant: str 
     _refuse_other_layouts(check_content(config), variant)
     values = config | _nested_values(config, given) | given
     kind = DRAFT_LAYOUTS[variant]
-    names = [*REQUIRED, *DEFAULTED, *kind.fields, *kind.scales, "layer_types", "sliding_window", "rope_parameters"]
+    names = [
+        *REQUIRED,
+        *DEFAULTED,
+        *kind.fields,
+        *kind.scales,
+        "layer_types",
+        "sliding_window",
+        "rope_parameters",
+    ]
     fields = {name: values[name] for name in names if values.get(name) is not None}
     if "rope_theta" in given:
-        fields["rope_parameters"] = fields.get("rope_parameters", {}) | {"rope_theta": given["rope_theta"]}
+        fields["rope_parameters"] = fields.get("rope_parameters", {}) | {
+            "rope_theta": given["rope_theta"]
+        }
     for name in (*REQUIRED, *kind.fields, *kind.required, "rope_parameters"):
         if name not in fields:
             raise ValueError(
@@ -422,9 +497,13 @@ def _refuse_other_layouts(config: dict[str, Any], variant: str) -> None:
     """Refuse a config.json that is in neither of our two layouts."""
     auto_map = config.get("auto_map") or {}
     entry = str(auto_map.get("AutoModel") if isinstance(auto_map, dict) else auto_map)
-    module = entry.rpartition("--")[2].partition(".")[0]  # transformers may put a repository before the "--"
+    module = entry.rpartition("--")[2].partition(".")[
+        0
+    ]  # transformers may put a repository before the "--"
     if variant not in (model_type_of(config), module):
-        raise ValueError(_unknown(f"model_type is {shown(model_type_of(config))}, auto_map is {shown(auto_map)}"))
+        raise ValueError(
+            _unknown(f"model_type is {shown(model_type_of(config))}, auto_map is {shown(auto_map)}")
+        )
 
 
 def _nested_values(config: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
@@ -457,7 +536,9 @@ def engines_layout(config: Any) -> dict[str, Any]:
     """
     for name in ("num_target_layers", "vocab_size"):
         if getattr(config, name) is None:
-            raise ValueError(f"The engines layout needs {name}, which this draft does not say: set config.{name}.")
+            raise ValueError(
+                f"The engines layout needs {name}, which this draft does not say: set config.{name}."
+            )
     content = {name: getattr(config, name) for name in (*REQUIRED, *_USUAL, "sliding_window")}
     content["architectures"] = [config.architecture]
     content["model_type"] = "qwen3"
@@ -496,8 +577,12 @@ def _engines_nested(config: Any, content: dict[str, Any]) -> dict[str, Any]:
         nested["swa_window_size"] = config.sliding_window
     layout = DRAFT_LAYOUTS[config.model_type]
     nested.update({name: getattr(config, name) for name in layout.fields})
-    nested.update({name: getattr(config, name) for name in layout.scales if getattr(config, name) != 1})
-    nested.update({name: getattr(config, name) for name in layout.mirrored if getattr(config, name)})
+    nested.update(
+        {name: getattr(config, name) for name in layout.scales if getattr(config, name) != 1}
+    )
+    nested.update(
+        {name: getattr(config, name) for name in layout.mirrored if getattr(config, name)}
+    )
     return nested
 
 

@@ -88,14 +88,18 @@ class DFlashAttention(Qwen3Attention):
         read the first as packing.
         """
         sources = torch.cat([context_hidden_states, hidden_states], dim=1)  # [B, C + Q, H]
-        query = self.q_norm(self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
+        query = self.q_norm(
+            self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
+        ).transpose(1, 2)
         query = rotate(query, *position_embeddings)
         key, value = self.keys_and_values(sources, position_embeddings)
         cache = past_key_values if cache is None else cache
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)  # [B, kv heads, K, head_dim]
 
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(attention_name(self.config), eager_attention_forward)
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            attention_name(self.config), eager_attention_forward
+        )
         output, weights = attend(
             self,
             query,
@@ -148,7 +152,9 @@ class DFlashDraftModel(DFlashPreTrainedModel):
         super().__init__(config)
         self.fc = nn.Linear(config.fc_width, config.hidden_size, bias=False)
         self.hidden_norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.layers = nn.ModuleList([self.layer_class(config, index) for index in range(config.num_hidden_layers)])
+        self.layers = nn.ModuleList(
+            [self.layer_class(config, index) for index in range(config.num_hidden_layers)]
+        )
         self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = DFlashRotaryEmbedding(config)
         self.gradient_checkpointing = False
@@ -214,9 +220,13 @@ class DFlashDraftModel(DFlashPreTrainedModel):
                 **{CACHE: cache},
                 **kwargs,
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE_FIELD: cache})
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states), **{CACHE_FIELD: cache}
+        )
 
-    def extend_cache(self, context_hidden_states: torch.Tensor, position_ids: torch.Tensor, cache: Cache) -> None:
+    def extend_cache(
+        self, context_hidden_states: torch.Tensor, position_ids: torch.Tensor, cache: Cache
+    ) -> None:
         """Append context to the cache without predicting a block.
 
         Args:
@@ -248,7 +258,9 @@ class DFlashDraftModel(DFlashPreTrainedModel):
         """
         return scores.argmax(dim=-1)
 
-    def _check_inputs(self, noise_embeds: torch.Tensor, context_hidden_states: torch.Tensor) -> None:
+    def _check_inputs(
+        self, noise_embeds: torch.Tensor, context_hidden_states: torch.Tensor
+    ) -> None:
         taps, width = len(self.config.target_layer_ids), self.config.target_hidden_size
         if context_hidden_states.shape[-1] != self.config.fc_width:
             raise ValueError(
@@ -270,12 +282,16 @@ class DFlashDraftModel(DFlashPreTrainedModel):
     ) -> dict[tuple[str, bool], torch.Tensor | None]:
         """Return one mask per kind of layer, a kind being its type and its causality."""
         kinds: dict[tuple[str, bool], int] = {}
-        for index, kind in enumerate(zip(self.config.layer_types, self.config.causal_layers, strict=True)):
+        for index, kind in enumerate(
+            zip(self.config.layer_types, self.config.causal_layers, strict=True)
+        ):
             kinds.setdefault(kind, index)
         if isinstance(attention_mask, dict):
             chosen = {}
             for kind in kinds:
-                chosen[kind] = attention_mask[kind] if kind in attention_mask else attention_mask[kind[0]]
+                chosen[kind] = (
+                    attention_mask[kind] if kind in attention_mask else attention_mask[kind[0]]
+                )
             return chosen
         if attention_mask is not None and attention_mask.ndim == 4:
             return dict.fromkeys(kinds, attention_mask)
@@ -292,7 +308,9 @@ class DFlashDraftModel(DFlashPreTrainedModel):
         self, attention_mask: torch.Tensor | None, position_ids: torch.Tensor, cache: Cache | None
     ) -> torch.Tensor | None:
         """`attention_mask [B, past + C + Q]` as bool, or None where nothing is padded."""
-        if attention_mask is None or (not torch.compiler.is_compiling() and bool(attention_mask.all())):
+        if attention_mask is None or (
+            not torch.compiler.is_compiling() and bool(attention_mask.all())
+        ):
             return None
         whole = position_ids.shape[-1] + (cache.get_seq_length() if cache is not None else 0)
         if attention_mask.shape[-1] != whole:
@@ -302,7 +320,12 @@ class DFlashDraftModel(DFlashPreTrainedModel):
         return attention_mask.bool()
 
     def _mask(
-        self, block: torch.Tensor, length: int, window: int | None, causal: bool, padding: torch.Tensor | None
+        self,
+        block: torch.Tensor,
+        length: int,
+        window: int | None,
+        causal: bool,
+        padding: torch.Tensor | None,
     ) -> torch.Tensor | None:
         """What the attention implementation wants for `length` keys; None where every query sees every key."""
         padding = None if padding is None else padding[:, -length:]
@@ -316,10 +339,14 @@ class DFlashDraftModel(DFlashPreTrainedModel):
         if attention_name(self.config) == "sdpa":
             return visible[:, None]
         dtype = self.dtype
-        return torch.zeros((), dtype=dtype, device=block.device).where(visible[:, None], torch.finfo(dtype).min)
+        return torch.zeros((), dtype=dtype, device=block.device).where(
+            visible[:, None], torch.finfo(dtype).min
+        )
 
 
-def visible_keys(block: torch.Tensor, length: int, window: int | None, causal: bool) -> torch.Tensor:
+def visible_keys(
+    block: torch.Tensor, length: int, window: int | None, causal: bool
+) -> torch.Tensor:
     """Which keys each position of a block sees.
 
     Args:

@@ -51,7 +51,11 @@ class DynamicConv(nn.Module):
         blocks = states.unflatten(1, (-1, min(self.block_size, states.shape[1])))
         result = torch.zeros_like(states)
         for tap in range(self.taps):
-            moved = pad(blocks[:, :, : blocks.shape[2] - tap], (0, 0, tap, 0)).flatten(1, 2) if tap else states
+            moved = (
+                pad(blocks[:, :, : blocks.shape[2] - tap], (0, 0, tap, 0)).flatten(1, 2)
+                if tap
+                else states
+            )
             groups = moved.unflatten(-1, (-1, self.group_size))
             correction = (corrections[:, :, tap, :, None] * groups).flatten(-2)
             result = torch.addcmul(result + correction, self.base_kernel[side, tap], moved)
@@ -64,16 +68,23 @@ class CandidateSelector(nn.Module):
     def __init__(self, config: DFlash2Config):
         super().__init__()
         self.top_k = config.selector_top_k
-        shape = (config.vocab_size or 0, config.selector_rank)  # the config sees to it that the vocabulary is said
+        shape = (
+            config.vocab_size or 0,
+            config.selector_rank,
+        )  # the config sees to it that the vocabulary is said
         self.predecessor_codebook = nn.Parameter(torch.zeros(shape))
         self.successor_codebook = nn.Parameter(torch.zeros(shape))
         self.hidden_projection = nn.Linear(config.hidden_size, config.selector_rank, bias=False)
 
     def gates(self, states: torch.Tensor, predecessors: torch.Tensor) -> torch.Tensor:
         """A(a) * H(h): `[..., p, R]`, of `states [..., H]` and p `predecessors [..., p]` of each."""
-        return embedding(predecessors, self.predecessor_codebook) * self.hidden_projection(states).unsqueeze(-2)
+        return embedding(predecessors, self.predecessor_codebook) * self.hidden_projection(
+            states
+        ).unsqueeze(-2)
 
-    def walk(self, scores: torch.Tensor, states: torch.Tensor, anchor: torch.Tensor, pair_scale: float) -> torch.Tensor:
+    def walk(
+        self, scores: torch.Tensor, states: torch.Tensor, anchor: torch.Tensor, pair_scale: float
+    ) -> torch.Tensor:
         """One path through the best candidates of each position, `[B, Q - 1]`.
 
         All pairs are scored at once; the walk itself follows pointers, and never waits for the device.
@@ -84,12 +95,20 @@ class CandidateSelector(nn.Module):
             anchor `[B, 1]`: the token before them.
             pair_scale: of what the selector adds to the scores.
         """
-        known = len(self.predecessor_codebook)  # a target's head may be padded beyond its vocabulary
+        known = len(
+            self.predecessor_codebook
+        )  # a target's head may be padded beyond its vocabulary
         unary, candidates = scores[..., :known].topk(self.top_k)  # [B, Q - 1, k]
         first = anchor.clamp_max(known - 1)[:, None].expand(-1, 1, self.top_k)
-        gates = self.gates(states, torch.cat([first, candidates[:, :-1]], dim=1))  # [B, Q - 1, k, R]
-        pairs = gates @ embedding(candidates, self.successor_codebook).mT  # [B, Q - 1, k, k], predecessor by candidate
-        best = (unary.float()[:, :, None] + pair_scale * pairs.float()).argmax(dim=-1)  # [B, Q - 1, k]
+        gates = self.gates(
+            states, torch.cat([first, candidates[:, :-1]], dim=1)
+        )  # [B, Q - 1, k, R]
+        pairs = (
+            gates @ embedding(candidates, self.successor_codebook).mT
+        )  # [B, Q - 1, k, k], predecessor by candidate
+        best = (unary.float()[:, :, None] + pair_scale * pairs.float()).argmax(
+            dim=-1
+        )  # [B, Q - 1, k]
         steps = [best[:, 0, :1]]
         for position in range(1, best.shape[1]):
             steps.append(best[:, position].gather(1, steps[-1]))
@@ -147,7 +166,9 @@ class DFlash2DraftModel(DFlashDraftModel):
         length, size = noise_embeds.shape[1], self.config.block_size
         scale = self.config.input_embedding_scale
         if length > size and length % size:
-            raise ValueError(f"noise_embeds has {length} positions, which are no whole blocks of {size}.")
+            raise ValueError(
+                f"noise_embeds has {length} positions, which are no whole blocks of {size}."
+            )
         return noise_embeds if scale == 1 else noise_embeds * scale
 
     def logits(self, states: torch.Tensor, head: Any) -> torch.Tensor:

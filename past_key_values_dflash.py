@@ -32,7 +32,9 @@ class DraftContext:
     num_slots: int
 
 
-def import_past_key_values(cache: Cache | None, on_target: TargetState, drafter: Drafter, on_draft: DraftState) -> int:
+def import_past_key_values(
+    cache: Cache | None, on_target: TargetState, drafter: Drafter, on_draft: DraftState
+) -> int:
     """Copy what `cache` holds into the slots of target and draft.
 
     Returns:
@@ -68,7 +70,9 @@ def _import_keys(ours: SlotLayer, theirs: Any, slots: int) -> None:
     ours.fill(slots - theirs.keys.shape[2], theirs.keys, theirs.values)
 
 
-def export_past_key_values(state: DecodeState, drafter: Drafter, on_draft: DraftState) -> Cache | None:
+def export_past_key_values(
+    state: DecodeState, drafter: Drafter, on_draft: DraftState
+) -> Cache | None:
     """Fill the cache that `generate` came with, with every slot but the last token's, as views of our buffers.
 
     Returns:
@@ -78,13 +82,19 @@ def export_past_key_values(state: DecodeState, drafter: Drafter, on_draft: Draft
     prompt, cache = state.prompt, state.prompt.cache
     recurrent = bool(state.on_target.recurrent.states)
     ended_apart = len({len(tokens) for tokens in state.sequences.generated}) > 1
-    if not prompt.cache_is_wanted or not isinstance(cache, DynamicCache) or (ended_apart and recurrent):
+    if (
+        not prompt.cache_is_wanted
+        or not isinstance(cache, DynamicCache)
+        or (ended_apart and recurrent)
+    ):
         return None
     output_ids = state.sequences.output_ids()
     slots = prompt.num_cached + output_ids.shape[1] - 1
     if ended_apart:
         _complete(state, output_ids, slots)
-    if not cache.layers and not recurrent:  # a cache made without a config makes its layers when used
+    if (
+        not cache.layers and not recurrent
+    ):  # a cache made without a config makes its layers when used
         cache.layers.extend(cache.layer_class_to_replicate() for _ in state.on_target.cache.layers)
     for ours, theirs in zip(state.on_target.cache.layers, cache.layers, strict=True):
         if isinstance(ours, SlotLayer):
@@ -97,7 +107,9 @@ def export_past_key_values(state: DecodeState, drafter: Drafter, on_draft: Draft
 
 
 def _export_keys(ours: SlotLayer, theirs: Any, slots: int) -> None:
-    window = getattr(theirs, "sliding_window", None)  # a layer that was made without a config has none
+    window = getattr(
+        theirs, "sliding_window", None
+    )  # a layer that was made without a config has none
     first = 0 if window is None else max(0, slots - window + 1)
     keys, values = (states[:, first:slots].transpose(1, 2) for states in (ours.keys, ours.values))
     if not theirs.is_initialized:

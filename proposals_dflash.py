@@ -50,7 +50,7 @@ class Proposal:
 def ancestors(parents: torch.Tensor) -> torch.Tensor:
     """Tell which positions lie on the path from the root to each position of a tree, both included.
 
-    For the parents -1, 0, 0, 1 (the root has two children, the first of them has one) the rows are
+    Example: parents -1, 0, 0, 1. The root has two children, and the first of them has one. The rows are
     [1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 0, 1].
 
     Args:
@@ -61,9 +61,13 @@ def ancestors(parents: torch.Tensor) -> torch.Tensor:
     """
     size = parents.shape[1]
     itself = torch.eye(size, device=parents.device)
-    steps = itself + (parents[..., None] == torch.arange(size, device=parents.device))  # [B, Q, Q], at most one up
+    steps = itself + (
+        parents[..., None] == torch.arange(size, device=parents.device)
+    )  # [B, Q, Q], at most one up
     reach = 1
-    while reach < size:  # each round doubles how far up a position looks, without asking the host for anything
+    while (
+        reach < size
+    ):  # each round doubles how far up a position looks, without asking the host for anything
         steps, reach = ((steps @ steps) > 0).float(), 2 * reach
     return steps > 0
 
@@ -107,7 +111,9 @@ def accept(proposal: Proposal, target_tokens: torch.Tensor) -> tuple[torch.Tenso
     depths = lineage.sum(dim=-1)  # [B, Q], from 1 at the root
     matches = (tokens == target_tokens.gather(1, parents.clamp_min(0))) | (parents < 0)  # [B, Q]
     stays = (matches[:, None] | ~lineage).all(dim=-1)
-    tip = torch.where(stays, depths, 0).argmax(dim=-1, keepdim=True)  # [B, 1], the deepest that stays
+    tip = torch.where(stays, depths, 0).argmax(
+        dim=-1, keepdim=True
+    )  # [B, 1], the deepest that stays
     on_path = lineage.gather(1, tip[..., None].expand(-1, 1, size))[:, 0]  # [B, Q]
     path = torch.where(on_path, positions, size).sort().values
     return depths.gather(1, tip)[:, 0] - 1, path.clamp_max(size - 1)

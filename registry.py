@@ -20,11 +20,12 @@ from transformers import PretrainedConfig
 from .checkpoints import Origin, Target, base_of_adapter, origin_of, out_of_cache
 from .compat_dflash import checkpoint_name, local_of_generate
 from .configuration_dflash import DFlashConfig
+from .families import FAMILIES, families_of, siblings_of
 from .generate_dflash import SpeculativeGenerate
 from .kinds import KINDS, kind_named, kind_of
 from .layouts import variant_of
 from .modeling_dflash import DFlashDraftModel, Qwen3DFlashDraftModel
-from .support_dflash import FAMILIES, check_target, families_of, siblings_of
+from .support_dflash import check_target
 
 # Families whose drafts load and can be published, but do not decode here: indexer caches, compressed ones, Kimi K3.
 NOT_DECODED = frozenset({"deepseek_v4", "glm5_next_text", "glm_moe_dsa", "kimi_linear"})
@@ -74,7 +75,11 @@ class DFlashDraftSpec:
     def target_state(self) -> str | None:
         """What keeps this version from decoding its target, though the draft itself loads and can be published."""
         families = frozenset[str]().union(*map(families_of, self.architectures))
-        return "targets of its family are not decoded here" if families and families <= NOT_DECODED else None
+        return (
+            "targets of its family are not decoded here"
+            if families and families <= NOT_DECODED
+            else None
+        )
 
     @property
     def target(self) -> str | None:
@@ -101,7 +106,9 @@ class DFlashDraftSpec:
         draft.card_known = {key: value for key, value in known.items() if value}
         return draft
 
-    def build(self, target_config: PretrainedConfig, variant: str | None = None, **overrides: Any) -> DFlashDraftModel:
+    def build(
+        self, target_config: PretrainedConfig, variant: str | None = None, **overrides: Any
+    ) -> DFlashDraftModel:
         """A fresh draft of the right shape for a target, to be trained.
 
         5 layers, 5 taps spread evenly from the target's second to its third-last layer, block size 16, and the
@@ -124,13 +131,20 @@ class DFlashDraftSpec:
         config_cls: Any = draft_cls.config_class
         unknown = set(overrides) - {"rope_theta"} - set(config_cls.__dataclass_fields__)
         if unknown:
-            raise ValueError(f"{', '.join(sorted(unknown))}: no such field in {config_cls.__name__}.")
+            raise ValueError(
+                f"{', '.join(sorted(unknown))}: no such field in {config_cls.__name__}."
+            )
         text = target_config.get_text_config(decoder=True)
         shape = _shape_for(text, overrides)
         if "rope_theta" in overrides:
-            shape["rope_parameters"] = {"rope_type": "default", "rope_theta": overrides.pop("rope_theta")}
+            shape["rope_parameters"] = {
+                "rope_type": "default",
+                "rope_theta": overrides.pop("rope_theta"),
+            }
         config = config_cls(**(shape | overrides))
-        config.check_target(text.hidden_size, text.num_hidden_layers, text.vocab_size, text.vocab_size)
+        config.check_target(
+            text.hidden_size, text.num_hidden_layers, text.vocab_size, text.vocab_size
+        )
         draft = draft_cls(config).to(config.dtype)
         name = _name_of(target_config)
         draft.card_known = {} if name is None or Path(name).exists() else {"base_model": name}
@@ -138,12 +152,18 @@ class DFlashDraftSpec:
 
     def refuse_unsupported(self) -> None:
         if self.unsupported:
-            raise ValueError(f"{self.repo_id} cannot be run by this version of dflash-hub: {self.unsupported}.")
+            raise ValueError(
+                f"{self.repo_id} cannot be run by this version of dflash-hub: {self.unsupported}."
+            )
 
     def fits(self, text_config: PretrainedConfig) -> bool:
         """Whether a target of this shape is possible; a shape that is not known fits nothing."""
         ours = (self.hidden_size, self.num_target_layers, self.vocab_size)
-        return ours == (text_config.hidden_size, text_config.num_hidden_layers, text_config.vocab_size)
+        return ours == (
+            text_config.hidden_size,
+            text_config.num_hidden_layers,
+            text_config.vocab_size,
+        )
 
 
 def _shape_for(text: PretrainedConfig, overrides: dict[str, Any]) -> dict[str, Any]:
@@ -153,7 +173,8 @@ def _shape_for(text: PretrainedConfig, overrides: dict[str, Any]) -> dict[str, A
     rope = rope.get("full_attention", rope)  # targets that rotate by layer type
     return {
         "block_size": 16,
-        "target_layer_ids": overrides.get("target_layer_ids") or spread_taps(text.num_hidden_layers),
+        "target_layer_ids": overrides.get("target_layer_ids")
+        or spread_taps(text.num_hidden_layers),
         "num_target_layers": text.num_hidden_layers,
         "vocab_size": text.vocab_size,
         "hidden_size": text.hidden_size,
@@ -163,7 +184,10 @@ def _shape_for(text: PretrainedConfig, overrides: dict[str, Any]) -> dict[str, A
         "head_dim": _dimension(text, "head_dim") or text.hidden_size // heads,
         "rms_norm_eps": getattr(text, "rms_norm_eps", 1e-6),
         "max_position_embeddings": text.max_position_embeddings,
-        "rope_parameters": {"rope_type": "default", "rope_theta": rope.get("rope_theta", DFlashConfig.default_theta)},
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": rope.get("rope_theta", DFlashConfig.default_theta),
+        },
     }
 
 
@@ -184,7 +208,9 @@ def spread_taps(num_target_layers: int, taps: int = 5) -> list[int]:
     """
     first, last = 1, num_target_layers - 3
     if taps < 2:
-        raise ValueError(f"{taps} taps cannot be spread; name the layer yourself: target_layer_ids=[...].")
+        raise ValueError(
+            f"{taps} taps cannot be spread; name the layer yourself: target_layer_ids=[...]."
+        )
     if last - first + 1 < taps:
         raise ValueError(
             f"The target has {num_target_layers} layers, too few to spread {taps} taps from the second to the "
@@ -199,13 +225,21 @@ def _read_catalogue() -> list[DFlashDraftSpec]:
     specs = []
     for entry in entries:
         values: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in entry.items() if key in names
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in entry.items()
+            if key in names
         }
         details = {key: entry[key] for key in entry if key not in names}
         if entry["variant"] not in KINDS:
             known = ", ".join(KINDS)
-            raise ValueError(f"{entry['repo_id']}: variant is {entry['variant']!r} in drafts.json, not one of {known}.")
-        specs.append(DFlashDraftSpec(draft_cls=KINDS[entry["variant"]].model_class, **values, details=details))
+            raise ValueError(
+                f"{entry['repo_id']}: variant is {entry['variant']!r} in drafts.json, not one of {known}."
+            )
+        specs.append(
+            DFlashDraftSpec(
+                draft_cls=KINDS[entry["variant"]].model_class, **values, details=details
+            )
+        )
     return specs
 
 
@@ -221,7 +255,11 @@ def _default_for(architecture: str) -> DFlashDraftSpec:
 
 def drafts_for(target: str) -> list[DFlashDraftSpec]:
     """Return the drafts made for a checkpoint, by its Hub id: those that run first, and of those the later kind."""
-    made_for = [spec for spec in CATALOGUE if target.casefold() in (name.casefold() for name in spec.targets)]
+    made_for = [
+        spec
+        for spec in CATALOGUE
+        if target.casefold() in (name.casefold() for name in spec.targets)
+    ]
     order = list(KINDS)
 
     def rank(spec: DFlashDraftSpec) -> tuple[bool, int]:
@@ -240,14 +278,18 @@ def _served() -> dict[str, None]:
 DFLASH_DRAFT_REGISTRY: dict[str, DFlashDraftSpec] = {name: _default_for(name) for name in _served()}
 
 
-def register_dflash_draft(architecture: str, spec: DFlashDraftSpec, *, overwrite: bool = False) -> None:
+def register_dflash_draft(
+    architecture: str, spec: DFlashDraftSpec, *, overwrite: bool = False
+) -> None:
     """Make `spec` the default draft of a target architecture, and the draft of the checkpoints in `spec.targets`.
 
     Raises:
         ValueError: the architecture or a checkpoint has a draft already, and `overwrite` is not True.
     """
     if not isinstance(architecture, str) or not isinstance(spec, DFlashDraftSpec):
-        raise ValueError(f"Pass an architecture's name and a DFlashDraftSpec, not {architecture!r} and {spec!r}.")
+        raise ValueError(
+            f"Pass an architecture's name and a DFlashDraftSpec, not {architecture!r} and {spec!r}."
+        )
     taken = {architecture: DFLASH_DRAFT_REGISTRY.get(architecture)}
     taken |= {name: next(iter(drafts_for(name)), None) for name in spec.targets}
     for place, known in taken.items():
@@ -256,7 +298,9 @@ def register_dflash_draft(architecture: str, spec: DFlashDraftSpec, *, overwrite
                 f"{place} has a draft already, {known.repo_id}. Pass overwrite=True to put {spec.repo_id} there."
             )
     known_for = next((known.architectures for known in CATALOGUE if _same_draft(known, spec)), ())
-    spec = replace(spec, architectures=tuple(dict.fromkeys([*known_for, *spec.architectures, architecture])))
+    spec = replace(
+        spec, architectures=tuple(dict.fromkeys([*known_for, *spec.architectures, architecture]))
+    )
     CATALOGUE[:] = [spec, *(known for known in CATALOGUE if not _same_draft(known, spec))]
     DFLASH_DRAFT_REGISTRY[architecture] = spec
 
@@ -290,7 +334,11 @@ def explain_resolution(
 ) -> tuple[DFlashDraftSpec, str]:
     """As `resolve_dflash_draft_spec`, with the reason in a sentence."""
     target = str(target) if isinstance(target, Path) else target
-    if target is not None and not isinstance(target, str | PretrainedConfig) and not hasattr(target, "config"):
+    if (
+        target is not None
+        and not isinstance(target, str | PretrainedConfig)
+        and not hasattr(target, "config")
+    ):
         raise ValueError(f"target is {target!r}; pass a Hub id, a folder, a config or a model.")
     _check_architectures(architectures, target)
     if target is None:
@@ -320,9 +368,13 @@ def explain_resolution(
 
 def _registered(names: list[str], family: tuple[str, ...] = ()) -> str:
     """The first registered architecture: of the names by which a target goes, else of its family."""
-    architecture = next((known for known in (*names, *family) if known in DFLASH_DRAFT_REGISTRY), None)
+    architecture = next(
+        (known for known in (*names, *family) if known in DFLASH_DRAFT_REGISTRY), None
+    )
     if architecture is None:
-        named = [known for known, spec in DFLASH_DRAFT_REGISTRY.items() if known in spec.architectures]
+        named = [
+            known for known, spec in DFLASH_DRAFT_REGISTRY.items() if known in spec.architectures
+        ]
         raise ValueError(
             f"No DFlash draft is registered for {', '.join(dict.fromkeys(names))}. Supported architectures: "
             f"{', '.join(named)}, and others with the same text part. Add one with register_dflash_draft()."
@@ -330,7 +382,9 @@ def _registered(names: list[str], family: tuple[str, ...] = ()) -> str:
     return architecture
 
 
-def _by_shape(architecture: str, target: Target, origin: Origin | None) -> tuple[DFlashDraftSpec, str]:
+def _by_shape(
+    architecture: str, target: Target, origin: Origin | None
+) -> tuple[DFlashDraftSpec, str]:
     """A draft whose own target has the shape of this one; never without a warning.
 
     That of the checkpoint it was trained from comes first, then the architecture's default.
@@ -361,8 +415,12 @@ def _check_architectures(architectures: Any, target: Any) -> None:
         return
     advice = "pass the list in target.config.architectures, such as ['Qwen3ForCausalLM'], or target=target."
     if isinstance(architectures, str):
-        raise ValueError(f"architectures is the string {architectures!r}, not a list of strings; {advice}")
-    if not isinstance(architectures, list | tuple) or not all(isinstance(name, str) for name in architectures):
+        raise ValueError(
+            f"architectures is the string {architectures!r}, not a list of strings; {advice}"
+        )
+    if not isinstance(architectures, list | tuple) or not all(
+        isinstance(name, str) for name in architectures
+    ):
         raise ValueError(f"architectures is {architectures!r}, not a list of strings; {advice}")
     if not architectures:
         raise ValueError(f"architectures is empty; {advice}")
@@ -397,7 +455,9 @@ class _Resolved(SpeculativeGenerate):
         super().__init__(None)
         self.drafts: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
-    def __call__(self, model: Any, input_ids: Any, *args: Any, streamer: Any = None, **kwargs: Any) -> Any:
+    def __call__(
+        self, model: Any, input_ids: Any, *args: Any, streamer: Any = None, **kwargs: Any
+    ) -> Any:
         streamer = streamer or local_of_generate("streamer", sys._getframe(1))
         if model not in self.drafts:
             check_target(model)

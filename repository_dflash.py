@@ -55,7 +55,9 @@ class RepositoryMixin:
     card_source: tuple[Any, dict[str, Any]] | None = None
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, config: Any = None, **kwargs: Any):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *model_args: Any, config: Any = None, **kwargs: Any
+    ):
         """As in transformers, for every layout that `DFlashConfig` reads; only safetensors are read.
 
         Raises:
@@ -64,7 +66,11 @@ class RepositoryMixin:
             OSError: nothing there, no access, no connection, or a download whose bytes are not the published ones.
         """
         wants_info = kwargs.pop("output_loading_info", False)
-        defaults = {"use_safetensors": True, "key_mapping": _RENAMED, "ignore_mismatched_sizes": True}
+        defaults = {
+            "use_safetensors": True,
+            "key_mapping": _RENAMED,
+            "ignore_mismatched_sizes": True,
+        }
         where = _where(kwargs)
         refuse_mask_embedding(pretrained_model_name_or_path, where)
         started = time.time()
@@ -73,7 +79,9 @@ class RepositoryMixin:
                 model, info = super().from_pretrained(  # type: ignore[misc]
                     pretrained_model_name_or_path,
                     *model_args,
-                    config=_own_config(cls.config_class, config, pretrained_model_name_or_path, kwargs),  # type: ignore[attr-defined]
+                    config=_own_config(
+                        cls.config_class, config, pretrained_model_name_or_path, kwargs
+                    ),  # type: ignore[attr-defined]
                     output_loading_info=True,
                     **(defaults | kwargs),
                 )
@@ -152,7 +160,11 @@ class RepositoryMixin:
             return upload(api, folder, repo_id, revision, create_pr=create_pr, **details)
 
     def write_card(
-        self, folder: Any, existing: ModelCard | None, repo_id: str | None = None, tags: list[str] | None = None
+        self,
+        folder: Any,
+        existing: ModelCard | None,
+        repo_id: str | None = None,
+        tags: list[str] | None = None,
     ) -> None:
         """Write README.md into `folder`: the `existing` card with its metadata completed, or a new one.
 
@@ -177,7 +189,11 @@ class RepositoryMixin:
         name, where = self.card_source
         try:
             local = Path(name) / "README.md"
-            found = local if Path(name).exists() else find_file(name, "README.md", local_files_only=not online, **where)
+            found = (
+                local
+                if Path(name).exists()
+                else find_file(name, "README.md", local_files_only=not online, **where)
+            )
             return None if found is None else ModelCard(found.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
@@ -198,7 +214,9 @@ def make_repo(api: HfApi, repo_id: str, private: bool | None) -> str:
         ) from error
 
 
-def upload(api: HfApi, folder: Any, repo_id: str, revision: str | None = None, **commit: Any) -> Any:
+def upload(
+    api: HfApi, folder: Any, repo_id: str, revision: str | None = None, **commit: Any
+) -> Any:
     """Upload `folder` in one commit, to a branch that is made if missing; the branch then holds its weights alone.
 
     Raises:
@@ -229,7 +247,8 @@ def card_on_hub(repo_id: str, token: Any = None) -> ModelCard | None:
 def refuse_misfits(info: dict[str, Any], name: Any) -> None:
     """Refuse what transformers only warns of: tensors that are missing, unknown, or of another shape."""
     wrong_shapes = [
-        f"{key}: {tuple(file)} in the file, {tuple(ours)} here" for key, file, ours in info["mismatched_keys"]
+        f"{key}: {tuple(file)} in the file, {tuple(ours)} here"
+        for key, file, ours in info["mismatched_keys"]
     ]
     unknown = {key.removeprefix("model.") for key in info["unexpected_keys"]} - _TARGETS_OWN
     unknown = {key for key in unknown if not key.endswith(("inv_freq", "original_inv_freq"))}
@@ -240,10 +259,16 @@ def refuse_misfits(info: dict[str, Any], name: Any) -> None:
     }
     for fault, keys in faults.items():
         if keys:
-            some = ", ".join(sorted(keys)[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
-            raise ValueError(f"{name} {fault}: {some}. It would load and draft nonsense, so it is refused.")
+            some = ", ".join(sorted(keys)[:3]) + (
+                f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            )
+            raise ValueError(
+                f"{name} {fault}: {some}. It would load and draft nonsense, so it is refused."
+            )
     if len(unknown) < len(info["unexpected_keys"]):
-        logger.warning_once(f"{name} ships an embedding or a head; they are not used: a draft uses its target's.")
+        logger.warning_once(
+            f"{name} ships an embedding or a head; they are not used: a draft uses its target's."
+        )
 
 
 def refuse_mask_embedding(name: Any, where: dict[str, Any]) -> None:
@@ -286,7 +311,9 @@ def _sha256(path: Path) -> str:
 
 def _where(kwargs: dict[str, Any]) -> dict[str, Any]:
     """The keywords that say which files are meant."""
-    return {key: kwargs[key] for key in ("cache_dir", "revision", "subfolder", "token") if key in kwargs}
+    return {
+        key: kwargs[key] for key in ("cache_dir", "revision", "subfolder", "token") if key in kwargs
+    }
 
 
 def _weight_files(name: Any, where: dict[str, Any]) -> list[Path]:
@@ -301,8 +328,14 @@ def _weight_files(name: Any, where: dict[str, Any]) -> list[Path]:
             return None
 
     index = cached("model.safetensors.index.json")
-    shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index else set()
-    return [path for path in map(cached, sorted({"model.safetensors", *shards})) if path is not None]
+    shards = (
+        set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        if index
+        else set()
+    )
+    return [
+        path for path in map(cached, sorted({"model.safetensors", *shards})) if path is not None
+    ]
 
 
 def _own_config(config_class: Any, config: Any, name: Any, kwargs: dict[str, Any]) -> Any:

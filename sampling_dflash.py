@@ -40,11 +40,15 @@ class PositionNoise:
     """Gumbel noise: a vector of V for each row and slot of the text, from one seed."""
 
     def __init__(self, seed: int | None = None):
-        self.seed = int(torch.randint(2**62, ())) if seed is None else seed  # torch.manual_seed governs it
+        self.seed = (
+            int(torch.randint(2**62, ())) if seed is None else seed
+        )  # torch.manual_seed governs it
 
     def at(self, row: int, slot: int, like: torch.Tensor) -> torch.Tensor:
         """Return `[V]`, the same however often and in whatever block it is asked for."""
-        key = hash((self.seed, row)) + slot  # CPU generators use the low 32 bits: slots must differ there
+        key = (
+            hash((self.seed, row)) + slot
+        )  # CPU generators use the low 32 bits: slots must differ there
         generator = torch.Generator(like.device).manual_seed(key % 2**63)
         noise = torch.empty(like.shape[-1], device=like.device, dtype=torch.float32)
         return -noise.exponential_(generator=generator).log()
@@ -53,7 +57,9 @@ class PositionNoise:
         """Return `[B, size, V]` for `size` slots from the first one of each of B rows on."""
         rows = []
         for row, first in enumerate(first_slots):
-            rows.append(torch.stack([self.at(row, slot, like) for slot in range(first, first + size)]))
+            rows.append(
+                torch.stack([self.at(row, slot, like) for slot in range(first, first + size)])
+            )
         return torch.stack(rows)
 
 
@@ -66,7 +72,12 @@ class Sampler:
         coupled: whether the draft draws its tokens with the same noise.
     """
 
-    def __init__(self, processors: LogitsProcessorList, noise: PositionNoise | None = None, coupled: bool = False):
+    def __init__(
+        self,
+        processors: LogitsProcessorList,
+        noise: PositionNoise | None = None,
+        coupled: bool = False,
+    ):
         self.processors, self.noise = processors, noise
         self.coupled = coupled and noise is not None
         self.reads_text = not all(type(processor) in _POINTWISE for processor in processors)
@@ -93,13 +104,17 @@ class Sampler:
         noisy = scores
         if self.noise is not None:
             noise = self.noise.block(first_slots, scores.shape[1], scores)
-            if depths is not None:  # positions of equal depth compete for one slot, and share its noise
+            if (
+                depths is not None
+            ):  # positions of equal depth compete for one slot, and share its noise
                 noise = noise.gather(1, depths.to(noise.device)[..., None].expand_as(noise))
             noisy = scores + noise
         best = noisy.max(dim=-1)
         return best.indices.masked_fill_(best.values.isnan(), -1), scores
 
-    def process(self, logits: torch.Tensor, prefixes: list[list[torch.Tensor]] | None) -> torch.Tensor:
+    def process(
+        self, logits: torch.Tensor, prefixes: list[list[torch.Tensor]] | None
+    ) -> torch.Tensor:
         """Return `logits [B, Q, V]` after all processors, in float32."""
         scores = logits.float()
         if not self.processors:
@@ -107,7 +122,10 @@ class Sampler:
         if prefixes is None:
             unread = torch.zeros(1, 1, dtype=torch.long, device=scores.device)
             return self.processors(unread, scores.flatten(0, 1)).view(scores.shape)
-        positions = [self._process_position(scores, prefixes, position) for position in range(scores.shape[1])]
+        positions = [
+            self._process_position(scores, prefixes, position)
+            for position in range(scores.shape[1])
+        ]
         return torch.stack(positions, dim=1)
 
     def _process_position(
@@ -128,7 +146,9 @@ class Sampler:
             result[rows] = self.processors(torch.stack(shown), scores[:, position].clone())[rows]
         return result
 
-    def draft_scores(self, logits: torch.Tensor, first_slots: list[int]) -> tuple[torch.Tensor, float]:
+    def draft_scores(
+        self, logits: torch.Tensor, first_slots: list[int]
+    ) -> tuple[torch.Tensor, float]:
         """Add the target's noise to a draft's `logits [B, N, V]`, so that both draw alike: `[B, N, V]`.
 
         Returns:
@@ -144,4 +164,6 @@ class Sampler:
     @property
     def temperature(self) -> float:
         """The number that the processors divide scores by."""
-        return math.prod(one.temperature for one in self.processors if isinstance(one, TemperatureLogitsWarper))
+        return math.prod(
+            one.temperature for one in self.processors if isinstance(one, TemperatureLogitsWarper)
+        )

@@ -39,8 +39,15 @@ def circumstances(target: Target, prompt: Prompt) -> tuple[bool, bool, int, tupl
 
     Whether there are several rows, whether any is padded, the axes of the positions, and the windows it is longer than.
     """
-    crossed = sorted({window for window, _ in target.attention.layer_kinds if window and window < prompt.width})
-    return len(prompt.input_ids) > 1, bool(prompt.padding_mask.any()), prompt.positions.ndim, tuple(crossed)
+    crossed = sorted(
+        {window for window, _ in target.attention.layer_kinds if window and window < prompt.width}
+    )
+    return (
+        len(prompt.input_ids) > 1,
+        bool(prompt.padding_mask.any()),
+        prompt.positions.ndim,
+        tuple(crossed),
+    )
 
 
 def tolerance(model: Any) -> float:
@@ -85,11 +92,15 @@ def check_windows(target: Target) -> list[int]:
         size, start = 4, window + 2
         slots = torch.arange(start + size)
         theirs = visible_in_window(window, slots[start:], slots)
-        masks = BlockMasks(torch.zeros(1, start + size, dtype=torch.bool), torch.tensor([start]), size)
+        masks = BlockMasks(
+            torch.zeros(1, start + size, dtype=torch.bool), torch.tensor([start]), size
+        )
         if theirs is None:
             unknown.append(window)
         elif not torch.equal(masks.visible_slots(slots[None], window, causal=True)[0], theirs):
-            raise difference(f"Layer {layer} of {target.name} slides otherwise than a window of {window} does here")
+            raise difference(
+                f"Layer {layer} of {target.name} slides otherwise than a window of {window} does here"
+            )
     return unknown
 
 
@@ -101,9 +112,16 @@ def probe_ids(model: Any, length: int) -> torch.Tensor:
             if "token" in name:
                 ids = value if isinstance(value, list) else [value]
                 special.update(one for one in ids if isinstance(one, int))
-    rows = min(model.get_input_embeddings().weight.shape[0], model.config.get_text_config(decoder=True).vocab_size)
+    rows = min(
+        model.get_input_embeddings().weight.shape[0],
+        model.config.get_text_config(decoder=True).vocab_size,
+    )
     generator = torch.Generator().manual_seed(0)
-    ordinary = [token for token in torch.randperm(rows, generator=generator).tolist() if token not in special]
+    ordinary = [
+        token
+        for token in torch.randperm(rows, generator=generator).tolist()
+        if token not in special
+    ]
     chosen = torch.randint(len(ordinary), (1, length), generator=generator)
     return torch.tensor(ordinary)[chosen].to(model.device)
 
@@ -137,7 +155,9 @@ class Probe:
 
     def plain(self, cache: Any) -> TargetOutput:
         """Run the whole text by the target itself, `[B, T, ...]`; this fills `cache`."""
-        return self.target.plain_forward(self.prompt.model_inputs(self.target.model, self.last), cache)
+        return self.target.plain_forward(
+            self.prompt.model_inputs(self.target.model, self.last), cache
+        )
 
     def as_block(self) -> Verified:
         """Run the end of the text as a block over the slots before it, as in a cycle of decoding: `[B, Q, ...]`."""
@@ -154,7 +174,9 @@ class Probe:
             self.target.plain_forward(self.prompt.model_inputs(self.target.model, first), cache)
             outputs = [self._step(slot, cache) for slot in range(first, self.last)]
             logits = torch.cat([output.logits for output in outputs], dim=1)
-            self.steps = TargetOutput(logits, torch.cat([output.features for output in outputs], dim=1))
+            self.steps = TargetOutput(
+                logits, torch.cat([output.features for output in outputs], dim=1)
+            )
         return self.steps
 
     def _step(self, slot: int, cache: Any) -> TargetOutput:
@@ -175,7 +197,9 @@ def short_prompt(target: Target, length: int, like: Prompt) -> Prompt:
     if bool(like.padding_mask.any()):
         mask[-1, :2] = 0
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
-    positions = positions.expand(*like.positions.shape[:-2], *positions.shape)  # [B, T], or as many axes as `like` has
+    positions = positions.expand(
+        *like.positions.shape[:-2], *positions.shape
+    )  # [B, T], or as many axes as `like` has
     return Prompt(rows, {"attention_mask": mask, "position_ids": positions, "use_cache": True})
 
 
@@ -196,7 +220,9 @@ def check_alone(target: Target, size: int, like: Prompt) -> None:
         raise
     except (RuntimeError, LookupError, TypeError, AttributeError) as error:
         what = f"{target.name} ({target.text.model_type}) cannot be run as a block over dflash-hub's cache"
-        raise difference(f"{what}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}") from error
+        raise difference(
+            f"{what}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        ) from error
 
 
 def compare(target: Target, size: int, like: Prompt) -> None:
@@ -254,8 +280,12 @@ def check_rollback(probe: Probe, block: Verified, committed: int, steps: TargetO
     roll_back(state.recurrent, block.snapshot, [committed] * len(prompt.input_ids), probe.size)
     first = probe.before + committed
     slots = torch.arange(first, probe.last, device=prompt.device).expand(len(prompt.input_ids), -1)
-    output = target.prefill_chunk(state, prompt.ids(first, probe.last), slots, prompt.positions[..., first:])
-    check_agreement(probe, TargetOutput(output.logits, output.features[:, -1:]), steps, probe.last - 1)
+    output = target.prefill_chunk(
+        state, prompt.ids(first, probe.last), slots, prompt.positions[..., first:]
+    )
+    check_agreement(
+        probe, TargetOutput(output.logits, output.features[:, -1:]), steps, probe.last - 1
+    )
 
 
 def check_state(probe: Probe, index: int, ours: Any, theirs: Any) -> None:
@@ -268,7 +298,9 @@ def check_state(probe: Probe, index: int, ours: Any, theirs: Any) -> None:
         for key, state in getattr(theirs, name).items():
             if state is None:
                 continue
-            far = float(distance(getattr(ours, name)[key].reshape(1, 1, -1), state.reshape(1, 1, -1)))
+            far = float(
+                distance(getattr(ours, name)[key].reshape(1, 1, -1), state.reshape(1, 1, -1))
+            )
             if far > 16 * tolerance(probe.target.model):
                 raise difference(
                     f"Layer {index} of {probe.target.name}: after half a block was rolled back, its recurrent state "
@@ -278,7 +310,11 @@ def check_state(probe: Probe, index: int, ours: Any, theirs: Any) -> None:
 
 def can_check_prompt(prompt: Prompt, last: int, size: int) -> bool:
     """Tell whether the last `size` of the prompt's slots before `last` are text that a block can repeat."""
-    return prompt.is_plain and last > size and not bool(prompt.padding_mask[:, last - size : last].any())
+    return (
+        prompt.is_plain
+        and last > size
+        and not bool(prompt.padding_mask[:, last - size : last].any())
+    )
 
 
 @torch.no_grad()
@@ -328,7 +364,10 @@ def check_agreement(probe: Probe, ours: TargetOutput, whole: TargetOutput, first
         if bool((far > allowed).any()):
             steps = getattr(probe.token_by_token(), name)[:, part]
             noise = float(distance(steps, own).masked_fill(padding.to(far.device), 0.0).max())
-            far, allowed = far.minimum(distance(answer, steps)), max(allowed, min(4 * noise, 16 * allowed, 0.5))
+            far, allowed = (
+                far.minimum(distance(answer, steps)),
+                max(allowed, min(4 * noise, 16 * allowed, 0.5)),
+            )
         refuse_beyond(probe, name, far.masked_fill(padding.to(far.device), 0.0), allowed, first)
 
 

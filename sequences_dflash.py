@@ -13,7 +13,13 @@ from typing import Any
 
 import torch
 from torch.nn.functional import pad
-from transformers import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from .compat_dflash import cache_in, made_by_user, without_cache
 
@@ -23,7 +29,9 @@ PREFILL_CHUNK = 2048
 UNLIMITED = 2**62
 """A length that no text reaches."""
 
-_ANY_TEXT = torch.zeros(1, 1, dtype=torch.long)  # on the CPU, for time limits, which do not look at it
+_ANY_TEXT = torch.zeros(
+    1, 1, dtype=torch.long
+)  # on the CPU, for time limits, which do not look at it
 
 
 class Prompt:
@@ -35,19 +43,31 @@ class Prompt:
         returns_cache: whether `generate` returns its cache.
     """
 
-    def __init__(self, input_ids: torch.Tensor, inputs: dict[str, Any], returns_cache: bool | None = False):
+    def __init__(
+        self, input_ids: torch.Tensor, inputs: dict[str, Any], returns_cache: bool | None = False
+    ):
         self.input_ids, self.device = input_ids, input_ids.device
         self.returns_cache = bool(returns_cache)
-        self.inputs = {name: value for name, value in without_cache(inputs).items() if value is not None}
+        # `generate` asks for the logits of the last position; a check of the prompt needs more.
+        ours = {"logits_to_keep"}
+        self.inputs = {
+            name: value
+            for name, value in without_cache(inputs).items()
+            if value is not None and name not in ours
+        }
         self.cache = cache_in(inputs)
         mask, positions = self.inputs.get("attention_mask"), self.inputs.get("position_ids")
-        lengths = [tensor.shape[-1] for tensor in (input_ids, mask, positions) if tensor is not None]
+        lengths = [
+            tensor.shape[-1] for tensor in (input_ids, mask, positions) if tensor is not None
+        ]
         self.width = max(lengths)
         """Slots of the prompt, those that the cache holds included."""
         self.num_cached = self.width - input_ids.shape[1]
         """Slots before the first of `input_ids`, where the cache holds what they follow."""
         shape = (input_ids.shape[0], self.width)
-        padding = torch.zeros(shape, dtype=torch.bool, device=self.device) if mask is None else mask == 0
+        padding = (
+            torch.zeros(shape, dtype=torch.bool, device=self.device) if mask is None else mask == 0
+        )
         self.padding_mask = padding  # [B, P or more], True at padding
         if positions is None:
             positions = ((~padding).long().cumsum(-1) - 1).clamp_min(0)
@@ -56,7 +76,9 @@ class Prompt:
     @property
     def cache_is_wanted(self) -> bool:
         """Whether anybody will look at the cache that `generate` came with."""
-        return self.cache is not None and (self.returns_cache or made_by_user(self.cache, unmarked=True))
+        return self.cache is not None and (
+            self.returns_cache or made_by_user(self.cache, unmarked=True)
+        )
 
     @property
     def is_plain(self) -> bool:
@@ -88,7 +110,9 @@ class Prompt:
         for name in ("attention_mask", "position_ids"):
             if name in inputs:
                 inputs[name] = inputs[name][..., :last]
-        return model.prepare_inputs_for_generation(self.ids(0, last), is_first_iteration=True, **inputs)
+        return model.prepare_inputs_for_generation(
+            self.ids(0, last), is_first_iteration=True, **inputs
+        )
 
 
 @dataclass
@@ -126,7 +150,11 @@ class Sequences:
     """
 
     def __init__(
-        self, input_ids: torch.Tensor, stop_conditions: StopConditions, pad_token_id: int = 0, streamer: Any = None
+        self,
+        input_ids: torch.Tensor,
+        stop_conditions: StopConditions,
+        pad_token_id: int = 0,
+        streamer: Any = None,
     ):
         self.prompt, self.stop_conditions = input_ids, stop_conditions
         self.pad_token_id, self.streamer = pad_token_id, streamer
@@ -136,7 +164,9 @@ class Sequences:
         self.num_streamed = 0
         self.row_ended = False
         """Whether the last `append_tokens` ended a row."""
-        self.buffer = input_ids.clone()  # [B, T or more], for those who read whole texts; grows when they do
+        self.buffer = (
+            input_ids.clone()
+        )  # [B, T or more], for those who read whole texts; grows when they do
         self.num_copied = [0] * len(self.generated)
         """Generated tokens of each row that the buffer holds."""
 
@@ -161,7 +191,9 @@ class Sequences:
         Returns:
             For each row, how many of them are part of its text.
         """
-        overtime = any(bool(limit(_ANY_TEXT, None).any()) for limit in self.stop_conditions.time_limits)
+        overtime = any(
+            bool(limit(_ANY_TEXT, None).any()) for limit in self.stop_conditions.time_limits
+        )
         before = self.active
         counts = []
         for row, row_tokens in enumerate(tokens):
@@ -200,7 +232,9 @@ class Sequences:
             self.buffer = pad(self.buffer, (0, length + more))
         new = self.generated[row][self.num_copied[row] :]
         if new:
-            self.buffer[row, length - len(new) : length] = torch.tensor(new, device=self.buffer.device)
+            self.buffer[row, length - len(new) : length] = torch.tensor(
+                new, device=self.buffer.device
+            )
             self.num_copied[row] = len(self.generated[row])
         if tokens is not None:
             self.buffer[row, length : length + more] = tokens
@@ -221,7 +255,9 @@ class Sequences:
             prefixes.append([line[: first + position] for position in range(size)])
         return prefixes
 
-    def tree_prefixes(self, tokens: torch.Tensor, paths: list[list[list[int]]]) -> list[list[torch.Tensor]]:
+    def tree_prefixes(
+        self, tokens: torch.Tensor, paths: list[list[list[int]]]
+    ) -> list[list[torch.Tensor]]:
         """Return, for each row and position of a tree, the ids `[T]` up to and with that position.
 
         Args:
@@ -238,7 +274,11 @@ class Sequences:
         """Hand the streamer every slot that all rows have filled by now."""
         if self.streamer is None:
             return
-        growing = [len(tokens) for tokens, active in zip(self.generated, self.active, strict=True) if active]
+        growing = [
+            len(tokens)
+            for tokens, active in zip(self.generated, self.active, strict=True)
+            if active
+        ]
         filled = min(growing, default=self.longest)
         while self.num_streamed < filled:
             slot = torch.full((len(self.generated),), self.pad_token_id)
@@ -261,5 +301,7 @@ class Sequences:
         longest, rows = self.longest, []
         for tokens in self.generated:
             rows.append((tokens + [self.pad_token_id] * (longest - len(tokens)))[:longest])
-        generated = torch.tensor(rows, dtype=self.prompt.dtype, device=self.prompt.device).view(len(rows), longest)
+        generated = torch.tensor(rows, dtype=self.prompt.dtype, device=self.prompt.device).view(
+            len(rows), longest
+        )
         return torch.cat([self.prompt, generated], dim=1)

@@ -22,121 +22,120 @@ from .target_dflash import decoder_layers, is_recurrent
 
 logger = logging.get_logger(__name__)
 
-FAMILIES: dict[str, tuple[str, ...]] = {
-    "beam": ("BeamForCausalLM",),
-    "deepseek_v3": (
-        "DeepseekV3ForCausalLM",
-        "KimiK25ForConditionalGeneration",
-        "Kimi_K25ForConditionalGeneration",
-    ),
-    "deepseek_v4": ("DeepseekV4ForCausalLM",),
-    "gemma2": ("Gemma2ForCausalLM",),
-    "gemma3_text": ("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"),
-    "gemma4_text": ("Gemma4ForCausalLM", "Gemma4ForConditionalGeneration"),
-    "gemma4_unified_text": ("Gemma4UnifiedForCausalLM", "Gemma4UnifiedForConditionalGeneration"),
-    "glm4_moe": ("Glm4MoeForCausalLM",),
-    "glm5_next_text": ("Glm5NextForConditionalGeneration",),
-    "glm_moe_dsa": ("GlmMoeDsaForCausalLM",),
-    "gpt_oss": ("GptOssForCausalLM",),
-    "hy_v3": ("HYV3ForCausalLM",),
-    "kimi_linear": ("KimiK3ForConditionalGeneration", "KimiLinearForCausalLM"),
-    "laguna": ("LagunaForCausalLM",),
-    "lfm2": ("Lfm2ForCausalLM", "Lfm2VlForConditionalGeneration"),
-    "llama": (
-        "DeepseekVLForConditionalGeneration",
-        "DeepseekVLHybridForConditionalGeneration",
-        "GlmAsrForConditionalGeneration",
-        "Idefics3ForConditionalGeneration",
-        "JanusForConditionalGeneration",
-        "LlamaForCausalLM",
-        "LlavaForConditionalGeneration",
-        "LlavaNextForConditionalGeneration",
-        "LlavaNextVideoForConditionalGeneration",
-        "OmniASRForConditionalGeneration",
-        "PerceptionLMForConditionalGeneration",
-        "SmolVLMForConditionalGeneration",
-        "VideoLlavaForConditionalGeneration",
-        "VipLlavaForConditionalGeneration",
-        "VoxtralForConditionalGeneration",
-    ),
-    "mellum": ("MellumForCausalLM",),
-    "mimo_v2_flash": ("MiMoV2FlashForCausalLM",),
-    "minimax_m2": ("MiniMaxM2ForCausalLM",),
-    "mistral": ("Idefics2ForConditionalGeneration", "Mistral3ForConditionalGeneration", "MistralForCausalLM"),
-    "mistral4": ("Mistral4ForCausalLM",),
-    "muse_glimmer_text": ("MuseGlimmerForConditionalGeneration",),
-    "nemotron_h": (
-        "Nemotron3_5TranscribeForConditionalGeneration",
-        "NemotronHForCausalLM",
-        "NemotronH_Omni_Reasoning_V3",
-    ),
-    "qwen2": (
-        "FastVlmForConditionalGeneration",
-        "GotOcr2ForConditionalGeneration",
-        "InternVLForConditionalGeneration",
-        "LlavaOnevisionForConditionalGeneration",
-        "Ovis2ForConditionalGeneration",
-        "Qwen2AudioForConditionalGeneration",
-        "Qwen2ForCausalLM",
-        "VibeVoiceAsrForConditionalGeneration",
-        "VideoLlama3ForConditionalGeneration",
-    ),
-    "qwen3": (
-        "FunAsrNanoForConditionalGeneration",
-        "LightOnOcrForConditionalGeneration",
-        "MossTranscribeDiarizeForConditionalGeneration",
-        "QianfanOCRForConditionalGeneration",
-        "Qwen3ASRForConditionalGeneration",
-        "Qwen3ForCausalLM",
-    ),
-    "qwen3_5_moe_text": ("Qwen3_5MoeForCausalLM", "Qwen3_5MoeForConditionalGeneration"),
-    "qwen3_5_text": (
-        "MiniCPMOcrForConditionalGeneration",
-        "MiniCPMV4_6ForConditionalGeneration",
-        "MiniCPMV4_7ForConditionalGeneration",
-        "Qwen3_5ForCausalLM",
-        "Qwen3_5ForConditionalGeneration",
-    ),
-    "qwen3_moe": ("Qwen3MoeForCausalLM",),
-    "qwen3_next": ("Qwen3NextForCausalLM",),
-    "sarvam_mla": ("DeepseekV3ForCausalLM", "SarvamMLAForCausalLM"),
-    "sarvam_moe": ("Glm4MoeForCausalLM", "SarvamMoEForCausalLM"),
-    "step3p5": ("Step3p7ForConditionalGeneration",),
-}
-"""Text model type -> the architectures (class names of whole models) whose text part it is."""
-
-
 TESTED = frozenset(
     {
-        *("afmoe", "apertus", "apertus1p5_text", "arcee", "aria_text", "axk1", "bailing_hybrid", "bamba"),
-        *("beam", "bert", "bert-generation", "biogpt", "bitnet", "camembert", "codegen", "cohere", "cohere2"),
-        *("cohere2_moe", "ctrl", "cwm", "data2vec-text", "deepseek_v2", "deepseek_v3", "diffllama", "dots1"),
-        *("ernie", "ernie4_5", "ernie4_5_moe", "exaone", "exaone4", "exaone_moe", "falcon_h1", "flex_olmo"),
-        *("flint", "gemma", "gemma2", "gemma3_text", "gemma4_text", "gemma4_unified_text", "glm", "glm4"),
-        *("glm4_moe", "glm4_moe_lite", "gpt-sw3", "gpt2", "gpt_bigcode", "gpt_neox", "gpt_oss", "gptj"),
-        *("granite", "granite_swa", "granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared"),
-        *("helium", "hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "hyperclovax", "internlm3", "iquestcoder"),
+        *(
+            "afmoe",
+            "apertus",
+            "apertus1p5_text",
+            "arcee",
+            "aria_text",
+            "axk1",
+            "bailing_hybrid",
+            "bamba",
+        ),
+        *(
+            "beam",
+            "bert",
+            "bert-generation",
+            "biogpt",
+            "bitnet",
+            "camembert",
+            "codegen",
+            "cohere",
+            "cohere2",
+        ),
+        *(
+            "cohere2_moe",
+            "ctrl",
+            "cwm",
+            "data2vec-text",
+            "deepseek_v2",
+            "deepseek_v3",
+            "diffllama",
+            "dots1",
+        ),
+        *(
+            "ernie",
+            "ernie4_5",
+            "ernie4_5_moe",
+            "exaone",
+            "exaone4",
+            "exaone_moe",
+            "falcon_h1",
+            "flex_olmo",
+        ),
+        *(
+            "flint",
+            "gemma",
+            "gemma2",
+            "gemma3_text",
+            "gemma4_text",
+            "gemma4_unified_text",
+            "glm",
+            "glm4",
+        ),
+        *(
+            "glm4_moe",
+            "glm4_moe_lite",
+            "gpt-sw3",
+            "gpt2",
+            "gpt_bigcode",
+            "gpt_neox",
+            "gpt_oss",
+            "gptj",
+        ),
+        *(
+            "granite",
+            "granite_swa",
+            "granitemoe",
+            "granitemoe_swa",
+            "granitemoehybrid",
+            "granitemoeshared",
+        ),
+        *(
+            "helium",
+            "hunyuan_v1_dense",
+            "hunyuan_v1_moe",
+            "hy_v3",
+            "hyperclovax",
+            "internlm3",
+            "iquestcoder",
+        ),
         *("jais2", "jetmoe", "kolibri1", "laguna", "lara_mini", "lfm2", "lfm3", "llama", "mellum"),
-        *("mimo_v2_flash", "minicpm3", "minimax_m2", "ministral", "ministral3", "mistral", "mixtral"),
-        *("muse_glimmer_text", "nanochat", "nemotron", "nemotron_h", "olmo", "olmo2", "olmo3", "olmo_hybrid"),
+        *(
+            "mimo_v2_flash",
+            "minicpm3",
+            "minimax_m2",
+            "ministral",
+            "ministral3",
+            "mistral",
+            "mixtral",
+        ),
+        *(
+            "muse_glimmer_text",
+            "nanochat",
+            "nemotron",
+            "nemotron_h",
+            "olmo",
+            "olmo2",
+            "olmo3",
+            "olmo_hybrid",
+        ),
         *("olmoe", "opt", "persimmon", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3"),
-        *("qwen3_5_moe_text", "qwen3_5_text", "qwen3_moe", "qwen3_next", "roberta", "roberta-prelayernorm"),
+        *(
+            "qwen3_5_moe_text",
+            "qwen3_5_text",
+            "qwen3_moe",
+            "qwen3_next",
+            "roberta",
+            "roberta-prelayernorm",
+        ),
         *("roc_bert", "sarvam_mla", "sarvam_moe", "seed_oss", "smollm3", "solar_open", "stablelm"),
         *("starcoder2", "vaultgemma", "xlm-roberta", "xlm-roberta-xl", "youtu"),
     }
 )
 """Text model types that decode token for token like their own `generate`, by the tests or by benchmarks/families.py."""
-
-
-def families_of(architecture: str) -> frozenset[str]:
-    """The text model types that whole models of this class have; none if the table does not name it."""
-    return frozenset(family for family, members in FAMILIES.items() if architecture in members)
-
-
-def siblings_of(architecture: str) -> tuple[str, ...]:
-    """The architectures with the same text part, this one first."""
-    members = (name for family in sorted(families_of(architecture)) for name in FAMILIES[family])
-    return tuple(dict.fromkeys([architecture, *members]))
 
 
 _CACHE_LAYERS = {
@@ -196,22 +195,40 @@ def target_findings(target: Any, strict: bool = False) -> Iterator[Finding]:
     name = type(target).__name__
     if target.config.is_encoder_decoder or target.get_output_embeddings() is None:
         what = f"{name} is no decoder-only language model"
-        yield Finding(what, name, "a causal language model with a head", "A draft needs one as its target")
+        yield Finding(
+            what, name, "a causal language model with a head", "A draft needs one as its target"
+        )
         return
-    yield from _virtual_token_findings(target)
+    yield from _adapter_findings(target)
     target = base_model(target)
     text = target.config.get_text_config(decoder=True)
     yield from _rope_findings(text)
     yield from _state_findings(text)
     bidirectional = getattr(text, "use_bidirectional_attention", None)
     if bidirectional in (True, "all"):
-        what = f"{text.model_type} with bidirectional attention writes no text that could be continued"
-        yield Finding(what, bidirectional, "causal attention", "Set use_bidirectional_attention to None in its config")
-    if text.model_type not in TESTED and (strict or os.environ.get("DFLASH_STRICT") not in (None, "", "0")):
+        what = (
+            f"{text.model_type} with bidirectional attention writes no text that could be continued"
+        )
+        yield Finding(
+            what,
+            bidirectional,
+            "causal attention",
+            "Set use_bidirectional_attention to None in its config",
+        )
+    if text.model_type not in TESTED and (
+        strict or os.environ.get("DFLASH_STRICT", "").lower() not in ("", "0", "false", "no", "off")
+    ):
         what = f"{text.model_type} is not a family that the tests decode, and strict=True or DFLASH_STRICT=1 refuses it"
-        yield Finding(what, text.model_type, sorted(TESTED), "Leave both out to decode where the self-check passes")
+        yield Finding(
+            what,
+            text.model_type,
+            sorted(TESTED),
+            "Leave both out to decode where the self-check passes",
+        )
     yield from _forward_findings(target)
-    yield from _raised_by(lambda: RecurrentLayers(DynamicCache(config=text).layers, decoder_layers(target)))
+    yield from _raised_by(
+        lambda: RecurrentLayers(DynamicCache(config=text).layers, decoder_layers(target))
+    )
 
 
 def warn_of_new_family(target: Any) -> None:
@@ -233,17 +250,27 @@ def _raised_by(check: Callable[[], Any]) -> Iterator[Finding]:
         yield Finding(str(error).removesuffix("."), None, None, _NOT_DECODED)
 
 
-def _virtual_token_findings(target: Any) -> Iterator[Finding]:
-    """Refuse PEFT methods that put tokens of their own before the prompt; adapters inside the layers are fine."""
-    wrapper = getattr(target.prepare_inputs_for_generation, "__self__", target)  # PEFT puts its own method there
+def _adapter_findings(target: Any) -> Iterator[Finding]:
+    """Refuse PEFT methods that depend on the prompt; adapters inside the layers that are always on are fine."""
+    # PEFT puts its own method there
+    wrapper = getattr(target.prepare_inputs_for_generation, "__self__", target)
     for config in (getattr(wrapper, "peft_config", None) or {}).values():
+        kind = config.peft_type.value
         if config.is_prompt_learning:
-            kind = config.peft_type.value
             what = (
                 f"The target is wrapped by PEFT with {kind}, which puts virtual tokens before the prompt that have no "
                 "ids, so a draft cannot read it"
             )
-            yield Finding(what, kind, "adapters inside the layers", "Merge or leave out that adapter")
+            yield Finding(
+                what, kind, "adapters inside the layers", "Merge or leave out that adapter"
+            )
+        invocation = getattr(config, "alora_invocation_tokens", None)
+        if invocation is not None:
+            what = (
+                "The target has an activated LoRA adapter (alora_invocation_tokens), which sees the tokens of each "
+                "forward, so a block does not get the weights that plain decoding gets"
+            )
+            yield Finding(what, invocation, "adapters that are always on", "Leave out that adapter")
 
 
 def _forward_findings(target: Any) -> Iterator[Finding]:
@@ -256,13 +283,17 @@ def _forward_findings(target: Any) -> Iterator[Finding]:
             yield Finding(what, sorted(known), argument, _NOT_DECODED)
     yield from _raised_by(lambda: cache_name(target.forward))
     if makes_own_cache(target):
-        what = f"{name} makes a cache of its own kind, which cannot be put back after a rejected token"
+        what = (
+            f"{name} makes a cache of its own kind, which cannot be put back after a rejected token"
+        )
         yield Finding(what, "a cache of its own", "a DynamicCache", _NOT_DECODED)
     width = target.get_input_embeddings().weight.shape[-1]
     hidden_size = target.config.get_text_config(decoder=True).hidden_size
     if width != hidden_size:
         what = f"{name} embeds its tokens {width} wide and has hidden states of {hidden_size}"
-        yield Finding(what, width, hidden_size, "A draft is made for targets where both are one width")
+        yield Finding(
+            what, width, hidden_size, "A draft is made for targets where both are one width"
+        )
 
 
 def _state_findings(text: Any) -> Iterator[Finding]:
@@ -296,7 +327,10 @@ def _rope_findings(text: Any) -> Iterator[Finding]:
 
 
 def check_options(
-    config: GenerationConfig, processors: LogitsProcessorList, input_ids: torch.Tensor, inputs: dict[str, Any]
+    config: GenerationConfig,
+    processors: LogitsProcessorList,
+    input_ids: torch.Tensor,
+    inputs: dict[str, Any],
 ) -> None:
     """Refuse options that have no meaning with a draft.
 
@@ -331,16 +365,24 @@ def config_findings(config: GenerationConfig) -> Iterator[Finding]:
         why = "beams are searched with the scores of whole texts, a draft speeds up one text at a time"
         yield _option_finding("num_beams above 1", why)
     if config.penalty_alpha:
-        yield _option_finding("penalty_alpha", "contrastive search ranks several tokens by hidden states")
+        yield _option_finding(
+            "penalty_alpha", "contrastive search ranks several tokens by hidden states"
+        )
     if config.dola_layers:
         yield _option_finding("dola_layers", "DoLa takes its scores from two layers")
     if config.output_attentions:
-        yield _option_finding("output_attentions", "attention over a block is not that of single tokens")
+        yield _option_finding(
+            "output_attentions", "attention over a block is not that of single tokens"
+        )
     if config.output_hidden_states:
-        yield _option_finding("output_hidden_states", "of a block, only those of accepted tokens would count")
+        yield _option_finding(
+            "output_hidden_states", "of a block, only those of accepted tokens would count"
+        )
 
 
-def input_findings(config: GenerationConfig, input_ids: torch.Tensor, inputs: dict[str, Any]) -> Iterator[Finding]:
+def input_findings(
+    config: GenerationConfig, input_ids: torch.Tensor, inputs: dict[str, Any]
+) -> Iterator[Finding]:
     """Yield the inputs, caches included, that have no meaning with a draft."""
     cache = cache_in(inputs)
     kind, implementation = type(cache).__name__, config.cache_implementation

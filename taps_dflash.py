@@ -38,7 +38,9 @@ class FeatureTaps:
     @contextmanager
     def collecting(self) -> Iterator[None]:
         """Collect outputs during the forwards inside."""
-        hooks = [self.layers[index].register_forward_hook(hook) for index, hook in self.hooks.items()]
+        hooks = [
+            self.layers[index].register_forward_hook(hook) for index, hook in self.hooks.items()
+        ]
         try:
             yield
         finally:
@@ -66,14 +68,26 @@ class FeatureTaps:
         """
         missing = [index for index in self.ids if index not in self.outputs]
         if missing or self.num_outputs != len(self.ids):
-            seen = f"layer {missing[0]} was not called" if missing else "a layer was called more than once"
-            raise difference(f"Of the tapped layers {list(self.ids)}, {seen} as a module in one forward")
+            seen = (
+                f"layer {missing[0]} was not called"
+                if missing
+                else "a layer was called more than once"
+            )
+            raise difference(
+                f"Of the tapped layers {list(self.ids)}, {seen} as a module in one forward"
+            )
         outputs = [self.outputs[index] for index in self.ids]
         self.clear()
         for index, features in zip(self.ids, outputs, strict=True):
-            if not isinstance(features, torch.Tensor) or features.ndim != 3 or features.shape[-1] != self.width:
+            if (
+                not isinstance(features, torch.Tensor)
+                or features.ndim != 3
+                or features.shape[-1] != self.width
+            ):
                 shape = tuple(getattr(features, "shape", ())) or type(features).__name__
-                raise difference(f"The output of layer {index} is {shape}, not [batch, tokens, {self.width}]")
+                raise difference(
+                    f"The output of layer {index} is {shape}, not [batch, tokens, {self.width}]"
+                )
         return torch.cat([features.to(outputs[-1].device) for features in outputs], dim=-1)
 
 
@@ -83,7 +97,9 @@ class TapWatch:
     def __init__(self, taps: FeatureTaps):
         self.taps = taps
         self.next_inputs: dict[int, Any] = {}  # [B, T, D] for each tap, of the layer behind it
-        self.norm_outputs: dict[int, list[torch.Tensor]] = {index: [] for index in taps.ids}  # inside the tapped layer
+        self.norm_outputs: dict[int, list[torch.Tensor]] = {
+            index: [] for index in taps.ids
+        }  # inside the tapped layer
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -94,7 +110,9 @@ class TapWatch:
                 hooks.append(norm.register_forward_hook(self._norm_hook(index)))
             if index + 1 < len(self.taps.layers):
                 following = self.taps.layers[index + 1]
-                hooks.append(following.register_forward_pre_hook(self._input_hook(index), with_kwargs=True))
+                hooks.append(
+                    following.register_forward_pre_hook(self._input_hook(index), with_kwargs=True)
+                )
         try:
             yield
         finally:
@@ -126,26 +144,44 @@ class TapWatch:
         """
         for index, tap in zip(self.taps.ids, features.split(self.taps.width, dim=-1), strict=True):
             next_input = self.next_inputs.get(index)
-            if isinstance(next_input, torch.Tensor) and not torch.equal(next_input.to(tap.device), tap):
-                raise difference(f"The output of layer {index} is not what layer {index + 1} is given")
+            if isinstance(next_input, torch.Tensor) and not torch.equal(
+                next_input.to(tap.device), tap
+            ):
+                raise difference(
+                    f"The output of layer {index} is not what layer {index + 1} is given"
+                )
             # A layer that ends with a norm of its own is as it should be.
-            own_norm = any(torch.equal(norm.to(tap.device).view_as(tap), tap) for norm in self.norm_outputs[index])
+            own_norm = any(
+                torch.equal(norm.to(tap.device).view_as(tap), tap)
+                for norm in self.norm_outputs[index]
+            )
             if not own_norm and self._is_normed(index, tap[0].float(), decoder, tolerance):
-                raise difference(f"The output of layer {index} is that of a norm, which a tap comes before")
+                raise difference(
+                    f"The output of layer {index} is that of a norm, which a tap comes before"
+                )
 
-    def _is_normed(self, index: int, tap: torch.Tensor, decoder: nn.Module, tolerance: float) -> bool:
+    def _is_normed(
+        self, index: int, tap: torch.Tensor, decoder: nn.Module, tolerance: float
+    ) -> bool:
         """Tell whether `tap [T, D]` has the same size at every token, as the output of a norm has."""
         inside = {id(norm) for layer in self.taps.layers for norm in layer.modules()}
         around = [norm for norm in norms_of(decoder, self.taps.width) if id(norm) not in inside]
         for layer in self.taps.layers[index + 1 : index + 2]:
             around += norms_of(layer, self.taps.width)
-        return any(is_level(states, max(1e-3, tolerance / 8)) for states in without_norm_weights(tap, around))
+        return any(
+            is_level(states, max(1e-3, tolerance / 8))
+            for states in without_norm_weights(tap, around)
+        )
 
 
 def norms_of(module: nn.Module, width: int) -> list[nn.Module]:
     """Return the norms inside a module that normalise vectors of this width."""
     found = [one for one in module.modules() if "norm" in type(one).__name__.lower()]
-    return [one for one in found if getattr(one, "weight", None) is not None and one.weight.shape == (width,)]
+    return [
+        one
+        for one in found
+        if getattr(one, "weight", None) is not None and one.weight.shape == (width,)
+    ]
 
 
 def without_norm_weights(tap: torch.Tensor, norms: list[Any]) -> Iterator[torch.Tensor]:

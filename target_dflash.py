@@ -90,7 +90,9 @@ class Target:
         self.keeps_logits = "logits_to_keep" in parameters(model.forward)
         self.attention = BlockAttention(model, [(window, True) for window in windows(text)])
         self.taps = FeatureTaps(self.layers, taps, text.hidden_size)
-        self.runner = BlockRunner(self._run_block, lambda state: (state.cache.length, state.cache.capacity))
+        self.runner = BlockRunner(
+            self._run_block, lambda state: (state.cache.length, state.cache.capacity)
+        )
 
     @contextmanager
     def decoding(self, prompt: Prompt, mode: str) -> Iterator[TargetState]:
@@ -101,10 +103,17 @@ class Target:
         """
         cache = SlotCache(DynamicCache(config=self.text))
         recurrent = RecurrentLayers(cache.layers, self.layers)
-        with self.taps.collecting(), recurrent.recording(), self.runner.using(mode), self.attention.installed():
+        with (
+            self.taps.collecting(),
+            recurrent.recording(),
+            self.runner.using(mode),
+            self.attention.installed(),
+        ):
             yield TargetState(cache, recurrent, prompt.padding_mask, prompt.position_offset)
 
-    def prefill(self, state: TargetState, inputs: dict[str, Any], num_logits: int = 1) -> TargetOutput:
+    def prefill(
+        self, state: TargetState, inputs: dict[str, Any], num_logits: int = 1
+    ) -> TargetOutput:
         """Run the beginning of a text, as plain `generate` does.
 
         Args:
@@ -156,7 +165,11 @@ class Target:
         return self._output(logits, length, length)
 
     def verify(
-        self, state: TargetState, tokens: torch.Tensor, slots: torch.Tensor, ancestors: torch.Tensor | None = None
+        self,
+        state: TargetState,
+        tokens: torch.Tensor,
+        slots: torch.Tensor,
+        ancestors: torch.Tensor | None = None,
     ) -> Verified:
         """Run a block over the cache: the draft's proposal after its anchor.
 
@@ -169,15 +182,21 @@ class Target:
             ValueError: a tree for a target with recurrent state.
         """
         if ancestors is not None and state.recurrent.states:
-            raise ValueError(f"{self.name} keeps recurrent state, which branches of a tree cannot share.")
+            raise ValueError(
+                f"{self.name} keeps recurrent state, which branches of a tree cannot share."
+            )
         masks = state.masks_for(slots, tokens.shape[1], self.attention)
         snapshot = state.recurrent.snapshot()
         with self.attention.under(masks):
-            logits, features = self.runner(state, tokens, slots, masks.chain if ancestors is None else ancestors)
+            logits, features = self.runner(
+                state, tokens, slots, masks.chain if ancestors is None else ancestors
+            )
         state.recurrent.record_inputs(snapshot, self.name)
         return Verified(logits.to(slots.device), features, snapshot)
 
-    def move_path(self, state: TargetState, verified: Verified, slots: torch.Tensor, path: torch.Tensor) -> Verified:
+    def move_path(
+        self, state: TargetState, verified: Verified, slots: torch.Tensor, path: torch.Tensor
+    ) -> Verified:
         """Move the accepted path of a tree, keys and values included, to the front of its block.
 
         Args:
@@ -214,7 +233,9 @@ class Target:
         self.taps.clear()
         arguments = {**inputs, self.cache_name: cache, "use_cache": True, "return_dict": True}
         if self.keeps_logits:
-            arguments["logits_to_keep"] = self._logits_to_keep(inputs["input_ids"].shape[1], num_logits)
+            arguments["logits_to_keep"] = self._logits_to_keep(
+                inputs["input_ids"].shape[1], num_logits
+            )
         return arguments
 
     def _output(self, logits: torch.Tensor, length: int, num_logits: int) -> TargetOutput:
@@ -226,7 +247,9 @@ class Target:
         expected = num_logits if self.keeps_logits else length
         found = logits.shape[1]
         if found != expected:
-            raise difference(f"{self.name} gave logits of {found} positions where {expected} were asked for")
+            raise difference(
+                f"{self.name} gave logits of {found} positions where {expected} were asked for"
+            )
         return TargetOutput(logits[:, -num_logits:], self.taps.pop())
 
     def _logits_to_keep(self, length: int, num_logits: int) -> Any:
@@ -246,7 +269,9 @@ def windows(text: Any) -> list[int | None]:
     """Return the sliding window of each layer, None where it sees everything, from a text config."""
     kinds = getattr(text, "layer_types", None)
     if kinds is None:
-        return [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=text).layers]
+        return [
+            getattr(layer, "sliding_window", None) for layer in DynamicCache(config=text).layers
+        ]
     found: list[int | None] = [None] * len(kinds)
     for layer, kind in enumerate(kinds):
         if kind == "sliding_attention":
@@ -266,8 +291,15 @@ def decoder_layers(target: Any) -> nn.ModuleList:
     Raises:
         ValueError: they are not where transformers' models keep them.
     """
-    decoder, count = target.get_decoder(), target.config.get_text_config(decoder=True).num_hidden_layers
-    lists = [module for module in decoder.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
+    decoder, count = (
+        target.get_decoder(),
+        target.config.get_text_config(decoder=True).num_hidden_layers,
+    )
+    lists = [
+        module
+        for module in decoder.modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count
+    ]
     layers = getattr(decoder, "layers", None) or next(iter(lists), None)
     if layers is None or len(layers) != count:
         raise ValueError(

@@ -7,15 +7,36 @@ import sys
 import tokenize
 from pathlib import Path
 
-LOOP = ("generate", "sequences", "generation", "proposals", "drafter", "target", "attention", "cache", "sampling")
+LOOP = (
+    "generate",
+    "sequences",
+    "generation",
+    "proposals",
+    "drafter",
+    "target",
+    "attention",
+    "cache",
+    "sampling",
+)
 LIMIT = 6.0  # expressions and statements per line of code
-SPACE = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+SPACE = (
+    tokenize.COMMENT,
+    tokenize.NL,
+    tokenize.NEWLINE,
+    tokenize.INDENT,
+    tokenize.DEDENT,
+    tokenize.ENDMARKER,
+)
 KNOTS = (ast.IfExp, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 BLOCKS = (ast.FunctionDef, ast.ClassDef, ast.For, ast.While, ast.If, ast.With, ast.Try)
 
 
 def is_docstring(node):
-    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+    return (
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    )
 
 
 def nodes_and_lines(text, tree):
@@ -33,7 +54,9 @@ def own_nodes(statement):
     """The nodes of a statement, without those of the statements inside it."""
     found = [statement]
     for node in found:
-        found.extend(child for child in ast.iter_child_nodes(node) if not isinstance(child, ast.stmt))
+        found.extend(
+            child for child in ast.iter_child_nodes(node) if not isinstance(child, ast.stmt)
+        )
     return found
 
 
@@ -44,8 +67,14 @@ def faults(statement):
         yield "more than one comprehension or conditional expression"
     for node in nodes:
         if isinstance(node, ast.Dict):
-            spread = [value for key, value in zip(node.keys, node.values, strict=True) if key is None]
-            inside = [value for value in node.values if value not in spread and isinstance(value, ast.BinOp)]
+            spread = [
+                value for key, value in zip(node.keys, node.values, strict=True) if key is None
+            ]
+            inside = [
+                value
+                for value in node.values
+                if value not in spread and isinstance(value, ast.BinOp)
+            ]
             if any(isinstance(value.op, ast.BitOr) for value in inside):
                 yield "a union inside a dict"
     targets = statement.targets if isinstance(statement, ast.Assign) else []
@@ -54,9 +83,15 @@ def faults(statement):
 
 
 def main():
-    files = subprocess.run(["git", "ls-files", "*.py"], capture_output=True, text=True, check=True).stdout.split()
+    files = subprocess.run(
+        ["git", "ls-files", "*.py"], capture_output=True, text=True, check=True
+    ).stdout.split()
     bad, nodes, lines = False, 0, 0
-    for path in (Path(name) for name in files if not name.startswith(("tests/", ".ci/", "benchmarks/", "examples/"))):
+    for path in (
+        Path(name)
+        for name in files
+        if not name.startswith(("tests/", ".ci/", "benchmarks/", "examples/"))
+    ):
         text = path.read_text(encoding="utf-8")
         tree = ast.parse(text)
         if path.stem in {f"{name}_dflash" for name in LOOP}:
@@ -66,7 +101,9 @@ def main():
             for fault in faults(statement):
                 print(f"{path}:{statement.lineno}: {fault}")
                 bad = True
-    print(f"{nodes / lines:.2f} expressions and statements per line of code in the decode loop, below {LIMIT} wanted")
+    print(
+        f"{nodes / lines:.2f} expressions and statements per line of code in the decode loop, below {LIMIT} wanted"
+    )
     sys.exit(bad or nodes / lines >= LIMIT)
 
 

@@ -96,18 +96,28 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     target, draft, prompts = build(options)
     for inputs in prompts:
-        inputs["max_new_tokens"], inputs["do_sample"], inputs["eos_token_id"] = options.new, False, None
+        inputs["max_new_tokens"], inputs["do_sample"], inputs["eos_token_id"] = (
+            options.new,
+            False,
+            None,
+        )
     ways = the_ways(target, draft, options)
     figures = measure(target, ways, prompts, options)
-    floor = floor_ms(target, draft, options) | {"self_check_ms": self_check_ms(target, draft, prompts[0], options)}
+    floor = floor_ms(target, draft, options) | {
+        "self_check_ms": self_check_ms(target, draft, prompts[0], options)
+    }
     show(figures, floor, target, draft, options)
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", default="tiny-pair", choices=["tiny-pair", *SHAPES])
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default=None, help="float32 on a CPU, bfloat16 elsewhere, unless said")
+    parser.add_argument(
+        "--dtype", default=None, help="float32 on a CPU, bfloat16 elsewhere, unless said"
+    )
     parser.add_argument("--context", type=int, default=150, help="prompt tokens")
     parser.add_argument("--new", type=int, default=96, help="new tokens of each text")
     parser.add_argument("--batch", type=int, default=1)
@@ -126,22 +136,53 @@ def build(options: argparse.Namespace) -> tuple[Any, Any, list[dict[str, Any]]]:
     """The target, its draft, and the prompts."""
     dtype = getattr(torch, options.dtype or ("float32" if options.device == "cpu" else "bfloat16"))
     if options.shape == "tiny-pair":
-        target = AutoModelForCausalLM.from_pretrained(TINY / "target", dtype=dtype).to(options.device).eval()
-        draft = load_draft(KINDS[options.variant].demo_draft(TINY), dtype=dtype).to(options.device).eval()
+        target = (
+            AutoModelForCausalLM.from_pretrained(TINY / "target", dtype=dtype)
+            .to(options.device)
+            .eval()
+        )
+        draft = (
+            load_draft(KINDS[options.variant].demo_draft(TINY), dtype=dtype)
+            .to(options.device)
+            .eval()
+        )
         tokenizer = AutoTokenizer.from_pretrained(TINY / "target")
         lines = (TINY / "prompts.jsonl").read_text(encoding="utf-8").splitlines()[: options.prompts]
-        ids = [tokenizer(json.loads(line)["prompt"], return_tensors="pt").input_ids for line in lines]
-        rows = [row[:, -options.context :].repeat(options.batch, 1).to(options.device) for row in ids]
+        ids = [
+            tokenizer(json.loads(line)["prompt"], return_tensors="pt").input_ids for line in lines
+        ]
+        rows = [
+            row[:, -options.context :].repeat(options.batch, 1).to(options.device) for row in ids
+        ]
     else:
         shape = dict(SHAPES[options.shape])
-        config = AutoConfig.for_model(shape.pop("model_type"), **shape, eos_token_id=None, pad_token_id=0)
+        config = AutoConfig.for_model(
+            shape.pop("model_type"), **shape, eos_token_id=None, pad_token_id=0
+        )
         with torch.device(options.device):
             target = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-            fresh = {"mask_token_id": 0, "block_size": options.block, "num_hidden_layers": options.layers}
-            draft = DFlashDraftSpec("benchmark").build(config, options.variant, **fresh).to(dtype).eval()
+            fresh = {
+                "mask_token_id": 0,
+                "block_size": options.block,
+                "num_hidden_layers": options.layers,
+            }
+            draft = (
+                DFlashDraftSpec("benchmark")
+                .build(config, options.variant, **fresh)
+                .to(dtype)
+                .eval()
+            )
         target.generation_config.eos_token_id = None
-        rows = [torch.randint(config.vocab_size, (options.batch, options.context), device=options.device)]
-    return target, draft, [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in rows]
+        rows = [
+            torch.randint(
+                config.vocab_size, (options.batch, options.context), device=options.device
+            )
+        ]
+    return (
+        target,
+        draft,
+        [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in rows],
+    )
 
 
 def the_ways(target: Any, draft: Any, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
@@ -159,7 +200,10 @@ def the_ways(target: Any, draft: Any, options: argparse.Namespace) -> dict[str, 
 
 
 def measure(
-    target: Any, ways: dict[str, dict[str, Any]], prompts: list[dict[str, Any]], options: argparse.Namespace
+    target: Any,
+    ways: dict[str, dict[str, Any]],
+    prompts: list[dict[str, Any]],
+    options: argparse.Namespace,
 ) -> dict[str, Figures]:
     """Every way in turn over every prompt, `runs` times, after a round that does not count."""
     figures = {name: Figures() for name in ways}
@@ -198,13 +242,28 @@ def measure(
     return figures
 
 
-def count_cycles(target: Any, name: str, call: dict[str, Any], options: argparse.Namespace) -> list[tuple[float, ...]]:
+def count_cycles(
+    target: Any, name: str, call: dict[str, Any], options: argparse.Namespace
+) -> list[tuple[float, ...]]:
     """Decode once more; per run: cycles, seconds in all, draft, verify, rest, rollback; tokens and row-cycles."""
     if name == "ours":
         record = DecodeStatistics()
         target.generate(**call, statistics=record)
-        parts = (record.draft_seconds, record.verify_seconds, record.rest_seconds, record.rollback_seconds)
-        return [(record.cycles, record.decode_seconds, *parts, sum(record.committed), len(record.committed))]
+        parts = (
+            record.draft_seconds,
+            record.verify_seconds,
+            record.rest_seconds,
+            record.rollback_seconds,
+        )
+        return [
+            (
+                record.cycles,
+                record.decode_seconds,
+                *parts,
+                sum(record.committed),
+                len(record.committed),
+            )
+        ]
     moments: list[float] = []
 
     def note(module: Any, inputs: Any, output: Any) -> None:
@@ -215,7 +274,9 @@ def count_cycles(target: Any, name: str, call: dict[str, Any], options: argparse
         target.generate(**call)
     finally:
         hook.remove()
-    cycles = len(moments) - 1  # the first is the prompt's; from each verify's end to the next is one cycle
+    cycles = (
+        len(moments) - 1
+    )  # the first is the prompt's; from each verify's end to the next is one cycle
     if cycles < 1:
         return []
     return [(cycles, moments[-1] - moments[0], 0.0, 0.0, 0.0, 0.0, options.new - 1, cycles)]
@@ -248,7 +309,9 @@ class Forced:
         self.chain.commit(features, slots)
 
 
-def forced(options: argparse.Namespace, plain: torch.Tensor | None, vocab_size: int) -> dict[str, Any]:
+def forced(
+    options: argparse.Namespace, plain: torch.Tensor | None, vocab_size: int
+) -> dict[str, Any]:
     """Return what is added to our call of `generate` so that `--tau` tokens are committed per cycle."""
     if options.tau is None or plain is None:
         return {}
@@ -263,7 +326,11 @@ def timed(target: Any, run: Callable[[], Any]) -> tuple[Any, float, float | None
     started = now(target.device)
     result = run()
     seconds = now(target.device) - started
-    return result, seconds, torch.cuda.max_memory_allocated(target.device) / 2**20 if on_gpu else None
+    return (
+        result,
+        seconds,
+        torch.cuda.max_memory_allocated(target.device) / 2**20 if on_gpu else None,
+    )
 
 
 def floor_ms(target: Any, draft: Any, options: argparse.Namespace) -> dict[str, float]:
@@ -275,7 +342,9 @@ def floor_ms(target: Any, draft: Any, options: argparse.Namespace) -> dict[str, 
         weights -= embedding.nbytes
     text, length = target.config.get_text_config(decoder=True), options.context + options.new / 2
     kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
-    layer = 2 * text.num_key_value_heads * text.head_dim * head.element_size() * length * options.batch
+    layer = (
+        2 * text.num_key_value_heads * text.head_dim * head.element_size() * length * options.batch
+    )
     plain = weights + layer * (len(kinds) - kinds.count("linear_attention"))
     drafting = sum(weight.nbytes for weight in draft.parameters()) + head.nbytes
     drafting += draft.config.num_hidden_layers * layer
@@ -297,7 +366,9 @@ def measured_bandwidth(target: Any, size: int) -> float:
     return 2 * size / min(timed(target, copy)[1] for _ in range(5))
 
 
-def self_check_ms(target: Any, draft: Any, inputs: dict[str, Any], options: argparse.Namespace) -> float:
+def self_check_ms(
+    target: Any, draft: Any, inputs: dict[str, Any], options: argparse.Namespace
+) -> float:
     """What the first decode of a session costs beyond the next, two tokens each; the median over the runs."""
     call = inputs | {"max_new_tokens": 2, "custom_generate": draft.speculate, "capture": "eager"}
     costs = []
@@ -308,20 +379,39 @@ def self_check_ms(target: Any, draft: Any, inputs: dict[str, Any], options: argp
     return statistics.median(costs[1:])
 
 
-def show(figures: dict[str, Figures], floor: dict[str, float], target: Any, draft: Any, options: Any) -> None:
+def show(
+    figures: dict[str, Figures], floor: dict[str, float], target: Any, draft: Any, options: Any
+) -> None:
     """The table, the ratios, and one line of JSON."""
     dtype = str(target.dtype).removeprefix("torch.")
-    print(f"{options.shape}, {options.device}, {dtype}, batch {options.batch}, context {options.context}, ", end="")
-    print(f"block {draft.config.block_size}, {options.new} new tokens, {options.threads} threads, ", end="")
+    print(
+        f"{options.shape}, {options.device}, {dtype}, batch {options.batch}, context {options.context}, ",
+        end="",
+    )
+    print(
+        f"block {draft.config.block_size}, {options.new} new tokens, {options.threads} threads, ",
+        end="",
+    )
     print(f"capture {options.capture}")
     heads = ("tok/s", "ms/cycle", "draft", "verify", "rest", "rollback", "tau", "peak MiB")
     print(" " * 28 + "".join(head.rjust(10) for head in heads) + "  text")
     for name, one in figures.items():
-        parts = (one.ms_per_cycle, one.draft_ms, one.verify_ms, one.rest_ms, one.rollback_ms, one.tau, one.peak_mib)
+        parts = (
+            one.ms_per_cycle,
+            one.draft_ms,
+            one.verify_ms,
+            one.rest_ms,
+            one.rollback_ms,
+            one.tau,
+            one.peak_mib,
+        )
         cells = "".join(number(part).rjust(10) for part in (one.tokens_per_second, *parts))
         print(f"{name:28}{cells}  {'same' if one.same_text else 'NOT the same'}")
     ratios = ratios_of(figures, floor, options)
-    print(f"floor at {floor['bandwidth_gb_s']:.1f} GB/s: {floor['plain_ms']:.3f} ms a plain step, ", end="")
+    print(
+        f"floor at {floor['bandwidth_gb_s']:.1f} GB/s: {floor['plain_ms']:.3f} ms a plain step, ",
+        end="",
+    )
     print(f"{floor['cycle_ms']:.3f} ms a cycle")
     print(f"self-check, once a session: {floor['self_check_ms']:.2f} ms")
     print(", ".join(f"{name.replace('_', ' ')} {number(value)}" for name, value in ratios.items()))
@@ -329,14 +419,18 @@ def show(figures: dict[str, Figures], floor: dict[str, float], target: Any, draf
     print(json.dumps({"options": vars(options), "figures": rows, "floor": floor, "ratios": ratios}))
 
 
-def ratios_of(figures: dict[str, Figures], floor: dict[str, float], options: Any) -> dict[str, float | None]:
+def ratios_of(
+    figures: dict[str, Figures], floor: dict[str, float], options: Any
+) -> dict[str, float | None]:
     """What is compared with what; one run's figures only."""
     plain, ours, own = figures["plain"], figures["ours"], figures.get("transformers' own dflash")
     cycle = ours.ms_per_cycle or 0.0
     steps = options.new * (options.prompts if options.shape == "tiny-pair" else 1)
     return {
         "times_plain": plain.seconds / ours.seconds,
-        "cycle_over_transformers_own": cycle / own.ms_per_cycle if own and own.ms_per_cycle else None,
+        "cycle_over_transformers_own": cycle / own.ms_per_cycle
+        if own and own.ms_per_cycle
+        else None,
         "cycle_over_floor": cycle / floor["cycle_ms"],
         "plain_step_over_floor": 1e3 * plain.seconds / steps / floor["plain_ms"],
     }

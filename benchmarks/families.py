@@ -33,36 +33,127 @@ import tiny  # noqa: E402
 from dflash_hub import DecodeStatistics  # noqa: E402
 from dflash_hub.support_dflash import check_target  # noqa: E402
 
-EXACT, EXACT_ALONE, REFUSED, CAUGHT = "exact", "exact, one row at a time", "refused", "stopped by the self-check"
+EXACT, EXACT_ALONE, REFUSED, CAUGHT = (
+    "exact",
+    "exact, one row at a time",
+    "refused",
+    "stopped by the self-check",
+)
 DIFFERENT, FOREIGN, NOT_BUILT = "ANOTHER TEXT", "FOREIGN ERROR", "not built"
 SECONDS = 120
 MARKS = ("<!-- families -->", "<!-- /families -->")
 
 # What makes a model of any family small, by the names that its config has.
 SMALL = tiny.SMALL | {
-    **{"n_embd": 32, "d_model": 32, "n_layer": 4, "n_layers": 4, "n_head": 4, "n_heads": 4, "n_positions": 512},
-    **{"ffn_dim": 64, "decoder_ffn_dim": 64, "decoder_layers": 4, "decoder_attention_heads": 4, "ffn_hidden_size": 64},
-    **{"num_experts": 4, "n_routed_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_topk": 2},
-    **{"moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "n_group": 1, "topk_group": 1},
-    **{"moe_num_experts": 4, "moe_k": 2, "first_k_dense_replace": 1, "n_shared_experts": 1, "sliding_window": 12},
-    **{"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8},
-    **{"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 2, "mamba_chunk_size": 16},
-    **{"mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 2, "chunk_size": 16},
-    **{"mamba_d_ssm": 64, "mamba_expand": 2, "n_mamba_heads": 4, "mamba_headdim": 16, "mamba_ngroups": 1},
-    **{"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8},
-    **{"word_embed_proj_dim": 32, "rotary_dim": 4, "global_head_dim": 16, "dim": 32, "max_seq_len": 512},
-    **{"vocab_size_per_layer_input": tiny.VOCAB, "hidden_size_per_layer_input": 8, "query_pre_attn_scalar": 8},
-    **{"expert_ffn_hidden_size": 32, "zero_expert_num": 1, "mlp_layer_types": None, "num_kv_heads": 2},
+    **{
+        "n_embd": 32,
+        "d_model": 32,
+        "n_layer": 4,
+        "n_layers": 4,
+        "n_head": 4,
+        "n_heads": 4,
+        "n_positions": 512,
+    },
+    **{
+        "ffn_dim": 64,
+        "decoder_ffn_dim": 64,
+        "decoder_layers": 4,
+        "decoder_attention_heads": 4,
+        "ffn_hidden_size": 64,
+    },
+    **{
+        "num_experts": 4,
+        "n_routed_experts": 4,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_topk": 2,
+    },
+    **{
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+        "n_group": 1,
+        "topk_group": 1,
+    },
+    **{
+        "moe_num_experts": 4,
+        "moe_k": 2,
+        "first_k_dense_replace": 1,
+        "n_shared_experts": 1,
+        "sliding_window": 12,
+    },
+    **{
+        "kv_lora_rank": 16,
+        "q_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+    },
+    **{
+        "mamba_n_heads": 4,
+        "mamba_d_head": 16,
+        "mamba_d_state": 8,
+        "mamba_n_groups": 2,
+        "mamba_chunk_size": 16,
+    },
+    **{
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 16,
+        "ssm_state_size": 8,
+        "n_groups": 2,
+        "chunk_size": 16,
+    },
+    **{
+        "mamba_d_ssm": 64,
+        "mamba_expand": 2,
+        "n_mamba_heads": 4,
+        "mamba_headdim": 16,
+        "mamba_ngroups": 1,
+    },
+    **{
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    },
+    **{
+        "word_embed_proj_dim": 32,
+        "rotary_dim": 4,
+        "global_head_dim": 16,
+        "dim": 32,
+        "max_seq_len": 512,
+    },
+    **{
+        "vocab_size_per_layer_input": tiny.VOCAB,
+        "hidden_size_per_layer_input": 8,
+        "query_pre_attn_scalar": 8,
+    },
+    **{
+        "expert_ffn_hidden_size": 32,
+        "zero_expert_num": 1,
+        "mlp_layer_types": None,
+        "num_kv_heads": 2,
+    },
 }
 # Where those do not build a family.
 EXTRA = {
     "bamba": {"attn_layer_indices": [1, 3]},
     "falcon_h1": {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8},
-    "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2, "expert_layer_offset": 1, "expert_layer_period": 2},
+    "jamba": {
+        "attn_layer_offset": 1,
+        "attn_layer_period": 2,
+        "expert_layer_offset": 1,
+        "expert_layer_period": 2,
+    },
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "num_layers": 4, "window_size": 12},
-    "zamba2": {"layers_block_type": ["mamba", "hybrid"] * 2, "mamba_ngroups": 1, "num_mem_blocks": 1},
-    "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"] * 2},  # as it is published
+    "zamba2": {
+        "layers_block_type": ["mamba", "hybrid"] * 2,
+        "mamba_ngroups": 1,
+        "num_mem_blocks": 1,
+    },
+    "minimax_m3_vl_text": {
+        "layer_types": ["full_attention", "minimax_m3_sparse"] * 2
+    },  # as it is published
 }
 
 
@@ -98,7 +189,9 @@ def fields_for(family):
     if family in tiny.FAMILIES and "model_type" not in tiny.FAMILIES[family]:
         return tiny.SMALL | tiny.FAMILIES[family]
     default = AutoConfig.for_model(family)
-    known = {"pad_token_id", "eos_token_id", "bos_token_id"} | {name for name in SMALL if settable(default, name)}
+    known = {"pad_token_id", "eos_token_id", "bos_token_id"} | {
+        name for name in SMALL if settable(default, name)
+    }
     fields = {name: value for name, value in SMALL.items() if name in known}
     if settable(default, "layer_types") and default.layer_types is not None:
         kinds = list(dict.fromkeys(default.layer_types))
@@ -114,7 +207,9 @@ def build(family):
         if hasattr(config, name):
             setattr(config, name, True)
     with torch.device("meta"):
-        size = sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters())
+        size = sum(
+            weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters()
+        )
     if size > 2e7:
         raise ValueError(f"by these rules it has {size:,} parameters, too many to build here")
     torch.manual_seed(tiny.SEEDS.get(family, 0))
@@ -136,7 +231,9 @@ def batch_is_sound(model, inputs, new=24):
     whole = model.generate(**inputs, max_new_tokens=new, do_sample=False)
     for row, mask in enumerate(inputs["attention_mask"].bool()):
         ids = inputs["input_ids"][row][mask][None]
-        alone = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False)
+        alone = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False
+        )
         if not torch.equal(alone[0, ids.shape[1] :], whole[row, len(mask) :]):
             return False
     return True
@@ -146,7 +243,9 @@ def decode_all(model):
     """The outcome for one model, and what to say of it."""
     for length, block in ((1, 16), (7, 2), (40, 5)):
         ids = tiny.prompt(length, seed=length)
-        plain, ours, _ = decode_both(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, block)
+        plain, ours, _ = decode_both(
+            model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, block
+        )
         if not torch.equal(plain, ours):
             return DIFFERENT, f"prompt of {length}, block of {block}"
     inputs = tiny.batch(20, pads=(0, 19, 7, 13))
@@ -169,7 +268,9 @@ def outcome(family):
         with time_limit(SECONDS):
             model = build(family)
             ids = tiny.prompt(6)
-            model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False)
+            model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False
+            )
     except Exception as error:  # whatever a family raises that is built by rule
         return NOT_BUILT, f"{type(error).__name__}: {first_line(error)}"
     try:
@@ -201,7 +302,9 @@ def table(results):
     for family, (word, why) in results.items():
         groups[word].append((family, why))
     built = sum(len(found) for word, found in groups.items() if word != NOT_BUILT)
-    counts = ", ".join(f"{len(found)} {word}" for word, found in groups.items() if word != NOT_BUILT)
+    counts = ", ".join(
+        f"{len(found)} {word}" for word, found in groups.items() if word != NOT_BUILT
+    )
     lines = [
         f"`python benchmarks/families.py --write`, transformers {transformers.__version__}: of {len(results)} names, "
         f"{built} were built; {counts}.",
@@ -218,7 +321,9 @@ def table(results):
             reasons[in_short(why.replace(family, "it"))].append(family)
         lines += [f"| {word}: {why} | {', '.join(families)} |" for why, families in reasons.items()]
     if groups[NOT_BUILT]:
-        lines.append(f"| not built tiny by the benchmark | {', '.join(family for family, _ in groups[NOT_BUILT])} |")
+        lines.append(
+            f"| not built tiny by the benchmark | {', '.join(family for family, _ in groups[NOT_BUILT])} |"
+        )
     return "\n".join(lines)
 
 
@@ -226,13 +331,19 @@ def write(text):
     path = ROOT / "docs" / "decoding.md"
     content = path.read_text(encoding="utf-8")
     before, rest = content.split(MARKS[0])
-    path.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{rest.split(MARKS[1])[1]}", encoding="utf-8")
+    path.write_text(
+        f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{rest.split(MARKS[1])[1]}", encoding="utf-8"
+    )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", nargs="*", help="some model types")
-    parser.add_argument("--write", action="store_true", help="write the table into docs/decoding.md")
+    parser.add_argument(
+        "--write", action="store_true", help="write the table into docs/decoding.md"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")

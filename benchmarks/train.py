@@ -76,11 +76,15 @@ def main() -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", default="small", choices=SHAPES)
     parser.add_argument("--vocab", type=int, default=151936)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default=None, help="of the target; bfloat16 on a GPU, float32 on a CPU")
+    parser.add_argument(
+        "--dtype", default=None, help="of the target; bfloat16 on a GPU, float32 on a CPU"
+    )
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--anchors", type=int, default=128)
@@ -95,11 +99,22 @@ def arguments() -> argparse.Namespace:
 def build(options: argparse.Namespace, device: torch.device) -> tuple[Any, Any]:
     """Return the draft, in float32, and the target."""
     dtype = getattr(torch, options.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
-    config = AutoConfig.for_model("qwen3", vocab_size=options.vocab, tie_word_embeddings=True, **SHAPES[options.shape])
+    config = AutoConfig.for_model(
+        "qwen3", vocab_size=options.vocab, tie_word_embeddings=True, **SHAPES[options.shape]
+    )
     with device:
         target = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        fresh = {"mask_token_id": 0, "block_size": options.block, "num_hidden_layers": options.layers}
-        draft = DFlashDraftSpec("benchmark").build(config, dtype=torch.float32, **fresh).to(device).train()
+        fresh = {
+            "mask_token_id": 0,
+            "block_size": options.block,
+            "num_hidden_layers": options.layers,
+        }
+        draft = (
+            DFlashDraftSpec("benchmark")
+            .build(config, dtype=torch.float32, **fresh)
+            .to(device)
+            .train()
+        )
     return draft, target
 
 
@@ -122,7 +137,9 @@ class Timer:
         self.seconds[name] = self.seconds.get(name, 0.0) + now(self.device) - started
 
 
-def step(objective: Objective, draft: Any, optimizer: Any, blocks: Blocks, timer: Timer) -> dict[str, float]:
+def step(
+    objective: Objective, draft: Any, optimizer: Any, blocks: Blocks, timer: Timer
+) -> dict[str, float]:
     """Return the seconds of each part of one step, its peak memory in MiB, and its loss."""
     timer.seconds.clear()
     device = timer.device
@@ -166,7 +183,9 @@ def resident(field: str) -> float:
 def show(measured: dict[str, list[dict[str, float]]], options: argparse.Namespace) -> None:
     """Print a table, and the JSON line."""
     figures = {}
-    print(f"{'ms':16}" + "".join(part.rjust(11) for part in (*PARTS, "step", "tokens/s", "peak MiB")))
+    print(
+        f"{'ms':16}" + "".join(part.rjust(11) for part in (*PARTS, "step", "tokens/s", "peak MiB"))
+    )
     for name, steps in measured.items():
         parts = {part: 1e3 * statistics.median(one[part] for one in steps) for part in PARTS}
         whole = 1e3 * statistics.median(sum(one[part] for part in PARTS) for one in steps)
@@ -179,10 +198,15 @@ def show(measured: dict[str, list[dict[str, float]]], options: argparse.Namespac
             "peak_mib": peak,
             "loss": steps[-1]["value"],
         }
-        print(f"{name:16}" + "".join(f"{value:11.1f}" for value in (*parts.values(), whole, rate, peak)))
+        print(
+            f"{name:16}"
+            + "".join(f"{value:11.1f}" for value in (*parts.values(), whole, rate, peak))
+        )
     ours, full = figures.values()
     ratios = {key: ours[key] / full[key] for key in ("step_ms", "peak_mib")}
-    print(f"ours over logits in full: time {ratios['step_ms']:.2f}, peak memory {ratios['peak_mib']:.2f}")
+    print(
+        f"ours over logits in full: time {ratios['step_ms']:.2f}, peak memory {ratios['peak_mib']:.2f}"
+    )
     print(json.dumps({"options": vars(options), "figures": figures, "ratios": ratios}))
 
 

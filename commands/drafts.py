@@ -11,8 +11,12 @@ from .shared import console
 
 
 def drafts(
-    target: Annotated[str | None, typer.Option(help="Only drafts made for this checkpoint.")] = None,
-    architecture: Annotated[str | None, typer.Option(help="Only drafts for targets of this architecture.")] = None,
+    target: Annotated[
+        str | None, typer.Option(help="Only drafts made for this checkpoint.")
+    ] = None,
+    architecture: Annotated[
+        str | None, typer.Option(help="Only drafts for targets of this architecture.")
+    ] = None,
 ) -> None:
     """List the published drafts that are known, and why some cannot be run."""
     from ..registry import CATALOGUE, drafts_for
@@ -20,7 +24,9 @@ def drafts(
     found = drafts_for(target) if target else CATALOGUE
     found = [spec for spec in found if architecture is None or spec.serves(architecture)]
     if not found:
-        raise ValueError(f"No draft is known for {target or architecture}; `dflash-hub drafts` lists all that are.")
+        raise ValueError(
+            f"No draft is known for {target or architecture}; `dflash-hub drafts` lists all that are."
+        )
     table = Table(title=f"{len(found)} DFlash drafts")
     for column in ("draft", "made for", "architecture", "block", "revision", "runs here"):
         table.add_column(column, overflow="fold")

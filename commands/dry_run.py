@@ -43,11 +43,17 @@ def dry_run(trainer: DFlashTrainer, folder: Path) -> None:
     table = Table(show_header=False, box=None, padding=(0, 2))
     draft = trainer.accelerator.unwrap_model(trainer.model)
     table.add_row("draft", f"{draft.num_parameters():,} parameters")
-    table.add_row("target", f"{trainer.target.num_parameters():,} parameters, {trainer.target.dtype}")
     table.add_row(
-        "memory, at most", f"{_peak_gib():.2f} GiB {'of the GPU' if torch.cuda.is_available() else 'resident'}"
+        "target", f"{trainer.target.num_parameters():,} parameters, {trainer.target.dtype}"
     )
-    table.add_row("time", f"{clock.seconds:.2f} s a step; {_duration(clock.seconds * whole)} for {whole:,} steps")
+    table.add_row(
+        "memory, at most",
+        f"{_peak_gib():.2f} GiB {'of the GPU' if torch.cuda.is_available() else 'resident'}",
+    )
+    table.add_row(
+        "time",
+        f"{clock.seconds:.2f} s a step; {_duration(clock.seconds * whole)} for {whole:,} steps",
+    )
     for check in checks:
         table.add_row("checked", check)
     console.print(table)
@@ -59,7 +65,11 @@ def _steps(trainer: DFlashTrainer) -> int:
         return trainer.args.max_steps
     if not hasattr(trainer.train_dataset, "__len__"):
         raise ValueError("A stream has no length: give --max-steps.")
-    batch = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps * trainer.args.world_size
+    batch = (
+        trainer.args.train_batch_size
+        * trainer.args.gradient_accumulation_steps
+        * trainer.args.world_size
+    )
     return int(-(-len(trainer.train_dataset) // batch) * trainer.args.num_train_epochs)
 
 
@@ -78,10 +88,16 @@ def _checked(trainer: DFlashTrainer, folder: Path) -> list[str]:
         stage(again, folder / layout, layout, {})
         check_staged(again, folder / layout)
     ids = prompt_of(next(iter(trainer.train_dataset))).to(trainer.target.device)
-    one, other = (compare(model, trainer.target, ids, max_new_tokens=32) for model in (draft, again))
+    one, other = (
+        compare(model, trainer.target, ids, max_new_tokens=32) for model in (draft, again)
+    )
     if one.committed != other.committed:
         raise ValueError("The reloaded draft drafts otherwise than before it was saved.")
-    text = "is the target's own" if other.identical else f"differs by near-ties in {trainer.target.dtype}"
+    text = (
+        "is the target's own"
+        if other.identical
+        else f"differs by near-ties in {trainer.target.dtype}"
+    )
     return [
         "it reloads bit-equal, here and in a process without this package, in both layouts",
         f"it decodes as before it was saved, and the text {text}",

@@ -12,12 +12,22 @@ from .shared import Capture, NewTokens, Target, console, fail_differing, show_fi
 def generate(
     prompt: Annotated[str, typer.Argument(help="The text to go on from.")],
     target: Target,
-    draft: Annotated[str | None, typer.Option(help="Hub id or folder of the draft; resolved if not given.")] = None,
-    draft_revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of the draft.")] = None,
+    draft: Annotated[
+        str | None, typer.Option(help="Hub id or folder of the draft; resolved if not given.")
+    ] = None,
+    draft_revision: Annotated[
+        str | None, typer.Option(help="Commit, tag or branch of the draft.")
+    ] = None,
     max_new_tokens: NewTokens = 256,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 ..., or auto for the target's own.")] = "auto",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; the best there is if not given.")] = None,
-    chat: Annotated[bool, typer.Option(help="Use the target's chat template, if it has one.")] = True,
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16 ..., or auto for the target's own.")
+    ] = "auto",
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1, mps; the best there is if not given.")
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option(help="Use the target's chat template, if it has one.")
+    ] = True,
     capture: Capture = "auto",
 ) -> None:
     """Generate greedily with any target, streaming; then the target alone, and the figures of both."""
@@ -32,7 +42,9 @@ def generate(
     speculator = find_draft(model, draft, draft_revision).to(device).eval()
     row = encode(tokenizer, prompt, chat).to(device)
     warm_up(speculator, model, row, capture)
-    result = compare(speculator, model, row, max_new_tokens, TextStreamer(tokenizer, skip_prompt=True), capture)
+    result = compare(
+        speculator, model, row, max_new_tokens, TextStreamer(tokenizer, skip_prompt=True), capture
+    )
     console.print()
     show_figures(result)
     if not result.identical and model.dtype == torch.float32:

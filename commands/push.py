@@ -15,11 +15,15 @@ from .shared import console
 def push(
     directory: Annotated[Path, typer.Argument(help="Folder of the draft, in any layout.")],
     repo: Annotated[str, typer.Argument(help="Repository to push to, such as me/my-draft.")],
-    base_model: Annotated[str | None, typer.Option(help="Hub id of the target, for the card.")] = None,
+    base_model: Annotated[
+        str | None, typer.Option(help="Hub id of the target, for the card.")
+    ] = None,
     license: Annotated[str | None, typer.Option(help="Such as apache-2.0, for the card.")] = None,
     private: Annotated[bool, typer.Option(help="Make a new repository private.")] = False,
     message: Annotated[str, typer.Option(help="Commit message.")] = "Upload DFlash draft",
-    token: Annotated[str | None, typer.Option(envvar="HF_TOKEN", help="A token that may write.")] = None,
+    token: Annotated[
+        str | None, typer.Option(envvar="HF_TOKEN", help="A token that may write.")
+    ] = None,
 ) -> None:
     """Stage a draft, check it in a fresh process, push the hub layout to main and the engines layout to `engines`."""
     from transformers.utils import logging
@@ -28,13 +32,19 @@ def push(
 
     logging.disable_progress_bar()
     if not directory.is_dir():
-        raise ValueError(f"{directory} is not a folder; pass the folder that holds the draft's config.json.")
-    card = {key: value for key, value in {"base_model": base_model, "license": license}.items() if value}
+        raise ValueError(
+            f"{directory} is not a folder; pass the folder that holds the draft's config.json."
+        )
+    card = {
+        key: value for key, value in {"base_model": base_model, "license": license}.items() if value
+    }
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("Starting", total=None)
         options = PublishOptions(private=private or None, token=token, message=message, card=card)
-        done = publish(directory, repo, options, report=lambda step: progress.update(task, description=step))
+        done = publish(
+            directory, repo, options, report=lambda step: progress.update(task, description=step)
+        )
         progress.update(task, description="Published", total=1, completed=1)
     console.print(
         f"\n[bold]{done.repo_id}[/bold] is published: main at {done.commit[:8]}, engines at {done.engines_commit[:8]}."

@@ -15,12 +15,18 @@ if TYPE_CHECKING:
 
 
 def refresh(
-    repo: Annotated[str, typer.Argument(help="Repository that was pushed before, such as me/my-draft.")],
+    repo: Annotated[
+        str, typer.Argument(help="Repository that was pushed before, such as me/my-draft.")
+    ],
     diff: Annotated[bool, typer.Option("--diff", help="Show the unified diff too.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the difference, and stop there.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the difference, and stop there.")
+    ] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Push without asking.")] = False,
     message: Annotated[str | None, typer.Option(help="Commit message.")] = None,
-    token: Annotated[str | None, typer.Option(envvar="HF_TOKEN", help="A token that may write.")] = None,
+    token: Annotated[
+        str | None, typer.Option(envvar="HF_TOKEN", help="A token that may write.")
+    ] = None,
 ) -> None:
     """Bring the code of a pushed draft to this version; weights, config and card stay as they are."""
     from transformers.utils import logging
@@ -52,7 +58,11 @@ def refresh(
         show_difference(done.branches, diff)
         console.print("Nothing to push.")
     for branch, commit in done.commits.items():
-        console.print(f"[bold]{escape(repo)}[/bold]: {branch} is at {commit[:8]}.", highlight=False, soft_wrap=True)
+        console.print(
+            f"[bold]{escape(repo)}[/bold]: {branch} is at {commit[:8]}.",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def show_difference(branches: "tuple[BranchDifference, ...]", diff: bool) -> None:
@@ -64,14 +74,23 @@ def show_difference(branches: "tuple[BranchDifference, ...]", diff: bool) -> Non
             what = f"dflash-hub {found.version} becomes {__version__}"
         else:
             what = f"the code is that of dflash-hub {__version__} already"
-        console.print(f"[bold]{found.branch}[/bold] at {found.commit[:8]}: {escape(what)}", highlight=False)
+        console.print(
+            f"[bold]{found.branch}[/bold] at {found.commit[:8]}: {escape(what)}", highlight=False
+        )
         for change in found.changes:
             added, removed = change.lines
             counts = f"+{added}/-{removed} lines"
-            console.print(f"  {change.kind:<8} {escape(change.path)} {counts}", highlight=False, soft_wrap=True)
+            console.print(
+                f"  {change.kind:<8} {escape(change.path)} {counts}",
+                highlight=False,
+                soft_wrap=True,
+            )
         if diff:
             console.print(
-                "".join(change.diff for change in found.changes), markup=False, highlight=False, soft_wrap=True
+                "".join(change.diff for change in found.changes),
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
             )
     if "engines" not in [found.branch for found in branches]:
         console.print("There is no branch engines; it is main alone that is refreshed.")

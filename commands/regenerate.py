@@ -19,13 +19,17 @@ def regenerate(
     server: Annotated[
         str | None, typer.Option(help="An OpenAI-compatible server, such as http://host:8000/v1.")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Model name on the server (default: the first listed).")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Model name on the server (default: the first listed).")
+    ] = None,
     max_new_tokens: NewTokens = 2048,
     temperature: Annotated[
-        float | None, typer.Option(min=0, help="Sampling temperature; 0 is greedy (default: the target's own).")
+        float | None,
+        typer.Option(min=0, help="Sampling temperature; 0 is greedy (default: the target's own)."),
     ] = None,
     prompt_tokens: Annotated[
-        int, typer.Option(min=1, help="For plain text, how many of its first tokens are the prompt.")
+        int,
+        typer.Option(min=1, help="For plain text, how many of its first tokens are the prompt."),
     ] = 64,
     workers: Annotated[int, typer.Option(min=1, help="Concurrent requests to the server.")] = 32,
     limit: Annotated[int | None, typer.Option(min=1, help="Use only the first rows.")] = None,
@@ -49,7 +53,9 @@ def regenerate(
     if server is not None:
         answer: AnswerFn = Server(server, tokenizer, settings, model)
     else:
-        answer = InProcess(AutoModelForCausalLM.from_pretrained(target, dtype="auto"), tokenizer, settings)
+        answer = InProcess(
+            AutoModelForCausalLM.from_pretrained(target, dtype="auto"), tokenizer, settings
+        )
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -61,10 +67,14 @@ def regenerate(
         task = progress.add_task("rows", total=len(rows) if hasattr(rows, "__len__") else None)
 
         def report(done: int, failed: int) -> None:
-            progress.update(task, completed=done, description=f"rows, {failed} failed" if failed else "rows")
+            progress.update(
+                task, completed=done, description=f"rows, {failed} failed" if failed else "rows"
+            )
 
         done, failed = run(rows, output, answer, workers if server else 1, report)
     console.print(f"[bold]{output}[/bold] holds {done:,} rows.")
     if failed:
-        console.print(f"{len(failed)} rows failed; the same command tries them again: {escape(failed[0])}")
+        console.print(
+            f"{len(failed)} rows failed; the same command tries them again: {escape(failed[0])}"
+        )
         raise typer.Exit(1)

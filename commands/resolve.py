@@ -20,7 +20,10 @@ def resolve(target: Annotated[str, typer.Argument(help="Hub id or folder of the 
         spec, why = explain_resolution(target=target)
     table = Table(show_header=False, box=None, padding=(0, 2))
     table.add_row("target", target)
-    table.add_row("draft", f"[bold]{spec.repo_id}[/bold]" + (f", folder {spec.subfolder}" if spec.subfolder else ""))
+    table.add_row(
+        "draft",
+        f"[bold]{spec.repo_id}[/bold]" + (f", folder {spec.subfolder}" if spec.subfolder else ""),
+    )
     table.add_row("revision", spec.revision or "the newest; no commit is known to pin")
     table.add_row("class", spec.draft_cls.__name__)
     table.add_row("made for", ", ".join(spec.targets) or "not known")

@@ -16,7 +16,10 @@ console = Console()
 Target = Annotated[str, typer.Option(help="Hub id or folder of the target.")]
 NewTokens = Annotated[int, typer.Option(min=1, help="Budget of new tokens.")]
 Capture = Annotated[
-    str, typer.Option(help="How blocks run: auto, off, graphs (CUDA), or compile (half a minute first).")
+    str,
+    typer.Option(
+        help="How blocks run: auto, off, graphs (CUDA), or compile (half a minute first)."
+    ),
 ]
 
 
@@ -27,12 +30,17 @@ def show_figures(result: "Comparison") -> None:
     ratio = result.dflash_rate / result.plain_rate
     table.add_row("with DFlash", f"{result.dflash_rate:.1f} tokens/s ({ratio:.2f} times)")
     cycles = len(result.committed)
-    table.add_row("acceptance length", f"{result.acceptance_length:.2f} tokens per cycle, over {cycles} cycles")
+    table.add_row(
+        "acceptance length",
+        f"{result.acceptance_length:.2f} tokens per cycle, over {cycles} cycles",
+    )
     console.print(table)
     console.print("\ntokens per cycle")
     most = max(result.histogram.values(), default=1)
     for tokens, count in result.histogram.items():
-        console.print(f"  {tokens:>3} {'█' * max(1, round(40 * count / most))} {count}", highlight=False)
+        console.print(
+            f"  {tokens:>3} {'█' * max(1, round(40 * count / most))} {count}", highlight=False
+        )
     verdict = "[green]identical[/green]" if result.identical else "[red]NOT identical[/red]"
     console.print(f"\nThe two texts are {verdict}.")
 

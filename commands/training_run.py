@@ -39,7 +39,9 @@ def train(words: list[str]) -> None:
     options, args = parser.parse_args_into_dataclasses(_repository(words))
     with tempfile.TemporaryDirectory() as scratch:
         if options.dry_run:
-            args = replace(args, output_dir=scratch, push_to_hub=False, report_to="none", eval_strategy="no")
+            args = replace(
+                args, output_dir=scratch, push_to_hub=False, report_to="none", eval_strategy="no"
+            )
         trainer = build(options, args)
         if not options.streaming:
             tell_data(trainer)

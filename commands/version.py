@@ -14,4 +14,6 @@ def version() -> None:
     from ..configuration_dflash import __version__
 
     modules = (torch, transformers, huggingface_hub)
-    console.print(f"dflash-hub {__version__}", *(f"{m.__name__} {m.__version__}" for m in modules), sep=", ")
+    console.print(
+        f"dflash-hub {__version__}", *(f"{m.__name__} {m.__version__}" for m in modules), sep=", "
+    )

@@ -58,7 +58,12 @@ class Comparison:
 
 
 def compare(
-    draft: Any, target: Any, input_ids: torch.Tensor, max_new_tokens: int, streamer: Any = None, capture: str = "auto"
+    draft: Any,
+    target: Any,
+    input_ids: torch.Tensor,
+    max_new_tokens: int,
+    streamer: Any = None,
+    capture: str = "auto",
 ) -> Comparison:
     """Generate greedily from `input_ids [1, P]`, with DFlash and then with the target alone, and time both.
 
@@ -85,12 +90,19 @@ def compare(
 def warm_up(draft: Any, target: Any, input_ids: torch.Tensor, capture: str = "auto") -> None:
     """Both ways, briefly: first calls pay for what later ones do not."""
     for _ in range(3 if capture == "compile" else 1):
-        compare(draft, target, input_ids, max_new_tokens=4 * draft.config.block_size, capture=capture)
+        compare(
+            draft, target, input_ids, max_new_tokens=4 * draft.config.block_size, capture=capture
+        )
 
 
 def greedy(target: Any, input_ids: torch.Tensor, max_new_tokens: int, **ways: Any) -> torch.Tensor:
     """`[1, P + new]`: the target's own greedy text, without the penalties its generation config may ask for."""
-    plain = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+    plain = {
+        "do_sample": False,
+        "num_beams": 1,
+        "repetition_penalty": 1.0,
+        "no_repeat_ngram_size": 0,
+    }
     stops = list(stop_token_ids(target)) or None
     return target.generate(
         input_ids,

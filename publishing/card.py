@@ -20,11 +20,17 @@ def write_card(
     Without a `repo_id` the card has a placeholder in its place, and nothing is asked of the Hub.
     """
     metadata = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    metadata |= draft.card_known | _lasting(draft.source_card(online=repo_id is not None)) | draft.card_metadata
+    metadata |= (
+        draft.card_known
+        | _lasting(draft.source_card(online=repo_id is not None))
+        | draft.card_metadata
+    )
     card = existing or _new_card(draft, repo_id or PLACEHOLDER, metadata)
     if repo_id is not None:
         title = f"# {PLACEHOLDER.split('/')[-1]}\n"
-        card.text = card.text.replace(PLACEHOLDER, repo_id).replace(title, f"# {repo_id.split('/')[-1]}\n")
+        card.text = card.text.replace(PLACEHOLDER, repo_id).replace(
+            title, f"# {repo_id.split('/')[-1]}\n"
+        )
     for key, value in metadata.items():
         if card.data.get(key) is None or key in draft.card_metadata:
             card.data[key] = value

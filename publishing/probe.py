@@ -31,7 +31,9 @@ def main(folder: str) -> None:
 
     model = AutoModel.from_pretrained(folder, trust_remote_code=True)
     config = json.loads(model.config.to_json_string(use_diff=False))
-    print(json.dumps({"class": type(model).__module__, "digests": digests(model), "config": config}))
+    print(
+        json.dumps({"class": type(model).__module__, "digests": digests(model), "config": config})
+    )
 
 
 if __name__ == "__main__":

@@ -95,7 +95,9 @@ def publish(
             report(f"Pushing the {layout} layout to {revision or 'main'}")
             (staged[layout] / "README.md").unlink()
             draft.write_card(staged[layout], card, repo_id)
-            commits.append(upload(api, staged[layout], repo_id, revision, commit_message=options.message).oid)
+            commits.append(
+                upload(api, staged[layout], repo_id, revision, commit_message=options.message).oid
+            )
     return Published(repo_id, *commits)
 
 
@@ -109,7 +111,9 @@ def stage(draft: DFlashDraftModel, folder: Path, layout: str, card: dict[str, An
 
 def hub_files() -> dict[str, bytes]:
     """What a repository holds for the Hub's own sake: path -> content."""
-    return {".gitattributes": (Path(__file__).parents[1] / "hub_repo" / ".gitattributes").read_bytes()}
+    return {
+        ".gitattributes": (Path(__file__).parents[1] / "hub_repo" / ".gitattributes").read_bytes()
+    }
 
 
 def check_staged(draft: DFlashDraftModel, folder: Path) -> None:
@@ -136,7 +140,9 @@ def load_apart(folder: Path) -> dict[str, Any]:
         command = [sys.executable, "-I", str(probe), str(folder)]
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise ValueError(f"What was staged in {folder} does not load in a fresh process:\n{done.stderr[-2000:]}")
+        raise ValueError(
+            f"What was staged in {folder} does not load in a fresh process:\n{done.stderr[-2000:]}"
+        )
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -144,7 +150,9 @@ def refuse_differing(folder: Path, seen: dict[str, str], expected: dict[str, str
     """Refuse `folder` unless the tensors that were `seen` are those `expected`: tensor name -> digest, for both."""
     differing = sorted(name for name in {*seen, *expected} if seen.get(name) != expected.get(name))
     if differing:
-        raise ValueError(f"What was staged in {folder} loads otherwise in a fresh process: {', '.join(differing[:3])}.")
+        raise ValueError(
+            f"What was staged in {folder} loads otherwise in a fresh process: {', '.join(differing[:3])}."
+        )
 
 
 def _card_to_keep(directory: Any, repo_id: str, token: str | None) -> ModelCard | None:

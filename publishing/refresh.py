@@ -81,19 +81,27 @@ class FileChange:
     @property
     def diff(self) -> str:
         """The unified diff."""
-        old, new = (list(io.StringIO((data or b"").decode("utf-8", "replace"))) for data in (self.old, self.new))
+        old, new = (
+            list(io.StringIO((data or b"").decode("utf-8", "replace")))
+            for data in (self.old, self.new)
+        )
         ends = (
             "/dev/null" if self.old is None else f"a/{self.path}",
             "/dev/null" if self.new is None else f"b/{self.path}",
         )
         lines = difflib.unified_diff(old, new, *ends)
-        return "".join(line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n" for line in lines)
+        return "".join(
+            line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n"
+            for line in lines
+        )
 
     @property
     def lines(self) -> tuple[int, int]:
         """How many lines are added, and how many are removed."""
         body = self.diff.split("\n")[2:]
-        return sum(line.startswith("+") for line in body), sum(line.startswith("-") for line in body)
+        return sum(line.startswith("+") for line in body), sum(
+            line.startswith("-") for line in body
+        )
 
 
 @dataclass(frozen=True)
@@ -259,7 +267,9 @@ class _Branch:
             if self.old.get(path) != new
         ]
         changes += [FileChange(path, self.old[path], None) for path in self._stale()]
-        return BranchDifference(self.name, self.commit, next(iter(self.versions), "unknown"), tuple(changes))
+        return BranchDifference(
+            self.name, self.commit, next(iter(self.versions), "unknown"), tuple(changes)
+        )
 
     def _new_config(self) -> bytes:
         """config.json with this version in it; not another byte differs."""
@@ -275,7 +285,10 @@ class _Branch:
 
     def _stale(self) -> list[str]:
         """Files of ours that the old code imports, and that this version does not have."""
-        waiting = [f"{str(reference).rpartition('.')[0]}.py" for reference in self.config["auto_map"].values()]
+        waiting = [
+            f"{str(reference).rpartition('.')[0]}.py"
+            for reference in self.config["auto_map"].values()
+        ]
         seen: set[str] = set()
         while waiting:
             path = waiting.pop()
@@ -306,8 +319,12 @@ class _Branch:
         started = time.time()
         try:
             weights = self.fetch(self._weights())
-            settings = self.fetch(path for path in self.names if path.endswith(".json") and "/" not in path)
-            verify_downloads(self.repo_id, {"revision": self.commit, "token": self.api.token}, started)
+            settings = self.fetch(
+                path for path in self.names if path.endswith(".json") and "/" not in path
+            )
+            verify_downloads(
+                self.repo_id, {"revision": self.commit, "token": self.api.token}, started
+            )
         except _NO_ANSWER as error:
             raise _unread(self.repo_id, error) from error
         for path, file in settings.items():
@@ -333,8 +350,12 @@ class _Branch:
 
     def _refuse_other_values(self, loaded: dict[str, Any]) -> None:
         """Refuse code that reads a value of config.json otherwise than it stands there."""
-        if self.layout == "engines":  # has the same values in other places, so it is compared as it would be written
-            loaded = json.loads(json.dumps(engines_layout(self.draft_class.config_class.from_dict(loaded))))
+        if (
+            self.layout == "engines"
+        ):  # has the same values in other places, so it is compared as it would be written
+            loaded = json.loads(
+                json.dumps(engines_layout(self.draft_class.config_class.from_dict(loaded)))
+            )
         said = {key: value for key, value in self.config.items() if key not in _BOOKKEEPING}
         if differing := _differing(said, loaded):
             key, here, there = differing[0]
@@ -353,19 +374,33 @@ def _read(api: HfApi, repo_id: str) -> list[_Branch]:
         raise _unread(repo_id, error) from error
 
 
-def _commit(api: HfApi, repo_id: str, found: BranchDifference, message: str, done: dict[str, str]) -> str:
+def _commit(
+    api: HfApi, repo_id: str, found: BranchDifference, message: str, done: dict[str, str]
+) -> str:
     """Push one branch in one commit on top of the one that was read; the new commit."""
     operations = [
-        CommitOperationDelete(change.path) if change.new is None else CommitOperationAdd(change.path, change.new)
+        CommitOperationDelete(change.path)
+        if change.new is None
+        else CommitOperationAdd(change.path, change.new)
         for change in found.changes
     ]
     try:
         info = api.create_commit(
-            repo_id, operations, commit_message=message, revision=found.branch, parent_commit=found.commit
+            repo_id,
+            operations,
+            commit_message=message,
+            revision=found.branch,
+            parent_commit=found.commit,
         )
     except _NO_ANSWER as error:
-        there = "".join(f"{branch} is new (commit {commit[:8]}), " for branch, commit in done.items())
-        there = f"On the Hub now: {there}{found.branch} is not." if done else "Nothing was pushed: all is as it was."
+        there = "".join(
+            f"{branch} is new (commit {commit[:8]}), " for branch, commit in done.items()
+        )
+        there = (
+            f"On the Hub now: {there}{found.branch} is not."
+            if done
+            else "Nothing was pushed: all is as it was."
+        )
         if isinstance(error, HfHubHTTPError) and error.response.status_code == 412:
             raise RuntimeError(
                 f"{repo_id} (branch {found.branch}) moved after it was read: somebody else pushed to it. {there} "
@@ -393,7 +428,9 @@ def _auto_maps(draft_class: type[DFlashDraftModel]) -> dict[str, dict[str, str]]
 
     return {
         "hub": {"AutoConfig": name(draft_class.config_class), "AutoModel": name(draft_class)},
-        "engines": {"AutoModel": f"{draft_class.config_class.model_type}.{draft_class.config_class.architecture}"},
+        "engines": {
+            "AutoModel": f"{draft_class.config_class.model_type}.{draft_class.config_class.architecture}"
+        },
     }
 
 
@@ -416,7 +453,9 @@ def _digests_of_files(files: list[Path], dtype: str | None) -> dict[str, str]:
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (it is no dict)
                 tensor = tensors.get_tensor(name)
-                found[name] = digest(tensor.to(getattr(torch, dtype.removeprefix("torch."))) if dtype else tensor)
+                found[name] = digest(
+                    tensor.to(getattr(torch, dtype.removeprefix("torch."))) if dtype else tensor
+                )
     return found
 
 

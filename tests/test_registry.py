@@ -21,8 +21,8 @@ from dflash_hub import (
     register_dflash_draft,
     resolve_dflash_draft_spec,
 )
+from dflash_hub.families import FAMILIES, families_of, siblings_of
 from dflash_hub.registry import CATALOGUE, NOT_DECODED, drafts_for, spread_taps
-from dflash_hub.support_dflash import FAMILIES, families_of, siblings_of
 from paths import ROOT
 
 # What code in repositories on the Hub calls models of these families.

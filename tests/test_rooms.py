@@ -25,6 +25,7 @@ ROOMS_OF_ROOT = {
     "__init__": "face",
     "refresh": "publishing",
     "registry": "registry",
+    "families": "registry",
     "checkpoints": "registry",
     "layouts": "registry",
     "kinds": "registry",

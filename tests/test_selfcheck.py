@@ -4,11 +4,11 @@ import functools
 
 import pytest
 import torch
-from test_decode import speculative
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import tiny
 from dflash_hub import attention_dflash, cache_dflash, generation_dflash, selfcheck_dflash
+from test_decode import speculative
 
 FAMILIES = ("qwen3", "gemma3_text", "qwen3_next")  # dense, sliding, recurrent
 
@@ -151,7 +151,9 @@ def test_what_a_release_changes_is_an_error_before_the_first_token(family, chang
     draft, ids = tiny.draft(target, target_layer_ids=[0, 2]), tiny.prompt(length)
     with monkeypatch.context() as patch:
         change(patch, target)
-        with pytest.raises(ValueError, match=r"transformers \d+\.\d+\.\d+, torch .* upgrade it"):
+        with pytest.raises(
+            ValueError, match=r"transformers \d+\.\d+\.\d+, torch .* not written\. .* (upgrade it|without a draft)"
+        ):
             speculative(target, draft, ids, 20, streamer=told)
     assert sum(tokens.numel() for tokens in told.tokens) <= length, "text was given out"
 
@@ -186,3 +188,25 @@ def test_a_check_that_failed_is_made_again():
             with pytest.raises(ValueError, match=r"A block over dflash-hub's cache is not what|cached"):
                 speculative(target, draft, ids, 8)
     assert torch.equal(speculative(target, draft, ids, 8)[0], tiny.greedy(target, ids, 8))
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3_text"])
+def test_a_change_behind_the_short_text_is_found_on_the_prompt_itself(family):
+    """Blocks differ from slot 75 on, which no text of the check's own reaches."""
+    target, told = tiny.target(family), Told()
+    draft, ids = tiny.draft(target), tiny.prompt(90)
+    speculative(target, draft, ids, 4)
+
+    def late(honest, *args, **kwargs):
+        output = honest(*args, **kwargs)
+        cache = kwargs.get(tiny.CACHE)
+        block = cache is not None and 1 < kwargs["input_ids"].shape[1] < 20
+        if block and int(kwargs["position_ids"].max()) > 75:
+            output.logits = output.logits.roll(1, dims=-1)
+        return output
+
+    with pytest.MonkeyPatch.context() as patch:
+        wrap(patch, target, "forward", late)
+        with pytest.raises(ValueError, match=r"at slot \d+ of row 0 the logits differ"):
+            speculative(target, tiny.draft(target), ids, 20, streamer=told)
+    assert sum(tokens.numel() for tokens in told.tokens) <= 90, "text was given out"

@@ -4,9 +4,13 @@
 
 from importlib.util import find_spec
 
-_MISSING = [name for name in ("accelerate", "datasets", "matplotlib", "httpx") if find_spec(name) is None]
+_MISSING = [
+    name for name in ("accelerate", "datasets", "matplotlib", "httpx") if find_spec(name) is None
+]
 if _MISSING:
-    raise ImportError(f"Training needs {', '.join(_MISSING)}, not installed here: pip install 'dflash-hub[train]'")
+    raise ImportError(
+        f"Training needs {', '.join(_MISSING)}, not installed here: pip install 'dflash-hub[train]'"
+    )
 
 from .arguments import DFlashTrainingArguments  # noqa: E402 (after the check above, because its message is clearer)
 from .trainer import DFlashTrainer  # noqa: E402

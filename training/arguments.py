@@ -20,10 +20,14 @@ def _gpu_has_bf16() -> bool:
 class DFlashTrainingArguments(TrainingArguments):
     """Extend `TrainingArguments`. Defaults: AdamW at 6e-4, cosine schedule, warm-up 0.04, clip 1.0, 6 epochs."""
 
-    num_anchors: int = field(default=512, metadata={"help": "Number of blocks drawn in each row at each step."})
+    num_anchors: int = field(
+        default=512, metadata={"help": "Number of blocks drawn in each row at each step."}
+    )
     loss_gamma: float | None = field(
         default=None,
-        metadata={"help": "The weight at position k of a block is exp(-(k - 1) / gamma). Default: 7 for blocks of 16."},
+        metadata={
+            "help": "The weight at position k of a block is exp(-(k - 1) / gamma). Default: 7 for blocks of 16."
+        },
     )
     distillation: float = field(
         default=0.0,
@@ -34,7 +38,9 @@ class DFlashTrainingArguments(TrainingArguments):
     selector_loss_weight: float = field(
         default=1.0, metadata={"help": "Weight of the selector loss, for a draft with a selector."}
     )
-    max_length: int = field(default=3072, metadata={"help": "Maximum number of tokens of a packed row."})
+    max_length: int = field(
+        default=3072, metadata={"help": "Maximum number of tokens of a packed row."}
+    )
     packing: bool = field(default=True, metadata={"help": "Pack several documents into a row."})
     draft_attention: str = field(
         default="auto",
@@ -55,29 +61,39 @@ class DFlashTrainingArguments(TrainingArguments):
         default="dflash-draft", metadata={"help": "Folder for the draft and its checkpoints."}
     )
     learning_rate: float = field(default=6e-4, metadata={"help": "Peak learning rate."})
-    lr_scheduler_type: SchedulerType | str = field(default="cosine", metadata={"help": "Learning rate schedule."})
+    lr_scheduler_type: SchedulerType | str = field(
+        default="cosine", metadata={"help": "Learning rate schedule."}
+    )
     warmup_steps: float = field(
         default=0.04, metadata={"help": "Number of warm-up steps; below 1, a share of all steps."}
     )
-    num_train_epochs: float = field(default=6.0, metadata={"help": "Number of passes over the data."})
-    per_device_train_batch_size: int = field(default=1, metadata={"help": "Packed rows in a batch, on each device."})
+    num_train_epochs: float = field(
+        default=6.0, metadata={"help": "Number of passes over the data."}
+    )
+    per_device_train_batch_size: int = field(
+        default=1, metadata={"help": "Packed rows in a batch, on each device."}
+    )
     per_device_eval_batch_size: int = field(
         default=1, metadata={"help": "Packed rows in an evaluation batch, on each device."}
     )
-    logging_steps: float = field(default=10, metadata={"help": "Number of steps between two lines of the log."})
+    logging_steps: float = field(
+        default=10, metadata={"help": "Number of steps between two lines of the log."}
+    )
     bf16: bool = field(
         default_factory=_gpu_has_bf16,
         metadata={"help": "bfloat16 mixed precision. Default: on if the GPU supports it."},
     )
     dataloader_pin_memory: bool = field(
-        default_factory=torch.cuda.is_available, metadata={"help": "Pin memory. Default: on with a GPU."}
+        default_factory=torch.cuda.is_available,
+        metadata={"help": "Pin memory. Default: on with a GPU."},
     )
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Off, because a draft uses all of its parameters."}
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off."})
     logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Off, because a loss that is NaN or infinite ends the run."}
+        default=False,
+        metadata={"help": "Off, because a loss that is NaN or infinite ends the run."},
     )
 
     def __post_init__(self) -> None:
@@ -90,7 +106,10 @@ class DFlashTrainingArguments(TrainingArguments):
             "distillation": (0 <= self.distillation <= 1, "from 0 to 1"),
             "selector_loss_weight": (self.selector_loss_weight >= 0, "at least 0"),
             "max_length": (self.max_length >= 2, "at least 2"),
-            "draft_attention": (self.draft_attention in ("auto", "flex", "dense"), "auto, flex or dense"),
+            "draft_attention": (
+                self.draft_attention in ("auto", "flex", "dense"),
+                "auto, flex or dense",
+            ),
             "remove_unused_columns": (
                 not self.remove_unused_columns,
                 "False, because the columns are not arguments of the draft",
@@ -106,4 +125,6 @@ class DFlashTrainingArguments(TrainingArguments):
 
     @property
     def recipe(self) -> Recipe:
-        return Recipe(self.loss_gamma, self.distillation, self.draft_attention, self.selector_loss_weight)
+        return Recipe(
+            self.loss_gamma, self.distillation, self.draft_attention, self.selector_loss_weight
+        )

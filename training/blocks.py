@@ -35,7 +35,9 @@ class PackedBatch:
     @cached_property
     def positions(self) -> torch.Tensor:
         """Return `[B, S]`: the position of each token in its document, from 0, as if it were decoded alone."""
-        columns = torch.arange(self.documents.shape[1], device=self.documents.device).expand_as(self.documents)
+        columns = torch.arange(self.documents.shape[1], device=self.documents.device).expand_as(
+            self.documents
+        )
         begins = torch.ones_like(self.documents, dtype=torch.bool)
         begins[:, 1:] = self.documents[:, 1:] != self.documents[:, :-1]
         return columns - (columns * begins).cummax(dim=1).values
@@ -74,17 +76,23 @@ def draw_anchors(batch: PackedBatch, num_anchors: int, seed: int, step: int) -> 
     rows = zip(batch.input_ids.cpu(), batch.documents.cpu(), batch.anchor_mask.cpu(), strict=True)
     for ids, documents, anchor_mask in rows:
         columns = anchor_mask.nonzero()[:, 0]
-        order = torch.randperm(len(columns), generator=_row_generator(ids[documents > 0], seed, step))
+        order = torch.randperm(
+            len(columns), generator=_row_generator(ids[documents > 0], seed, step)
+        )
         drawn.append(columns[order[:num_anchors]].sort().values)
     anchors = torch.nn.utils.rnn.pad_sequence(drawn, batch_first=True, padding_value=-1)
     if anchors.shape[1] == 0:
-        anchors = anchors.new_full((len(drawn), 1), -1)  # one empty block: tensors of size 0 break kernels
+        anchors = anchors.new_full(
+            (len(drawn), 1), -1
+        )  # one empty block: tensors of size 0 break kernels
     return anchors.to(batch.input_ids.device)
 
 
 def _row_generator(tokens: torch.Tensor, seed: int, step: int) -> torch.Generator:
     """Return a generator seeded by a hash of `tokens [n]`, `seed` and `step`."""
-    digest = hashlib.blake2b(tokens.numpy().tobytes(), digest_size=8, key=f"{seed} {step}".encode()).digest()
+    digest = hashlib.blake2b(
+        tokens.numpy().tobytes(), digest_size=8, key=f"{seed} {step}".encode()
+    ).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
@@ -105,7 +113,9 @@ class Blocks:
     @cached_property
     def columns(self) -> torch.Tensor:
         """Return `[B, A, Q]`: the column of each block position; the last column where a block exceeds the row."""
-        columns = self.anchors[..., None].clamp_min(0) + torch.arange(self.size, device=self.anchors.device)
+        columns = self.anchors[..., None].clamp_min(0) + torch.arange(
+            self.size, device=self.anchors.device
+        )
         return columns.clamp_max(self.batch.input_ids.shape[1] - 1)
 
     @cached_property
@@ -160,19 +170,25 @@ class Blocks:
         """
         length, documents = self.batch.input_ids.shape[1], self.batch.documents
         size, anchors = self.size, self.anchors
-        own_document = self._gather(documents)[..., 0].where(anchors >= 0, -1)  # an empty block sees no context
+        own_document = self._gather(documents)[..., 0].where(
+            anchors >= 0, -1
+        )  # an empty block sees no context
 
         def sees(b: Any, h: Any, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
             block, anchor = q // size, anchors[b, q // size]
             column, other = kv.clamp(max=length - 1), kv - length
-            context = (kv < length) & (documents[b, column] == own_document[b, block]) & (column < anchor)
+            context = (
+                (kv < length) & (documents[b, column] == own_document[b, block]) & (column < anchor)
+            )
             inside = (other >= 0) & (other // size == block)
             key_column = torch.where(kv < length, column, anchor + other % size)
             return (context | inside) & visible(anchor + q % size, key_column, window, causal)
 
         return sees
 
-    def dense_mask(self, window: int | None, causal: bool, dtype: torch.dtype | None = None) -> torch.Tensor:
+    def dense_mask(
+        self, window: int | None, causal: bool, dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
         """Return the mask `[B, 1, A * Q, S + A * Q]`.
 
         Args:
@@ -199,7 +215,13 @@ class Blocks:
         device = self.anchors.device.type
         # Compiled, the mask never exists as a whole in memory.
         return create_block_mask(
-            self.mask_function(window, causal), rows, None, queries, keys, device=device, _compile=device == "cuda"
+            self.mask_function(window, causal),
+            rows,
+            None,
+            queries,
+            keys,
+            device=device,
+            _compile=device == "cuda",
         )
 
     def _gather(self, values: torch.Tensor) -> torch.Tensor:

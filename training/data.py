@@ -62,7 +62,9 @@ class DropReport:
         return f"{self.used:,} documents" + (f"; left out: {', '.join(reasons)}" if reasons else "")
 
 
-def load_rows(data: str, name: str | None = None, split: str = "train", streaming: bool = False) -> Any:
+def load_rows(
+    data: str, name: str | None = None, split: str = "train", streaming: bool = False
+) -> Any:
     """Load a local file (JSONL, JSON, Parquet, CSV, text) or folder, or a dataset on the Hub.
 
     Raises:
@@ -83,7 +85,9 @@ def load_rows(data: str, name: str | None = None, split: str = "train", streamin
     if path.stat().st_size == 0:
         raise ValueError(f"{data} is empty.")
     extra = {"sample_by": "document"} if path.suffix == ".txt" else {}
-    return load_dataset(_FORMATS[path.suffix], data_files=data, split="train", streaming=streaming, **extra)
+    return load_dataset(
+        _FORMATS[path.suffix], data_files=data, split="train", streaming=streaming, **extra
+    )
 
 
 def prepare(rows: Any, config: PreprocessConfig) -> tuple[Any, DropReport]:
@@ -106,7 +110,9 @@ def prepare(rows: Any, config: PreprocessConfig) -> tuple[Any, DropReport]:
             f"The data has the columns {', '.join(columns) or '(none)'}; one of {_listed(COLUMNS)} is needed."
         )
     report = DropReport()
-    documents = rows.map(partial(_tokenize, column=column, config=config), batched=True, remove_columns=columns)
+    documents = rows.map(
+        partial(_tokenize, column=column, config=config), batched=True, remove_columns=columns
+    )
     if streamed:
         documents = documents.filter(partial(_count_document, report=report))
     else:
@@ -157,7 +163,9 @@ def _tokenize(batch: dict[str, list], column: str, config: PreprocessConfig) -> 
     return result
 
 
-def _drop_reason(ids: list[int], supervised: list[int], row: dict[str, Any], block_size: int) -> str:
+def _drop_reason(
+    ids: list[int], supervised: list[int], row: dict[str, Any], block_size: int
+) -> str:
     """Return why a document is left out, or '' where it is used."""
     if not ids:
         has_answer = any(message.get("role") == "assistant" for message in row["messages"] or [])
@@ -168,7 +176,9 @@ def _drop_reason(ids: list[int], supervised: list[int], row: dict[str, Any], blo
     return "" if has_anchor else UNSUPERVISED
 
 
-def _documents(row: dict[str, Any], column: str, config: PreprocessConfig) -> list[tuple[list[int], list[int]]]:
+def _documents(
+    row: dict[str, Any], column: str, config: PreprocessConfig
+) -> list[tuple[list[int], list[int]]]:
     """Return the token ids of each document in a row, and 1 for each supervised token, else 0."""
     if column == "messages":
         found = conversations(row["messages"] or [], _renderer(config.tokenizer, row.get("tools")))
@@ -176,7 +186,9 @@ def _documents(row: dict[str, Any], column: str, config: PreprocessConfig) -> li
     longest = config.max_length
     if column == "text":
         ids = config.tokenizer(row["text"] or "").input_ids
-        ids = ids or [config.tokenizer.eos_token_id or 0]  # so that an empty text counts as too short
+        ids = ids or [
+            config.tokenizer.eos_token_id or 0
+        ]  # so that an empty text counts as too short
         pieces = [ids[start : start + longest] for start in range(0, len(ids), longest)]
         return [(piece, [1] * len(piece)) for piece in pieces]
     ids = list(row["input_ids"])
@@ -233,7 +245,9 @@ def conversations(
     return documents
 
 
-def _encode(segments: list[tuple[str, int]], config: PreprocessConfig) -> tuple[list[int], list[int]]:
+def _encode(
+    segments: list[tuple[str, int]], config: PreprocessConfig
+) -> tuple[list[int], list[int]]:
     """Return the token ids of the segments, and 1 for each supervised token, else 0.
 
     Each segment is encoded on its own, because in decoding the prompt is encoded without the answer.
@@ -293,14 +307,17 @@ class Collator:
         rows = list(rows)
         width = self.length or max(len(row["input_ids"]) for row in rows)
         batch = {
-            name: torch.zeros(len(rows), width, dtype=torch.long) for name in ("input_ids", "supervised", "documents")
+            name: torch.zeros(len(rows), width, dtype=torch.long)
+            for name in ("input_ids", "supervised", "documents")
         }
         for index, row in enumerate(rows):
             size = len(row["input_ids"])
             lengths = torch.as_tensor(row.get("lengths") or [size])
             batch["input_ids"][index, :size] = torch.as_tensor(row["input_ids"])
             batch["supervised"][index, :size] = torch.as_tensor(row.get("supervised") or [1] * size)
-            batch["documents"][index, :size] = torch.arange(1, len(lengths) + 1).repeat_interleave(lengths)
+            batch["documents"][index, :size] = torch.arange(1, len(lengths) + 1).repeat_interleave(
+                lengths
+            )
         return batch
 
 

@@ -35,7 +35,9 @@ class SelectorLossInputs:
     top_k: int
     weight: float
 
-    def head_chunk(self, logits: torch.Tensor, gates: torch.Tensor, labels: torch.Tensor) -> HeadChunk:
+    def head_chunk(
+        self, logits: torch.Tensor, gates: torch.Tensor, labels: torch.Tensor
+    ) -> HeadChunk:
         """Return the weighted cross-entropy over the candidates, the best k tokens of `logits [n, V]`.
 
         The loss is 0 where the token of the text is not a candidate.
@@ -57,17 +59,25 @@ class SelectorLossInputs:
         return HeadChunk(self.weight * losses, correct, is_candidate, candidates.flatten(), rows)
 
 
-def selector_loss_inputs(draft: Any, blocks: Blocks, states: torch.Tensor, weight: float) -> SelectorLossInputs:
+def selector_loss_inputs(
+    draft: Any, blocks: Blocks, states: torch.Tensor, weight: float
+) -> SelectorLossInputs:
     """Return the inputs of the loss of `draft.candidate_selector`, for the draft's `states [N, H]`.
 
     Args:
         weight: weight of the selector's cross-entropy beside the draft's.
     """
     selector = draft.candidate_selector
-    previous = blocks.tokens.roll(1, dims=-1)[blocks.block_loss_mask]  # [N], the token before each position
-    gates = selector.gates(states.to(selector.hidden_projection.weight.dtype), previous[:, None])[:, 0]
+    previous = blocks.tokens.roll(1, dims=-1)[
+        blocks.block_loss_mask
+    ]  # [N], the token before each position
+    gates = selector.gates(states.to(selector.hidden_projection.weight.dtype), previous[:, None])[
+        :, 0
+    ]
     return SelectorLossInputs(gates, selector.successor_codebook, selector.top_k, weight)
 
 
-HEADS: dict[str, Callable[[Any, Blocks, torch.Tensor, float], HeadLossInputs]] = {"selector": selector_loss_inputs}
+HEADS: dict[str, Callable[[Any, Blocks, torch.Tensor, float], HeadLossInputs]] = {
+    "selector": selector_loss_inputs
+}
 """Functions that return the inputs of a head's loss, by the name of the head in the table of kinds."""

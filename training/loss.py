@@ -53,7 +53,9 @@ class HeadLossInputs(Protocol):
     @property
     def codebook(self) -> torch.Tensor: ...
 
-    def head_chunk(self, logits: torch.Tensor, gates: torch.Tensor, labels: torch.Tensor) -> HeadChunk:
+    def head_chunk(
+        self, logits: torch.Tensor, gates: torch.Tensor, labels: torch.Tensor
+    ) -> HeadChunk:
         """Score a chunk, given the draft's `logits [n, V]`, `gates [n, R]` and `labels [n]`."""
         ...
 
@@ -121,7 +123,9 @@ def _draft_losses(inputs: LossInputs, logits: torch.Tensor, part: slice) -> torc
     if inputs.target_logits is None:
         return cross_entropy(logits, labels, reduction="none")
     target = log_softmax(inputs.target_logits(part).float(), dim=-1)
-    divergence = kl_div(log_softmax(logits, dim=-1), target, reduction="none", log_target=True).sum(-1)
+    divergence = kl_div(log_softmax(logits, dim=-1), target, reduction="none", log_target=True).sum(
+        -1
+    )
     if inputs.distillation == 1:
         return divergence
     losses = cross_entropy(logits, labels, reduction="none")
@@ -132,7 +136,9 @@ class _InChunks(torch.autograd.Function):
     """Sum the loss over chunks; the gradient of each chunk is taken in the forward."""
 
     @staticmethod
-    def forward(ctx: Any, inputs: LossInputs, size: int, states: torch.Tensor, *head: torch.Tensor) -> tuple:
+    def forward(
+        ctx: Any, inputs: LossInputs, size: int, states: torch.Tensor, *head: torch.Tensor
+    ) -> tuple:
         """Return the total, `correct [N]` and `is_candidate [N]`.
 
         Args:
@@ -143,7 +149,9 @@ class _InChunks(torch.autograd.Function):
         needs_grad, by_position = ctx.needs_input_grad[2], (states, *head[:1])
         gradients = []
         if needs_grad:
-            gradients = [torch.zeros_like(tensor, dtype=torch.float32) for tensor in (states, *head)]
+            gradients = [
+                torch.zeros_like(tensor, dtype=torch.float32) for tensor in (states, *head)
+            ]
         total = torch.zeros((), dtype=torch.float32, device=states.device)
         correct = torch.zeros(len(states), dtype=torch.bool, device=states.device)
         is_candidate = torch.zeros_like(correct)
@@ -169,7 +177,11 @@ class _InChunks(torch.autograd.Function):
 
 
 def _add_gradients(
-    gradients: list[torch.Tensor], part: slice, loss: torch.Tensor, leaves: list[torch.Tensor], chunk: HeadChunk | None
+    gradients: list[torch.Tensor],
+    part: slice,
+    loss: torch.Tensor,
+    leaves: list[torch.Tensor],
+    chunk: HeadChunk | None,
 ) -> None:
     """Add the gradients of a chunk's `loss` to `gradients`, those of all positions.
 

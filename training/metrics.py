@@ -32,7 +32,9 @@ class Counts:
     candidates: torch.Tensor
 
     @classmethod
-    def of(cls, block_loss_mask: torch.Tensor, correct: torch.Tensor, is_candidate: torch.Tensor) -> "Counts":
+    def of(
+        cls, block_loss_mask: torch.Tensor, correct: torch.Tensor, is_candidate: torch.Tensor
+    ) -> "Counts":
         """Count in each row.
 
         Example: one row with three blocks of Q = 4. Two are whole; the third has one position with a loss, as at the
@@ -52,7 +54,10 @@ class Counts:
             correct `[N]`: for those in order, whether the draft's token is the text's.
             is_candidate `[N]`: for those, whether the text's token is a candidate.
         """
-        correct_at, candidate_at = torch.zeros_like(block_loss_mask), torch.zeros_like(block_loss_mask)
+        correct_at, candidate_at = (
+            torch.zeros_like(block_loss_mask),
+            torch.zeros_like(block_loss_mask),
+        )
         correct_at[block_loss_mask], candidate_at[block_loss_mask] = correct, is_candidate
         has_loss, correct_at = block_loss_mask[..., 1:], correct_at[..., 1:]
         accepted = correct_at.int().cumprod(-1).bool()

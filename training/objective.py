@@ -67,7 +67,10 @@ class FrozenTarget:
         text = model.config.get_text_config(decoder=True)
         self.taps = FeatureTaps(decoder_layers(model), tuple(taps), text.hidden_size)
         self.embed, self.head = model.get_input_embeddings(), model.get_output_embeddings()
-        self.soft_cap, self.vocab_size = getattr(text, "final_logit_softcapping", None), text.vocab_size
+        self.soft_cap, self.vocab_size = (
+            getattr(text, "final_logit_softcapping", None),
+            text.vocab_size,
+        )
 
     @property
     def device(self) -> torch.device:
@@ -93,7 +96,9 @@ class FrozenTarget:
                 tapped = self.taps.pop()
             if features is None:
                 features = tapped.new_zeros(*shape, tapped.shape[-1])
-                states = output[0].new_zeros(*shape, output[0].shape[-1]) if last_hidden_state else None
+                states = (
+                    output[0].new_zeros(*shape, output[0].shape[-1]) if last_hidden_state else None
+                )
             tokens.put(tapped, features)
             if states is not None:
                 tokens.put(output[0], states)
@@ -102,11 +107,15 @@ class FrozenTarget:
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """Return the target's own logits `[n, V]` for its `states [n, H]`."""
         logits = self.head(states)
-        return logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
+        return (
+            logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
+        )
 
     def draft_logits(self, draft: Any, states: torch.Tensor) -> torch.Tensor:
         """Return the logits `[n, V]` of `draft` for its `states [n, H]`, computed as in decoding."""
-        return draft.logits(states.to(next(self.head.parameters()).device, self.model.dtype), self.head)
+        return draft.logits(
+            states.to(next(self.head.parameters()).device, self.model.dtype), self.head
+        )
 
 
 @dataclass(frozen=True)
@@ -218,14 +227,18 @@ class Objective:
             inputs = self.loss_inputs(unwrapped, blocks, states, target_output.last_hidden_state)
             with self.phase("loss"):
                 loss = self.loss(states, inputs, self.target.vocab_size)
-        return StepOutput(loss.total, Counts.of(blocks.block_loss_mask, loss.correct, loss.is_candidate))
+        return StepOutput(
+            loss.total, Counts.of(blocks.block_loss_mask, loss.correct, loss.is_candidate)
+        )
 
     def noise_embeds(self, blocks: Blocks) -> torch.Tensor:
         """Return the target's embeddings `[B, A * Q, H]` of each block's anchor and mask tokens."""
         ids = blocks.noise_ids(self.config.mask_token_id)
         return embed_noise(self.target.embed, ids.to(self.target.device))
 
-    def states(self, draft: Any, blocks: Blocks, noise_embeds: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    def states(
+        self, draft: Any, blocks: Blocks, noise_embeds: torch.Tensor, features: torch.Tensor
+    ) -> torch.Tensor:
         """Return the draft's states `[B, A * Q, H]` of the blocks.
 
         Args:
@@ -235,7 +248,9 @@ class Objective:
         flex = self.flex(blocks.anchors.device)
         make_mask = blocks.flex_mask if flex else blocks.dense_mask
         masks = {}
-        for name, (window, causal) in set(zip(self.config.layer_types, layer_kinds(self.config), strict=True)):
+        for name, (window, causal) in set(
+            zip(self.config.layer_types, layer_kinds(self.config), strict=True)
+        ):
             masks[name, causal] = make_mask(window, causal)
         weights = next(draft.parameters())
         return draft(
@@ -252,7 +267,11 @@ class Objective:
         return self.recipe.attention == "flex"
 
     def loss_inputs(
-        self, draft: Any, blocks: Blocks, states: torch.Tensor, last_hidden_state: torch.Tensor | None
+        self,
+        draft: Any,
+        blocks: Blocks,
+        states: torch.Tensor,
+        last_hidden_state: torch.Tensor | None,
     ) -> LossInputs:
         """Return what the draft's `states [N, H]` are scored against.
 
@@ -263,7 +282,9 @@ class Objective:
         mask = blocks.block_loss_mask
         target_logits = None
         if last_hidden_state is not None:
-            target_logits = partial(self._target_logits, _previous_states(blocks, last_hidden_state))
+            target_logits = partial(
+                self._target_logits, _previous_states(blocks, last_hidden_state)
+            )
         further_head: HeadLossInputs | None = None
         head = kind_of(self.config).head
         if head is not None:

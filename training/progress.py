@@ -13,7 +13,9 @@ _UNMEASURED = "Nothing yet: no acceptance length and no speed have been measured
 _MEASURED = "Acceptance length on held-out text: see the section on training. No speed was measured for this draft."
 
 
-def write_progress(folder: Path, history: list[dict[str, float]], run_summary: dict[str, Any]) -> None:
+def write_progress(
+    folder: Path, history: list[dict[str, float]], run_summary: dict[str, Any]
+) -> None:
     """Write the plot and the section of the card into `folder`, which holds a draft; replace an older section.
 
     Args:
@@ -27,7 +29,9 @@ def write_progress(folder: Path, history: list[dict[str, float]], run_summary: d
     following = rest[rest.index("\n## ") + 1 :] if "\n## " in rest else ""
     if _last(history, "eval_acceptance_length") is not None:
         before = before.replace(_UNMEASURED, _MEASURED)
-    card.text = before.rstrip() + "\n\n" + section(history, run_summary, has_plot) + "\n" + following
+    card.text = (
+        before.rstrip() + "\n\n" + section(history, run_summary, has_plot) + "\n" + following
+    )
     card.save(path)
 
 
@@ -36,7 +40,9 @@ def section(history: list[dict[str, float]], run_summary: dict[str, Any], has_pl
     shown = run_summary | {
         "loss, first and last of the log": _first_and_last(history, "loss"),
         "held-out loss": _first_and_last(history, "eval_loss"),
-        "expected acceptance length, held-out text": _first_and_last(history, "eval_acceptance_length"),
+        "expected acceptance length, held-out text": _first_and_last(
+            history, "eval_acceptance_length"
+        ),
         "acceptance length, held-out prompts decoded greedily": _first_and_last(
             history, "eval_decoded_acceptance_length"
         ),
@@ -47,7 +53,9 @@ def section(history: list[dict[str, float]], run_summary: dict[str, Any], has_pl
     if by_position is not None:
         positions = [key for key in by_position if key.startswith("eval_accuracy_")]
         shares = ", ".join(f"{by_position[key]:.2f}" for key in positions)
-        lines.append(f"| accuracy at positions 1 to {len(positions)} of a block, held-out text | {shares} |")
+        lines.append(
+            f"| accuracy at positions 1 to {len(positions)} of a block, held-out text | {shares} |"
+        )
     lines += ["", f"![The run: loss and acceptance by step]({PLOT})", ""] if has_plot else [""]
     return "\n".join(lines)
 
@@ -77,7 +85,9 @@ def draw(path: Path, history: list[dict[str, float]]) -> bool:
             "held out, decoded": "eval_decoded_acceptance_length",
         },
     }
-    if not any(key in line for line in history for series in panels.values() for key in series.values()):
+    if not any(
+        key in line for line in history for series in panels.values() for key in series.values()
+    ):
         return False
     figure = Figure(figsize=(11, 3.2), layout="constrained")
     loss, acceptance, accuracy = figure.subplots(1, 3)
@@ -85,7 +95,9 @@ def draw(path: Path, history: list[dict[str, float]]) -> bool:
         for label, key in series.items():
             points = [(line["step"], line[key]) for line in history if key in line]
             if points:
-                axes.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 3 else None)
+                axes.plot(
+                    *zip(*points, strict=True), label=label, marker="." if len(points) < 3 else None
+                )
         axes.set(title=title, xlabel="step")
         axes.legend(fontsize="small")
     _bars(accuracy, _last(history, "eval_accuracy_1"))

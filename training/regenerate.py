@@ -58,12 +58,16 @@ class Server:
         ValueError: there is no server, or it has another protocol.
     """
 
-    def __init__(self, url: str, tokenizer: Any, settings: GenerationSettings, model: str | None = None):
+    def __init__(
+        self, url: str, tokenizer: Any, settings: GenerationSettings, model: str | None = None
+    ):
         self.tokenizer, self.settings = tokenizer, settings
         key = os.environ.get("OPENAI_API_KEY")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         transport = httpx.HTTPTransport(retries=3)
-        self.client = httpx.Client(base_url=url.rstrip("/") + "/", timeout=600, transport=transport, headers=headers)
+        self.client = httpx.Client(
+            base_url=url.rstrip("/") + "/", timeout=600, transport=transport, headers=headers
+        )
         try:
             listed = self.client.get("models").raise_for_status().json()["data"]
             self.model = model or listed[0]["id"]
@@ -86,7 +90,11 @@ class Server:
 
         def answer(messages: list[dict[str, Any]]) -> dict[str, Any]:
             message = self._request("chat/completions", {"messages": messages} | tools)["message"]
-            return {key: message[key] for key in ("content", "reasoning_content", "tool_calls") if message.get(key)}
+            return {
+                key: message[key]
+                for key in ("content", "reasoning_content", "tool_calls")
+                if message.get(key)
+            }
 
         return {"messages": with_answers(row["messages"], answer)} | tools
 
@@ -95,7 +103,9 @@ class Server:
         body: dict[str, Any] = {"model": self.model, "max_tokens": self.settings.max_new_tokens}
         if self.settings.temperature is not None:
             body["temperature"] = self.settings.temperature
-        return self.client.post(endpoint, json=body | prompt).raise_for_status().json()["choices"][0]
+        return (
+            self.client.post(endpoint, json=body | prompt).raise_for_status().json()["choices"][0]
+        )
 
 
 class InProcess:
@@ -109,11 +119,15 @@ class InProcess:
         """Return the row with new answers."""
         if row.get("messages") is None:
             start = prompt_text(self.tokenizer, row["text"], self.settings.prompt_tokens)
-            return {"text": start + self._generate(self.tokenizer(start, return_tensors="pt").input_ids)}
+            return {
+                "text": start + self._generate(self.tokenizer(start, return_tensors="pt").input_ids)
+            }
         tools = {"tools": row["tools"]} if row.get("tools") else {}
 
         def answer(messages: list[dict[str, Any]]) -> dict[str, Any]:
-            prompt = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **tools)
+            prompt = self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=False, **tools
+            )
             ids = self.tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids
             return {"content": self._generate(ids)}
 
@@ -158,7 +172,9 @@ def check_columns(rows: Any) -> None:
     """
     columns = columns_of(rows)
     if not {"messages", "text"} & set(columns):
-        raise ValueError(f"The data has the columns {', '.join(columns)}; 'messages' or 'text' is needed.")
+        raise ValueError(
+            f"The data has the columns {', '.join(columns)}; 'messages' or 'text' is needed."
+        )
 
 
 def finished_rows(path: Path) -> set[int]:
@@ -176,11 +192,17 @@ def finished_rows(path: Path) -> set[int]:
     try:
         return {json.loads(line)[ROW] for line in complete.splitlines()}
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} was not written by regenerate; choose another --output.") from error
+        raise ValueError(
+            f"{path} was not written by regenerate; choose another --output."
+        ) from error
 
 
 def regenerate(
-    rows: Iterable[dict[str, Any]], path: Path, answer: AnswerFn, workers: int, report: Callable[[int, int], None]
+    rows: Iterable[dict[str, Any]],
+    path: Path,
+    answer: AnswerFn,
+    workers: int,
+    report: Callable[[int, int], None],
 ) -> tuple[int, list[str]]:
     """Write every row that is not in `path` yet, with the target's answers.
 
@@ -205,7 +227,10 @@ def regenerate(
             for number, outcome in _in_flight(pool, answer, missing, 2 * workers):
                 error = outcome.exception()
                 if error is None:
-                    file.write(json.dumps({ROW: number} | outcome.result(), ensure_ascii=False).encode() + b"\n")
+                    file.write(
+                        json.dumps({ROW: number} | outcome.result(), ensure_ascii=False).encode()
+                        + b"\n"
+                    )
                     file.flush()
                     done.add(number)
                     consecutive_failures = 0
@@ -224,7 +249,10 @@ def regenerate(
 
 
 def _in_flight(
-    pool: ThreadPoolExecutor, answer: AnswerFn, rows: Iterator[tuple[int, dict[str, Any]]], most: int
+    pool: ThreadPoolExecutor,
+    answer: AnswerFn,
+    rows: Iterator[tuple[int, dict[str, Any]]],
+    most: int,
 ) -> Iterator[tuple[int, Future]]:
     """Yield each row's number and outcome as it completes, with at most `most` rows submitted at a time."""
     waiting: dict[Future, int] = {}

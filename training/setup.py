@@ -24,42 +24,69 @@ class TrainOptions:
     """Say what to train, and on what data."""
 
     target: str = field(metadata={"help": "Hub id or folder of the target."})
-    data: str = field(metadata={"help": "A file (JSONL, JSON, Parquet, CSV, text) or a Hub dataset: messages or text."})
-    data_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
+    data: str = field(
+        metadata={
+            "help": "A file (JSONL, JSON, Parquet, CSV, text) or a Hub dataset: messages or text."
+        }
+    )
+    data_name: str | None = field(
+        default=None, metadata={"help": "Configuration of a Hub dataset."}
+    )
     data_split: str = field(default="train", metadata={"help": "Split of a Hub dataset."})
-    streaming: bool = field(default=False, metadata={"help": "Stream the dataset; needs --max-steps."})
-    eval_rows: int = field(default=0, metadata={"help": "Number of rows to hold out for evaluation."})
-    draft: str | None = field(default=None, metadata={"help": "Hub id or folder of a draft to start from."})
-    draft_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of that draft."})
+    streaming: bool = field(
+        default=False, metadata={"help": "Stream the dataset; needs --max-steps."}
+    )
+    eval_rows: int = field(
+        default=0, metadata={"help": "Number of rows to hold out for evaluation."}
+    )
+    draft: str | None = field(
+        default=None, metadata={"help": "Hub id or folder of a draft to start from."}
+    )
+    draft_revision: str | None = field(
+        default=None, metadata={"help": "Commit, tag or branch of that draft."}
+    )
     mask_token_id: int | None = field(
         default=None,
-        metadata={"help": "A token that never occurs in text. Default: the first unused row of the embedding."},
+        metadata={
+            "help": "A token that never occurs in text. Default: the first unused row of the embedding."
+        },
     )
-    variant: str = field(default="dflash", metadata={"help": "Kind of a fresh draft.", "choices": list(KINDS)})
+    variant: str = field(
+        default="dflash", metadata={"help": "Kind of a fresh draft.", "choices": list(KINDS)}
+    )
     selector_rank: int | None = field(
-        default=None, metadata={"help": "Selector rank of a fresh draft with a selector. Default: 256."}
+        default=None,
+        metadata={"help": "Selector rank of a fresh draft with a selector. Default: 256."},
     )
     selector_top_k: int | None = field(
         default=None, metadata={"help": "Candidates of a fresh draft with a selector. Default: 16."}
     )
-    block_size: int = field(default=16, metadata={"help": "Number of positions of a block, including the anchor."})
+    block_size: int = field(
+        default=16, metadata={"help": "Number of positions of a block, including the anchor."}
+    )
     num_layers: int = field(default=5, metadata={"help": "Number of layers of a fresh draft."})
     target_layer_ids: list[int] | None = field(
-        default=None, metadata={"help": "Tapped layers, counted from 0. Default: five, spread evenly."}
+        default=None,
+        metadata={"help": "Tapped layers, counted from 0. Default: five, spread evenly."},
     )
     sliding_window: int | None = field(
         default=None, metadata={"help": "Sliding window for all draft layers except the last."}
     )
-    causal: bool = field(default=False, metadata={"help": "Causal attention inside a fresh draft's blocks."})
+    causal: bool = field(
+        default=False, metadata={"help": "Causal attention inside a fresh draft's blocks."}
+    )
     target_dtype: str = field(
-        default="auto", metadata={"help": "float32, bfloat16 ..., or auto: as the checkpoint has it."}
+        default="auto",
+        metadata={"help": "float32, bfloat16 ..., or auto: as the checkpoint has it."},
     )
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Allow remote code for the target and its tokenizer."}
     )
     dry_run: bool = field(
         default=False,
-        metadata={"help": "Run two steps, save, reload and check; then estimate time and memory of the whole run."},
+        metadata={
+            "help": "Run two steps, save, reload and check; then estimate time and memory of the whole run."
+        },
     )
 
 
@@ -67,7 +94,9 @@ def build(options: TrainOptions, args: DFlashTrainingArguments) -> DFlashTrainer
     """Return the trainer. Checks the options, the pair and the data."""
     trust = {"trust_remote_code": options.trust_remote_code}
     tokenizer = AutoTokenizer.from_pretrained(options.target, **trust)
-    target = AutoModelForCausalLM.from_pretrained(options.target, dtype=options.target_dtype, **trust)
+    target = AutoModelForCausalLM.from_pretrained(
+        options.target, dtype=options.target_dtype, **trust
+    )
     set_seed(args.seed)  # a fresh draft's weights too
     draft = make_draft(options, target, tokenizer)
     if not Path(options.target).exists():
@@ -84,7 +113,9 @@ def _split(options: TrainOptions, args: DFlashTrainingArguments) -> tuple[Any, A
     if options.streaming:
         return rows.skip(options.eval_rows), rows.take(options.eval_rows)
     if options.eval_rows >= len(rows):
-        raise ValueError(f"eval_rows is {options.eval_rows}, but the data has only {len(rows)} rows; hold out fewer.")
+        raise ValueError(
+            f"eval_rows is {options.eval_rows}, but the data has only {len(rows)} rows; hold out fewer."
+        )
     parts = rows.train_test_split(test_size=options.eval_rows, seed=args.seed)
     return parts["train"], parts["test"]
 
@@ -93,7 +124,10 @@ def make_draft(options: TrainOptions, target: Any, tokenizer: Any) -> Any:
     """Return the draft to start from, in float32, which optimizers need."""
     if options.draft is not None:
         return load_draft(options.draft, revision=options.draft_revision, dtype=torch.float32)
-    shape: dict[str, Any] = {"block_size": options.block_size, "num_hidden_layers": options.num_layers}
+    shape: dict[str, Any] = {
+        "block_size": options.block_size,
+        "num_hidden_layers": options.num_layers,
+    }
     if options.causal:
         shape["is_causal"] = True
     for name in HEAD_OPTIONS:
@@ -103,11 +137,21 @@ def make_draft(options: TrainOptions, target: Any, tokenizer: Any) -> Any:
         shape["target_layer_ids"] = options.target_layer_ids
     if options.sliding_window:
         layer_types = ["sliding_attention"] * (options.num_layers - 1) + ["full_attention"]
-        shape |= {"layer_types": layer_types, "sliding_window": options.sliding_window, "is_causal": options.causal}
+        shape |= {
+            "layer_types": layer_types,
+            "sliding_window": options.sliding_window,
+            "is_causal": options.causal,
+        }
     if options.mask_token_id is None:
         options.mask_token_id = unused_token(target, tokenizer)
     spec = DFlashDraftSpec(options.target, targets=(options.target,))
-    return spec.build(target.config, options.variant, mask_token_id=options.mask_token_id, dtype=torch.float32, **shape)
+    return spec.build(
+        target.config,
+        options.variant,
+        mask_token_id=options.mask_token_id,
+        dtype=torch.float32,
+        **shape,
+    )
 
 
 def unused_token(target: Any, tokenizer: Any) -> int:
@@ -124,7 +168,9 @@ def unused_token(target: Any, tokenizer: Any) -> int:
             for token in tokenizer.get_added_vocab()
             if "reserved" in token or "unused" in token or "mask" in token
         ]
-        some = ", ".join(f"{tokenizer.convert_tokens_to_ids(token)} ({token})" for token in spare[:3])
+        some = ", ".join(
+            f"{tokenizer.convert_tokens_to_ids(token)} ({token})" for token in spare[:3]
+        )
         raise ValueError(
             f"Every one of the {rows} rows of the target's embedding belongs to a token, so --mask-token-id must be "
             f"given: a token that does not occur in text{', such as ' + some if some else ''}."

@@ -77,7 +77,9 @@ class DFlashTrainer(Trainer):
         args = args or DFlashTrainingArguments()
         check_compatible(model.config, target)
         if args.eval_acceptance_prompts and args.fsdp:
-            raise ValueError("eval_acceptance_prompts needs a whole draft on each process; leave it out with FSDP.")
+            raise ValueError(
+                "eval_acceptance_prompts needs a whole draft on each process; leave it out with FSDP."
+            )
         self.kind = kind_of(model.config)
         self.preprocess_config = preprocess_config(processing_class, target, model.config, args)
         self.reports: dict[str, DropReport] = {}
@@ -97,11 +99,15 @@ class DFlashTrainer(Trainer):
             optimizers=optimizers,
         )
         model.config.use_cache = True  # Trainer turns it off, and it would be saved so
-        if getattr(target, "hf_device_map", None) is None and not getattr(target, "is_quantized", False):
+        if getattr(target, "hf_device_map", None) is None and not getattr(
+            target, "is_quantized", False
+        ):
             target = target.to(args.device)
         self.target = target
         self.objective = Objective(model.config, target, args.recipe)
-        model.set_attn_implementation("flex_attention" if self.objective.flex(args.device) else "sdpa")
+        model.set_attn_implementation(
+            "flex_attention" if self.objective.flex(args.device) else "sdpa"
+        )
         self._counts: Counts | None = None  # since the last line of the log
 
     def _prepared(self, rows: Any, name: str) -> Any:
@@ -115,19 +121,28 @@ class DFlashTrainer(Trainer):
 
     # One step --------------------------------------------------------------------------------------------------
 
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
+    def _get_num_items_in_batch(
+        self, batch_samples: list, device: torch.device
+    ) -> torch.Tensor | None:
         """Return the sum of weights over all batches of a step, on all processes."""
         if not batch_samples:
             return None
         weights = torch.zeros((), device=device)
         for batch in batch_samples:
-            weights += self._blocks(batch, self.state.global_step).weights(self.objective.gamma).sum().to(device)
+            weights += (
+                self._blocks(batch, self.state.global_step)
+                .weights(self.objective.gamma)
+                .sum()
+                .to(device)
+            )
         return self.accelerator.reduce(weights)
 
     def _blocks(self, tensors: dict[str, torch.Tensor], step: int) -> Blocks:
         """Draw the anchors of a step, the same in every call, and return their blocks."""
         batch = packed_batch(tensors)
-        return self.objective.blocks(batch, draw_anchors(batch, self.args.num_anchors, self.args.seed, step))
+        return self.objective.blocks(
+            batch, draw_anchors(batch, self.args.num_anchors, self.args.seed, step)
+        )
 
     def compute_loss(
         self,
@@ -146,7 +161,9 @@ class DFlashTrainer(Trainer):
         if weights is None:
             weights = self._get_num_items_in_batch([inputs], output.loss.device)
         # Gradients are averaged over processes, but their sum is needed.
-        loss = output.loss / torch.as_tensor(weights).clamp_min(1e-9) * self.accelerator.num_processes
+        loss = (
+            output.loss / torch.as_tensor(weights).clamp_min(1e-9) * self.accelerator.num_processes
+        )
         if not torch.isfinite(loss):
             raise ValueError(
                 f"The loss is {loss.item()} at step {self.state.global_step + 1}; the last checkpoint is from before. "
@@ -163,7 +180,9 @@ class DFlashTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as Trainer does; add accuracy and expected acceptance length since the last line to a loss."""
         if "loss" in logs and self._counts is not None:
-            logs |= Metrics.of(Counts(**self.accelerator.reduce(self._counts.tensors()))).as_log(self.kind.metrics)
+            logs |= Metrics.of(Counts(**self.accelerator.reduce(self._counts.tensors()))).as_log(
+                self.kind.metrics
+            )
             self._counts = None
         super().log(logs, start_time)
 
@@ -193,7 +212,11 @@ class DFlashTrainer(Trainer):
         """Save a complete repository, with a plot and a card that show how the run went."""
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            write_progress(Path(output_dir or self.args.output_dir), self.state.log_history, self._run_summary())
+            write_progress(
+                Path(output_dir or self.args.output_dir),
+                self.state.log_history,
+                self._run_summary(),
+            )
 
     def _run_summary(self) -> dict[str, Any]:
         """Return the rows of the card's table that describe the run."""
@@ -297,14 +320,28 @@ class DFlashTrainer(Trainer):
 
     def _metrics_of(self, prediction: Any) -> dict[str, float]:
         """Compute the metrics from what `prediction_step` returned for all rows; Trainer's `compute_metrics`."""
-        counts = Counts(**{name: torch.as_tensor(values) for name, values in prediction.predictions.items()})
-        sums = {name: float(torch.as_tensor(values).double().sum()) for name, values in prediction.label_ids.items()}
+        counts = Counts(
+            **{name: torch.as_tensor(values) for name, values in prediction.predictions.items()}
+        )
+        sums = {
+            name: float(torch.as_tensor(values).double().sum())
+            for name, values in prediction.label_ids.items()
+        }
         metrics = Metrics.of(counts.over_rows())
-        by_position = {f"accuracy_{k}": value for k, value in enumerate(metrics.by_position, start=1)}
-        return {"loss": sums["loss"] / max(sums["weight"], 1e-9)} | metrics.as_log(self.kind.metrics) | by_position
+        by_position = {
+            f"accuracy_{k}": value for k, value in enumerate(metrics.by_position, start=1)
+        }
+        return (
+            {"loss": sums["loss"] / max(sums["weight"], 1e-9)}
+            | metrics.as_log(self.kind.metrics)
+            | by_position
+        )
 
     def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """Evaluate as Trainer does: loss, accuracy by position, expected acceptance length.
 
@@ -315,7 +352,9 @@ class DFlashTrainer(Trainer):
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         rows = self.eval_dataset[rows] if isinstance(rows, str) else rows
         if self.args.eval_acceptance_prompts and not isinstance(rows, dict):
-            decoded = {f"{metric_key_prefix}_decoded_acceptance_length": self.decoded_acceptance(rows)}
+            decoded = {
+                f"{metric_key_prefix}_decoded_acceptance_length": self.decoded_acceptance(rows)
+            }
             self.log(decoded)
             metrics |= decoded
         return metrics
@@ -341,14 +380,18 @@ def enum_value(name: Any) -> str:
 
 def last_checkpoint(folder: Any) -> Path | None:
     """Return the last complete checkpoint in `folder`, or None."""
-    found = sorted(Path(folder).glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2] or 0))
+    found = sorted(
+        Path(folder).glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2] or 0)
+    )
     return next((path for path in reversed(found) if _is_complete(path)), None)
 
 
 def _is_complete(checkpoint: Path) -> bool:
     """Return whether the checkpoint has a readable state, the file that is written last."""
     try:
-        return "global_step" in json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        return "global_step" in json.loads(
+            (checkpoint / "trainer_state.json").read_text(encoding="utf-8")
+        )
     except (OSError, ValueError):
         return False
 
@@ -369,7 +412,9 @@ def explain_failed_push(folder: Any, repo_id: str | None) -> Iterator[None]:
         ) from error
 
 
-def preprocess_config(tokenizer: Any, target: Any, config: Any, args: DFlashTrainingArguments) -> PreprocessConfig:
+def preprocess_config(
+    tokenizer: Any, target: Any, config: Any, args: DFlashTrainingArguments
+) -> PreprocessConfig:
     """Return how rows are turned into tokens for this draft and target."""
     stop_ids = set(stop_token_ids(target))
     if tokenizer is not None and tokenizer.eos_token_id is not None:

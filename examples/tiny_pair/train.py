@@ -42,7 +42,9 @@ from dflash_hub.training import DFlashTrainer, DFlashTrainingArguments
 from dflash_hub.training.trainer import last_checkpoint
 
 HERE = Path(__file__).parent
-PROMPTS = [json.loads(line) for line in (HERE / "prompts.jsonl").read_text(encoding="utf-8").splitlines()]
+PROMPTS = [
+    json.loads(line) for line in (HERE / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
+]
 WIDTH, PROMPT = 256, 150
 SKIPPED = {"site-packages", "test", "tests", "idlelib"}
 SHAPE = {"block_size": 8, "num_hidden_layers": 2, "target_layer_ids": [1, 2, 4], "mask_token_id": 1}
@@ -62,18 +64,33 @@ def main() -> None:
         ("draft", "dflash", options.draft_steps),
         ("draft2", "dflash2", options.second_draft_steps),
     ):
-        draft = make_draft(options.output_dir, target, rows, Training(name, variant, steps, options.seed))
+        draft = make_draft(
+            options.output_dir, target, rows, Training(name, variant, steps, options.seed)
+        )
         print(json.dumps({"draft": name} | measure(draft, target, tokenizer)), flush=True)
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output-dir", type=Path, default=Path("tiny_pair"))
     parser.add_argument("--target-steps", type=int, default=2500, help="of 16 rows of 256 tokens")
-    parser.add_argument("--texts", type=int, default=12288, help="passages that the target goes on from")
-    parser.add_argument("--draft-steps", type=int, default=4500, help="of 12 rows of 256 tokens, 32 anchors each")
-    parser.add_argument("--second-draft-steps", type=int, default=2700, help="likewise, of the DFlash 2 draft")
-    parser.add_argument("--compare", type=int, default=0, help="train both kinds alike, for so many steps, three seeds")
+    parser.add_argument(
+        "--texts", type=int, default=12288, help="passages that the target goes on from"
+    )
+    parser.add_argument(
+        "--draft-steps", type=int, default=4500, help="of 12 rows of 256 tokens, 32 anchors each"
+    )
+    parser.add_argument(
+        "--second-draft-steps", type=int, default=2700, help="likewise, of the DFlash 2 draft"
+    )
+    parser.add_argument(
+        "--compare",
+        type=int,
+        default=0,
+        help="train both kinds alike, for so many steps, three seeds",
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
@@ -83,15 +100,27 @@ def sources() -> list[str]:
     """The standard library's own modules, without its tests and without the files that the prompts are from."""
     held_out = {prompt["source"] for prompt in PROMPTS}
     root = Path(sysconfig.get_paths()["stdlib"])
-    files = sorted(path for path in root.rglob("*.py") if not {*path.relative_to(root).parts[:-1]} & SKIPPED)
-    return [path.read_text(encoding="utf-8", errors="ignore") for path in files if path.name not in held_out]
+    files = sorted(
+        path for path in root.rglob("*.py") if not {*path.relative_to(root).parts[:-1]} & SKIPPED
+    )
+    return [
+        path.read_text(encoding="utf-8", errors="ignore")
+        for path in files
+        if path.name not in held_out
+    ]
 
 
 def make_tokenizer(folder: Path) -> Any:
     if not (folder / "target" / "tokenizer.json").exists():
         bpe = ByteLevelBPETokenizer()
-        bpe.train_from_iterator(sources(), vocab_size=512, special_tokens=["<|endoftext|>", "<|mask|>"])
-        special = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "extra_special_tokens": ["<|mask|>"]}
+        bpe.train_from_iterator(
+            sources(), vocab_size=512, special_tokens=["<|endoftext|>", "<|mask|>"]
+        )
+        special = {
+            "eos_token": "<|endoftext|>",
+            "pad_token": "<|endoftext|>",
+            "extra_special_tokens": ["<|mask|>"],
+        }
         made = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, **special)
         made.save_pretrained(folder / "target")
     return AutoTokenizer.from_pretrained(folder / "target")
@@ -122,12 +151,27 @@ def tokens_of(tokenizer: Any) -> torch.Tensor:
 def make_target(options: argparse.Namespace, tokenizer: Any) -> Any:
     folder = options.output_dir / "target"
     if not (folder / "model.safetensors").exists():
-        shape = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 6, "num_attention_heads": 4}
-        shape |= {"num_key_value_heads": 2, "head_dim": 32, "vocab_size": len(tokenizer), "tie_word_embeddings": True}
-        shape |= {"max_position_embeddings": 2048, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
+        shape = {
+            "hidden_size": 128,
+            "intermediate_size": 384,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 4,
+        }
+        shape |= {
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "vocab_size": len(tokenizer),
+            "tie_word_embeddings": True,
+        }
+        shape |= {
+            "max_position_embeddings": 2048,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        }
         end = tokenizer.eos_token_id
         set_seed(options.seed)
-        target = Qwen3ForCausalLM(Qwen3Config(**shape, bos_token_id=end, eos_token_id=end, pad_token_id=end))
+        target = Qwen3ForCausalLM(
+            Qwen3Config(**shape, bos_token_id=end, eos_token_id=end, pad_token_id=end)
+        )
         args = TrainingArguments(
             options.output_dir / "runs" / "target",
             max_steps=options.target_steps,
@@ -152,7 +196,9 @@ def make_target(options: argparse.Namespace, tokenizer: Any) -> Any:
 
 
 @torch.no_grad()
-def write_text(options: argparse.Namespace, target: Any, tokenizer: Any) -> list[dict[str, list[int]]]:
+def write_text(
+    options: argparse.Namespace, target: Any, tokenizer: Any
+) -> list[dict[str, list[int]]]:
     """Rows of 256 tokens: 150 of a source, then what the target goes on with, which alone is supervised."""
     file = options.output_dir / "runs" / "text.pt"
     if not file.exists():
@@ -160,7 +206,10 @@ def write_text(options: argparse.Namespace, target: Any, tokenizer: Any) -> list
         texts = []
         for start in range(0, options.texts, 128):
             part = torch.stack(
-                [passages[index]["input_ids"] for index in range(start, min(start + 128, options.texts))]
+                [
+                    passages[index]["input_ids"]
+                    for index in range(start, min(start + 128, options.texts))
+                ]
             )
             texts.append(
                 target.generate(
@@ -188,10 +237,14 @@ class Training:
 
 
 def fresh_draft(target: Any, variant: str = "dflash") -> Any:
-    return DFlashDraftSpec("tiny").build(target.config, variant, **SHAPE, **(SELECTOR if variant == "dflash2" else {}))
+    return DFlashDraftSpec("tiny").build(
+        target.config, variant, **SHAPE, **(SELECTOR if variant == "dflash2" else {})
+    )
 
 
-def make_draft(home: Path, target: Any, rows: list[dict[str, list[int]]], training: Training) -> Any:
+def make_draft(
+    home: Path, target: Any, rows: list[dict[str, list[int]]], training: Training
+) -> Any:
     folder = home / training.name
     if not (folder / "model.safetensors").exists():
         set_seed(training.seed)
@@ -209,7 +262,9 @@ def make_draft(home: Path, target: Any, rows: list[dict[str, list[int]]], traini
             report_to="none",
             seed=training.seed,
         )
-        trainer = DFlashTrainer(fresh_draft(target, training.variant), target, args, train_dataset=rows)
+        trainer = DFlashTrainer(
+            fresh_draft(target, training.variant), target, args, train_dataset=rows
+        )
         trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir) is not None)
         trainer.save_model(folder)
         (folder / "log.json").write_text(json.dumps(trainer.state.log_history), encoding="utf-8")
@@ -224,10 +279,16 @@ def measure(draft: Any, target: Any, tokenizer: Any, prompts: int = len(PROMPTS)
     results = [compare(draft, target, row, max_new_tokens=96) for row in rows]
     total = sum(results[1:], results[0])
     lengths = sorted(round(result.acceptance_length, 2) for result in results)
-    return {"acceptance_length": total.acceptance_length, "by_prompt": lengths, "identical": total.identical}
+    return {
+        "acceptance_length": total.acceptance_length,
+        "by_prompt": lengths,
+        "identical": total.identical,
+    }
 
 
-def compare_kinds(options: argparse.Namespace, target: Any, tokenizer: Any, rows: list[dict[str, list[int]]]) -> None:
+def compare_kinds(
+    options: argparse.Namespace, target: Any, tokenizer: Any, rows: list[dict[str, list[int]]]
+) -> None:
     """Drafts of both kinds, trained alike, with three seeds; a line of JSON for each."""
     for seed in range(3):
         for variant in ("dflash", "dflash2"):
