@@ -41,6 +41,7 @@ EXACT, EXACT_ALONE, REFUSED, CAUGHT = (
 )
 DIFFERENT, FOREIGN, NOT_BUILT = "ANOTHER TEXT", "FOREIGN ERROR", "not built"
 SECONDS = 120
+BATCH_BLOCKS = (2, 6, 16)
 MARKS = ("<!-- families -->", "<!-- /families -->")
 
 # What makes a model of any family small, by the names that its config has.
@@ -251,7 +252,7 @@ def decode_all(model):
     inputs = tiny.batch(20, pads=(0, 19, 7, 13))
     if not batch_is_sound(model, inputs):
         return EXACT_ALONE, "its own padded batch gives rows another text than alone"
-    for block in (2, 6, 16):
+    for block in BATCH_BLOCKS:
         plain, ours, _ = decode_both(model, inputs, block)
         if not torch.equal(plain, ours):
             return DIFFERENT, f"padded batch, block of {block}"

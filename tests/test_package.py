@@ -109,14 +109,12 @@ def test_the_wheel_installs_and_its_demo_runs_elsewhere(built, tmp_path):
     assert "identical" in done.stdout
 
 
-def modules_after(statement: str) -> set[str]:
-    code = f"{statement}\nimport sys; print('\\n'.join(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return set(done.stdout.split())
+def test_importing_it_costs_no_more_than_automodel_and_our_own_files(servers):
+    def modules_after(statement: str) -> set[str]:
+        return set(servers.torch.run(code=f"{statement}\nimport sys; print('\\n'.join(sys.modules))").stdout.split())
 
-
-def test_importing_it_costs_no_more_than_automodel_and_our_own_files():
     extra = modules_after("import dflash_hub") - modules_after("from transformers import AutoModel, AutoConfig")
+    assert "dflash_hub" in extra
     foreign = {name for name in extra if not name.startswith(("dflash_hub", "__editable__"))}
     assert foreign == set()
 
