@@ -9,12 +9,17 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	@touch $@
 
-.PHONY: demo test check pair clean
+PARALLEL := -n logical --maxprocesses 8 --dist worksteal
+
+.PHONY: demo test quick check pair clean
 demo: $(VENV)/.ready  ## the target's own text and DFlash's beside it, on the built-in pair, offline
 	@HF_HUB_OFFLINE=1 $(BIN)/dflash-hub demo
 
-test: $(VENV)/.ready  ## the tests
-	@$(BIN)/python -m pytest -q
+test: $(VENV)/.ready  ## the tests; four minutes on two cores
+	@$(BIN)/python -m pytest -q $(PARALLEL)
+
+quick: $(VENV)/.ready  ## the goldens and one test of each kind; half a minute
+	@$(BIN)/python -m pytest -q $(PARALLEL) -m quick
 
 check: $(VENV)/.ready  ## everything that CI checks
 	@bash .ci/run

@@ -44,6 +44,7 @@ FOREIGN = "FOREIGN ERROR"
 NOT_BUILT = "not built"
 
 SECONDS = 120
+BATCH_BLOCKS = (2, 6, 16)
 MARKS = ("<!-- families -->", "<!-- /families -->")
 
 # Values that make a model small; a family takes those whose names its config has.
@@ -227,7 +228,7 @@ def decode_all(model):
     inputs = tiny.batch(20, pads=(0, 19, 7, 13))
     if not batch_is_sound(model, inputs):
         return EXACT_ALONE, "its own padded batch gives rows another text than alone"
-    for block in (2, 6, 16):
+    for block in BATCH_BLOCKS:
         plain, ours = decode_both(model, inputs, block)
         if not torch.equal(plain, ours):
             return DIFFERENT, f"padded batch, block of {block}"

@@ -30,9 +30,6 @@ os.environ |= {
 }
 
 import pytest  # noqa: E402
-import torch  # noqa: E402
-
-torch.set_num_threads(1)  # tiny models; more threads only wait for each other
 
 
 class _NoPackages:
@@ -45,6 +42,10 @@ class _NoPackages:
 
 def pytest_configure(config):
     config.pluginmanager.register(_NoPackages())
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
+        import torch
+
+        torch.set_num_threads(1)  # tiny models; more threads only wait for each other
 
 
 @pytest.fixture

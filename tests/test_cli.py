@@ -1,6 +1,5 @@
 """The command line, as a user types it."""
 
-import subprocess
 import sys
 
 import pytest
@@ -28,9 +27,9 @@ def wide(monkeypatch):
     monkeypatch.setattr(console, "width", 200, raising=False)
 
 
-def test_python_dash_m_runs_it_and_errors_have_no_traceback():
-    command = [sys.executable, "-m", "dflash_hub", "push", "no/such/folder", "me/draft"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def test_python_dash_m_runs_it_and_errors_have_no_traceback(servers):
+    words = ("-m", "push", "no/such/folder", "me/draft")
+    done = servers.models.run(*words, code="import runpy; runpy.run_module('dflash_hub', run_name='__main__')")
     assert done.returncode == 1
     assert "Error: no/such/folder is not a folder" in done.stderr
     assert "Traceback" not in done.stderr + done.stdout
@@ -71,11 +70,11 @@ def assert_reported(stderr: str) -> None:
 
 
 def test_a_demo_whose_texts_differ_fails_and_asks_for_a_report(differing, monkeypatch, capsys):
-    done = run("demo", "--prompts", "1")
+    done = run("demo", "--prompts", "1", "--capture", "off")
     assert "The two texts are NOT identical." in done.stdout
     assert done.exit_code == 1
     assert_reported(done.stderr)
-    monkeypatch.setattr(sys, "argv", ["dflash-hub", "demo", "--prompts", "1"])
+    monkeypatch.setattr(sys, "argv", ["dflash-hub", "demo", "--prompts", "1", "--capture", "off"])
     with pytest.raises(SystemExit, match="1"):
         cli.main()
     assert_reported(capsys.readouterr().err)
@@ -94,6 +93,7 @@ def test_generate_fails_on_differing_texts_in_float32_alone(differing, dtype, st
         assert done.stderr == ""
 
 
+@pytest.mark.quick
 def test_generate_streams_the_text_and_ends_in_the_figures():
     words = ["generate", "def main(", "--target", str(TINY / "target"), "--draft", str(TINY / "draft")]
     output = run(*words, "--max-new-tokens", "40").output

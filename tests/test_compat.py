@@ -55,6 +55,7 @@ def names_defined(tree: ast.AST) -> set[str]:
     return defined
 
 
+@pytest.mark.quick
 def test_no_private_name_of_transformers_is_used_outside_of_one_file():
     trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in OURS}
     ours = set().union(*(names_defined(tree) for path, tree in trees.items() if path.name != "compat_dflash.py"))

@@ -92,6 +92,7 @@ def small(**fields):
     return DFlashConfig(**({"block_size": 4, "mask_token_id": 3, "target_layer_ids": [0, 2]} | fields))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", READ)
 def test_published_configs_are_read_into_these_fields(name):
     config = read(name)

@@ -22,6 +22,7 @@ def speculative(target, draft, ids, new, **kwargs):
     return target.generate(ids, custom_generate=draft.speculate, statistics=statistics, **given), statistics
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", ["qwen3-full", "qwen3-sliding"])
 def test_tokens_and_cycles_are_those_of_the_original_code(name):
     home = DATA / "golden" / name
@@ -132,6 +133,7 @@ def test_what_the_draft_proposes_is_what_its_plain_forward_says(layers):
     assert len(seen) > 40
 
 
+@pytest.mark.quick
 def test_a_real_trained_pair_agrees_with_plain_greedy_and_accepts(tiny_target, tiny_draft):
     ids = torch.tensor([[40, 41, 42, 43, 44, 45, 46, 47]])
     text, statistics = speculative(tiny_target, tiny_draft, ids, 64, eos_token_id=None)
@@ -278,6 +280,7 @@ def test_a_cycle_brings_one_tensor_to_the_host(rows, monkeypatch):
 TREE = torch.tensor([[-1, 0, 0, 1, 1, 2]])
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("tokens", "choices", "parents", "accepted", "committed"),
     [

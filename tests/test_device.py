@@ -19,8 +19,7 @@ CAPTURED = ("qwen3", "gemma3_text", "mistral", "gemma4_text-shared")
 
 
 @pytest.mark.parametrize("family", DENSE)
-@pytest.mark.parametrize("second", [{}, tiny.SECOND], ids=["dflash", "dflash2"])
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(("second", "rows"), [({}, 1), (tiny.SECOND, 3)], ids=["dflash", "dflash2"])
 def test_the_blocks_of_a_family_need_neither_the_data_nor_another_device(family, second, rows):
     model = tiny.target(family)
     draft = tiny.draft(model, **second).to(META)
@@ -45,8 +44,9 @@ def test_the_blocks_of_a_family_need_neither_the_data_nor_another_device(family,
 
 
 @pytest.mark.parametrize("family", CAPTURED)
-@pytest.mark.parametrize("second", [{}, tiny.SECOND], ids=["dflash", "dflash2"])
-@pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    ("second", "sampled"), [({}, False), (tiny.SECOND, True)], ids=["dflash, greedy", "dflash2, sampled"]
+)
 def test_a_recording_that_is_replayed_without_python_gives_the_same_text(family, second, sampled, monkeypatch):
     target = tiny.target(family)
     draft, inputs = tiny.draft(target, **second), tiny.batch(20, pads=(0, 9, 3))

@@ -145,6 +145,7 @@ def test_a_draft_loaded_from_either_layout_is_pushed_again_whole_in_either(hub, 
     assert digests(DFlashDraftModel.from_pretrained(again)) == digests(draft)
 
 
+@pytest.mark.quick
 def test_a_published_layout_without_code_is_saved_as_a_whole_repository(tmp_path, fresh_process):
     DFlashDraftModel.from_pretrained(TINY / "draft").save_pretrained(tmp_path)
     whole = {"config.json", "model.safetensors", "README.md", "custom_generate", *TRAVELLING}
@@ -220,6 +221,7 @@ def test_shards_load_and_a_later_push_leaves_none_of_them_behind(hub, repo_id, d
     assert digests(AutoModel.from_pretrained(repo_id)) == digests(draft)
 
 
+@pytest.mark.quick
 def test_a_revision_pins_weights_and_config(hub, repo_id, draft):
     first = draft.push_to_hub(repo_id).oid
     before = digests(draft)

@@ -17,6 +17,7 @@ def test_every_kind_has_a_layout_and_every_layout_a_kind():
     assert list(KINDS) == list(DRAFT_LAYOUTS)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", KINDS)
 def test_a_row_names_what_there_is(name):
     kind, layout = KINDS[name], DRAFT_LAYOUTS[name]

@@ -31,6 +31,7 @@ def small(**fields):
     return tiny.draft(tiny.target("qwen3"), **fields)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("name", [*GOLDEN, "dflash2"])
 @torch.no_grad()

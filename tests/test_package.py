@@ -39,6 +39,7 @@ def test_the_public_names_are_these():
     assert all(getattr(dflash_hub, name) is not None for name in dflash_hub.__all__)
 
 
+@pytest.mark.quick
 def test_the_travelling_files_are_these():
     names = (
         "attention_ cache_ compat_ configuration_ custom_generate_ drafter_ execution_ generate_ generation_ layouts_ "
@@ -49,6 +50,7 @@ def test_the_travelling_files_are_these():
     assert {path.name for path in TRAVELLING} == first | second
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("path", TRAVELLING, ids=lambda path: path.name)
 def test_travelling_files_import_only_each_other_and_what_every_transformers_has(path):
     text = path.read_text()
@@ -107,18 +109,17 @@ def test_the_wheel_installs_and_its_demo_runs_elsewhere(built, tmp_path):
     assert "identical" in done.stdout
 
 
-def modules_after(statement: str) -> set[str]:
-    code = f"{statement}\nimport sys; print('\\n'.join(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return set(done.stdout.split())
+def test_importing_it_costs_no_more_than_automodel_and_our_own_files(servers):
+    def modules_after(statement: str) -> set[str]:
+        return set(servers.torch.run(code=f"{statement}\nimport sys; print('\\n'.join(sys.modules))").stdout.split())
 
-
-def test_importing_it_costs_no_more_than_automodel_and_our_own_files():
     extra = modules_after("import dflash_hub") - modules_after("from transformers import AutoModel, AutoConfig")
+    assert "dflash_hub" in extra
     foreign = {name for name in extra if not name.startswith(("dflash_hub", "__editable__"))}
     assert foreign == set()
 
 
+@pytest.mark.quick
 def test_importing_it_registers_config_and_model_together():
     from transformers import AutoConfig, AutoModel
 

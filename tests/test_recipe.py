@@ -4,6 +4,7 @@ import argparse
 import importlib.util
 import json
 
+import pytest
 import torch
 from transformers import AutoTokenizer
 
@@ -43,6 +44,7 @@ def test_a_few_steps_of_the_recipe_lower_the_loss_and_raise_acceptance_on_held_o
     assert after["acceptance_length"] > before["acceptance_length"] + 0.05
 
 
+@pytest.mark.quick
 def test_the_held_out_files_are_not_among_the_sources():
     """Two of them are tables whose text stands in some thirty other encodings too."""
     made = recipe()

@@ -227,6 +227,7 @@ def run(*words: str):
     return CliRunner().invoke(cli.app, ["refresh", *words], env={"COLUMNS": "200"})
 
 
+@pytest.mark.quick
 def test_a_dry_run_shows_the_difference_and_commits_nothing(hub, old):
     first = heads(hub, old)
     done = run(old, "--dry-run", "--yes")

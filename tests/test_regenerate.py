@@ -89,6 +89,7 @@ def quiet(done: int, failed: int) -> None:
     pass
 
 
+@pytest.mark.quick
 def test_answers_of_a_server_replace_those_of_the_data_turn_by_turn(backend, tokenizer, tmp_path):
     talk = [("system", "be brief"), ("user", "a"), ("assistant", "x"), ("user", "b"), ("assistant", "y")]
     rows = [{"messages": [{"role": role, "content": content} for role, content in talk]}]

@@ -52,6 +52,7 @@ def qwen3_config(name: str = "", **shape):
     return config
 
 
+@pytest.mark.quick
 def test_every_architecture_has_a_default_that_runs():
     named = {name for spec in CATALOGUE if not spec.unsupported for name in spec.architectures}
     assert set(DFLASH_DRAFT_REGISTRY) == {sibling for name in named for sibling in siblings_of(name)}

@@ -8,6 +8,7 @@ import pytest
 
 from paths import ROOT
 
+pytestmark = pytest.mark.quick
 # From the top of the house to its foundation. A file imports files of its own floor's room, or of floors below.
 FLOORS = (
     {"command line"},

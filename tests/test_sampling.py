@@ -91,6 +91,7 @@ def test_a_tree_of_proposals_changes_no_sampled_text():
     assert len(set(statistics.committed)) > 2
 
 
+@pytest.mark.quick
 def test_spec_generate_samples_with_the_same_noise():
     target = tiny.target("qwen3")
     draft, ids = tiny.draft(target), tiny.prompt(6)

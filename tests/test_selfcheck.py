@@ -178,6 +178,7 @@ def test_a_check_is_made_once_for_a_session_and_again_when_something_changes(fam
     assert len(checks) == 3
 
 
+@pytest.mark.quick
 def test_a_check_that_failed_is_made_again():
     target = tiny.target("qwen3")
     draft, ids = tiny.draft(target), tiny.prompt(40)

@@ -37,6 +37,7 @@ def test_a_target_with_adapters_gives_its_own_text(seed):
         assert not torch.equal(target.generate(**ASKED), expected)
 
 
+@pytest.mark.quick
 def test_virtual_tokens_before_the_prompt_are_refused_by_name():
     settings = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
     target = peft.get_peft_model(tiny.target("qwen3"), settings).eval()

@@ -117,6 +117,7 @@ def test_options_for_the_shape_of_a_fresh_draft(data, tmp_path):
     assert (config.sliding_window, config.is_causal, config.block_size) == (32, True, 6)
 
 
+@pytest.mark.quick
 def test_a_stream_is_trained_on(data, tmp_path):
     train(data, tmp_path / "draft", *SHAPE, "--streaming")
     assert DFlashDraftModel.from_pretrained(tmp_path / "draft").config.block_size == 8

@@ -72,6 +72,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path):
         torch.testing.assert_close(saving.model.state_dict()[name], values)
 
 
+@pytest.mark.quick
 def test_only_the_draft_learns_and_only_the_draft_is_saved(tmp_path):
     trainer = training_run.trainer(tmp_path)
     target, before = digests(trainer.target), digests(trainer.model)

@@ -164,6 +164,7 @@ def plain_loss(
     return total, weights
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("distillation", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_loss_and_gradient_are_those_of_the_plain_reference(dtype, distillation, monkeypatch):

@@ -44,6 +44,7 @@ def spoken(tokenizer, row) -> list[str]:
     return [tokenizer.decode(ids) for ids in found]
 
 
+@pytest.mark.quick
 def test_only_what_the_assistant_says_is_supervised_up_to_its_end_token(tokenizer, config):
     rows, report = prepare([chat("how", "so", "why", "thus")], config)
     assert len(rows) == 1
