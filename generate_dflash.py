@@ -230,9 +230,8 @@ class DecoderSession:
                 proposer = request.proposer(ChainProposer(drafter, on_draft, request.sampler))
                 with recorder.phase("prefill"):
                     first_slot = import_past_key_values(prompt.cache, on_target, drafter, on_draft)
-                    checked = prefill(
-                        state, proposer, first_slot, self._check_size(on_target, prompt)
-                    )
+                    check_size = self._check_size(on_target, prompt)
+                    checked = prefill(state, proposer, first_slot, check_size)
                 decode(state, proposer, recorder)
                 cache = export_past_key_values(state, drafter, on_draft)
             if checked:

@@ -280,9 +280,8 @@ def run_chunk(state: DecodeState, first: int, last: int, num_logits: int) -> Tar
     """
     prompt = state.prompt
     if first == 0:
-        return state.target.prefill(
-            state.on_target, prompt.model_inputs(state.target.model, last), num_logits
-        )
+        inputs = prompt.model_inputs(state.target.model, last)
+        return state.target.prefill(state.on_target, inputs, num_logits)
     slots = torch.arange(first, last, device=prompt.device)
     slots = slots.expand(len(state.slots), -1)
     positions = prompt.positions[..., first:last]
@@ -299,27 +298,24 @@ def decode(state: DecodeState, proposer: Proposer, recorder: Recorder) -> None:
     target, on_target = state.target, state.on_target
     while not state.sequences.finished:
         with recorder.phase("draft"):
-            # A tree for each row, tokens [B, Q], with the anchor as its root.
-            proposal = proposer.propose(state)
+            proposal = proposer.propose(
+                state
+            )  # a tree for each row, [B, Q]; its root is the anchor
         with recorder.phase("verify"):
             on_target.cache.reserve(max(state.last_slots) + proposal.size)
             verified = target.verify(on_target, proposal.tokens, state.slots, proposal.ancestors)
         with recorder.phase("rest"), state.user_code():
+            prefixes = state.prefixes(proposal)
             target_tokens, scores = state.sampler.sample(
-                verified.logits, state.next_slots, proposal.depths, state.prefixes(proposal)
+                verified.logits, state.next_slots, proposal.depths, prefixes
             )
-            # Drafted tokens that stay [B], and which [B, Q].
-            accepted, path = accept(proposal, target_tokens)
+            accepted, path = accept(proposal, target_tokens)  # how many tokens stay, and which
             if proposal.parents is not None:
                 target_tokens, scores = target_tokens.gather(1, path), gather_path(scores, path)
                 verified = target.move_path(on_target, verified, state.slots, path)
             proposer.commit(verified.features, state.slots)
             counts = state.commit(target_tokens, accepted, scores, verified.logits)
+            committed = [tokens for _, tokens in counts]
             with recorder.phase("rollback"):
-                roll_back(
-                    on_target.recurrent,
-                    verified.snapshot,
-                    [count for _, count in counts],
-                    proposal.size,
-                )
+                roll_back(on_target.recurrent, verified.snapshot, committed, proposal.size)
         recorder.record_cycle(counts, proposal.size)
