@@ -298,9 +298,7 @@ def decode(state: DecodeState, proposer: Proposer, recorder: Recorder) -> None:
     target, on_target = state.target, state.on_target
     while not state.sequences.finished:
         with recorder.phase("draft"):
-            proposal = proposer.propose(
-                state
-            )  # a tree for each row, [B, Q]; its root is the anchor
+            proposal = proposer.propose(state)  # a tree for each row, its root the anchor
         with recorder.phase("verify"):
             on_target.cache.reserve(max(state.last_slots) + proposal.size)
             verified = target.verify(on_target, proposal.tokens, state.slots, proposal.ancestors)
