@@ -247,7 +247,7 @@ def read_card(name: str, online: bool) -> Card | None:
 
 
 def _relation(data: dict[str, Any], bases: tuple[str, ...]) -> str | None:
-    """Return how a checkpoint was made from its base: as its card says, or as other entries of the card imply."""
+    """Return how a checkpoint was made from its base, as named on its card or implied by other entries there."""
     if data.get("base_model_relation"):
         return str(data["base_model_relation"]).lower()
     if data.get("library_name") == "peft":

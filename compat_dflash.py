@@ -33,10 +33,10 @@ def versions() -> str:
     return f"transformers {transformers.__version__}, torch {torch.__version__}"
 
 
-def difference(what: str) -> ValueError:
-    """Return the error for a model that behaves otherwise than expected: `what` differs, and how to proceed."""
+def difference(fault: str) -> ValueError:
+    """Return the error for a model that behaves otherwise than expected: the `fault`, and how to proceed."""
     return ValueError(
-        f"{what} ({versions()}). The text could come out wrong, so it is not written. This version of dflash-hub was "
+        f"{fault} ({versions()}). The text could come out wrong, so it is not written. This version of dflash-hub was "
         f"checked with transformers {CHECKED[0]} to {CHECKED[1]}: upgrade it (pip install --upgrade dflash-hub; for a "
         "draft whose code came from the Hub, its owner runs `dflash-hub refresh`), or install one of those."
     )
