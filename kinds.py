@@ -117,6 +117,6 @@ def kind_named(name: str) -> DraftKind:
     Raises:
         ValueError: there is none.
     """
-    if name not in KINDS:
+    if name not in list(KINDS):
         raise ValueError(f"variant is {name!r}; it must be one of {', '.join(KINDS)}.")
     return KINDS[name]

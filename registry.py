@@ -126,6 +126,10 @@ class DFlashDraftSpec:
                 "mask_token_id must be given: the id of a token that has a row in the target's embedding and does not "
                 "occur in its text, such as 151669 for Qwen3."
             )
+        if not isinstance(target_config, PretrainedConfig):
+            raise ValueError(
+                f"target_config is {target_config!r}; pass the config of the target, `target.config`."
+            )
         draft_cls = self.draft_cls if variant is None else kind_named(variant).model_class
         config_cls: Any = draft_cls.config_class
         unknown = set(overrides) - {"rope_theta"} - set(config_cls.__dataclass_fields__)
@@ -168,7 +172,12 @@ class DFlashDraftSpec:
 
 def _shape_for(text: PretrainedConfig, overrides: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of an untrained draft for this target: its dimensions and rotary base, but no rope scaling."""
-    heads = text.num_attention_heads
+    heads = getattr(text, "num_attention_heads", None)
+    if heads is None:
+        raise ValueError(
+            f"{text.model_type} has no num_attention_heads, so it is no target for a draft; pass the config of a "
+            "model with attention layers."
+        )
     rope = getattr(text, "rope_parameters", None) or {}
     rope = rope.get("full_attention", rope)  # targets that rotate by layer type
     theta = rope.get("rope_theta", DFlashConfig.default_theta)
@@ -332,6 +341,8 @@ def explain_resolution(
 ) -> tuple[DFlashDraftSpec, str]:
     """Return the draft as `resolve_dflash_draft_spec` does, and the reason in a sentence."""
     target = str(target) if isinstance(target, Path) else target
+    if isinstance(target, str):
+        check_folder(target)
     if not isinstance(target, str | PretrainedConfig | None) and not hasattr(target, "config"):
         raise ValueError(f"target is {target!r}; pass a Hub id, a folder, a config or a model.")
     _check_architectures(architectures, target)
@@ -428,6 +439,19 @@ def _name_of(target: Any) -> str | None:
     return checkpoint_name(getattr(target, "config", target))
 
 
+def check_folder(name: Any) -> None:
+    """Refuse the path of a folder that does not exist, which would be taken for a Hub id.
+
+    Raises:
+        OSError: naming it.
+    """
+    is_path = str(name).startswith(("/", ".", "~")) or str(name).count("/") > 1
+    if is_path and not Path(name).exists():
+        raise OSError(
+            f"There is no folder {name}. Pass a folder that exists, or a Hub id such as org/name."
+        )
+
+
 def load_draft(name: str | Path, **from_pretrained_kwargs: Any) -> DFlashDraftModel:
     """Load a draft of any kind and layout, from the Hub or a folder; no code of its repository runs.
 
@@ -439,6 +463,7 @@ def load_draft(name: str | Path, **from_pretrained_kwargs: Any) -> DFlashDraftMo
         ValueError: this version cannot run the draft, or its config or weights are invalid.
         OSError: there is no such draft, no access or no connection; or a download is damaged.
     """
+    check_folder(name)
     names = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "force_download")
     where = {key: value for key, value in from_pretrained_kwargs.items() if key in names}
     content, _ = DFlashConfig.get_config_dict(name, **where)

@@ -39,7 +39,9 @@ def generate(
     from transformers import AutoTokenizer, TextStreamer
 
     from ..evaluation import compare, warm_up
+    from ..registry import check_folder
 
+    check_folder(target)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = AutoTokenizer.from_pretrained(target)
     model = load_target(target, dtype).to(device).eval()

@@ -18,6 +18,7 @@ from dflash_hub import (
     DFlashDraftModel,
     DFlashDraftSpec,
     Qwen3DFlashDraftModel,
+    load_draft,
     register_dflash_draft,
     resolve_dflash_draft_spec,
 )
@@ -349,3 +350,23 @@ def test_resolving_a_known_target_asks_the_hub_nothing_and_warns_of_nothing(hub)
         warnings.simplefilter("error")
         resolve_dflash_draft_spec(QWEN3, target="Qwen/Qwen3-4B")
     assert hub.calls() == []
+
+
+@pytest.mark.parametrize("name", ["/tmp/no such folder", "./neither", "a/b/c"])
+def test_a_folder_that_does_not_exist_is_not_taken_for_a_hub_id(name):
+    for look in (load_draft, lambda name: resolve_dflash_draft_spec(target=name)):
+        with pytest.raises(OSError, match=f"There is no folder {name}"):
+            look(name)
+
+
+@pytest.mark.parametrize(
+    ("config", "variant", "message"),
+    [
+        ("Qwen/Qwen3-4B", None, "target_config is 'Qwen/Qwen3-4B'; pass the config"),
+        (AutoConfig.for_model("mamba"), None, "mamba has no num_attention_heads"),
+        (AutoConfig.for_model("qwen3"), [], r"variant is \[\]; it must be one of dflash"),
+    ],
+)
+def test_a_draft_is_built_for_configs_of_targets_only(config, variant, message):
+    with pytest.raises(ValueError, match=message):
+        DFlashDraftSpec("new").build(config, variant, mask_token_id=3)
