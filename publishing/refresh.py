@@ -147,7 +147,7 @@ def refresh(
         return Refreshed(repo_id, found)
     for branch in outdated:
         report(f"Checking the new {branch.name} with its weights in a fresh process")
-        branch.check()
+        check_branch(branch)
     commits: dict[str, str] = {}
     for branch in outdated:
         report(f"Pushing the new code to {branch.name}")
@@ -163,6 +163,22 @@ def travelling_code(draft_class: type[DFlashDraftModel]) -> dict[str, bytes]:
     files |= {needed for file in files for needed in get_relative_import_files(file)}
     code = {Path(file).name: Path(file).read_bytes() for file in sorted(files)}
     return code | {_GENERATE: Path(inspect.getfile(custom_generate)).read_bytes()}
+
+
+def check_branch(branch: "_Branch") -> None:
+    """Load the branch's weights with the new code in a fresh process, and compare with the files.
+
+    Raises:
+        ValueError: it does not load, or a tensor or a value of config.json differs.
+        RuntimeError: the weights could not be downloaded.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        weights = branch.stage(folder)
+        loaded = load_apart(folder)
+        dtype = branch.config.get("dtype", branch.config.get("torch_dtype"))
+        check_same_tensors(folder, loaded["digests"], _digests_of_files(weights, dtype))
+    branch.check_config_values(loaded["config"])
 
 
 class _Branch:
@@ -299,22 +315,7 @@ class _Branch:
 
     # Checking the new files ------------------------------------------------------------------------------------
 
-    def check(self) -> None:
-        """Load the branch's weights with the new code in a fresh process, and compare with the files.
-
-        Raises:
-            ValueError: it does not load, or a tensor or a value of config.json differs.
-            RuntimeError: the weights could not be downloaded.
-        """
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            weights = self._stage(folder)
-            loaded = load_apart(folder)
-            dtype = self.config.get("dtype", self.config.get("torch_dtype"))
-            check_same_tensors(folder, loaded["digests"], _digests_of_files(weights, dtype))
-        self._check_config_values(loaded["config"])
-
-    def _stage(self, folder: Path) -> list[Path]:
+    def stage(self, folder: Path) -> list[Path]:
         """Write the new repository into `folder`, with this version's code only; return its weight files."""
         started = time.time()
         try:
@@ -349,7 +350,7 @@ class _Branch:
             raise ValueError(f"{self.label} lacks {missing[0]}, which its {index} names.")
         return sorted(shards)
 
-    def _check_config_values(self, loaded: dict[str, Any]) -> None:
+    def check_config_values(self, loaded: dict[str, Any]) -> None:
         """Raise ValueError if the new code reads another value than config.json has."""
         if self.layout == "engines":  # has other keys, so compare the config as written in it
             config = self.draft_class.config_class.from_dict(loaded)

@@ -98,7 +98,7 @@ def old(hub, repo_id, draft):
 @pytest.fixture
 def unchecked(monkeypatch):
     """Without the fresh processes, which are tested above, and slow."""
-    monkeypatch.setattr(refreshing._Branch, "check", lambda self: None)
+    monkeypatch.setattr(refreshing, "check_branch", lambda branch: None)
 
 
 def assert_new(hub, repo_id: str, branch: str) -> None:
@@ -204,9 +204,9 @@ def test_code_that_loads_a_branch_otherwise_is_never_pushed(
 )
 def test_a_value_of_either_layout_that_is_read_otherwise_is_refused(hub, old, draft, key, value, named):
     for branch in refreshing._read(HfApi(), old):
-        branch._check_config_values(draft.config.to_dict())
+        branch.check_config_values(draft.config.to_dict())
         with pytest.raises(ValueError, match=rf"{named} in config.json on .* is .* reads it as "):
-            branch._check_config_values(draft.config.to_dict() | {key: value})
+            branch.check_config_values(draft.config.to_dict() | {key: value})
 
 
 @pytest.mark.parametrize("draft_class", [DFlashDraftModel, DFlash2DraftModel])
@@ -379,7 +379,7 @@ def test_a_failure_between_the_commits_says_which_is_new_and_a_second_run_comple
 )
 def test_a_failing_server_leaves_everything_as_it_was_and_says_so(hub, old, fault, monkeypatch):
     if "commit" in fault:
-        monkeypatch.setattr(refreshing._Branch, "check", lambda self: None)
+        monkeypatch.setattr(refreshing, "check_branch", lambda branch: None)
     hub.state.fail[fault] = 501
     first = heads(hub, old)
     with pytest.raises(RuntimeError, match=r"(?s)Nothing was pushed: all is as it was\. Run the same again"):
