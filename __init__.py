@@ -2,9 +2,8 @@
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
 """dflash-hub: DFlash draft models for Transformers, from and to the Hugging Face Hub.
 
-Importing it registers the pairs `DFlashConfig` / `DFlashDraftModel` and `DFlash2Config` / `DFlash2DraftModel` with
-`AutoConfig` and `AutoModel`: drafts in the hub layout then load by the Auto classes without `trust_remote_code`, and no
-downloaded code runs.
+Importing it registers `DFlashConfig` and `DFlash2Config` with `AutoConfig`, and their models with `AutoModel`. Drafts
+in the hub layout then load by the Auto classes without `trust_remote_code`, and no downloaded code runs.
 """
 
 from importlib import import_module
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
         resolve_dflash_draft_spec,
     )
 
-# Loaded when first asked for: the base class of every model costs transformers more than a second to import.
+# Imported on first use: the base class of all models takes transformers more than a second to import.
 _ON_DEMAND = {
     "DFlash2DraftModel": "modeling_dflash2",
     "DFlashDraftModel": "modeling_dflash",
@@ -63,6 +62,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    """Import a public name on first use, and register a model class when it is imported."""
     if name not in _ON_DEMAND:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(f".{_ON_DEMAND[name]}", __name__), name)
@@ -76,11 +76,12 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
+    """Return all public names, including those not imported yet."""
     return sorted({*globals(), *__all__})
 
 
 def _on_demand(config: Any) -> type:
-    """Stands for the model of `config` in AutoModel's table until a draft is wanted."""
+    """Return a class that stands for the model of `config` in AutoModel's table and imports it on first use."""
 
     class DraftOnDemand:
         config_class = config
@@ -97,20 +98,20 @@ def _on_demand(config: Any) -> type:
 
 
 def _register(config: Any) -> None:
-    """Config and model together: a registered config alone would mix ours with the repository's model code."""
+    """Register config and model together. With the config alone, AutoModel would run the repository's model code."""
     try:
         AutoConfig.register(config.model_type, config)
         AutoModel.register(config, _on_demand(config), exist_ok=True)
     except ValueError as error:
         logging.get_logger(__name__).warning(
-            f"This transformers has a model type {config.model_type!r} of its own ({error}). The Auto classes "
-            f"will use that one; {config.architecture}.from_pretrained still uses dflash-hub's."
+            f"This transformers has its own model type {config.model_type!r} ({error}). The Auto classes will use that "
+            f"one; {config.architecture}.from_pretrained still uses dflash-hub's."
         )
     config.register_for_auto_class()
 
 
 def _write_card(*args: Any) -> None:
-    """Write a model card; what that needs is imported when a draft is first saved."""
+    """Write a model card; import the code for it only when a draft is saved."""
     from .publishing.card import write_card
 
     write_card(*args)

@@ -81,7 +81,8 @@ class BlockMasks:
         self.offsets = torch.arange(size, device=slots.device)  # [Q]
         self.nearby = torch.arange(-size, size, device=slots.device)  # [2 * Q]
         chain = torch.ones(size, size, dtype=torch.bool, device=slots.device).tril()
-        self.chain = self.ancestors = chain.expand(len(slots), -1, -1).contiguous()  # [B, Q, Q]
+        self.chain = chain.expand(len(slots), -1, -1).contiguous()  # [B, Q, Q]
+        self.ancestors = self.chain
         self.depths = self.ancestors.sum(-1) - 1  # [B, Q]
         self.built: dict[MaskKind, torch.Tensor] = {}
         for kind in kinds:
@@ -92,7 +93,8 @@ class BlockMasks:
         if kind not in self.built:
             slots = torch.arange(self.padding_mask.shape[1], device=self.slots.device)
             values = self._values(slots.expand(len(self.slots), -1), kind)
-            self.built[kind] = values.expand(-1, 1, kind.groups, -1, -1).contiguous()
+            grouped = values.expand(-1, 1, kind.groups, -1, -1)
+            self.built[kind] = grouped.contiguous()
         return self.built[kind].flatten(2, 3)
 
     def move(self, slots: torch.Tensor, ancestors: torch.Tensor) -> None:
@@ -109,13 +111,15 @@ class BlockMasks:
                 changed = torch.cat([changed, changed - kind.window])
             where = (slots[:, None] + changed).clamp_min(0)  # [B, M]
             values = self._values(where, kind)
-            index = where.to(kind.device)[:, None, None, None].expand(*mask.shape[:-1], -1)
+            index = where.to(kind.device)[:, None, None, None]
+            index = index.expand(*mask.shape[:-1], -1)
             mask.scatter_(-1, index, values.expand_as(index))
 
     def _values(self, where: torch.Tensor, kind: MaskKind) -> torch.Tensor:
         """Return the masks for the slots `where [B, M]`: `[B, 1, 1, Q, M]`."""
         seen = self.visible_slots(where, kind.window, kind.causal)
-        values = torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, float("-inf"))
+        values = torch.zeros(seen.shape, device=seen.device)
+        values.masked_fill_(~seen, float("-inf"))
         return values.to(kind.device, kind.dtype)[:, None, None]
 
     def visible_slots(self, where: torch.Tensor, window: int | None, causal: bool) -> torch.Tensor:
@@ -124,19 +128,19 @@ class BlockMasks:
         With the block at slot 8, a chain of 3: its second position sees slots 0 to 9 if causal, and 0 to 10 if not.
         Of a tree, a causal position sees its ancestors and not its siblings.
         """
-        offset = (
-            where - self.slots[:, None]
-        )  # [B, M]; below 0 is the context, from Q on nothing is written yet
+        # [B, M]; below 0 is the context, from Q on nothing is written yet.
+        offset = where - self.slots[:, None]
         in_block = (offset >= 0) & (offset < self.size)
         member = offset.clamp(0, self.size - 1)
         # Relative to the anchor, context lies at its offset and a position of the block at its depth in the tree.
         key = torch.where(in_block, self.depths.gather(1, member), offset)
-        seen = visible(self.depths[:, :, None], key[:, None], window, causal)
+        query = self.depths[:, :, None]
+        seen = visible(query, key[:, None], window, causal)
         written = (offset < self.size)[:, None]
         if causal:
-            lineage = self.ancestors.gather(
-                2, member[:, None].expand(-1, self.size, -1)
-            )  # [B, Q, M]
+            # [B, Q, M].
+            index = member[:, None].expand(-1, self.size, -1)
+            lineage = self.ancestors.gather(2, index)
             written = torch.where(in_block[:, None], lineage, written)
         padding = self.padding_mask.gather(1, where)[:, None]
         itself = offset[:, None] == self.offsets[:, None]
@@ -229,10 +233,12 @@ class BlockAttention:
         beyond_sdpa = any(kwargs.get(name) is not None for name in ("softcap", "s_aux"))
         eager = self.original == "eager" or (beyond_sdpa and self.original != "sdpa")
         groups = 1 if eager else query.shape[1] // key.shape[1]
-        mask = self._mask(module, groups, query)[..., : key.shape[2]]
+        length = key.shape[2]
+        mask = self._mask(module, groups, query)[..., :length]
         if eager:
             return own_eager(module)(module, query, key, value, mask, scaling=scaling, **kwargs)
-        packed = query.unflatten(1, (key.shape[1], groups)).flatten(2, 3)  # [B, H, G * Q, D]
+        grouped = query.unflatten(1, (key.shape[1], groups))
+        packed = grouped.flatten(2, 3)  # [B, H, G * Q, D]
         output = scaled_dot_product_attention(packed, key, value, attn_mask=mask, scale=scaling)
         return output.unflatten(2, (groups, query.shape[2])).flatten(1, 2).transpose(
             1, 2
@@ -246,9 +252,8 @@ class BlockAttention:
         """
         seen, self.layers_seen = self.layers_seen, []
         missing = layers - set(seen)
-        if missing and len(seen) != len(
-            layers
-        ):  # a module that several layers share knows no number of its own
+        # A module that several layers share knows no number of its own.
+        if missing and len(seen) != len(layers):
             raise difference(
                 f"Layer {min(missing)} of {whose} did not ask the attention that its config names"
             )

@@ -31,7 +31,8 @@ _MIXERS = ("linear_attn", "mixer", "conv", "mamba", "mamba_decoder.mamba", "self
 
 def bucket(slots: int) -> int:
     """Return the smallest size of a buffer, or of a read, that holds this many slots."""
-    step = max(BUCKET, 1 << max(slots.bit_length() - 4, 0))
+    eighth = 1 << max(slots.bit_length() - 4, 0)
+    step = max(BUCKET, eighth)
     return -(-slots // step) * step
 
 
@@ -86,7 +87,9 @@ class SlotLayer(CacheLayerMixin):
 
     def read(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the keys and values of the first `length` slots, `[B, H, L, D]` each."""
-        return self.keys[:, :length].transpose(1, 2), self.values[:, :length].transpose(1, 2)
+        keys = self.keys[:, :length]
+        values = self.values[:, :length]
+        return keys.transpose(1, 2), values.transpose(1, 2)
 
     def _count(self, slots: int) -> None:
         if not torch.compiler.is_compiling():
@@ -107,7 +110,8 @@ class SlotLayer(CacheLayerMixin):
         """Copy the flat slots `source [B * M]` to `destination [B * M]`. All are read before any is written."""
         for states in (self.keys, self.values):
             flat = states.flatten(0, 1)
-            flat.index_copy_(0, destination.to(flat.device), flat[source.to(flat.device)])
+            copied = flat[source.to(flat.device)]
+            flat.index_copy_(0, destination.to(flat.device), copied)
 
     def get_seq_length(self) -> int:
         return self.owner.num_prefilled
@@ -136,7 +140,9 @@ class HybridSlotLayer(LinearAttentionLayer, SlotLayer):
 
 def write(states: torch.Tensor, rows: torch.Tensor, new: torch.Tensor) -> None:
     """Write `new [B, H, N, D]` into `states [B, S, H, D]` at the flat slots `rows [B * N]`."""
-    states.flatten(0, 1).index_copy_(0, rows.to(states.device), new.transpose(1, 2).flatten(0, 1))
+    flat = states.flatten(0, 1)
+    values = new.transpose(1, 2).flatten(0, 1)
+    flat.index_copy_(0, rows.to(states.device), values)
 
 
 class SlotView(Cache):
@@ -220,8 +226,9 @@ class SlotCache:
         """Return `slots [B, N]` as rows of the flattened buffers: `[B * N]`."""
         if slots.shape[0] == 1:
             return slots[0]
-        offsets = torch.arange(slots.shape[0], device=slots.device)[:, None] * self.capacity
-        return (slots + offsets).flatten()
+        rows = torch.arange(slots.shape[0], device=slots.device)
+        first = rows[:, None] * self.capacity
+        return (slots + first).flatten()
 
     def copy_slots(self, source: torch.Tensor, destination: torch.Tensor) -> None:
         """Copy the slots `source [B, M]` to `destination [B, M]` in every layer."""
@@ -330,9 +337,8 @@ def roll_back(
     for count in sorted(set(committed) - {size}):
         rows = [row for row, tokens in enumerate(committed) if tokens == count]
         for index, states in snapshot.states.items():
-            if any(
-                states
-            ):  # some versions count layers without a mixer as recurrent; those never hold a state
+            # Some versions count layers without a mixer as recurrent; those never hold a state.
+            if any(states):
                 _recompute(recurrent, index, snapshot, rows, count)
 
 

@@ -1,6 +1,6 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""The command `dflash-hub`: one thin command for each thing the package does."""
+"""Decode faster with DFlash draft models: try, find, train and publish them."""
 
 import sys
 
@@ -22,22 +22,26 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__
 )
 
-# The options of `train` are the Trainer's: its own parser reads them, and prints its help.
-TRAINERS_OWN = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+# `train` has its own parser, which also prints its help; see commands/training_run.py.
+PASS_ALL_OPTIONS = {
+    "allow_extra_args": True,
+    "ignore_unknown_options": True,
+    "help_option_names": [],
+}
 
 app.command()(version)
 app.command()(demo)
 app.command()(generate)
 app.command()(drafts)
 app.command()(resolve)
-app.command(context_settings=TRAINERS_OWN, add_help_option=False)(train)
+app.command(context_settings=PASS_ALL_OPTIONS, add_help_option=False)(train)
 app.command()(regenerate)
 app.command()(push)
 app.command()(refresh)
 
 
 def main() -> None:
-    """Run the command line; errors that a user can mend are printed without a traceback, others with it."""
+    """Run the command line. Expected errors are printed in one line, others with their traceback."""
     try:
         app()
     except (ValueError, OSError, RuntimeError, ImportError) as error:

@@ -1,9 +1,9 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""Everything that leans on private names of transformers, or on how one of its versions behaves.
+"""Isolate every use of a private name of transformers, and of behaviour that differs between its versions.
 
-This file travels with every pushed draft. One small function each: what it does, the versions that it was checked with,
-and when it can go. No other file uses a private name of transformers.
+This file travels with every pushed draft. Each function notes the versions that it was checked with, and when it can
+be deleted. No other file uses a private name of transformers.
 """
 
 import inspect
@@ -21,7 +21,7 @@ from transformers import AutoModel, masking_utils
 from transformers.utils import cached_file
 
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
-"""What transformers calls a cache: the first from 5.24 on, the others before, and until 5.40 (`generate`: 6.0) too."""
+"""Names of the cache argument in transformers: the first from 5.24 on; the others before, and until 5.40 too."""
 
 GENERATE = "transformers.generation.utils"
 
@@ -30,7 +30,7 @@ CHECKED = ("5.15.1", "5.24.0")
 
 
 def versions() -> str:
-    """Name the versions that an error message must hold."""
+    """Return the installed versions, for error messages."""
     return f"transformers {transformers.__version__}, torch {torch.__version__}"
 
 
@@ -53,19 +53,19 @@ def difference(what: str) -> ValueError:
     )
 
 
-# The cache argument. Checked with 5.15.1, 5.23.0 and 5.24.0; can go when the oldest supported version is 5.24. --------
+# The cache argument. Checked with 5.15.1, 5.23.0 and 5.24.0; delete when the oldest supported version is 5.24. --------
 
 
 def parameters(function: Callable) -> frozenset[str]:
-    """The names of the arguments that `function` takes, those of what it wraps included."""
+    """Return the names of the arguments of `function`; for a wrapper, those of the wrapped function."""
     return frozenset(inspect.signature(function).parameters)
 
 
 def cache_name(function: Callable) -> str:
-    """What `function`, the forward of a model or of a layer, calls the cache that it is given.
+    """Return the name of the cache argument of `function`, the forward of a model or a layer.
 
     Raises:
-        ValueError: it takes none.
+        ValueError: it has none.
     """
     known = parameters(function)
     found = next((name for name in CACHE_NAMES if name in known), None)
@@ -79,17 +79,17 @@ def cache_name(function: Callable) -> str:
 
 
 def cache_in(inputs: MutableMapping[str, Any]) -> Any:
-    """The cache among `inputs`, by whichever name; None if there is none."""
+    """Return the cache among `inputs`, under any of its names; None without one."""
     return next((inputs[name] for name in CACHE_NAMES if inputs.get(name) is not None), None)
 
 
 def without_cache(inputs: MutableMapping[str, Any]) -> dict[str, Any]:
-    """`inputs` without a cache by any name."""
+    """Return `inputs` without a cache under any of its names."""
     return {name: value for name, value in inputs.items() if name not in CACHE_NAMES}
 
 
 def cache_field(output: Any) -> str:
-    """What an output of a model or of `generate` calls the cache that it holds."""
+    """Return the name of the cache field of an output class of a model or of `generate`."""
     names = {one.name for one in fields(output)}
     return next(name for name in CACHE_NAMES if name in names)
 
@@ -98,29 +98,29 @@ def cache_field(output: Any) -> str:
 
 
 def made_by_user(cache: Any, unmarked: bool) -> bool:
-    """Whether a user made this cache, which `generate` marks; `unmarked` where nothing was marked.
+    """Return whether the user passed this cache, which `generate` marks; `unmarked` where it has no mark.
 
-    Checked with 5.15.1 to 5.24.0; can go when `generate` tells a decoding function.
+    Checked with 5.15.1 to 5.24.0; delete when `generate` passes this on to a decoding function.
     """
     return getattr(cache, "_is_user_defined", unmarked)
 
 
 def padding_token(config: Any) -> int:
-    """The token that `generate` puts after the end of a row, 0 where it has none.
+    """Return the token that `generate` appends to finished rows, 0 where it has none.
 
-    Checked with 5.15.1 to 5.24.0; can go when the prepared config holds it by a public name.
+    Checked with 5.15.1 to 5.24.0; delete when the prepared config has a public name for it.
     """
     found = getattr(config, "_pad_token_tensor", None)
     return 0 if found is None else int(found)
 
 
 def local_of_generate(name: str, frame: Any) -> Any:
-    """A local variable of a frame of transformers' `generate`, which does not pass it on; None anywhere else.
+    """Return a local variable of a frame of transformers' `generate`, which drops it; None for any other frame.
 
-    Checked with 5.15.1 to 5.24.0; can go when `generate` hands streamer and tokenizer to a decoding function.
+    Checked with 5.15.1 to 5.24.0; delete when `generate` passes streamer and tokenizer to a decoding function.
 
     Raises:
-        RuntimeError: `generate` has no such variable; what it was given would be lost without a word.
+        RuntimeError: `generate` has no such variable, so the user's argument would be lost silently.
     """
     module = "" if frame is None else str(frame.f_globals.get("__name__"))
     if not module.startswith("transformers."):
@@ -133,14 +133,14 @@ def local_of_generate(name: str, frame: Any) -> Any:
     return frame.f_locals.get(name)
 
 
-def keep_tokenizer(frame: Any) -> None:
-    """Put the tokenizer, which stop strings need, back among the arguments that `generate` is about to drop.
+def restore_tokenizer(frame: Any) -> None:
+    """Put the tokenizer, which stop strings need, back into the keywords of `generate`.
 
-    Checked with 5.15.1 to 5.24.0, which drop it for every decoding function that is handed to them; can go when they
-    do not.
+    Checked with 5.15.1 to 5.24.0. They take it out for every decoding function that is passed to them; delete when
+    they do not.
 
     Args:
-        frame: that reads the signature of the decoding function; may be inside the standard library.
+        frame: the frame that reads the signature of the decoding function; may be inside the standard library.
     """
     while frame is not None and frame.f_code.co_filename == inspect.__file__:
         frame = frame.f_back
@@ -153,9 +153,9 @@ def keep_tokenizer(frame: Any) -> None:
 
 
 def makes_own_cache(model: Any) -> bool:
-    """Whether a model wants a cache of a kind of its own, which `generate` then leaves to it.
+    """Return whether a model makes its own kind of cache, instead of the one that `generate` makes.
 
-    Checked with 5.15.1 to 5.24.0; can go when a model says so by a public name.
+    Checked with 5.15.1 to 5.24.0; delete when models have a public name for it.
     """
     return not model._supports_default_dynamic_cache()
 
@@ -164,49 +164,50 @@ def makes_own_cache(model: Any) -> bool:
 
 
 def attention_name(config: Any) -> str:
-    """The attention that a config names: "sdpa", "eager" ...
+    """Return the attention implementation that a config names: "sdpa", "eager" ...
 
-    Checked with 5.15.1 to 5.24.0; can go with a public name.
+    Checked with 5.15.1 to 5.24.0; delete when there is a public name.
     """
     return config._attn_implementation
 
 
 def set_attention_name(config: Any, name: str) -> None:
-    """Name an attention, and leave the parts of a composite config alone, which the public setter does not.
+    """Set the attention of one config; the public setter would also change the parts of a composite config.
 
-    Checked with 5.15.1 to 5.24.0; can go when the attention of one forward can be chosen by an argument.
+    Checked with 5.15.1 to 5.24.0; delete when the attention of one forward can be chosen by an argument.
     """
     config._attn_implementation_internal = name
 
 
 def names_attention(config: Any) -> bool:
-    """Whether a config names an attention of its own."""
+    """Return whether a config names an attention implementation."""
     return hasattr(config, "_attn_implementation_internal")
 
 
 def own_eager(module: Any) -> Callable:
-    """The plain attention function of the file that defines `module`.
+    """Return the eager attention function of the file that defines `module`.
 
-    Checked with 5.15.1 to 5.24.0, which have no registry of them; can go when they do.
+    Checked with 5.15.1 to 5.24.0; delete when transformers has a registry of these functions.
 
     Raises:
         ValueError: that file has none.
     """
-    home = sys.modules[type(module).__module__]
-    if not hasattr(home, "eager_attention_forward"):
+    defining_file = sys.modules[type(module).__module__]
+    if not hasattr(defining_file, "eager_attention_forward"):
         raise ValueError(
             f"{type(module).__name__} has no plain attention function where transformers keeps them "
-            f"(eager_attention_forward in {home.__name__}; {versions()}), so a draft cannot decode with it."
+            f"(eager_attention_forward in {defining_file.__name__}; {versions()}), so a draft cannot decode with it."
         )
-    return home.eager_attention_forward
+    return defining_file.eager_attention_forward
 
 
 def visible_in_window(
     window: int, queries: torch.Tensor, keys: torch.Tensor
 ) -> torch.Tensor | None:
-    """Which `keys [M]` each of `queries [Q]` sees through a causal window, by transformers' own masks: `[Q, M]`.
+    """Return which `keys [M]` each of `queries [Q]` sees in a causal window, by transformers' own rule: `[Q, M]`.
 
-    Checked with 5.15.1 to 5.24.0. None where a version has no such function; the window is then crossed to see.
+    Checked with 5.15.1 to 5.24.0. Returns None where a version has no such function; the self-check then runs a text
+    longer than the window.
     """
     rule = getattr(masking_utils, "sliding_window_causal_mask_function", None)
     return None if rule is None else rule(window)(0, 0, queries[:, None], keys[None])
@@ -216,12 +217,12 @@ def visible_in_window(
 
 
 def set_slots_seen(layer: Any, slots: int) -> None:
-    """Tell a sliding layer of a `DynamicCache` how long its text is, of which it keeps the end.
+    """Set the number of tokens that a sliding layer of a `DynamicCache` has seen; it stores only the last ones.
 
-    Checked with 5.15.1 to 5.24.0; can go when such a layer can be built from its keys and the length.
+    Checked with 5.15.1 to 5.24.0; delete when such a layer can be built from its keys and the length.
 
     Raises:
-        ValueError: the layer counts by another name.
+        ValueError: the layer has no such counter.
     """
     if not hasattr(layer, "cumulative_length"):
         raise difference(f"{type(layer).__name__} does not say how long its text is")
@@ -232,9 +233,9 @@ def set_slots_seen(layer: Any, slots: int) -> None:
 
 
 def forget_auto_model(config_class: type, model_class: type) -> None:
-    """Take `model_class` out of AutoModel's table, where transformers put it for every config of `config_class`.
+    """Remove `model_class` from AutoModel's table, where transformers registered it for `config_class`.
 
-    Checked with 5.15.1, which registers what `auto_map` names; 5.23 and 5.24 do not, and have nothing to take out.
+    Checked with 5.15.1, which registers the class in `auto_map`; 5.23 and 5.24 do not.
     """
     with suppress(AttributeError):
         registered = AutoModel._model_mapping._extra_content
@@ -243,32 +244,33 @@ def forget_auto_model(config_class: type, model_class: type) -> None:
 
 
 def in_auto_model(config_class: type) -> bool:
-    """Whether AutoModel has a model for `config_class`.
+    """Return whether AutoModel has a model for `config_class`.
 
-    Checked with 5.15.1 to 5.24.0; can go with a public question.
+    Checked with 5.15.1 to 5.24.0; delete when there is a public function for it.
     """
     return config_class in AutoModel._model_mapping
 
 
 def checkpoint_name(config: Any) -> str | None:
-    """What a config was read from, a Hub id or a folder. Checked with 5.15.1 to 5.24.0; can go with a public name."""
+    """Return the Hub id or folder that a config was read from; None if it was not read.
+
+    Checked with 5.15.1 to 5.24.0; delete when there is a public name.
+    """
     return getattr(config, "_name_or_path", None) or None
 
 
-def take_over_loading(config: Any, other: Any) -> None:
-    """Give `config` the attention and the dtype that `other`, read from the same file, was told to load with."""
+def copy_loading_options(config: Any, other: Any) -> None:
+    """Copy the attention and the dtype that the caller chose from `other`, a config of the same file, to `config`."""
     config._attn_implementation = attention_name(other)
     config.dtype = other.dtype
 
 
 def find_file(name: Any, file: str, **where: Any) -> Path | None:
-    """A file of a repository or folder, downloaded if need be; None where it is not there, or cannot be reached.
+    """Return a file of a repository or folder, downloaded if necessary; None if it is missing or cannot be reached.
 
-    Checked with 5.15.1 to 5.24.0; can go when `cached_file` has public arguments for that.
+    Checked with 5.15.1 to 5.24.0; delete when `cached_file` has public arguments for that.
     """
-    silent = {
-        "_raise_exceptions_for_missing_entries": False,
-        "_raise_exceptions_for_connection_errors": False,
-    }
+    reasons = ("missing_entries", "connection_errors")
+    silent = {f"_raise_exceptions_for_{reason}": False for reason in reasons}
     found = cached_file(name, file, **where, **silent)
     return None if found is None else Path(found)

@@ -1,9 +1,9 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""What a DFlash draft is: typed fields, and the translation of what is on disk into them.
+"""Define the config of a DFlash draft: typed fields, read from any layout of config.json.
 
-This file travels with every pushed draft. Layouts are translated once, in `DFlashConfig.from_dict`; the model
-only ever sees the typed fields. Sources: DFlash (arXiv 2602.06036) and its reference code, z-lab/dflash.
+This file travels with every pushed draft. `DFlashConfig.from_dict` translates layouts, so the model only ever sees
+the typed fields. Sources: DFlash (arXiv 2602.06036) and its reference code, z-lab/dflash.
 """
 
 import json
@@ -44,11 +44,11 @@ from .layouts_dflash import (  # noqa: E402
 
 @dataclass
 class Extensions:
-    """What importing dflash_hub adds to this code; the copies of it in repositories do without.
+    """Functions that importing dflash_hub replaces; the copies of this code in repositories use the defaults.
 
     Args:
-        read_layout: reads a config.json of any published layout; a copy reads the hub and the engines layout.
-        write_card: writes a model card from the package's template; a copy passes on the card that it found.
+        read_layout: reads a config.json. The default reads the hub and the engines layout, the package's any layout.
+        write_card: writes a model card from the package's template. With None, the existing card is passed on.
     """
 
     read_layout: Callable[[dict[str, Any], dict[str, Any], str], dict[str, Any]] = read_own_layout
@@ -63,28 +63,29 @@ class DFlashConfig(PretrainedConfig):
 
     Args:
         block_size: positions in a block, the anchor included; `block_size - 1` tokens are drafted per cycle.
-        mask_token_id: the token whose embedding fills the block after the anchor; a row of the target's embedding.
+        mask_token_id: the token that fills the block after the anchor; the target's embedding must have its row.
         target_layer_ids: 0-based decoder layers of the target whose *output* is tapped, ascending.
-        num_target_layers: decoder layers of the target, where it is known.
-        target_hidden_size: width of one tap; the draft's own `hidden_size` unless said.
-        is_causal: whether a query sees later positions of its own block (False) or not (True); a list says it
-            layer by layer. Not said: sliding layers are causal, full layers bidirectional, as serving engines do.
-        layer_types: `full_attention` or `sliding_attention` per layer; all full unless said.
+        num_target_layers: decoder layers of the target; None if unknown.
+        target_hidden_size: width of one tap; by default `hidden_size`.
+        is_causal: whether later positions of the block are hidden from a query; a list has one value per layer. By
+            default, sliding layers are causal and full layers bidirectional, as in serving engines.
+        layer_types: `full_attention` or `sliding_attention` per layer; by default all are full.
         sliding_window: a query of a sliding layer sees keys at a distance below this.
-        rope_parameters: `{"rope_type": ..., "rope_theta": ..., ...}`; `rope_theta=` alone may be given instead.
-        vocab_size: the target's, where it is known; the draft has neither embedding nor head of its own.
-        final_logit_softcapping: the target's soft cap, kept for engines that read it; it changes no argmax here.
+        rope_parameters: `{"rope_type": ..., "rope_theta": ..., ...}`; `rope_theta=` alone may be passed instead.
+        vocab_size: the target's; None if unknown. The draft has neither embedding nor head of its own.
+        final_logit_softcapping: the target's soft cap, stored for engines that read it; it changes no argmax here.
 
     The other fields are Qwen3's. With dflash_hub imported, `from_pretrained` and `from_dict` read every published
-    DFlash 1 layout, and refuse by name what this model cannot run. Contradicting or missing fields, and values that a
-    field cannot have, raise `ValueError`, also where a field is set later; `layouts_dflash.FIELDS` has the bounds.
+    DFlash 1 layout, and refuse by name the features that this model cannot run. Contradicting or missing fields raise
+    `ValueError`. So do values that a field cannot have, also where it is set later; for bounds see
+    `layouts_dflash.FIELDS`.
     """
 
     model_type = "dflash"
     architecture = "DFlashDraftModel"
     _auto_class = "AutoConfig"
     default_theta = 1_000_000.0
-    # The version 5.15 of transformers builds a default config to shorten what it writes, unless told that it cannot.
+    # Without this, transformers 5.15 builds a default config when it saves one, and three fields have no default.
     has_no_defaults_at_init = True
 
     block_size: int
@@ -119,17 +120,17 @@ class DFlashConfig(PretrainedConfig):
             check_field(name, value)
         try:
             super().__setattr__(name, value)
-        except StrictDataclassFieldValidationError:  # the fields of transformers' own
-            kind = self.__dataclass_fields__[name].type
-            words = kind.__name__ if isinstance(kind, type) else kind
+        except StrictDataclassFieldValidationError:  # transformers' own fields
+            expected = self.__dataclass_fields__[name].type
+            words = expected.__name__ if isinstance(expected, type) else expected
             raise ValueError(f"{name} is {shown(value)}; it must be {words}.") from None
 
     def __post_init__(self, **kwargs: Any) -> None:
         for name in {"num_labels", "rope_theta", "rope_scaling"} & set(kwargs):
             if kwargs[name] is not None:
                 check_field(name, kwargs[name])
-        self._settle_dtype(kwargs)
-        self._settle_rope(kwargs)
+        self._normalize_dtype(kwargs)
+        self._normalize_rope(kwargs)
         self.architectures = [self.architecture]
         if self.target_hidden_size is None:
             self.target_hidden_size = self.hidden_size
@@ -140,41 +141,43 @@ class DFlashConfig(PretrainedConfig):
         self._check_block()
         self._check_taps()
         self._check_layers()
-        self._settle_causality()
+        self._resolve_is_causal()
         super().__post_init__(**kwargs)
 
     @property
     def causal_layers(self) -> list[bool]:
-        """Per layer: is the block's attention causal? `is_causal`, spelled out."""
+        """`is_causal` as a list with one value per layer."""
         if isinstance(self.is_causal, list):
             return self.is_causal
         return [bool(self.is_causal)] * self.num_hidden_layers
 
-    def _settle_dtype(self, kwargs: dict[str, Any]) -> None:
-        """One of torch's own, from whichever keyword and however it is written."""
-        older, dtype = kwargs.pop("torch_dtype", None), vars(self)["dtype"]
+    def _normalize_dtype(self, kwargs: dict[str, Any]) -> None:
+        """Set `dtype` to a torch.dtype, also from its name or from the older keyword `torch_dtype`."""
+        older = kwargs.pop("torch_dtype", None)
         if older is not None:
-            check_field("torch_dtype", older, kind=FIELDS["dtype"])
+            check_field("torch_dtype", older, rule=FIELDS["dtype"])
+        dtype = vars(self)["dtype"]
         dtype = older if dtype is None else dtype
-        self.dtype = (
-            getattr(torch, dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
-        )
+        if isinstance(dtype, str):
+            dtype = getattr(torch, dtype.removeprefix("torch."))
+        self.dtype = dtype
 
-    def _settle_rope(self, kwargs: dict[str, Any]) -> None:
-        """A dict of our own, since transformers fills it in place, without what says nothing."""
-        said = kwargs.pop("rope_scaling", None) or self.rope_parameters or {}
-        partial = {key: kwargs.pop(key) for key in ("partial_rotary_factor",) if key in kwargs}
-        rope = modern_rope("rope_parameters", said | partial)
+    def _normalize_rope(self, kwargs: dict[str, Any]) -> None:
+        """Set `rope_parameters` to a copy without None entries, because transformers changes it in place."""
+        rope = kwargs.pop("rope_scaling", None) or self.rope_parameters or {}
+        if "partial_rotary_factor" in kwargs:
+            rope = rope | {"partial_rotary_factor": kwargs.pop("partial_rotary_factor")}
+        rope = modern_rope("rope_parameters", rope)
         theta = kwargs.get("rope_theta")
         if theta is not None and rope.get("rope_theta", theta) != theta:
             raise ValueError(
-                f"rope_theta is {theta}, but rope_parameters has {rope['rope_theta']}; say one of them."
+                f"rope_theta is {theta}, but rope_parameters has {rope['rope_theta']}; pass one of them."
             )
         check_rope(rope, self.head_dim)
         self.rope_parameters = rope or None
 
-    def _settle_causality(self) -> None:
-        """Turn what was said, or not, into one bool, or one bool per layer where the layers differ."""
+    def _resolve_is_causal(self) -> None:
+        """Set `is_causal` to one bool, or to one per layer where the layers differ."""
         if self.is_causal is None:
             self.is_causal = [layer_type == SLIDING for layer_type in self.layer_types or []]
         if isinstance(self.is_causal, list):
@@ -218,10 +221,10 @@ class DFlashConfig(PretrainedConfig):
                 f"({self.num_key_value_heads})."
             )
 
-    def check_target(
+    def check_fits(
         self, hidden_size: int, num_layers: int, vocab_size: int, embedding_rows: int
     ) -> None:
-        """Refuse a target that this draft was not made for; a misfit would draft nonsense, or fail far from its cause.
+        """Refuse a target that this draft was not made for: it would draft nonsense, or fail far from the cause.
 
         Args:
             hidden_size: width of the target's embeddings and hidden states.
@@ -230,54 +233,31 @@ class DFlashConfig(PretrainedConfig):
             embedding_rows: rows of the target's embedding, which may be padded beyond `vocab_size`.
 
         Raises:
-            ValueError: with the draft's number and the target's, for the first thing that does not fit.
+            ValueError: with the draft's number and the target's, for the first misfit.
         """
-        fc = len(self.target_layer_ids)
-        misfits = [
-            (hidden_size != self.hidden_size, "hidden_size", self.hidden_size, hidden_size),
-            (
-                hidden_size * fc != self.fc_width,
-                "fc width (taps x tap width)",
-                self.fc_width,
-                hidden_size * fc,
-            ),
-            (
-                self.num_target_layers not in (None, num_layers),
-                "num_target_layers",
-                self.num_target_layers,
-                num_layers,
-            ),
-            (
-                self.target_layer_ids[-1] >= num_layers,
-                "last tapped layer",
-                self.target_layer_ids[-1],
-                num_layers,
-            ),
-            (
-                self.mask_token_id >= embedding_rows,
-                "mask_token_id",
-                self.mask_token_id,
-                embedding_rows,
-            ),
-            (
-                self.vocab_size not in (None, vocab_size, embedding_rows),
-                "vocab_size",
-                self.vocab_size,
-                vocab_size,
-            ),
-        ]
-        units = {
-            "last tapped layer": "layers, counted from 0",
-            "mask_token_id": "embedding rows",
-            "num_target_layers": "layers",
-        }
-        for misfit, name, ours, theirs in misfits:
-            if misfit:
-                raise ValueError(
-                    f"This draft does not fit this target: {name} is {ours} in the draft, but the target has {theirs}"
-                    f"{' ' + units[name] if name in units else ''}. Use the draft that was made for this target "
-                    "(`dflash-hub resolve` finds it)."
-                )
+        last_tap = self.target_layer_ids[-1]
+        fc_width = hidden_size * len(self.target_layer_ids)
+        layers = self.num_target_layers or num_layers
+        vocab = self.vocab_size or vocab_size
+        misfit = None
+        if hidden_size != self.hidden_size:
+            misfit = ("hidden_size", self.hidden_size, f"{hidden_size}")
+        elif fc_width != self.fc_width:
+            misfit = ("fc width (taps x tap width)", self.fc_width, f"{fc_width}")
+        elif layers != num_layers:
+            misfit = ("num_target_layers", layers, f"{num_layers} layers")
+        elif last_tap >= num_layers:
+            misfit = ("last tapped layer", last_tap, f"{num_layers} layers, counted from 0")
+        elif self.mask_token_id >= embedding_rows:
+            misfit = ("mask_token_id", self.mask_token_id, f"{embedding_rows} embedding rows")
+        elif vocab not in (vocab_size, embedding_rows):
+            misfit = ("vocab_size", vocab, f"{vocab_size}")
+        if misfit:
+            found = "{} is {} in the draft, but the target has {}".format(*misfit)
+            raise ValueError(
+                f"This draft does not fit this target: {found}. Use the draft that was made for this target "
+                "(`dflash-hub resolve` finds it)."
+            )
 
     @property
     def fc_width(self) -> int:
@@ -286,85 +266,84 @@ class DFlashConfig(PretrainedConfig):
 
     @classmethod
     def own_fields(cls) -> list[str]:
-        """The fields that are a draft's, and not every model's."""
-        return [
-            name
-            for one in cls.__mro__
-            if issubclass(one, DFlashConfig)
-            for name in one.__annotations__
-        ]
+        """Return the fields that this class and `DFlashConfig` add to those of every config."""
+        names: list[str] = []
+        for base in cls.__mro__:
+            if issubclass(base, DFlashConfig):
+                names += base.__annotations__
+        return names
 
     # Reading ---------------------------------------------------------------------------------------------------
 
     @classmethod
     def _dict_from_json_file(cls, json_file: Any) -> dict[str, Any]:
-        """As in transformers, of a file that must hold a dict; another file that it may point to is not read."""
+        """Read a file as transformers does, but refuse anything but a dict, and read no other file it points to."""
         try:
             content = super()._dict_from_json_file(json_file)
         except (json.JSONDecodeError, UnicodeDecodeError):
-            raise  # transformers says that it is no JSON
+            raise  # transformers reports invalid JSON itself
         except (RecursionError, ValueError):
             raise ValueError(
                 f"{json_file} holds a list or a number too large to be read; it must not."
             ) from None
         if content == {}:
             raise ValueError(f"{json_file} is {{}}; it must be a dict of fields.")
-        return {
-            key: value
-            for key, value in check_content(content).items()
-            if key != "configuration_files"
-        }
+        check_content(content).pop("configuration_files", None)
+        return content
 
     @classmethod
     def from_json_file(cls, json_file: Any) -> Any:
-        """As `from_dict`, of a file."""
+        """Build from a file, as `from_dict` does from its content."""
         return cls.from_dict(cls._dict_from_json_file(json_file))
 
     @classmethod
     def get_config_dict(
         cls, pretrained_model_name_or_path: Any, **kwargs: Any
     ) -> tuple[dict, dict]:
-        """As in transformers. Every layout is translated on purpose, so its `model_type` is no cause for a warning."""
+        """Read config.json as transformers does; `source_model_type` keeps the file's own `model_type`.
+
+        A draft of another layout has another `model_type`, of which transformers would warn.
+        """
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if not config_dict:
             raise OSError(
                 f"{pretrained_model_name_or_path} has no config.json; pass the folder or repository of a draft."
             )
-        foreign = {"foreign_model_type": config_dict.get("model_type")}
-        return config_dict | foreign | {"model_type": cls.model_type}, kwargs
+        config_dict["source_model_type"] = config_dict.get("model_type")
+        config_dict["model_type"] = cls.model_type
+        return config_dict, kwargs
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Build from a config.json of any published layout.
 
-        Keywords that name a field (`block_size=8`, `rope_theta=1e6`) replace what the file says, or lacks.
+        Keywords that name a field (`block_size=8`, `rope_theta=1e6`) replace the file's value, or supply a missing one.
 
         Raises:
-            ValueError: something is missing (the message names the keyword that supplies it), contradicts itself
-                (both places are named), holds what it cannot, is not known (inside dflash_config), or needs a feature
-                that this model does not have.
+            ValueError: a field is missing (the message names the keyword that supplies it), contradicts itself (both
+                keys are named) or has an invalid value. Or a key inside dflash_config is not known, or the draft
+                needs a feature that this model does not have.
         """
         names = {*cls.__dataclass_fields__, "rope_theta"} - {"dtype"}
-        given = {name: kwargs.pop(name) for name in list(kwargs) if name in names}
+        overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in names}
         for name in ("torch_dtype", "dtype"):
             dtype = kwargs.pop(name, None)
             if dtype is not None and not (isinstance(dtype, str) and dtype == "auto"):
-                check_field(name, dtype, kind=FIELDS["dtype"])
-                given["dtype"] = dtype
-        return super().from_dict(
-            EXTENSIONS.read_layout(config_dict, given, cls.model_type), **kwargs
-        )
+                check_field(name, dtype, rule=FIELDS["dtype"])
+                overrides["dtype"] = dtype
+        fields = EXTENSIONS.read_layout(config_dict, overrides, cls.model_type)
+        return super().from_dict(fields, **kwargs)
 
     # Writing ---------------------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
-        """The hub layout: the typed fields, and the version of dflash-hub that wrote them."""
+        """Return the hub layout: the typed fields, and the version of dflash-hub that wrote them."""
         return super().to_dict() | {"dflash_hub_version": __version__}
 
     def save_pretrained(
         self, save_directory: Any, push_to_hub: bool = False, layout: str = "hub", **kwargs: Any
     ):
-        """Write config.json in the hub layout, or with `layout="engines"` in the one that serving engines load."""
+        """Write config.json in the hub layout, or with `layout="engines"` in the layout that serving engines load."""
         if check_layout(layout) == "engines":
             if push_to_hub:
                 raise ValueError(
@@ -378,20 +357,19 @@ class DFlashConfig(PretrainedConfig):
             super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def __eq__(self, other: object) -> bool:
-        """Two configs are equal when they describe the same draft, wherever each was read from."""
-        return getattr(other, "model_type", None) == self.model_type and _content(self) == _content(
-            other
-        )
+        """Return whether two configs describe the same draft, wherever each was read from."""
+        same_kind = getattr(other, "model_type", None) == self.model_type
+        return same_kind and _content(self) == _content(other)
 
 
 def check_layout(layout: str) -> str:
-    """`layout`, or a ValueError that names the two there are."""
+    """Return `layout`; raise a ValueError if it is not a layout that can be written."""
     if layout not in ("hub", "engines"):
         raise ValueError(f"layout is {layout!r}; it must be 'hub' (the default) or 'engines'.")
     return layout
 
 
 def _content(config: Any) -> dict[str, Any]:
-    """What a config says of its draft, without what saving and loading leave on it."""
+    """Return the fields of a config without those that saving and loading add."""
     bookkeeping = ("transformers_version", "dflash_hub_version", "auto_map", "_name_or_path")
     return {name: value for name, value in config.to_dict().items() if name not in bookkeeping}

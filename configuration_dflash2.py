@@ -1,6 +1,6 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""What a DFlash 2 draft is: a DFlash draft with a convolution around every sublayer and a selector of paths.
+"""Define the config of a DFlash 2 draft, which adds convolutions around every sublayer and a selector of paths.
 
 This file travels with every pushed DFlash 2 draft. Source: DFlash 2 (inco.ai/blog/dflash2) and z-lab/dflash.
 """
@@ -11,16 +11,16 @@ from .configuration_dflash import DFlashConfig
 
 
 class DFlash2Config(DFlashConfig):
-    """Configuration of a DFlash 2 draft model: the fields of `DFlashConfig`, of which it needs `vocab_size`, and these.
+    """Configuration of a DFlash 2 draft model. It requires `vocab_size`, and adds these fields to `DFlashConfig`.
 
     Args:
         conv_kernel_size: positions of the block that a convolution reads: the position itself and those before it.
-        conv_group_size: channels that share what the draft corrects of a convolution; divides `hidden_size`.
+        conv_group_size: channels that share one correction of the convolution kernel; divides `hidden_size`.
         selector_rank: width of the selector's codebooks.
         selector_top_k: candidates that the selector chooses from at each position.
-        output_multiplier: of the logits, before their soft cap.
-        final_logit_softcapping: of the logits; 0 or None for none.
-        input_embedding_scale: of the target's embeddings.
+        output_multiplier: factor of the logits, before their soft cap.
+        final_logit_softcapping: soft cap of the logits; 0 or None for none.
+        input_embedding_scale: factor of the target's embeddings.
     """
 
     model_type = "dflash2"
@@ -36,12 +36,11 @@ class DFlash2Config(DFlashConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.hidden_size % self.conv_group_size:
             raise ValueError(
-                f"conv_group_size is {self.conv_group_size}, which does not divide hidden_size, {self.hidden_size}; it "
-                "must."
+                f"conv_group_size is {self.conv_group_size}; it must divide hidden_size, {self.hidden_size}."
             )
         if self.vocab_size is None:
             raise ValueError(
-                "A DFlash 2 draft keeps codebooks of its target's tokens, so vocab_size must be said."
+                "vocab_size is None; it must be the target's, because a DFlash 2 draft has codebooks of its tokens."
             )
         if self.selector_top_k > self.vocab_size:
             raise ValueError(

@@ -1,9 +1,9 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""Decoding with this repository's draft: `target.generate(..., custom_generate="org/draft", trust_remote_code=True)`.
+"""Decode with this repository's draft: `target.generate(..., custom_generate="org/draft", trust_remote_code=True)`.
 
-A copy of this file lies in every pushed draft as `custom_generate/generate.py`, where transformers looks for it. It
-needs transformers and nothing else; the draft is loaded once, and kept for later calls.
+Every pushed draft has a copy of this file as `custom_generate/generate.py`, where transformers looks for it. It needs
+only transformers. The draft is loaded once, and reused by later calls.
 """
 
 import sys
@@ -17,19 +17,18 @@ _HUB = ("revision", "token", "cache_dir", "force_download", "local_files_only", 
 
 
 def generate(model: Any, **kwargs: Any) -> Any:
-    """As `model.generate(**kwargs)`, sped up by the draft of this repository; the text is the same.
+    """Return the output of `model.generate(**kwargs)`, decoded faster with the draft of this repository.
 
     Args:
         model: the target that this draft was made for.
-        kwargs: whatever `generate` takes, and `statistics`, `draft_sampling`, `capture` and `strict` of the draft's
+        kwargs: all arguments of `generate`, and `statistics`, `draft_sampling`, `capture` and `strict` of the draft's
             `speculate`.
 
     Raises:
-        ValueError: the draft was not made for this target, or something was asked for that has no meaning with it.
+        ValueError: the draft was not made for this target, or an option cannot be combined with a draft.
     """
-    repository = sys._getframe(1).f_locals.get(
-        "custom_generate"
-    )  # `generate` does not tell which one it was given
+    # `generate` does not pass on the name of the repository
+    repository = sys._getframe(1).f_locals.get("custom_generate")
     if not isinstance(repository, str):
         raise ValueError(
             'Call this by `target.generate(..., custom_generate="org/draft", trust_remote_code=True)`.'
@@ -40,7 +39,7 @@ def generate(model: Any, **kwargs: Any) -> Any:
 
 
 def _draft(repository: str, model: Any, hub: dict[str, Any]) -> Any:
-    """The draft at the commit that this file came from, on the target's device and in its dtype."""
+    """Load the draft at the commit that this file came from, on the target's device and in its dtype."""
     commit = Path(__file__).parents[1].name
     if not Path(repository).is_dir():
         hub = hub | {"revision": commit}

@@ -1,6 +1,6 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""What `auto_map` names in the engines layout of a DFlash 2 draft; the counterpart of `dflash.py`.
+"""Load a DFlash 2 draft in the engines layout by `AutoModel`, as `dflash.py` loads a DFlash draft.
 
 This file travels with every pushed DFlash 2 draft.
 """

@@ -98,7 +98,8 @@ class Drafter:
         self.draft, self.size = draft, draft.config.block_size
         self.embed, self.head = target.get_input_embeddings(), target.get_output_embeddings()
         # Weights of few bits have dtypes that are not those of their inputs.
-        self.head_device, self.head_dtype = next(self.head.parameters()).device, target.dtype
+        self.head_device = next(self.head.parameters()).device
+        self.head_dtype = target.dtype
         self.attention = BlockAttention(draft, layer_kinds(draft.config))
         self.no_masks = dict.fromkeys(draft.config.layer_types)
         self.runner = BlockRunner(
@@ -116,21 +117,22 @@ class Drafter:
         shape = (len(padding_mask), self.size - 1)
         noise_ids = torch.full(shape, self.draft.config.mask_token_id, device=padding_mask.device)
         padding_mask = padding_mask.to(self.draft.device)
-        first = (
-            (~padding_mask).int().argmax(dim=1, keepdim=True)
-        )  # the slot at which each row's text begins
+        # The slot at which each row's text begins.
+        first = (~padding_mask).int().argmax(dim=1, keepdim=True)
         cache = SlotCache(DynamicCache(config=self.draft.config))
         with self.runner.using(mode), self.attention.installed():
             yield DraftState(cache, padding_mask, -first, noise_ids)
 
     def cache_context(self, state: DraftState, features: torch.Tensor, first_slot: int) -> None:
         """Cache the context features `[B, N, F]` of the slots from `first_slot` on, the same in every row."""
-        slots = torch.arange(first_slot, first_slot + features.shape[1], device=self.draft.device)
+        last_slot = first_slot + features.shape[1]
+        slots = torch.arange(first_slot, last_slot, device=self.draft.device)
         self._update_cache(state, features, slots.expand(len(features), -1))
 
     def set_pending(self, state: DraftState, features: torch.Tensor, slots: torch.Tensor) -> None:
         """Let context features `[B, N, F]` at `slots [B]` and behind reach the draft with its next block."""
-        state.pending = PendingContext(self._to_draft(features), slots.to(self.draft.device))
+        features = self._to_draft(features)
+        state.pending = PendingContext(features, slots.to(self.draft.device))
 
     def flush_pending(self, state: DraftState) -> None:
         """Cache the pending context now. The slots of rejected tokens are overwritten by whatever follows."""
@@ -156,16 +158,14 @@ class Drafter:
             num_slots: slots that the longest row needs, its block included.
         """
         own_slots = slots.to(self.draft.device)
-        if (
-            state.pending is None
-        ):  # all context is cached; the block overwrites the slots of these zeros
+        # All context is cached; the block overwrites the slots of these zeros.
+        if state.pending is None:
             shape = (len(slots), self.size, self.draft.config.fc_width)
             zeros = torch.zeros(shape, device=own_slots.device, dtype=self.draft.dtype)
             state.pending = PendingContext(zeros, own_slots)
         context = state.pending
-        wider = max(
-            0, context.features.shape[1] - self.size
-        )  # a tree that was verified may be wider than a block
+        # A tree that was verified may be wider than a block.
+        wider = max(0, context.features.shape[1] - self.size)
         state.cache.reserve(num_slots + wider)
         with self.attention.under(state.masks_for(own_slots, self.size, self.attention)):
             output: DraftOutput = self.runner(
@@ -184,7 +184,8 @@ class Drafter:
             pair_scale: what drafts that score pairs of tokens multiply those scores by.
         """
         own = output.states.device
-        tokens = self.draft.select_tokens(scores.to(own), output.states, anchor.to(own), pair_scale)
+        scores_there, anchor_there = scores.to(own), anchor.to(own)
+        tokens = self.draft.select_tokens(scores_there, output.states, anchor_there, pair_scale)
         return tokens.to(scores.device)
 
     def _run_block(
@@ -199,7 +200,8 @@ class Drafter:
         masks = state.masks_for(slots, self.size, self.attention)
         masks.move(slots, masks.chain)
         block_slots = slots[:, None] + masks.offsets  # [B, Q]
-        before = context_slots[:, None] + torch.arange(context.shape[1], device=slots.device)
+        steps = torch.arange(context.shape[1], device=slots.device)
+        before = context_slots[:, None] + steps
         # Rejected positions of the context share their slots with the block, which is written after it.
         view = state.cache.at(before, block_slots)
         noise_ids = torch.cat([anchor, state.noise_ids], dim=1)
@@ -210,8 +212,10 @@ class Drafter:
         ).last_hidden_state[:, 1:]
         if not torch.compiler.is_compiling():
             state.cache.check_written(positions.shape[1], "the draft")
-            self.attention.check_layers(set(range(len(self.draft.layers))), "the draft")
-        logits = self.draft.logits(states.to(self.head_device, self.head_dtype), self.head)
+            layers = set(range(len(self.draft.layers)))
+            self.attention.check_layers(layers, "the draft")
+        head_states = states.to(self.head_device, self.head_dtype)
+        logits = self.draft.logits(head_states, self.head)
         tokens = self.draft.select_tokens(
             logits.to(slots.device), states, anchor.to(slots.device), 1.0
         )

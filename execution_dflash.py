@@ -79,9 +79,8 @@ class BlockRunner:
         key = (self.key(state), *(tensor.shape for tensor in inputs))
         if self.mode == "compile" and key in self.verified_keys:
             return self._run_compiled(key, state, *inputs)
-        if (
-            key != self.last_key
-        ):  # run eagerly, so that buffers made when first used exist before recording
+        # Run eagerly, so that buffers made when first used exist before recording.
+        if key != self.last_key:
             self.last_key, self.capture = key, None
             return self.function(state, *inputs)
         if self.capture is None:
@@ -97,12 +96,11 @@ class BlockRunner:
     def _record(self, state: Any, *inputs: torch.Tensor) -> Any:
         """Record, compare with the eager function, and return what that one gave."""
         expected = self.function(state, *inputs)
+        # A compiler or a driver may raise anything; the function itself still runs.
         try:
             capture = self._capture(state, inputs)
             result = capture(*inputs)
-        except (
-            Exception
-        ) as error:  # a compiler or a driver may raise anything; the function itself still runs
+        except Exception as error:
             first_line = (str(error).splitlines() or [""])[0]
             self._run_eagerly(f"{type(error).__name__}: {first_line}")
             return expected

@@ -30,10 +30,10 @@ from transformers.utils import ModelOutput
 from .compat_dflash import (
     attention_name,
     cache_field,
-    keep_tokenizer,
     local_of_generate,
     made_by_user,
     padding_token,
+    restore_tokenizer,
 )
 from .drafter_dflash import Drafter
 from .execution_dflash import CAPTURE, resolve_mode
@@ -157,7 +157,7 @@ class SpeculativeGenerate:
         Workaround: `generate` pops `tokenizer` before it reads this signature and then discards it, so stop strings
         would fail. While it reads, `tokenizer` is put back among its arguments.
         """
-        keep_tokenizer(sys._getframe(1))
+        restore_tokenizer(sys._getframe(1))
         return inspect.signature(SpeculativeGenerate.__call__.__get__(self))
 
 
@@ -230,9 +230,8 @@ class DecoderSession:
                 proposer = request.proposer(ChainProposer(drafter, on_draft, request.sampler))
                 with recorder.phase("prefill"):
                     first_slot = import_past_key_values(prompt.cache, on_target, drafter, on_draft)
-                    checked = prefill(
-                        state, proposer, first_slot, self._check_size(on_target, prompt)
-                    )
+                    check_size = self._check_size(on_target, prompt)
+                    checked = prefill(state, proposer, first_slot, check_size)
                 decode(state, proposer, recorder)
                 cache = export_past_key_values(state, drafter, on_draft)
             if checked:
@@ -305,7 +304,7 @@ def check_compatible(config: Any, target: Any, strict: bool = False) -> None:
     check_target(target, strict)
     text = target.config.get_text_config(decoder=True)
     rows = target.get_input_embeddings().weight.shape[0]
-    config.check_target(text.hidden_size, text.num_hidden_layers, text.vocab_size, rows)
+    config.check_fits(text.hidden_size, text.num_hidden_layers, text.vocab_size, rows)
 
 
 def spec_generate(

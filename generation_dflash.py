@@ -124,7 +124,8 @@ class StepOutputs:
         """Append the first `counts[row]` positions of each row of `scores, logits [B, Q, V]`, if collected."""
         for name, values in (("scores", scores), ("logits", logits)):
             for row, collected in enumerate(self.collected.get(name, [])):
-                collected.extend(values[row, : counts[row]].clone().unbind())
+                committed = values[row, : counts[row]]
+                collected.extend(committed.clone().unbind())
 
     def per_step(self, name: str, longest: int) -> tuple[torch.Tensor, ...] | None:
         """Return `[B, V]` for each of the `longest` new slots, zeros where a row had ended; None if not collected."""
@@ -134,7 +135,8 @@ class StepOutputs:
         reference = max(rows, key=len)
         steps = []
         for step in range(min(len(reference), longest)):
-            steps.append(torch.zeros_like(reference[step]).repeat(len(rows), 1))
+            empty = torch.zeros_like(reference[step])
+            steps.append(empty.repeat(len(rows), 1))
             for row, collected in enumerate(rows):
                 if step < len(collected):
                     steps[-1][row] = collected[step]
@@ -213,22 +215,22 @@ class DecodeState:
         Raises:
             ValueError: the target's logits are not numbers.
         """
-        cycle = torch.cat(
-            [target_tokens, accepted[:, None]], dim=1
-        ).tolist()  # the cycle's one transfer to the host
+        # The cycle's one transfer to the host.
+        cycle_tokens = torch.cat([target_tokens, accepted[:, None]], dim=1)
+        cycle = cycle_tokens.tolist()
         tokens = [row[: row[-1] + 1] for row in cycle]
         self._check_numbers(tokens)
         counts = self.sequences.append_tokens(tokens)
         self.step_outputs.collect(scores, logits, counts)
         steps = (accepted + 1) * self.active
-        if (
-            self.sequences.row_ended
-        ):  # finished rows stop advancing; tokens computed for them are ignored
+        # Finished rows stop advancing; tokens computed for them are ignored.
+        if self.sequences.row_ended:
             steps = torch.tensor(counts, device=steps.device)
             self.active = torch.tensor(self.sequences.active, device=steps.device).long()
         self.slots = self.slots + steps
-        last = target_tokens.gather(1, (steps[:, None] - 1).clamp_min(0))
-        self.anchor = torch.where(steps[:, None] > 0, last, self.anchor)
+        steps = steps[:, None]
+        last = target_tokens.gather(1, (steps - 1).clamp_min(0))
+        self.anchor = torch.where(steps > 0, last, self.anchor)
         return [(row[-1], count) for row, count in zip(cycle, counts, strict=True)]
 
     def _check_numbers(self, tokens: list[list[int]]) -> None:
@@ -278,10 +280,10 @@ def run_chunk(state: DecodeState, first: int, last: int, num_logits: int) -> Tar
     """
     prompt = state.prompt
     if first == 0:
-        return state.target.prefill(
-            state.on_target, prompt.model_inputs(state.target.model, last), num_logits
-        )
-    slots = torch.arange(first, last, device=prompt.device).expand(len(state.slots), -1)
+        inputs = prompt.model_inputs(state.target.model, last)
+        return state.target.prefill(state.on_target, inputs, num_logits)
+    slots = torch.arange(first, last, device=prompt.device)
+    slots = slots.expand(len(state.slots), -1)
     positions = prompt.positions[..., first:last]
     return state.target.prefill_chunk(state.on_target, prompt.ids(first, last), slots, positions)
 
@@ -296,29 +298,22 @@ def decode(state: DecodeState, proposer: Proposer, recorder: Recorder) -> None:
     target, on_target = state.target, state.on_target
     while not state.sequences.finished:
         with recorder.phase("draft"):
-            proposal = proposer.propose(
-                state
-            )  # a tree for each row, tokens [B, Q], with the anchor as its root
+            proposal = proposer.propose(state)  # a tree for each row, its root the anchor
         with recorder.phase("verify"):
             on_target.cache.reserve(max(state.last_slots) + proposal.size)
             verified = target.verify(on_target, proposal.tokens, state.slots, proposal.ancestors)
         with recorder.phase("rest"), state.user_code():
+            prefixes = state.prefixes(proposal)
             target_tokens, scores = state.sampler.sample(
-                verified.logits, state.next_slots, proposal.depths, state.prefixes(proposal)
+                verified.logits, state.next_slots, proposal.depths, prefixes
             )
-            accepted, path = accept(
-                proposal, target_tokens
-            )  # drafted tokens that stay [B], and which [B, Q]
+            accepted, path = accept(proposal, target_tokens)  # how many tokens stay, and which
             if proposal.parents is not None:
                 target_tokens, scores = target_tokens.gather(1, path), gather_path(scores, path)
                 verified = target.move_path(on_target, verified, state.slots, path)
             proposer.commit(verified.features, state.slots)
             counts = state.commit(target_tokens, accepted, scores, verified.logits)
+            committed = [tokens for _, tokens in counts]
             with recorder.phase("rollback"):
-                roll_back(
-                    on_target.recurrent,
-                    verified.snapshot,
-                    [count for _, count in counts],
-                    proposal.size,
-                )
+                roll_back(on_target.recurrent, verified.snapshot, committed, proposal.size)
         recorder.record_cycle(counts, proposal.size)

@@ -1,6 +1,6 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""List the kinds of drafts: one row for each, where the registry, the commands, training and benchmarks look.
+"""List the kinds of drafts, one row for each; the registry, layouts, commands, training and benchmarks use this table.
 
 A kind also has an entry in `layouts_dflash.DRAFT_LAYOUTS`, because that file travels and this one does not.
 CONTRIBUTING.md says how to add a kind.
@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 from .configuration_dflash import DFlashConfig
 from .configuration_dflash2 import DFlash2Config
-from .layouts_dflash import DRAFT_LAYOUTS
 
 if TYPE_CHECKING:
     from .modeling_dflash import DFlashDraftModel
 
+MUSE = "MuseGlimmerAssistantModel"
+"""The architecture of the Muse assistant of transformers, a DFlash draft."""
+
 METRICS = ("accuracy", "acceptance_length")
-"""What training reports of every draft; see `training.metrics.Metrics`."""
+"""The metrics that training reports for every draft; see `training.metrics.Metrics`."""
 
 
 @dataclass(frozen=True)
@@ -28,15 +30,21 @@ class DraftKind:
 
     Args:
         config_class: its config, whose `model_type` is the name of the kind in `drafts.json` and in options.
-        model: module and class of its model. It is imported when it is needed, since that takes about a second.
+        model: module and class of its model. It is imported on first use, since that takes about a second.
+        title: its name in messages.
+        architectures: names of its model class in published config.json files.
+        name_part: a part of the architecture that no other kind has; "" for the kind that others extend.
         demo_folder: folder of the built-in pair's draft of this kind, in `examples/tiny_pair`; None without one.
         head: name of its further head in `training.heads.HEADS`; None where the loss is that of its logits alone.
         head_fields: fields of its config that the command `train` has options for.
-        metrics: what training reports.
+        metrics: the metrics that training reports.
     """
 
     config_class: type[DFlashConfig]
     model: tuple[str, str]
+    title: str
+    architectures: tuple[str, ...]
+    name_part: str = ""
     demo_folder: str | None = None
     head: str | None = None
     head_fields: tuple[str, ...] = ()
@@ -47,9 +55,9 @@ class DraftKind:
         return self.config_class.model_type
 
     @property
-    def title(self) -> str:
-        """Return its name in messages."""
-        return DRAFT_LAYOUTS[self.name].title
+    def reader(self) -> str:
+        """Name of the class that loads it, for messages."""
+        return self.config_class.architecture
 
     @property
     def model_class(self) -> "type[DFlashDraftModel]":
@@ -71,10 +79,19 @@ class DraftKind:
 
 
 _ROWS = (
-    DraftKind(DFlashConfig, ("modeling_dflash", "DFlashDraftModel"), demo_folder="draft"),
+    DraftKind(
+        DFlashConfig,
+        ("modeling_dflash", "DFlashDraftModel"),
+        title="DFlash",
+        architectures=("DFlashDraftModel", "Qwen3DFlashDraftModel", MUSE),
+        demo_folder="draft",
+    ),
     DraftKind(
         DFlash2Config,
         ("modeling_dflash2", "DFlash2DraftModel"),
+        title="DFlash 2",
+        architectures=("DFlash2DraftModel", "Qwen3DFlash2DraftModel"),
+        name_part="DFlash2",
         demo_folder="draft2",
         head="selector",
         head_fields=("selector_rank", "selector_top_k"),

@@ -1,9 +1,9 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""Every published layout of a draft's config.json, read into the fields of a config.
+"""Read every published layout of a draft's config.json into the fields of a config.
 
-This is the only place that knows the names other projects use. A field may stand in several places of a config.json:
-equal copies are fine, contradicting ones are refused with both places named. Layouts read: z-lab (flat and nested),
+This is the only file that knows the names other projects use. A field may have several keys in a config.json: equal
+copies are fine, contradicting ones are refused with both keys named. Layouts read: z-lab (flat and nested),
 NVIDIA Model Optimizer and NeMo AutoModel, SpecForge, the Muse assistant of transformers, and this package's hub and
 engines layouts. Importing `dflash_hub` makes `DFlashConfig.from_dict` read them all.
 """
@@ -11,18 +11,21 @@ engines layouts. Importing `dflash_hub` makes `DFlashConfig.from_dict` read them
 import difflib
 from typing import Any
 
+from .kinds import KINDS, MUSE
 from .layouts_dflash import (
     BASE,
+    BOOL,
     DEFAULTED,
+    DICT,
     DRAFT_LAYOUTS,
     FIELDS,
     FULL,
     LAYERS,
-    MUSE,
     REQUIRED,
     ROPE,
     SLIDING,
-    Kind,
+    FieldRule,
+    as_list,
     check_content,
     check_field,
     check_rope,
@@ -30,7 +33,6 @@ from .layouts_dflash import (
     int_from,
     is_among,
     list_of,
-    listed,
     model_type_of,
     modern_rope,
     one_of,
@@ -38,10 +40,28 @@ from .layouts_dflash import (
     shown,
 )
 
-# Where it stands ------------------------------------------------------------------------------------------------
+# Rules and keys --------------------------------------------------------------------------------------------------
 
-# Field -> every place where it may stand; "dflash_config.x" is the key x of the nested dict.
-_PLACES = {
+
+def _is_auto_map(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(name, str | list | None) for name in value.values()
+    )
+
+
+# Further fields that are read, but that drafts do not have as typed fields.
+_RULES = {
+    **FIELDS,
+    "quantization_config": DICT,
+    "use_sliding_window": BOOL,
+    "use_swa": BOOL,
+    "draft_vocab_size": int_from(1, 2**24),
+    "v_head_dim": int_from(1, 2**14),
+    "dflash_config": DICT,
+    "auto_map": FieldRule("a dict of names of classes", _is_auto_map),
+}
+# Field -> every key that may hold it; "dflash_config.x" is the key x of the nested dict.
+_KEYS = {
     "block_size": ("block_size", "dflash_config.block_size"),
     "mask_token_id": ("mask_token_id", "dflash_config.mask_token_id", "pard_token", "ptd_token_id"),
     "num_target_layers": ("num_target_layers", "dflash_config.num_target_layers"),
@@ -56,9 +76,9 @@ _PLACES = {
     "final_logit_softcapping": ("final_logit_softcapping", "dflash_config.final_logit_softcapping"),
     "dtype": ("dtype", "torch_dtype"),
 }
-_TAP_PLACES = ("target_layer_ids", "dflash_config.target_layer_ids")
-# hidden_states indices, where 0 is the embedding: one more than the layer whose output they are.
-_SHIFTED_TAP_PLACES = (
+_TAP_KEYS = ("target_layer_ids", "dflash_config.target_layer_ids")
+# These hold indices of hidden_states, where 0 is the embedding: one more than the layer with that output.
+_SHIFTED_TAP_KEYS = (
     "eagle_aux_hidden_state_layer_ids",
     "dflash_config.eagle_aux_hidden_state_layer_ids",
 )
@@ -67,11 +87,11 @@ _SHIFTED_TAPS = list_of(
     int_from(1, LAYERS),
     ascending=True,
 )
-_WINDOW_PLACES = ("sliding_window", "dflash_config.swa_window_size", "dflash_config.sliding_window")
-_REDUCED_PLACES = ("draft_vocab_size", "dflash_config.draft_vocab_size")
+_WINDOW_KEYS = ("sliding_window", "dflash_config.swa_window_size", "dflash_config.sliding_window")
+_REDUCED_VOCAB_KEYS = ("draft_vocab_size", "dflash_config.draft_vocab_size")
 _ONLY_AT_TOP = ("layer_types", "rope_theta", "rope_parameters", "rope_scaling")
-# (feature, key, values that mean "not used"); a value outside them asks for something this model does not have. A key
-# is looked for at the top and in dflash_config, or there alone where that is written.
+# (feature, key, values that mean "not used"). Any other value is refused. A plain key is looked up at the top and in
+# dflash_config.
 _OFF = (None, False, 0)
 _FEATURES = (
     ("the speculators layout", "speculators_model_type", _OFF),
@@ -109,7 +129,7 @@ _FEATURES = (
     ("interleaved (not NeoX-style) rotary embeddings", "is_neox_style", (None, True)),
     ("interleaved (not NeoX-style) rotary embeddings", "rope_is_neox_style", (None, True)),
 )
-# Keys published inside dflash_config that say nothing a reader needs, each with what it is.
+# Keys published inside dflash_config that can be ignored -> their meaning.
 _HARMLESS = {
     "num_anchors": "training: blocks per row",
     "max_anchors": "training: blocks per row, as speculators calls it",
@@ -118,22 +138,22 @@ _HARMLESS = {
     "backbone_rotary_base": "the target's rotary base, for information",
     "mask_token": "the text of the mask token; its id is read",
 }
-# Every key that may stand inside dflash_config.
-_NESTED = {
-    place.removeprefix("dflash_config.")
-    for place in (
-        *(place for places in _PLACES.values() for place in places),
-        *(*_TAP_PLACES, *_SHIFTED_TAP_PLACES, *_WINDOW_PLACES, *_REDUCED_PLACES),
-        *(f"dflash_config.{key.removeprefix('dflash_config.')}" for _, key, _ in _FEATURES),
-        *(
-            f"dflash_config.{key}"
-            for kind in DRAFT_LAYOUTS.values()
-            for key in (*kind.fields, *kind.scales)
-        ),
-        *(f"dflash_config.{key}" for key in (*_HARMLESS, "use_swa")),
-    )
-    if place.startswith("dflash_config.")
-}
+
+
+def _keys_inside_dflash_config() -> set[str]:
+    """Return every key that may stand inside dflash_config, without that prefix."""
+    dotted = [*_TAP_KEYS, *_SHIFTED_TAP_KEYS, *_WINDOW_KEYS, *_REDUCED_VOCAB_KEYS]
+    for keys in _KEYS.values():
+        dotted += keys
+    prefix = "dflash_config."
+    found = {key.removeprefix(prefix) for key in dotted if key.startswith(prefix)}
+    found |= {key.removeprefix(prefix) for _, key, _ in _FEATURES}
+    for kind in DRAFT_LAYOUTS.values():
+        found |= {*kind.fields, *kind.scales}
+    return found | {*_HARMLESS, "use_swa"}
+
+
+_NESTED = _keys_inside_dflash_config()
 _HEADS_BY_ARCHITECTURE = (
     ("DFlash2Beam", "DFlash 2's beam head"),
     ("MiniMaxDFlash2", "MiniMax's own kind of DFlash 2"),
@@ -152,7 +172,7 @@ def variant_of(config: dict[str, Any]) -> str:
 
 
 def _kind_and_signs(config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Return the name of the kind, and place -> value of what shows it; the base kind has no signs of its own."""
+    """Return the name of the kind, and key -> value of all that shows it; the base kind has no signs of its own."""
     for name in DRAFT_LAYOUTS:
         signs = {} if name == BASE else _signs_of(name, config)
         if signs:
@@ -161,321 +181,301 @@ def _kind_and_signs(config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 
 
 def _signs_of(name: str, config: dict[str, Any]) -> dict[str, Any]:
-    """Return place -> value of everything that only a draft of this kind has."""
-    layout = DRAFT_LAYOUTS[name]
+    """Return key -> value of everything that only a draft of this kind has."""
     nested = config.get("dflash_config")
-    outer_places = {"": config, "dflash_config.": nested if isinstance(nested, dict) else {}}
+    levels = {"": config, "dflash_config.": nested if isinstance(nested, dict) else {}}
     signs = {}
-    for outer, place in outer_places.items():
-        for field in layout.fields:
-            if place.get(field) not in _OFF:
-                signs[f"{outer}{field}"] = place.get(field)
-    named = {
-        "model_type": model_type_of(config),
-        "speculators_model_type": config.get("speculators_model_type"),
-    }
-    named |= {
-        f"{outer}projector_type": place.get("projector_type")
-        for outer, place in outer_places.items()
-    }
-    signs |= {place: value for place, value in named.items() if value == name}
+    for prefix, level in levels.items():
+        for field in DRAFT_LAYOUTS[name].fields:
+            if level.get(field) not in _OFF:
+                signs[f"{prefix}{field}"] = level.get(field)
+    if model_type_of(config) == name:
+        signs["model_type"] = name
+    if config.get("speculators_model_type") == name:
+        signs["speculators_model_type"] = name
+    for prefix, level in levels.items():
+        if level.get("projector_type") == name:
+            signs[f"{prefix}projector_type"] = name
     architectures = config.get("architectures")
     names = architectures if isinstance(architectures, list | tuple) else [architectures]
-    if any(
-        isinstance(architecture, str) and layout.name_part in architecture for architecture in names
-    ):
+    part = KINDS[name].name_part
+    if any(isinstance(architecture, str) and part in architecture for architecture in names):
         signs["architectures"] = architectures
     return signs
 
 
 def read_layout(
-    config: dict[str, Any], given: dict[str, Any], variant: str = BASE
+    config: dict[str, Any], overrides: dict[str, Any], variant: str = BASE
 ) -> dict[str, Any]:
     """Translate the config.json of any published layout into the keywords of its kind's config.
 
     Args:
         config: the file's content.
-        given: fields said by the caller, which replace what the file says or lacks.
+        overrides: fields that the caller passes, which replace those of the file or supply missing ones.
         variant: the kind of draft that the file must describe, a name in `DRAFT_LAYOUTS`.
 
     Raises:
-        ValueError: a field is missing, contradicts itself or holds what it cannot, a key inside dflash_config is not
-            known, or the draft needs a feature that is not here.
+        ValueError: a field is missing, contradicts itself or holds what it cannot. Or a key inside dflash_config is
+            not known, or the draft needs a feature that is not here.
     """
-    return _Layout(check_content(config), given, variant).fields()
+    return _LayoutReader(check_content(config), overrides, variant).fields()
 
 
-class _Layout:
-    """One config.json, asked for fields by their places."""
+class _LayoutReader:
+    """Reads fields from one config.json by their keys."""
 
-    def __init__(self, config: dict[str, Any], given: dict[str, Any], variant: str):
-        self.config, self.variant, self.kind = config, variant, DRAFT_LAYOUTS[variant]
-        self.given = {field: listed(value) for field, value in given.items()}
-        for field in {*self.given} & {*FIELDS}:
-            if self.given[field] is not None:
-                check_field(field, self.given[field])
+    def __init__(self, config: dict[str, Any], overrides: dict[str, Any], variant: str):
+        self.config = config
+        self.variant = variant
+        self.layout = DRAFT_LAYOUTS[variant]
+        self.overrides = {field: as_list(value) for field, value in overrides.items()}
+        for field, value in self.overrides.items():
+            if field in _RULES and value is not None:
+                check_field(field, value, rule=_RULES[field])
         self.nested: dict[str, Any] = self.value("dflash_config", "dflash_config") or {}
         self.architectures = self.value("architectures", "architectures") or []
         self.architecture = next(iter(self.architectures), None)
         model_type = model_type_of(config)
         if model_type is not None:
-            check_field(
-                "model_type",
-                model_type,
-                f"The draft's config.json says model_type is {shown(model_type)}",
-            )
-        self.muse = self.architecture == MUSE or model_type == "muse_glimmer_assistant"
+            found = f"The draft's config.json says model_type is {shown(model_type)}"
+            check_field("model_type", model_type, found)
+        self.is_muse = self.architecture == MUSE or model_type == "muse_glimmer_assistant"
         if model_type == "laguna":
-            raise ValueError(
-                refusal("per-tap norms and attention gates (Laguna)", "model_type", model_type)
-            )
+            feature = "per-tap norms and attention gates (Laguna)"
+            raise ValueError(refusal(feature, "model_type", model_type))
 
-    def at(self, place: str) -> Any:
-        outer, _, inner = place.rpartition(".")
-        return listed((self.nested if outer else self.config).get(inner))
+    def get(self, key: str) -> Any:
+        """Return the file's value of a key, which may be dotted; None without one."""
+        return as_list(self.level(key).get(key.rpartition(".")[2]))
 
-    def value(self, field: str, place: str, kind: Kind | None = None) -> Any:
-        """What `place` says of `field`, which is right for it; None where it says nothing."""
-        value = self.at(place)
+    def level(self, key: str) -> dict[str, Any]:
+        """Return the dict that holds a key: dflash_config for a dotted one, else the file's top."""
+        return self.nested if "." in key else self.config
+
+    def value(self, field: str, key: str, rule: FieldRule | None = None) -> Any:
+        """Return the value of `field` that `key` holds, checked against its rule; None without one."""
+        value = self.get(key)
         if value is not None:
-            where = "" if place == field else f" ({place})"
-            check_field(
-                field, value, f"The draft's config.json says {field} is {shown(value)}{where}", kind
-            )
+            where = "" if key == field else f" ({key})"
+            found = f"The draft's config.json says {field} is {shown(value)}{where}"
+            check_field(field, value, found, rule or _RULES[field])
         return value
 
-    def agreed(self, field: str, places: tuple[str, ...]) -> Any:
-        """The value of `field`: the caller's, or the one that all places which say something agree on."""
-        if field in self.given:
-            return self.given[field]
-        said = {place: self.value(field, place) for place in places}
+    def resolve(self, field: str, keys: tuple[str, ...]) -> Any:
+        """Return the value of `field`: the caller's, or the one that all its keys agree on."""
+        if field in self.overrides:
+            return self.overrides[field]
+        values = {key: self.value(field, key) for key in keys}
         if field == "dtype":
-            return one_of(
-                field,
-                said,
-                {place: str(value).removeprefix("torch.") for place, value in said.items()},
-            )
-        return one_of(field, said)
+            names = {key: str(value).removeprefix("torch.") for key, value in values.items()}
+            return one_of(field, values, names)
+        return one_of(field, values)
 
     def fields(self) -> dict[str, Any]:
-        self.refuse_foreign()
-        self.refuse_unknown()
-        fields = {field: self.agreed(field, places) for field, places in self.places().items()}
+        """Return the keywords of the config class, without those that are None."""
+        self.check_features()
+        self.check_nested_keys()
+        fields = {field: self.resolve(field, keys) for field, keys in self.keys().items()}
         fields["target_layer_ids"] = self.taps()
-        self.require(fields)
-        self.refuse_lengths(fields["num_hidden_layers"])
+        self.check_required(fields)
+        self.check_lengths(fields["num_hidden_layers"])
         fields["layer_types"] = self.layer_types(fields["num_hidden_layers"])
         fields["sliding_window"] = self.sliding_window(fields["layer_types"])
-        fields["is_causal"] = self.causality(fields)
+        fields["is_causal"] = self.is_causal(fields)
         fields["rope_parameters"] = self.rope(fields["head_dim"])
-        self.refuse_shapes(fields)
-        # In the hub layout it names the code of the repository, which AutoModel looks for on the config.
+        self.check_widths(fields)
+        # In the hub layout auto_map names the code of the repository; AutoModel looks for it on the config.
         auto_map = self.value("auto_map", "auto_map") or {}
         fields["auto_map"] = auto_map if "AutoConfig" in auto_map else None
         return {name: value for name, value in fields.items() if value is not None}
 
-    def places(self) -> dict[str, tuple[str, ...]]:
-        """Every field that all its places must agree on; those that are read in their own way are not among them."""
+    def keys(self) -> dict[str, tuple[str, ...]]:
+        """Return field -> its keys, for the fields whose keys must simply agree."""
         names = [field for field in (*REQUIRED, *DEFAULTED) if field != "target_layer_ids"]
-        places = {field: _PLACES.get(field, (field,)) for field in names}
-        places.update(
-            {
-                field: (field, f"dflash_config.{field}")
-                for field in (*self.kind.fields, *self.kind.scales)
-            }
-        )
-        return places
+        keys = {field: _KEYS.get(field, (field,)) for field in names}
+        for field in (*self.layout.fields, *self.layout.scales):
+            keys[field] = (field, f"dflash_config.{field}")
+        return keys
 
-    def refuse_foreign(self) -> None:
-        """Refuse, by name, what this model cannot run, and what is no draft at all."""
+    # Refusing ------------------------------------------------------------------------------------------------------
+
+    def check_features(self) -> None:
+        """Refuse, by name, features that this model cannot run, and files that describe no draft at all."""
         for part, feature in _HEADS_BY_ARCHITECTURE:
             if part in (self.architecture or ""):
                 raise ValueError(refusal(feature, "architectures", self.architectures))
-        self.refuse_other_variant()
+        self.check_variant()
         for feature, key, unused in _FEATURES:
-            if key in self.kind.scales:
+            if key in self.layout.scales:
                 continue
-            for place in (key,) if "." in key else (key, f"dflash_config.{key}"):
-                if not is_among(self.at(place), unused):
-                    raise ValueError(refusal(feature, place, self.at(place), unused))
-        self.refuse_no_draft()
+            for full_key in (key,) if "." in key else (key, f"dflash_config.{key}"):
+                value = self.get(full_key)
+                if not is_among(value, unused):
+                    raise ValueError(refusal(feature, full_key, value, unused))
+        self.check_is_draft()
 
-    def refuse_no_draft(self) -> None:
-        known = self.kind.architectures
-        silent = (
-            not self.nested
-            and self.at("target_layer_ids") is None
-            and self.at("mask_token_id") is None
-        )
-        if self.architecture in known or (self.architecture is None and (self.given or not silent)):
-            return
-        raise ValueError(
-            f"This config.json describes {self.architecture or model_type_of(self.config)}, not a {self.kind.title} "
-            f"draft (architectures is {shown(self.at('architectures'))}; known here: {', '.join(known)}). Pass the "
-            "draft's repository, not its target's."
-        )
-
-    def refuse_other_variant(self) -> None:
+    def check_variant(self) -> None:
         """Refuse a draft of another kind, and name the class that loads it."""
-        name, signs = _kind_and_signs(self.config | self.given)
-        found = DRAFT_LAYOUTS[name]
+        name, signs = _kind_and_signs(self.config | self.overrides)
+        found = KINDS[name]
         is_draft = self.architecture in found.architectures or bool(signs)
         if name != self.variant and is_draft:
-            place, value = next(iter((signs or {"architectures": self.architectures}).items()))
+            key, value = next(iter((signs or {"architectures": self.architectures}).items()))
             raise ValueError(
-                f"This config.json describes a {found.title} draft ({place} is {shown(value)}), which "
-                f"{self.kind.reader} does not run, so it is refused; load it with {found.reader}.from_pretrained, or "
-                "with dflash_hub.load_draft, which tells them apart."
+                f"This config.json describes a {found.title} draft ({key} is {shown(value)}), which "
+                f"{KINDS[self.variant].reader} does not run, so it is refused; load it with "
+                f"{found.reader}.from_pretrained, or with dflash_hub.load_draft, which tells them apart."
             )
 
-    def refuse_unknown(self) -> None:
-        """Refuse a key inside dflash_config that is not known: it may ask for anything."""
+    def check_is_draft(self) -> None:
+        """Refuse the config.json of a model that is not a draft, such as the target's."""
+        kind = KINDS[self.variant]
+        has_keys = bool(self.nested)
+        has_keys |= any(self.get(key) is not None for key in ("target_layer_ids", "mask_token_id"))
+        unnamed = self.architecture is None and (self.overrides or has_keys)
+        if self.architecture in kind.architectures or unnamed:
+            return
+        raise ValueError(
+            f"This config.json describes {self.architecture or model_type_of(self.config)}, not a {kind.title} draft "
+            f"(architectures is {shown(self.get('architectures'))}; known here: {', '.join(kind.architectures)}). Pass "
+            "the draft's repository, not its target's."
+        )
+
+    def check_nested_keys(self) -> None:
+        """Refuse an unknown key inside dflash_config, because it may change what the draft computes."""
         for key, value in self.nested.items():
-            if key not in _NESTED:
-                said = f"The draft's config.json has dflash_config.{key}, which is {shown(value)}; no such key is known"
-                nearest = difflib.get_close_matches(str(key).lower(), sorted(_NESTED), n=1)
-                at_top = self.places().get(key) == (key,) or key in _ONLY_AT_TOP
-                advice = (
-                    f"is {nearest[0]} meant?"
-                    if nearest
-                    else "remove it if the draft does not need it."
-                )
-                raise ValueError(
-                    f"{said}, so it is refused: {'it belongs at the top.' if at_top else advice}"
-                )
-
-    def refuse_lengths(self, layers: int) -> None:
-        """Refuse what is said layer by layer for another number of layers."""
-        places = [
-            ("layer_types", "layer_types"),
-            *(("is_causal", place) for place in _PLACES["is_causal"]),
-        ]
-        for field, place in places:
-            said = None if field in self.given else self.value(field, place)
-            if isinstance(said, list) and len(said) != layers:
-                raise ValueError(
-                    f"The draft's config.json says {field} is {shown(said)} ({place}) but num_hidden_layers is "
-                    f"{layers}; it must be {FIELDS[field].words}."
-                )
-
-    def refuse_shapes(self, fields: dict[str, Any]) -> None:
-        vocab, reduced = fields.get("vocab_size"), self.agreed("draft_vocab_size", _REDUCED_PLACES)
-        if reduced is not None and reduced != vocab:
+            if key in _NESTED:
+                continue
+            nearest = difflib.get_close_matches(str(key).lower(), sorted(_NESTED), n=1)
+            if self.keys().get(key) == (key,) or key in _ONLY_AT_TOP:
+                advice = "it belongs at the top."
+            elif nearest:
+                advice = f"is {nearest[0]} meant?"
+            else:
+                advice = "remove it if the draft does not need it."
             raise ValueError(
-                refusal(
-                    f"a reduced vocabulary (of vocab_size, {vocab})", "draft_vocab_size", reduced
-                )
+                f"The draft's config.json has dflash_config.{key}, which is {shown(value)}; no such key is known, "
+                f"so it is refused: {advice}"
             )
-        width = self.value("v_head_dim", "v_head_dim")
-        if width not in (None, fields["head_dim"]):
-            keys = f"values of another width than keys (head_dim, {fields['head_dim']})"
-            raise ValueError(refusal(keys, "v_head_dim", width))
 
-    def taps(self) -> list[int] | None:
-        if "target_layer_ids" in self.given:
-            return self.agreed("target_layer_ids", ())
-        said = {place: self.value("target_layer_ids", place) for place in _TAP_PLACES}
-        meant = dict(said)
-        for place in _SHIFTED_TAP_PLACES:
-            indices = self.value("target_layer_ids", place, _SHIFTED_TAPS)
-            label = f"{place} (counted from the embedding)"
-            said[label], meant[label] = indices, indices and [index - 1 for index in indices]
-        return one_of("target_layer_ids", said, meant)
-
-    def require(self, fields: dict[str, Any]) -> None:
-        places = {**self.places(), "target_layer_ids": (*_TAP_PLACES, *_SHIFTED_TAP_PLACES)}
-        for name in (*REQUIRED, *self.kind.fields, *self.kind.required):
+    def check_required(self, fields: dict[str, Any]) -> None:
+        """Refuse a file that lacks a required field."""
+        keys = {**self.keys(), "target_layer_ids": (*_TAP_KEYS, *_SHIFTED_TAP_KEYS)}
+        for name in (*REQUIRED, *self.layout.fields, *self.layout.required):
             if fields[name] is None:
                 raise ValueError(
-                    f"The draft's config.json does not say {name} ({self.unsaid(places[name])}), and it is not "
+                    f"The draft's config.json does not say {name} ({self.describe_missing(keys[name])}), and it is not "
                     f"guessed; supply it: from_pretrained(..., {name}=...), {FIELDS[name].words}."
                 )
 
-    def unsaid(self, places: tuple[str, ...]) -> str:
-        """How places say nothing: they are not there, null, or empty."""
+    def check_lengths(self, layers: int) -> None:
+        """Refuse lists with one entry per layer that are made for another number of layers."""
+        keys = [("layer_types", "layer_types")]
+        keys += [("is_causal", key) for key in _KEYS["is_causal"]]
+        for field, key in keys:
+            value = None if field in self.overrides else self.value(field, key)
+            if isinstance(value, list) and len(value) != layers:
+                raise ValueError(
+                    f"The draft's config.json says {field} is {shown(value)} ({key}) but num_hidden_layers is "
+                    f"{layers}; it must be {FIELDS[field].words}."
+                )
+
+    def check_widths(self, fields: dict[str, Any]) -> None:
+        """Refuse a reduced vocabulary, and values of another width than keys."""
+        vocab_size = fields.get("vocab_size")
+        reduced = self.resolve("draft_vocab_size", _REDUCED_VOCAB_KEYS)
+        if reduced is not None and reduced != vocab_size:
+            feature = f"a reduced vocabulary (of vocab_size, {vocab_size})"
+            raise ValueError(refusal(feature, "draft_vocab_size", reduced))
+        head_dim = fields["head_dim"]
+        width = self.value("v_head_dim", "v_head_dim")
+        if width not in (None, head_dim):
+            feature = f"values of another width than keys (head_dim, {head_dim})"
+            raise ValueError(refusal(feature, "v_head_dim", width))
+
+    def describe_missing(self, keys: tuple[str, ...]) -> str:
+        """Return how each key is missing: "no x" where it is absent, "x is None" where it is null or empty."""
         if "dflash_config" in self.config and not self.nested:
-            places = tuple(
-                dict.fromkeys("dflash_config" if "." in place else place for place in places)
-            )
-        there = [
-            place.rpartition(".")[2] in (self.nested if "." in place else self.config)
-            for place in places
-        ]
-        told = zip(places, there, strict=True)
-        return ", ".join(
-            f"{place} is {shown(self.at(place))}" if found else f"no {place}"
-            for place, found in told
-        )
+            keys = tuple(dict.fromkeys(key.partition(".")[0] for key in keys))
+        words = []
+        for key in keys:
+            present = key.rpartition(".")[2] in self.level(key)
+            words.append(f"{key} is {shown(self.get(key))}" if present else f"no {key}")
+        return ", ".join(words)
+
+    # Fields with rules of their own --------------------------------------------------------------------------------
+
+    def taps(self) -> list[int] | None:
+        """Return `target_layer_ids`, from its own keys or from those that hold indices of hidden_states."""
+        if "target_layer_ids" in self.overrides:
+            return self.overrides["target_layer_ids"]
+        values = {key: self.value("target_layer_ids", key) for key in _TAP_KEYS}
+        layer_ids = dict(values)
+        for key in _SHIFTED_TAP_KEYS:
+            indices = self.value("target_layer_ids", key, _SHIFTED_TAPS)
+            label = f"{key} (counted from the embedding)"
+            values[label] = indices
+            layer_ids[label] = indices and [index - 1 for index in indices]
+        return one_of("target_layer_ids", values, layer_ids)
 
     def layer_types(self, layers: int) -> list[str]:
-        """Which layers slide. `use_swa` makes all of them slide where `layer_types` names none, as vLLM reads it."""
-        if "layer_types" in self.given:
-            return self.agreed("layer_types", ())
-        said, forced = (
-            self.value("layer_types", "layer_types"),
-            self.value("use_swa", "dflash_config.use_swa"),
-        )
+        """Return each layer's type. As in vLLM, `use_swa` makes all layers slide where `layer_types` names none."""
+        if "layer_types" in self.overrides:
+            return self.overrides["layer_types"]
+        types = self.value("layer_types", "layer_types")
+        forced = self.value("use_swa", "dflash_config.use_swa")
         used = self.value("use_sliding_window", "use_sliding_window")
-        for place, value in (("use_sliding_window", used), ("dflash_config.use_swa", forced)):
-            if SLIDING in (said or ()) and value is False:
-                raise ValueError(contradiction("layer_types", {"layer_types": said, place: False}))
-        if forced and SLIDING not in (said or ()):
+        slides = SLIDING in (types or ())
+        for key, value in (("use_sliding_window", used), ("dflash_config.use_swa", forced)):
+            if slides and value is False:
+                raise ValueError(contradiction("layer_types", {"layer_types": types, key: False}))
+        if forced and not slides:
             return [SLIDING] * layers
-        if said:
-            return said
-        if self.muse:
+        if types:
+            return types
+        if self.is_muse:
             return [SLIDING] * layers
-        if used and self.at("sliding_window"):
+        if used and self.get("sliding_window"):
             raise ValueError(
                 "The draft's config.json turns use_sliding_window on but does not say which layers slide "
-                f"({self.unsaid(('layer_types',))}); supply it: from_pretrained(..., layer_types=[...]), "
+                f"({self.describe_missing(('layer_types',))}); supply it: from_pretrained(..., layer_types=[...]), "
                 f"{FIELDS['layer_types'].words}."
             )
         return [FULL] * layers
 
     def sliding_window(self, layer_types: list[str] | None) -> int | None:
-        for place in _WINDOW_PLACES:
-            self.value("sliding_window", place)
+        """Return the window of the sliding layers; None if no layer slides, even where the file has a window."""
+        for key in _WINDOW_KEYS:
+            self.value("sliding_window", key)
         if SLIDING not in (layer_types or ()):
             return None
-        window = self.agreed("sliding_window", _WINDOW_PLACES)
+        window = self.resolve("sliding_window", _WINDOW_KEYS)
         if window is None:
-            said = {place: self.at(place) for place in ("layer_types", "dflash_config.use_swa")}
-            why = " and ".join(
-                f"{place} is {shown(value)}" for place, value in said.items() if value
-            )
+            keys = [key for key in ("layer_types", "dflash_config.use_swa") if self.get(key)]
+            reasons = " and ".join(f"{key} is {shown(self.get(key))}" for key in keys)
             raise ValueError(
-                f"The draft has sliding layers{f' ({why})' if why else ''}, but its config.json does not say how far "
-                f"they see ({self.unsaid(_WINDOW_PLACES)}); supply it: from_pretrained(..., sliding_window=...), "
-                f"{FIELDS['sliding_window'].words}."
+                f"The draft has sliding layers{f' ({reasons})' if reasons else ''}, but its config.json does not say "
+                f"how far they see ({self.describe_missing(_WINDOW_KEYS)}); supply it: from_pretrained(..., "
+                f"sliding_window=...), {FIELDS['sliding_window'].words}."
             )
         return window
 
-    def causality(self, fields: dict[str, Any]) -> bool | list[bool] | None:
-        """What was said; else False for the two dialects whose sliding layers are bidirectional without saying so."""
-        said = fields["is_causal"]
-        bidirectional = self.muse or (
-            self.at("dflash_config.use_swa") and SLIDING not in (self.at("layer_types") or ())
+    def is_causal(self, fields: dict[str, Any]) -> bool | list[bool] | None:
+        """Return the file's value; without one, False for the two dialects whose sliding layers are bidirectional."""
+        value = fields["is_causal"]
+        forced = self.get("dflash_config.use_swa") and SLIDING not in (
+            self.get("layer_types") or ()
         )
-        return False if said is None and bidirectional else said
+        return False if value is None and (self.is_muse or forced) else value
 
     def rope(self, head_dim: int) -> dict[str, Any]:
-        """`rope_parameters`, from either form or both. A theta is never guessed."""
-        if "rope_parameters" in self.given:
-            forms = {
-                "rope_parameters": modern_rope("rope_parameters", self.given["rope_parameters"])
-            }
+        """Return `rope_parameters`, from rope_parameters, rope_scaling or both. A theta is never guessed."""
+        if "rope_parameters" in self.overrides:
+            found = {"rope_parameters": self.overrides["rope_parameters"]}
         else:
-            forms = {
-                place: modern_rope(place, self.value(place, place))
-                for place in ("rope_parameters", "rope_scaling")
-            }
-        merged: dict[str, Any] = {}
-        for key in dict.fromkeys(
-            key for form in forms.values() for key in form if key != "rope_theta"
-        ):
-            said = {f"{place}.{key}": form[key] for place, form in forms.items() if key in form}
-            merged[key] = one_of("rope_parameters", said)
+            found = {key: self.value(key, key) for key in ("rope_parameters", "rope_scaling")}
+        forms = {key: modern_rope(key, rope) for key, rope in found.items()}
+        merged = self.merge_rope(forms)
         merged["rope_theta"] = self.rope_theta(forms)
         if len(merged) > 1 and "rope_type" not in merged:
             raise ValueError(
@@ -483,31 +483,39 @@ class _Layout:
                 f"must be {ROPE['rope_type'].words}; supply it: from_pretrained(..., "
                 "rope_parameters={'rope_type': ..., ...})."
             )
-        said_there = {place: self.given.get(place, self.at(place)) for place in forms}
-        check_rope(
-            merged,
-            head_dim,
-            " and ".join(f"{place} is {shown(form)}" for place, form in said_there.items()),
-        )
+        raw = {key: self.overrides.get(key, self.get(key)) for key in forms}
+        described = " and ".join(f"{key} is {shown(rope)}" for key, rope in raw.items())
+        check_rope(merged, head_dim, described)
         return {"rope_type": "default"} | merged
 
+    def merge_rope(self, forms: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        """Return the entries of both rope dicts but the theta; an entry of both must be equal."""
+        merged: dict[str, Any] = {}
+        names: dict[str, None] = {}
+        for form in forms.values():
+            names |= dict.fromkeys(form)
+        names.pop("rope_theta", None)
+        for name in names:
+            values = {f"{key}.{name}": form[name] for key, form in forms.items() if name in form}
+            merged[name] = one_of("rope_parameters", values)
+        return merged
+
     def rope_theta(self, forms: dict[str, dict[str, Any]]) -> float:
-        """The caller's, in either keyword; else the one that all places which say something agree on."""
-        said = {
-            f"{place}.rope_theta": form["rope_theta"]
-            for place, form in forms.items()
-            if "rope_theta" in form
-        }
-        top = self.agreed("rope_theta", ("rope_theta",))
-        if "rope_theta" in self.given:
-            said = {"rope_theta": top}
-        elif top is not None and not ("rope_parameters" in self.given and said):
-            said["rope_theta"] = top
-        theta = one_of("rope_theta", said)
+        """Return the caller's theta, from either keyword; else the one that all its keys agree on."""
+        values = {}
+        for key, form in forms.items():
+            if "rope_theta" in form:
+                values[f"{key}.rope_theta"] = form["rope_theta"]
+        top = self.resolve("rope_theta", ("rope_theta",))
+        if "rope_theta" in self.overrides:
+            values = {"rope_theta": top}
+        elif top is not None and not ("rope_parameters" in self.overrides and values):
+            values["rope_theta"] = top
+        theta = one_of("rope_theta", values)
         if theta is None:
+            missing = self.describe_missing(("rope_theta", *forms))
             raise ValueError(
-                f"The draft's config.json says no rope_theta ({self.unsaid(('rope_theta', *forms))}), and a wrong one "
-                "ruins long contexts silently; supply it: from_pretrained(..., rope_theta=...), "
-                f"{FIELDS['rope_theta'].words}."
+                f"The draft's config.json says no rope_theta ({missing}), and a wrong one ruins long contexts "
+                f"silently; supply it: from_pretrained(..., rope_theta=...), {FIELDS['rope_theta'].words}."
             )
         return theta

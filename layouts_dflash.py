@@ -1,9 +1,9 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""How this package writes drafts on disk: what each field may hold, and the hub and the engines layout.
+"""Read and write drafts in the hub and the engines layout, and define which values each field may hold.
 
-This file travels with every pushed draft, and works on plain dicts. Every other published layout is read by
-`layouts.py`, which stays in the package.
+This file travels with every pushed draft, and works on plain dicts. `layouts.py` reads every other published layout;
+it stays in the package.
 """
 
 import difflib
@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 FULL, SLIDING = "full_attention", "sliding_attention"
-MUSE = "MuseGlimmerAssistantModel"
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 
@@ -25,23 +24,15 @@ DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 @dataclass(frozen=True)
 class DraftLayout:
-    """Describe how a kind of draft is told from others in a config.json, and what it adds there.
+    """Describe what a kind of draft adds to a config.json.
 
     Args:
-        title: the kind's name in errors.
-        reader: the class that loads it.
-        architectures: names of its model class in config.json.
-        name_part: a part of the architecture that no other kind has; "" for the kind that others extend.
         fields: required fields that only this kind has. They may stand at the top or in dflash_config.
         required: fields of all kinds that this kind requires.
         scales: optional fields that it adds; 1 means unused. They may stand in the same two places.
         mirrored: further fields that engines read in dflash_config too.
     """
 
-    title: str
-    reader: str
-    architectures: tuple[str, ...]
-    name_part: str = ""
     fields: tuple[str, ...] = ()
     required: tuple[str, ...] = ()
     scales: tuple[str, ...] = ()
@@ -49,14 +40,8 @@ class DraftLayout:
 
 
 DRAFT_LAYOUTS = {
-    "dflash": DraftLayout(
-        "DFlash", "DFlashDraftModel", ("DFlashDraftModel", "Qwen3DFlashDraftModel", MUSE)
-    ),
+    "dflash": DraftLayout(),
     "dflash2": DraftLayout(
-        "DFlash 2",
-        "DFlash2DraftModel",
-        ("DFlash2DraftModel", "Qwen3DFlash2DraftModel"),
-        name_part="DFlash2",
         fields=("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k"),
         required=("vocab_size",),
         scales=("output_multiplier", "input_embedding_scale"),
@@ -67,54 +52,60 @@ DRAFT_LAYOUTS = {
 BASE = next(iter(DRAFT_LAYOUTS))
 
 
-# What is right --------------------------------------------------------------------------------------------------
+# Which values are valid -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Kind:
-    """What a field may hold: the words that say it in an error, and the test. Every test costs the same."""
+class FieldRule:
+    """Define which values a field may hold: `words` for error messages, and the test `accepts`, cheap for any value."""
 
     words: str
-    fits: Callable[[Any], bool]
+    accepts: Callable[[Any], bool]
 
 
-def int_from(low: int, high: int, step: int = 1) -> Kind:
-    def fits(value: Any) -> bool:
-        return (
-            isinstance(value, int)
-            and not isinstance(value, bool)
-            and low <= value <= high
-            and value % step == 0
-        )
+def int_from(low: int, high: int, step: int = 1) -> FieldRule:
+    """Accept multiples of `step` from `low` to `high`."""
 
-    return Kind(f"an {'int' if step == 1 else 'even int'} from {low} to {high}", fits)
+    def accepts(value: Any) -> bool:
+        is_int = isinstance(value, int) and not isinstance(value, bool)
+        return is_int and low <= value <= high and value % step == 0
+
+    return FieldRule(f"an {'int' if step == 1 else 'even int'} from {low} to {high}", accepts)
 
 
-def _number(low: float, high: float, above: bool = False) -> Kind:
-    """A finite number from `low`, or above it, to `high`."""
+def _number(low: float, high: float) -> FieldRule:
+    """Accept finite numbers from `low` to `high`."""
 
-    def fits(value: Any) -> bool:
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        return number and low <= value <= high and not (above and value == low)
+    def accepts(value: Any) -> bool:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return is_number and low <= value <= high
 
-    return Kind(
-        f"a number above {low:g}, at most {high:g}"
-        if above
-        else f"a number from {low:g} to {high:g}",
-        fits,
+    return FieldRule(f"a number from {low:g} to {high:g}", accepts)
+
+
+def _positive(high: float) -> FieldRule:
+    """Accept finite numbers above 0, up to `high`."""
+    number = _number(0, high)
+    return FieldRule(
+        f"a number above 0, at most {high:g}", lambda value: number.accepts(value) and value != 0
     )
 
 
-def list_of(words: str, item: Kind, longest: int = 1000, ascending: bool = False) -> Kind:
-    def fits(value: Any) -> bool:
-        right = isinstance(value, list) and 0 < len(value) <= longest and all(map(item.fits, value))
-        return right and not (ascending and any(a >= b for a, b in pairwise(value)))
+def list_of(words: str, item: FieldRule, longest: int = 1000, ascending: bool = False) -> FieldRule:
+    """Accept lists of 1 to `longest` items, strictly ascending if that is required."""
 
-    return Kind(words, fits)
+    def accepts(value: Any) -> bool:
+        if not isinstance(value, list) or not 0 < len(value) <= longest:
+            return False
+        if not all(map(item.accepts, value)):
+            return False
+        return not ascending or all(a < b for a, b in pairwise(value))
+
+    return FieldRule(words, accepts)
 
 
-def _choice(names: tuple[str, ...]) -> Kind:
-    return Kind(
+def _choice(names: tuple[str, ...]) -> FieldRule:
+    return FieldRule(
         f"one of {', '.join(names)}", lambda value: isinstance(value, str) and value in names
     )
 
@@ -124,36 +115,28 @@ def _is_dtype(value: Any) -> bool:
 
 
 def _is_activation(value: Any) -> bool:
-    from transformers.activations import ACT2FN  # here, since it imports much
+    from transformers.activations import ACT2FN  # slow to import
 
     return isinstance(value, str) and value in ACT2FN
-
-
-def _is_auto_map(value: Any) -> bool:
-    return isinstance(value, dict) and all(
-        isinstance(name, str | list | None) for name in value.values()
-    )
 
 
 def _is_labels(value: Any) -> bool:
     return isinstance(value, dict) and all(str(key).isdecimal() for key in value)
 
 
-_BOOL = Kind("True or False", lambda value: isinstance(value, bool))
-_STR = Kind("a string", lambda value: isinstance(value, str))
-_DICT = Kind("a dict", lambda value: isinstance(value, dict))
+BOOL = FieldRule("True or False", lambda value: isinstance(value, bool))
+DICT = FieldRule("a dict", lambda value: isinstance(value, dict))
+STR = FieldRule("a string", lambda value: isinstance(value, str))
 LAYERS = 1000
-_WIDTH, _HEADS, _POSITIONS, _ID = (
-    int_from(1, 2**20),
-    int_from(1, 4096),
-    int_from(1, 2**30),
-    int_from(0, 2**24 - 1),
-)
-_FACTOR = _number(0, 1e6, above=True)
+_WIDTH = int_from(1, 2**20)
+_HEADS = int_from(1, 4096)
+_POSITIONS = int_from(1, 2**30)
+_ID = int_from(0, 2**24 - 1)
+_FACTOR = _positive(1e6)
 _FACTORS = list_of("a list of numbers above 0", _FACTOR, longest=2**16)
-_BOOLS = list_of("a list of True or False", _BOOL, LAYERS)
+_BOOLS = list_of("a list of True or False", BOOL, LAYERS)
 
-# Field -> what is right for it. Upper bounds are beyond every draft, and low enough that nothing is built of them.
+# Field -> its rule. Upper bounds exceed every real draft, yet refuse sizes that would exhaust memory.
 FIELDS = {
     "block_size": int_from(2, 1024),
     "mask_token_id": _ID,
@@ -164,16 +147,16 @@ FIELDS = {
     ),
     "num_target_layers": int_from(1, LAYERS),
     "target_hidden_size": _WIDTH,
-    "is_causal": Kind(
+    "is_causal": FieldRule(
         "True or False, or a list of them, one per layer",
-        lambda value: _BOOL.fits(value) or _BOOLS.fits(value),
+        lambda value: BOOL.accepts(value) or _BOOLS.accepts(value),
     ),
     "layer_types": list_of(
         f"a list of {FULL!r} or {SLIDING!r}, one per layer", _choice((FULL, SLIDING)), LAYERS
     ),
     "sliding_window": _POSITIONS,
-    "rope_parameters": _DICT,
-    "rope_theta": _number(0, 1e15, above=True),
+    "rope_parameters": DICT,
+    "rope_theta": _positive(1e15),
     "vocab_size": int_from(1, 2**24),
     "hidden_size": _WIDTH,
     "intermediate_size": _WIDTH,
@@ -181,51 +164,46 @@ FIELDS = {
     "num_attention_heads": _HEADS,
     "num_key_value_heads": _HEADS,
     "head_dim": int_from(2, 2**14, step=2),
-    "hidden_act": Kind(
+    "hidden_act": FieldRule(
         "the name of an activation that transformers has, such as 'silu'", _is_activation
     ),
-    "rms_norm_eps": _number(0, 1, above=True),
+    "rms_norm_eps": _positive(1),
     "max_position_embeddings": _POSITIONS,
     "initializer_range": _number(0, 1e3),
-    "attention_bias": _BOOL,
+    "attention_bias": BOOL,
     "attention_dropout": _number(0, 1),
     "final_logit_softcapping": _number(0, 1e6),
-    "tie_word_embeddings": _BOOL,
-    "use_cache": _BOOL,
-    "dtype": Kind(f"one of {', '.join(DTYPES)}", _is_dtype),
-    "quantization_config": _DICT,
+    "tie_word_embeddings": BOOL,
+    "use_cache": BOOL,
+    "dtype": FieldRule(f"one of {', '.join(DTYPES)}", _is_dtype),
     "conv_kernel_size": int_from(1, 1024),
     "conv_group_size": _WIDTH,
     "selector_rank": _WIDTH,
     "selector_top_k": int_from(1, 2**16),
     "output_multiplier": _FACTOR,
     "input_embedding_scale": _FACTOR,
-    # What is no field of a draft, but read beside them, or taken by transformers.
-    "use_sliding_window": _BOOL,
-    "use_swa": _BOOL,
-    "draft_vocab_size": int_from(1, 2**24),
-    "v_head_dim": int_from(1, 2**14),
-    "dflash_config": _DICT,
-    "architectures": Kind(
+    # No fields of a draft, but transformers stores them on every config.
+    "architectures": FieldRule(
         "a list of names of classes",
-        lambda value: isinstance(value, list) and len(value) <= 1000 and all(map(_STR.fits, value)),
+        lambda value: (
+            isinstance(value, list) and len(value) <= 1000 and all(map(STR.accepts, value))
+        ),
     ),
-    "model_type": _STR,
-    "auto_map": Kind("a dict of names of classes", _is_auto_map),
-    "rope_scaling": _DICT,
+    "model_type": STR,
+    "rope_scaling": DICT,
     "num_labels": int_from(0, 2**20),
-    "id2label": Kind("a dict of ids to names", _is_labels),
+    "id2label": FieldRule("a dict of ids to names", _is_labels),
 }
-# Key of a rope dict -> what is right for it. The sections that images have are kept: text turns in all of them alike.
+# Key of a rope dict -> its rule. The mrope keys of image models are allowed: they do not change text positions.
 ROPE = {
     "rope_type": _choice(ROPE_TYPES),
     "rope_theta": FIELDS["rope_theta"],
     "original_max_position_embeddings": _POSITIONS,
-    "truncate": _BOOL,
+    "truncate": BOOL,
     "short_factor": _FACTORS,
     "long_factor": _FACTORS,
     "mrope_section": list_of("a list of ints from 0 up", _ID),
-    "mrope_interleaved": _BOOL,
+    "mrope_interleaved": BOOL,
     **dict.fromkeys(
         ("factor", "beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor"), _FACTOR
     ),
@@ -241,37 +219,35 @@ _ROPE_NEEDS = {
 
 
 def shown(value: Any, longest: int = 160) -> str:
-    """`repr(value)`, shortened where it is long."""
+    """Return `repr(value)`, shortened where it is long."""
     try:
         text = repr(value)
-    except (
-        ValueError,
-        RecursionError,
-    ):  # more digits than Python writes; lists in lists in lists ...
+    except (ValueError, RecursionError):  # a number with too many digits, or lists nested too deep
         text = f"a {type(value).__name__} too large to be shown"
     return text if len(text) <= longest else f"{text[:longest]} ..."
 
 
-def check_field(field: str, value: Any, said: str | None = None, kind: Kind | None = None) -> None:
-    """Refuse a value that is not right for its field.
+def check_field(
+    field: str, value: Any, found: str | None = None, rule: FieldRule | None = None
+) -> None:
+    """Refuse a value that its field may not hold.
 
     Args:
-        said: the beginning of the error; by default, what a keyword said.
-        kind: what is right; by default, what `FIELDS` has.
+        found: the beginning of the error; by default, it names the keyword and its value.
+        rule: which values are valid; by default, the field's rule in `FIELDS`.
 
     Raises:
-        ValueError: with the field, the value, and what would be right.
+        ValueError: with the field, the value, and the valid values.
     """
-    kind = kind or FIELDS[field]
-    if not kind.fits(value):
-        advice = "" if said else f" (pass {field}=...)"
-        raise ValueError(
-            f"{said or f'{field} is {shown(value)}'}; it must be {kind.words}{advice}."
-        )
+    rule = rule or FIELDS[field]
+    if not rule.accepts(value):
+        advice = "" if found else f" (pass {field}=...)"
+        found = found or f"{field} is {shown(value)}"
+        raise ValueError(f"{found}; it must be {rule.words}{advice}.")
 
 
 def check_content(config: Any) -> dict[str, Any]:
-    """The content of a config.json, or a ValueError where it is no dict."""
+    """Return the content of a config.json; raise a ValueError if it is no dict."""
     if not isinstance(config, dict):
         raise ValueError(
             f"The draft's config.json is {shown(config)}; it must be a dict of fields."
@@ -279,46 +255,45 @@ def check_content(config: Any) -> dict[str, Any]:
     return config
 
 
-def modern_rope(place: str, form: dict[str, Any] | None) -> dict[str, Any]:
-    """One rope dict with `type` under its present name; {} where nothing was said.
+def modern_rope(key: str, rope: dict[str, Any] | None) -> dict[str, Any]:
+    """Return a rope dict without empty entries, its old key `type` renamed to `rope_type`; {} for None.
 
     Args:
-        place: where it stands, for errors.
+        key: the key that holds it, for errors.
 
     Raises:
         ValueError: a key is not known or holds what it cannot, or the rotary embeddings are of a kind not run here.
     """
-    if form is not None:
-        check_field(place, form)
-    _refuse_unknown_rope(place, form or {})
-    form = {key: listed(value) for key, value in (form or {}).items() if value is not None}
-    _refuse_partial_rope(place, form)
-    old_type = form.pop("type", None)
+    if rope is not None:
+        check_field(key, rope)
+    rope = rope or {}
+    _check_rope_keys(key, rope)
+    rope = {name: as_list(value) for name, value in rope.items() if value is not None}
+    _check_whole_rope(key, rope)
+    old_type = rope.pop("type", None)
     if old_type is not None:
-        said = {f"{place}.type": old_type} | (
-            {f"{place}.rope_type": form["rope_type"]} if "rope_type" in form else {}
-        )
-        form["rope_type"] = one_of("rope_parameters", said)
-    for key, value in form.items():
-        check_field(key, value, f"{place}.{key} is {shown(value)}", ROPE[key])
-    return form
+        types = {f"{key}.type": old_type, f"{key}.rope_type": rope.get("rope_type", old_type)}
+        rope["rope_type"] = one_of("rope_parameters", types)
+    for name, value in rope.items():
+        check_field(name, value, f"{key}.{name} is {shown(value)}", ROPE[name])
+    return rope
 
 
-def check_rope(rope: dict[str, Any], head_dim: int, said: str | None = None) -> None:
-    """Refuse a whole `rope_parameters` that lacks what its type needs, or whose factors are not one per frequency.
+def check_rope(rope: dict[str, Any], head_dim: int, found: str | None = None) -> None:
+    """Refuse a whole `rope_parameters` that lacks a key of its type, or whose factors are not one per frequency.
 
     Args:
-        said: the beginning of the error; by default, what the keyword said.
+        found: the beginning of the error; by default, it names the keyword and its value.
 
     Raises:
-        ValueError: with what is missing, or of another length.
+        ValueError: a key is missing, or a list has another length.
     """
     rope_type = rope.get("rope_type", "default")
     for key in _ROPE_NEEDS.get(rope_type, ()):
         if key not in rope:
-            said = said or f"rope_parameters is {shown(rope)}"
+            found = found or f"rope_parameters is {shown(rope)}"
             raise ValueError(
-                f"{said}: for rope_type {rope_type!r}, {key} is None; it must be {ROPE[key].words}."
+                f"{found}: for rope_type {rope_type!r}, {key} is None; it must be {ROPE[key].words}."
             )
     for key in ("short_factor", "long_factor"):
         if key in rope and len(rope[key]) != head_dim // 2:
@@ -328,81 +303,82 @@ def check_rope(rope: dict[str, Any], head_dim: int, said: str | None = None) -> 
             )
 
 
-def _refuse_unknown_rope(place: str, form: dict[str, Any]) -> None:
-    for key, value in form.items():
-        if key not in (*ROPE, "type", "partial_rotary_factor", "rope_dim") and not isinstance(
-            value, dict
-        ):
-            nearest = difflib.get_close_matches(str(key).lower(), ROPE, n=1)
-            advice = (
-                f"is {nearest[0]} meant?" if nearest else f"it must be one of {', '.join(ROPE)}."
+def _check_rope_keys(key: str, rope: dict[str, Any]) -> None:
+    """Refuse unknown keys of a rope dict, except nested dicts, which `_check_whole_rope` refuses."""
+    known = (*ROPE, "type", "partial_rotary_factor", "rope_dim")
+    for name, value in rope.items():
+        if name not in known and not isinstance(value, dict):
+            nearest = difflib.get_close_matches(str(name).lower(), ROPE, n=1)
+            advice = f"it must be one of {', '.join(ROPE)}."
+            if nearest:
+                advice = f"is {nearest[0]} meant?"
+            raise ValueError(
+                f"{key}.{name} is {shown(value)}, but no such key is known, so it is refused: {advice}"
             )
-            said = f"{place}.{key} is {shown(value)}, but no such key is known"
-            raise ValueError(f"{said}, so it is refused: {advice}")
 
 
-def _refuse_partial_rope(place: str, form: dict[str, Any]) -> None:
-    """Refuse what turns only some of the channels, or turns layers differently; drop a factor of 1."""
-    nested = [key for key, value in form.items() if isinstance(value, dict)]
-    if nested:
-        raise ValueError(
-            refusal(
-                "rotary embeddings that differ by layer type",
-                f"{place}.{nested[0]}",
-                form[nested[0]],
-            )
-        )
-    factor = form.pop("partial_rotary_factor", 1.0)
+def _check_whole_rope(key: str, rope: dict[str, Any]) -> None:
+    """Refuse rotary embeddings of a part of the channels, or different ones by layer; drop a factor of 1."""
+    for name, value in rope.items():
+        if isinstance(value, dict):
+            feature = "rotary embeddings that differ by layer type"
+            raise ValueError(refusal(feature, f"{key}.{name}", value))
+    feature = "partial rotary embeddings"
+    factor = rope.pop("partial_rotary_factor", 1.0)
     if not is_among(factor, (1.0,)):
-        raise ValueError(
-            refusal(
-                "partial rotary embeddings", f"{place}.partial_rotary_factor", factor, (None, 1.0)
-            )
-        )
-    if "rope_dim" in form:
-        raise ValueError(
-            refusal("partial rotary embeddings", f"{place}.rope_dim", form["rope_dim"], (None,))
-        )
+        raise ValueError(refusal(feature, f"{key}.partial_rotary_factor", factor, (None, 1.0)))
+    if "rope_dim" in rope:
+        raise ValueError(refusal(feature, f"{key}.rope_dim", rope["rope_dim"], (None,)))
 
 
-def listed(value: Any) -> Any:
-    """A list of our own, also where the caller's dict holds a tuple."""
+def as_list(value: Any) -> Any:
+    """Return a new list for a list or tuple, so that the caller's is never changed; any other value as it is."""
     return list(value) if isinstance(value, list | tuple) else value
 
 
 def is_among(value: Any, choices: tuple[Any, ...]) -> bool:
-    """Whether a value is one of these; True is not 1 here."""
+    """Return whether a value is one of `choices`; unlike in Python, True is not 1."""
     return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in choices)
 
 
-def one_of(field: str, said: dict[str, Any], meant: dict[str, Any] | None = None) -> Any:
-    """The value that all places agree on, in what they mean; None where no place says any."""
-    said = {place: value for place, value in said.items() if value is not None}
-    values = [(meant or said)[place] for place in said]
-    if any(value != values[0] for value in values):
-        raise ValueError(contradiction(field, said))
-    return values[0] if values else None
+def one_of(field: str, values: dict[str, Any], meanings: dict[str, Any] | None = None) -> Any:
+    """Return the value of `field` that all keys agree on; None where no key has a value.
+
+    Args:
+        values: key -> its value in the file, None where it has none.
+        meanings: key -> the same value in a form that can be compared; by default `values`.
+
+    Raises:
+        ValueError: two keys differ.
+    """
+    values = {key: value for key, value in values.items() if value is not None}
+    found = [(meanings or values)[key] for key in values]
+    if any(value != found[0] for value in found):
+        raise ValueError(contradiction(field, values))
+    return found[0] if found else None
 
 
-def contradiction(field: str, said: dict[str, Any]) -> str:
-    places = " but ".join(f"{place} is {shown(value)}" for place, value in said.items())
+def contradiction(field: str, values: dict[str, Any]) -> str:
+    """Return the error message for keys that hold different values of one field."""
+    differing = " but ".join(f"{key} is {shown(value)}" for key, value in values.items())
     return (
-        f"The draft's config.json contradicts itself about {field}: {places}. Correct the file, or say which holds: "
+        f"The draft's config.json contradicts itself about {field}: {differing}. Correct the file, or choose a value: "
         f"from_pretrained(..., {field}=...)."
     )
 
 
-def refusal(feature: str, place: str, value: Any, unused: tuple[Any, ...] = ()) -> str:
+def refusal(feature: str, key: str, value: Any, unused: tuple[Any, ...] = ()) -> str:
+    """Return the error message for a feature that this package does not run; `unused` values would turn it off."""
     right = f" (it must be {' or '.join(map(repr, unused))})" if unused else ""
     return (
-        f"This draft uses {feature} ({place} is {shown(value)}), which this version of dflash-hub does not run{right}; "
+        f"This draft uses {feature} ({key} is {shown(value)}), which this version of dflash-hub does not run{right}; "
         "it would load and draft nonsense, so it is refused."
     )
 
 
 # Our own layouts -------------------------------------------------------------------------------------------------
 
-# What no reader may guess; everything else has a default that is the same in every layout.
+# Fields that every file must have; all others have a default that is the same in every layout.
 REQUIRED = (
     "block_size",
     "mask_token_id",
@@ -433,87 +409,81 @@ _RARE = (
     "quantization_config",
 )
 DEFAULTED = (*_USUAL, *_RARE)
-# Key inside dflash_config of the engines layout -> the key at the top that says the same.
+# Key inside dflash_config of the engines layout -> the key at the top that holds the same value.
 _REPEATED = ("block_size", "mask_token_id", "target_layer_ids", "num_target_layers")
-_NESTED = dict(zip(_REPEATED, _REPEATED, strict=True))
-_NESTED.update(
-    {"causal": "is_causal", "use_swa": "use_sliding_window", "swa_window_size": "sliding_window"}
-)
+_NESTED = {name: name for name in _REPEATED}
+_NESTED |= {
+    "causal": "is_causal",
+    "use_swa": "use_sliding_window",
+    "swa_window_size": "sliding_window",
+}
 for _layout in DRAFT_LAYOUTS.values():
-    _NESTED.update({name: name for name in (*_layout.fields, *_layout.scales, *_layout.mirrored)})
+    _NESTED |= {name: name for name in (*_layout.fields, *_layout.scales, *_layout.mirrored)}
 
 
 def model_type_of(config: dict[str, Any]) -> Any:
-    """The file's own, which `get_config_dict` puts aside."""
-    return config.get("foreign_model_type", config.get("model_type"))
+    """Return the `model_type` in the file, which `get_config_dict` renames to `source_model_type`."""
+    return config.get("source_model_type", config.get("model_type"))
 
 
 def read_own_layout(
-    config: dict[str, Any], given: dict[str, Any], variant: str = BASE
+    config: dict[str, Any], overrides: dict[str, Any], variant: str = BASE
 ) -> dict[str, Any]:
     """Translate a config.json in the hub or the engines layout into the keywords of its config class.
 
-    A copy of this code in a repository reads these two alone; with dflash_hub imported, `layouts.read_layout` reads
+    A copy of this code in a repository reads these two alone. With dflash_hub imported, `layouts.read_layout` reads
     every layout.
 
     Args:
         config: the file's content.
-        given: fields that the caller passes, which replace what the file has or lacks.
+        overrides: fields that the caller passes, which replace those of the file or supply missing ones.
         variant: the kind of draft that the file must describe, a name in `DRAFT_LAYOUTS`.
 
     Raises:
         ValueError: another layout, a missing field, or a copy inside dflash_config that differs.
     """
-    _refuse_other_layouts(check_content(config), variant)
-    values = config | _nested_values(config, given) | given
+    _check_own_layout(check_content(config), variant)
+    values = config | _nested_values(config, overrides) | overrides
     kind = DRAFT_LAYOUTS[variant]
-    names = [
-        *REQUIRED,
-        *DEFAULTED,
-        *kind.fields,
-        *kind.scales,
-        "layer_types",
-        "sliding_window",
-        "rope_parameters",
-    ]
+    names = [*REQUIRED, *DEFAULTED, *kind.fields, *kind.scales]
+    names += ["layer_types", "sliding_window", "rope_parameters"]
     fields = {name: values[name] for name in names if values.get(name) is not None}
-    if "rope_theta" in given:
-        fields["rope_parameters"] = fields.get("rope_parameters", {}) | {
-            "rope_theta": given["rope_theta"]
-        }
+    if "rope_theta" in overrides:
+        theta = {"rope_theta": overrides["rope_theta"]}
+        fields["rope_parameters"] = fields.get("rope_parameters", {}) | theta
     for name in (*REQUIRED, *kind.fields, *kind.required, "rope_parameters"):
         if name not in fields:
             raise ValueError(
                 f"The draft's config.json lacks {name}; supply it: from_pretrained(..., {name}=...), or install "
                 "dflash-hub, which reads every published layout: pip install dflash-hub"
             )
-    # In the hub layout it names the code of the repository, which AutoModel looks for on the config.
+    # In the hub layout auto_map names the code of the repository; AutoModel looks for it on the config.
     if "AutoConfig" in (config.get("auto_map") or {}):
         fields["auto_map"] = config["auto_map"]
     return fields
 
 
-def _refuse_other_layouts(config: dict[str, Any], variant: str) -> None:
+def _check_own_layout(config: dict[str, Any], variant: str) -> None:
     """Refuse a config.json that is in neither of our two layouts."""
     auto_map = config.get("auto_map") or {}
     entry = str(auto_map.get("AutoModel") if isinstance(auto_map, dict) else auto_map)
-    module = entry.rpartition("--")[2].partition(".")[
-        0
-    ]  # transformers may put a repository before the "--"
-    if variant not in (model_type_of(config), module):
+    # transformers may put a repository and "--" before the module
+    module = entry.rpartition("--")[2].partition(".")[0]
+    model_type = model_type_of(config)
+    if variant not in (model_type, module):
         raise ValueError(
-            _unknown(f"model_type is {shown(model_type_of(config))}, auto_map is {shown(auto_map)}")
+            _unknown(f"model_type is {shown(model_type)}, auto_map is {shown(auto_map)}")
         )
 
 
-def _nested_values(config: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """Return what dflash_config says, by the key at the top; a key that stands there too must have the same value."""
+def _nested_values(config: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """Return the values in dflash_config by their keys at the top; a key that stands there too must agree."""
     found: dict[str, Any] = {}
     for key, value in (config.get("dflash_config") or {}).items():
         if key not in _NESTED:
             raise ValueError(_unknown(f"dflash_config.{key} is {shown(value)}"))
         name = _NESTED[key]
-        if name not in given:
+        if name not in overrides:
             found[name] = one_of(name, {name: config.get(name), f"dflash_config.{key}": value})
     return found
 
@@ -526,7 +496,7 @@ def _unknown(found: str) -> str:
 
 
 def engines_layout(config: Any) -> dict[str, Any]:
-    """The config.json that vLLM, SGLang, TensorRT-LLM, llama.cpp and the MLX readers load unmodified.
+    """Return the config.json that vLLM, SGLang, TensorRT-LLM, llama.cpp and the MLX readers load unmodified.
 
     Args:
         config: the config of a draft of any kind.
@@ -537,7 +507,7 @@ def engines_layout(config: Any) -> dict[str, Any]:
     for name in ("num_target_layers", "vocab_size"):
         if getattr(config, name) is None:
             raise ValueError(
-                f"The engines layout needs {name}, which this draft does not say: set config.{name}."
+                f"The engines layout needs {name}, which this draft does not have: set config.{name}."
             )
     content = {name: getattr(config, name) for name in (*REQUIRED, *_USUAL, "sliding_window")}
     content["architectures"] = [config.architecture]
@@ -575,31 +545,27 @@ def _engines_nested(config: Any, content: dict[str, Any]) -> dict[str, Any]:
     if content["use_sliding_window"]:
         nested["use_swa"] = True
         nested["swa_window_size"] = config.sliding_window
-    layout = DRAFT_LAYOUTS[config.model_type]
-    nested.update({name: getattr(config, name) for name in layout.fields})
-    nested.update(
-        {name: getattr(config, name) for name in layout.scales if getattr(config, name) != 1}
-    )
-    nested.update(
-        {name: getattr(config, name) for name in layout.mirrored if getattr(config, name)}
-    )
-    return nested
+    kind = DRAFT_LAYOUTS[config.model_type]
+    nested |= {name: getattr(config, name) for name in (*kind.fields, *kind.scales, *kind.mirrored)}
+    unused = [name for name in kind.scales if nested[name] == 1]
+    unused += [name for name in kind.mirrored if not nested[name]]
+    return {name: value for name, value in nested.items() if name not in unused}
 
 
 def _engines_causality(config: Any) -> bool | None:
-    """One bool, or None where it must go unsaid: engines then take sliding layers as causal and full ones as not."""
+    """Return one bool for all layers; or None, which engines read as: sliding layers are causal, full ones not."""
     if isinstance(config.is_causal, bool):
         return config.is_causal
     if config.is_causal != [layer_type == SLIDING for layer_type in config.layer_types]:
         raise ValueError(
-            f"is_causal is {config.is_causal} for layers {config.layer_types}: engines can only be told one value for "
-            "all layers, or none, which makes sliding layers causal and full layers bidirectional."
+            f"is_causal is {config.is_causal} for layers {config.layer_types}: the engines layout stores one value "
+            "for all layers, or none, which makes sliding layers causal and full layers bidirectional."
         )
     return None
 
 
 def _engines_rope(config: Any) -> dict[str, Any]:
-    """Both forms: readers of transformers 4 look for rope_theta and rope_scaling, readers of 5 for rope_parameters."""
+    """Return both forms: rope_theta and rope_scaling for readers of transformers 4, rope_parameters for those of 5."""
     rope = dict(config.rope_parameters)
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
     return {

@@ -1,10 +1,10 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""The DFlash draft: context features and a block of noise in, hidden states of the block out.
+"""Compute the hidden states of a block from context features and the embeddings of the block, the "noise".
 
-A Qwen3 decoder stack (`transformers.models.qwen3`) with one difference: queries come from the block alone, keys and
-values from the target's tapped hidden states ("context features") and the block. Every position of the block is
-predicted in one forward. After DFlash (arXiv 2602.06036) and its reference implementation, z-lab/dflash.
+The model is a Qwen3 decoder stack (`transformers.models.qwen3`) with one difference: queries come from the block alone,
+keys and values from the target's tapped hidden states ("context features") and the block. One forward predicts all
+positions of the block. After DFlash (arXiv 2602.06036) and its reference implementation, z-lab/dflash.
 
 Shapes: B batch, C context tokens new in this call, Q block positions, K all keys a layer sees (past + C + Q).
 """
@@ -37,7 +37,7 @@ from .repository_dflash import RepositoryMixin
 
 
 class DFlashRotaryEmbedding(Qwen3RotaryEmbedding):
-    """Qwen3's, whose frequencies stay float32: rounded to bfloat16 they cost acceptance, more with every token."""
+    """Qwen3's, whose frequencies stay float32: in bfloat16, rounding lowers acceptance, more at later positions."""
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "DFlashRotaryEmbedding":
         super()._apply(fn, recurse)
@@ -51,7 +51,7 @@ class DFlashRotaryEmbedding(Qwen3RotaryEmbedding):
 
 CACHE = cache_name(Qwen3DecoderLayer.forward)
 CACHE_FIELD = cache_field(BaseModelOutputWithPast)
-"""What a decoder layer calls the cache that it hands to its attention, and an output the one that it holds."""
+"""Names of the cache: the argument that a decoder layer passes to its attention, and the field of an output."""
 
 
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -62,7 +62,7 @@ def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
 
 
 class DFlashAttention(Qwen3Attention):
-    """Qwen3's, with keys and values from the context features too, and causal or not as the config says."""
+    """Qwen3's, with keys and values from the context features too; the config defines whether it is causal."""
 
     def __init__(self, config: DFlashConfig, layer_idx: int):
         super().__init__(config, layer_idx)
@@ -88,10 +88,8 @@ class DFlashAttention(Qwen3Attention):
         read the first as packing.
         """
         sources = torch.cat([context_hidden_states, hidden_states], dim=1)  # [B, C + Q, H]
-        query = self.q_norm(
-            self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
-        ).transpose(1, 2)
-        query = rotate(query, *position_embeddings)
+        query = self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
+        query = rotate(self.q_norm(query).transpose(1, 2), *position_embeddings)
         key, value = self.keys_and_values(sources, position_embeddings)
         cache = past_key_values if cache is None else cache
         if cache is not None:
@@ -116,14 +114,14 @@ class DFlashAttention(Qwen3Attention):
     def keys_and_values(
         self, sources: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of `sources [B, N, H]`, both `[B, kv heads, N, head_dim]`, the keys rotated."""
+        """Return rotated keys and values of `sources [B, N, H]`, both `[B, kv heads, N, head_dim]`."""
         key = self.k_norm(self.k_proj(sources).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
         value = self.v_proj(sources).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         return rotate(key, *position_embeddings), value
 
 
 class DFlashDecoderLayer(Qwen3DecoderLayer):
-    """Qwen3's, around DFlash attention; `context_hidden_states` reaches it as a keyword."""
+    """Qwen3's, with DFlash attention, which receives `context_hidden_states` as a keyword."""
 
     def __init__(self, config: DFlashConfig, layer_idx: int):
         super().__init__(config, layer_idx)
@@ -145,7 +143,7 @@ class DFlashDraftModel(DFlashPreTrainedModel):
 
     @cached_property
     def speculate(self) -> SpeculativeGenerate:
-        """The decoding function for the target: `target.generate(..., custom_generate=draft.speculate)`."""
+        """Decoding function for the target: `target.generate(..., custom_generate=draft.speculate)`."""
         return SpeculativeGenerate(self)
 
     def __init__(self, config: DFlashConfig):
@@ -171,18 +169,18 @@ class DFlashDraftModel(DFlashPreTrainedModel):
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Hidden states of a block, all positions at once.
+        """Return the hidden states of a block, all positions at once.
 
         Args:
             noise_embeds `[B, Q, hidden_size]`: the target's embeddings of the anchor and of `Q - 1` mask tokens.
             context_hidden_states `[B, C, taps * target_hidden_size]`: the tapped outputs of the target's layers for
                 the committed tokens that the cache does not hold yet, concatenated in the order of `target_layer_ids`.
-            attention_mask: None; or `[B, past + C + Q]`, 0 at padding; or, used as it is, a 4D mask
-                `[B, 1, Q, K]` as the attention implementation wants it, or a dict of them by layer type, or by layer
-                type and causality, `("full_attention", False)`.
-            position_ids `[B, C + Q]`: of the context tokens, then of the block; counted on from the cache by default.
+            attention_mask: None; or `[B, past + C + Q]`, 0 at padding; or a 4D mask `[B, 1, Q, K]` in the form of the
+                attention implementation; or a dict of 4D masks by layer type, or by layer type and causality, such as
+                `("full_attention", False)`.
+            position_ids `[B, C + Q]`: of the context tokens, then of the block; by default they follow the cache.
             cache: keys and values of earlier context. The block's are appended too; crop them afterwards.
-            past_key_values: the same, by its name before transformers 5.24.
+            past_key_values: the cache under its name before transformers 5.24.
 
         Returns:
             `last_hidden_state [B, Q, hidden_size]`: position k predicts the token at anchor + k, for k >= 1.
@@ -240,20 +238,20 @@ class DFlashDraftModel(DFlashPreTrainedModel):
             cache.update(*attention.keys_and_values(features, position_embeddings), index)
 
     def scale_embeds(self, noise_embeds: torch.Tensor) -> torch.Tensor:
-        """Return `noise_embeds [B, Q, H]` as the layers take them; another kind may scale them."""
+        """Return `noise_embeds [B, Q, H]` unchanged; other kinds override this to scale them."""
         return noise_embeds
 
     def logits(self, states: torch.Tensor, head: Any) -> torch.Tensor:
-        """Apply the target's `head` to `states [..., H]`: `[..., V]`; another kind may scale and cap them."""
+        """Return logits `[..., V]`: the target's `head` of `states [..., H]`; other kinds may scale and cap them."""
         return head(states)
 
     def select_tokens(
         self, scores: torch.Tensor, states: torch.Tensor, anchor: torch.Tensor, pair_scale: float
     ) -> torch.Tensor:
-        """Return the tokens that a block proposes, `[B, Q - 1]`: the best of each position. A kind may walk a path.
+        """Return the proposed tokens `[B, Q - 1]`, the best of each position; other kinds override this.
 
         Args:
-            scores `[B, Q - 1, V]`: of the tokens by themselves.
+            scores `[B, Q - 1, V]`: of single tokens.
             states `[B, Q - 1, H]`, anchor `[B, 1]`, pair_scale: for drafts that score pairs of tokens.
         """
         return scores.argmax(dim=-1)
@@ -280,19 +278,17 @@ class DFlashDraftModel(DFlashPreTrainedModel):
         noise_embeds: torch.Tensor,
         cache: Cache | None,
     ) -> dict[tuple[str, bool], torch.Tensor | None]:
-        """Return one mask per kind of layer, a kind being its type and its causality."""
+        """Return one mask per kind of layer; a kind is a layer type and whether it is causal."""
         kinds: dict[tuple[str, bool], int] = {}
-        for index, kind in enumerate(
-            zip(self.config.layer_types, self.config.causal_layers, strict=True)
-        ):
+        layers = zip(self.config.layer_types, self.config.causal_layers, strict=True)
+        for index, kind in enumerate(layers):
             kinds.setdefault(kind, index)
         if isinstance(attention_mask, dict):
-            chosen = {}
+            masks_by_kind = {}
             for kind in kinds:
-                chosen[kind] = (
-                    attention_mask[kind] if kind in attention_mask else attention_mask[kind[0]]
-                )
-            return chosen
+                key = kind if kind in attention_mask else kind[0]
+                masks_by_kind[kind] = attention_mask[key]
+            return masks_by_kind
         if attention_mask is not None and attention_mask.ndim == 4:
             return dict.fromkeys(kinds, attention_mask)
         padding = self._padding(attention_mask, position_ids, cache)
@@ -307,10 +303,10 @@ class DFlashDraftModel(DFlashPreTrainedModel):
     def _padding(
         self, attention_mask: torch.Tensor | None, position_ids: torch.Tensor, cache: Cache | None
     ) -> torch.Tensor | None:
-        """`attention_mask [B, past + C + Q]` as bool, or None where nothing is padded."""
-        if attention_mask is None or (
-            not torch.compiler.is_compiling() and bool(attention_mask.all())
-        ):
+        """Return `attention_mask [B, past + C + Q]` as bool; None where nothing is padded."""
+        if attention_mask is None:
+            return None
+        if not torch.compiler.is_compiling() and bool(attention_mask.all()):
             return None
         whole = position_ids.shape[-1] + (cache.get_seq_length() if cache is not None else 0)
         if attention_mask.shape[-1] != whole:
@@ -327,10 +323,10 @@ class DFlashDraftModel(DFlashPreTrainedModel):
         causal: bool,
         padding: torch.Tensor | None,
     ) -> torch.Tensor | None:
-        """What the attention implementation wants for `length` keys; None where every query sees every key."""
+        """Return the mask for `length` keys in the form of the attention implementation; None if nothing is hidden."""
         padding = None if padding is None else padding[:, -length:]
         if "flash" in (attention_name(self.config) or ""):
-            return padding  # causality and window are arguments of the kernel
+            return padding  # the kernel takes causality and window as arguments
         if not causal and padding is None and (window is None or length <= window):
             return None
         visible = visible_keys(block, length, window, causal)
@@ -338,16 +334,14 @@ class DFlashDraftModel(DFlashPreTrainedModel):
             visible = visible & padding[:, None]
         if attention_name(self.config) == "sdpa":
             return visible[:, None]
-        dtype = self.dtype
-        return torch.zeros((), dtype=dtype, device=block.device).where(
-            visible[:, None], torch.finfo(dtype).min
-        )
+        zero = torch.zeros((), dtype=self.dtype, device=block.device)
+        return zero.where(visible[:, None], torch.finfo(self.dtype).min)
 
 
 def visible_keys(
     block: torch.Tensor, length: int, window: int | None, causal: bool
 ) -> torch.Tensor:
-    """Which keys each position of a block sees.
+    """Return which keys each position of a block sees.
 
     Args:
         block `[B, Q]`: positions of the block. The keys are the `length` consecutive positions that end with it.
@@ -362,7 +356,7 @@ def visible_keys(
 
 
 def _kv_length(cache: Cache | None, layer_idx: int, new: int) -> int:
-    """How many keys the cache will hand layer `layer_idx` once `new` are added; a sliding one forgets the oldest."""
+    """Return how many keys layer `layer_idx` will see once `new` are added; a sliding cache drops the oldest."""
     layers = cache.layers if cache is not None else []
     return layers[layer_idx].get_mask_sizes(new)[0] if layer_idx < len(layers) else new
 

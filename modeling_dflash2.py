@@ -1,8 +1,8 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""The DFlash 2 draft: DFlash 1, a dynamic convolution around every sublayer, and a selector of one coherent path.
+"""Extend the DFlash draft to DFlash 2: a dynamic convolution around every sublayer, and a selector of one path.
 
-This file travels with every pushed DFlash 2 draft, and holds what differs from DFlash 1. After DFlash 2
+This file travels with every pushed DFlash 2 draft. After DFlash 2
 (inco.ai/blog/dflash2) and its reference implementation, z-lab/dflash.
 
 Shapes: B batch, N positions of one or several blocks, Q block positions, H hidden size, K conv_kernel_size, G groups of
@@ -20,14 +20,15 @@ from .configuration_dflash2 import DFlash2Config
 from .modeling_dflash import DFlashDecoderLayer, DFlashDraftModel
 
 if TYPE_CHECKING:
-    from .dflash2 import DFlash2DraftModel as EnginesEntry  # noqa: F401 (names a file, as in repository_dflash)
+    from .dflash2 import DFlash2DraftModel as EnginesEntry  # noqa: F401 (see repository_dflash.py)
 
 
 class DynamicConv(nn.Module):
     """Two convolutions over the positions of a block, one before a sublayer and one after it.
 
-    conv(x)_t = sum over i of k_{t,i} x_{t-i}, channel by channel; what lies before the block is zero. A kernel is a
-    learned one plus a correction that is predicted from the sublayer's input and shared by a group of channels.
+    conv(x)_t = sum over i of k_{t,i} x_{t-i}, channel by channel; positions before the block are zero. A kernel is a
+    learned one plus a correction. The correction is predicted from the sublayer's input, and shared by a group of
+    channels.
     """
 
     def __init__(self, config: DFlash2Config):
@@ -39,23 +40,21 @@ class DynamicConv(nn.Module):
         self.kernel_projection = nn.Linear(config.hidden_size, 2 * self.taps * groups, bias=False)
 
     def before(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`states [B, N, H]` for the sublayer, and the corrections `[B, N, K, G]` for what comes out of it."""
+        """Return the sublayer's input, of `states [B, N, H]`; and the corrections `[B, N, K, G]` for `after`."""
         corrections = self.kernel_projection(states).unflatten(-1, (2, self.taps, -1))
         return self._convolve(states, corrections[:, :, 0], 0), corrections[:, :, 1]
 
     def after(self, states: torch.Tensor, corrections: torch.Tensor) -> torch.Tensor:
-        """`[B, N, H]`, of what came out of the sublayer."""
+        """Return the convolved output of the sublayer, `[B, N, H]`."""
         return self._convolve(states, corrections, 1)
 
     def _convolve(self, states: torch.Tensor, corrections: torch.Tensor, side: int) -> torch.Tensor:
         blocks = states.unflatten(1, (-1, min(self.block_size, states.shape[1])))
         result = torch.zeros_like(states)
         for tap in range(self.taps):
-            moved = (
-                pad(blocks[:, :, : blocks.shape[2] - tap], (0, 0, tap, 0)).flatten(1, 2)
-                if tap
-                else states
-            )
+            moved = states
+            if tap:
+                moved = pad(blocks[:, :, : blocks.shape[2] - tap], (0, 0, tap, 0)).flatten(1, 2)
             groups = moved.unflatten(-1, (-1, self.group_size))
             correction = (corrections[:, :, tap, :, None] * groups).flatten(-2)
             result = torch.addcmul(result + correction, self.base_kernel[side, tap], moved)
@@ -63,52 +62,45 @@ class DynamicConv(nn.Module):
 
 
 class CandidateSelector(nn.Module):
-    """Scores pairs of neighbouring candidates: S_t(a, b) = U_t(b) + <A(a) * H(h_t), B(b)>."""
+    """Scores pairs of adjacent candidates: S_t(a, b) = U_t(b) + <A(a) * H(h_t), B(b)>."""
 
     def __init__(self, config: DFlash2Config):
         super().__init__()
         self.top_k = config.selector_top_k
-        shape = (
-            config.vocab_size or 0,
-            config.selector_rank,
-        )  # the config sees to it that the vocabulary is said
+        shape = (config.vocab_size or 0, config.selector_rank)  # the config requires vocab_size
         self.predecessor_codebook = nn.Parameter(torch.zeros(shape))
         self.successor_codebook = nn.Parameter(torch.zeros(shape))
         self.hidden_projection = nn.Linear(config.hidden_size, config.selector_rank, bias=False)
 
     def gates(self, states: torch.Tensor, predecessors: torch.Tensor) -> torch.Tensor:
-        """A(a) * H(h): `[..., p, R]`, of `states [..., H]` and p `predecessors [..., p]` of each."""
-        return embedding(predecessors, self.predecessor_codebook) * self.hidden_projection(
-            states
-        ).unsqueeze(-2)
+        """Return A(a) * H(h), `[..., p, R]`, of `states [..., H]` and p `predecessors [..., p]` of each."""
+        projected = self.hidden_projection(states).unsqueeze(-2)
+        return embedding(predecessors, self.predecessor_codebook) * projected
 
     def walk(
         self, scores: torch.Tensor, states: torch.Tensor, anchor: torch.Tensor, pair_scale: float
     ) -> torch.Tensor:
-        """One path through the best candidates of each position, `[B, Q - 1]`.
+        """Return one path through the best candidates of each position, `[B, Q - 1]`.
 
-        All pairs are scored at once; the walk itself follows pointers, and never waits for the device.
+        All pairs are scored at once. The walk then only gathers, and never waits for the device.
 
         Args:
-            scores `[B, Q - 1, V]`: of the tokens by themselves.
+            scores `[B, Q - 1, V]`: of single tokens.
             states `[B, Q - 1, H]`: the draft's.
             anchor `[B, 1]`: the token before them.
-            pair_scale: of what the selector adds to the scores.
+            pair_scale: factor of the selector's scores.
         """
         known = len(
             self.predecessor_codebook
         )  # a target's head may be padded beyond its vocabulary
         unary, candidates = scores[..., :known].topk(self.top_k)  # [B, Q - 1, k]
         first = anchor.clamp_max(known - 1)[:, None].expand(-1, 1, self.top_k)
-        gates = self.gates(
-            states, torch.cat([first, candidates[:, :-1]], dim=1)
-        )  # [B, Q - 1, k, R]
-        pairs = (
-            gates @ embedding(candidates, self.successor_codebook).mT
-        )  # [B, Q - 1, k, k], predecessor by candidate
-        best = (unary.float()[:, :, None] + pair_scale * pairs.float()).argmax(
-            dim=-1
-        )  # [B, Q - 1, k]
+        predecessors = torch.cat([first, candidates[:, :-1]], dim=1)  # [B, Q - 1, k]
+        gates = self.gates(states, predecessors)  # [B, Q - 1, k, R]
+        # [B, Q - 1, k, k], predecessor by candidate
+        pairs = gates @ embedding(candidates, self.successor_codebook).mT
+        totals = unary.float()[:, :, None] + pair_scale * pairs.float()
+        best = totals.argmax(dim=-1)  # [B, Q - 1, k]
         steps = [best[:, 0, :1]]
         for position in range(1, best.shape[1]):
             steps.append(best[:, position].gather(1, steps[-1]))
@@ -123,7 +115,7 @@ class DFlash2DecoderLayer(DFlashDecoderLayer):
         self.attention_conv, self.mlp_conv = DynamicConv(config), DynamicConv(config)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        """`[B, N, H]`, as in DFlash 1; the keywords are those of its attention."""
+        """Return `[B, N, H]` as in DFlash 1; the keywords are those of its attention."""
         states, corrections = self.attention_conv.before(self.input_layernorm(hidden_states))
         states, _ = self.self_attn(states, **kwargs)
         hidden_states = hidden_states + self.attention_conv.after(states, corrections)
@@ -146,7 +138,7 @@ class DFlash2DraftModel(DFlashDraftModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Convolutions that pass on what they are given, and a selector that adds nothing, though it can learn to."""
+        """Initialize convolutions to the identity, and the selector to scores of 0 that can be trained."""
         super()._init_weights(module)
         if isinstance(module, DynamicConv):
             kernel = torch.zeros_like(module.base_kernel)
@@ -158,10 +150,10 @@ class DFlash2DraftModel(DFlashDraftModel):
             init.zeros_(module.successor_codebook)
 
     def scale_embeds(self, noise_embeds: torch.Tensor) -> torch.Tensor:
-        """`noise_embeds [B, N, H]`, which may be several blocks, one after the other, as in training; scaled.
+        """Return `noise_embeds [B, N, H]` scaled; in training they hold several blocks, one after the other.
 
         Raises:
-            ValueError: they are no whole blocks.
+            ValueError: N is not a multiple of the block size.
         """
         length, size = noise_embeds.shape[1], self.config.block_size
         scale = self.config.input_embedding_scale
@@ -172,7 +164,7 @@ class DFlash2DraftModel(DFlashDraftModel):
         return noise_embeds if scale == 1 else noise_embeds * scale
 
     def logits(self, states: torch.Tensor, head: Any) -> torch.Tensor:
-        """The target's `head` of `states [..., H]`, multiplied and then soft-capped as the config says: `[..., V]`."""
+        """Return logits `[..., V]`: the target's `head` of `states [..., H]`, multiplied and then soft-capped."""
         logits, cap = head(states), self.config.final_logit_softcapping
         if self.config.output_multiplier != 1:
             logits = logits * self.config.output_multiplier
@@ -181,7 +173,7 @@ class DFlash2DraftModel(DFlashDraftModel):
     def select_tokens(
         self, scores: torch.Tensor, states: torch.Tensor, anchor: torch.Tensor, pair_scale: float
     ) -> torch.Tensor:
-        """Return the path that the selector walks, `[B, Q - 1]`; for the arguments see `CandidateSelector.walk`."""
+        """Return the path that the selector chooses, `[B, Q - 1]`; for the arguments see `CandidateSelector.walk`."""
         return self.candidate_selector.walk(scores, states, anchor, pair_scale)
 
 

@@ -92,9 +92,8 @@ def export_past_key_values(
     slots = prompt.num_cached + output_ids.shape[1] - 1
     if ended_apart:
         _complete(state, output_ids, slots)
-    if (
-        not cache.layers and not recurrent
-    ):  # a cache made without a config makes its layers when used
+    # A cache made without a config makes its layers when used.
+    if not cache.layers and not recurrent:
         cache.layers.extend(cache.layer_class_to_replicate() for _ in state.on_target.cache.layers)
     for ours, theirs in zip(state.on_target.cache.layers, cache.layers, strict=True):
         if isinstance(ours, SlotLayer):
@@ -107,9 +106,8 @@ def export_past_key_values(
 
 
 def _export_keys(ours: SlotLayer, theirs: Any, slots: int) -> None:
-    window = getattr(
-        theirs, "sliding_window", None
-    )  # a layer that was made without a config has none
+    # A layer that was made without a config has none.
+    window = getattr(theirs, "sliding_window", None)
     first = 0 if window is None else max(0, slots - window + 1)
     keys, values = (states[:, first:slots].transpose(1, 2) for states in (ours.keys, ours.values))
     if not theirs.is_initialized:

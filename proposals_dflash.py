@@ -38,7 +38,9 @@ class Proposal:
     @property
     def ancestors(self) -> torch.Tensor | None:
         """`[B, Q, Q]`, as `ancestors` returns it; None for a chain."""
-        return None if self.parents is None else ancestors(self.parents.to(self.tokens.device))
+        if self.parents is None:
+            return None
+        return ancestors(self.parents.to(self.tokens.device))
 
     @property
     def depths(self) -> torch.Tensor | None:
@@ -61,14 +63,14 @@ def ancestors(parents: torch.Tensor) -> torch.Tensor:
     """
     size = parents.shape[1]
     itself = torch.eye(size, device=parents.device)
-    steps = itself + (
-        parents[..., None] == torch.arange(size, device=parents.device)
-    )  # [B, Q, Q], at most one up
+    # [B, Q, Q], at most one up.
+    positions = torch.arange(size, device=parents.device)
+    steps = itself + (parents[..., None] == positions)
     reach = 1
-    while (
-        reach < size
-    ):  # each round doubles how far up a position looks, without asking the host for anything
-        steps, reach = ((steps @ steps) > 0).float(), 2 * reach
+    # Each round doubles how far up a position looks, without asking the host for anything.
+    while reach < size:
+        steps = ((steps @ steps) > 0).float()
+        reach = 2 * reach
     return steps > 0
 
 
@@ -104,19 +106,22 @@ def accept(proposal: Proposal, target_tokens: torch.Tensor) -> tuple[torch.Tenso
     size = tokens.shape[1]
     positions = torch.arange(size, device=tokens.device)
     if parents is None:
-        accepted = (tokens[:, 1:] == target_tokens[:, :-1]).cumprod(dim=1).sum(dim=1)
+        matches = tokens[:, 1:] == target_tokens[:, :-1]
+        accepted = matches.cumprod(dim=1).sum(dim=1)
         return accepted, positions.expand_as(tokens)
     parents = parents.to(tokens.device)
     lineage = ancestors(parents)  # [B, Q, Q]
     depths = lineage.sum(dim=-1)  # [B, Q], from 1 at the root
-    matches = (tokens == target_tokens.gather(1, parents.clamp_min(0))) | (parents < 0)  # [B, Q]
+    wanted = target_tokens.gather(1, parents.clamp_min(0))
+    matches = (tokens == wanted) | (parents < 0)  # [B, Q]
     stays = (matches[:, None] | ~lineage).all(dim=-1)
-    tip = torch.where(stays, depths, 0).argmax(
-        dim=-1, keepdim=True
-    )  # [B, 1], the deepest that stays
-    on_path = lineage.gather(1, tip[..., None].expand(-1, 1, size))[:, 0]  # [B, Q]
+    # [B, 1], the deepest that stays.
+    tip = torch.where(stays, depths, 0).argmax(dim=-1, keepdim=True)
+    index = tip[..., None].expand(-1, 1, size)
+    on_path = lineage.gather(1, index)[:, 0]  # [B, Q]
     path = torch.where(on_path, positions, size).sort().values
-    return depths.gather(1, tip)[:, 0] - 1, path.clamp_max(size - 1)
+    accepted = depths.gather(1, tip)[:, 0] - 1
+    return accepted, path.clamp_max(size - 1)
 
 
 class Proposer(Protocol):

@@ -142,7 +142,7 @@ class DFlashDraftSpec:
                 "rope_theta": overrides.pop("rope_theta"),
             }
         config = config_cls(**(shape | overrides))
-        config.check_target(
+        config.check_fits(
             text.hidden_size, text.num_hidden_layers, text.vocab_size, text.vocab_size
         )
         draft = draft_cls(config).to(config.dtype)

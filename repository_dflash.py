@@ -1,9 +1,9 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""A draft and its repository: loading that refuses a checkpoint which does not fit, saving and pushing whole ones.
+"""Load a draft and refuse checkpoints that do not fit; save and push complete repositories.
 
-This file travels with every pushed draft, so that a draft loaded by remote code is pushed again as whole as by the
-package. A repository holds config.json, safetensors, the travelling files and a model card.
+This file travels with every pushed draft, so that a draft loaded by remote code can be pushed again completely. A
+repository holds config.json, safetensors, the travelling files and a model card.
 """
 
 import hashlib
@@ -21,21 +21,21 @@ from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 from safetensors import SafetensorError
 from transformers.utils import logging
 
-from .compat_dflash import find_file, take_over_loading
+from .compat_dflash import copy_loading_options, find_file
 from .configuration_dflash import EXTENSIONS, check_layout
 from .custom_generate_dflash import generate as custom_generate
 from .layouts_dflash import engines_layout
 
 if TYPE_CHECKING:
-    # transformers copies and downloads the files that are named by a line like this, which it finds in the text of a
-    # file (get_relative_imports). The line must not run: `dflash.py` imports the draft, and the draft this file.
+    # transformers copies and downloads the files that it finds imported in the text of a file (get_relative_imports).
+    # This import must not run, since `dflash.py` imports the draft, which imports this file.
     from .dflash import DFlashDraftModel  # noqa: F401
 
 logger = logging.get_logger(__name__)
 
 PLACEHOLDER = "your-name/your-draft"
 _PLAIN_CARD = f"---\nlibrary_name: transformers\n---\n# {PLACEHOLDER}\n\nA DFlash draft model.\n"
-# Weights of an earlier push must not outlive it: transformers prefers one file over shards, so stale ones would load.
+# Files to delete at a push: transformers prefers one file over shards, so stale weights would load.
 STALE = ["*.safetensors", "*.safetensors.index.json", "pytorch_model*"]
 # The Muse assistant of transformers keeps the feature projection in a submodule.
 _RENAMED = {"^encoder.fc": "fc", "^encoder.output_norm_enc": "hidden_norm"}
@@ -47,68 +47,61 @@ class RepositoryMixin:
 
     # The files that the engines layout needs besides those of the draft; the last is the one that `auto_map` names.
     engines_files: tuple[str, ...] = ("dflash.py",)
-    # What the model card shall say of this draft beyond its config: base_model, license, datasets, language ...
+    # Metadata for the model card: base_model, license, datasets, language ... It replaces that of an existing card.
     card_metadata: dict[str, Any] = {}
-    # What is known of it without being asked: it completes a card, where `card_metadata` has the last word.
+    # Metadata from the registry, which fills gaps of an existing card.
     card_known: dict[str, Any] = {}
-    # Where the draft was loaded from, and how; its card says the rest.
+    # The name or folder that the draft was loaded from, and the keywords that choose its files.
     card_source: tuple[Any, dict[str, Any]] | None = None
 
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: Any, *model_args: Any, config: Any = None, **kwargs: Any
     ):
-        """As in transformers, for every layout that `DFlashConfig` reads; only safetensors are read.
+        """Load as transformers does, from every layout that `DFlashConfig` reads; only safetensors are read.
 
         Raises:
-            ValueError: the checkpoint lacks tensors, has ones this model does not know, or of other shapes. Such a
-                draft would load, and draft nonsense.
-            OSError: nothing there, no access, no connection, or a download whose bytes are not the published ones.
+            ValueError: the checkpoint lacks tensors, or has unknown ones or ones of other shapes. Such a draft would
+                load, and draft nonsense.
+            OSError: there is no such draft, no access or no connection; or a download is damaged.
         """
         wants_info = kwargs.pop("output_loading_info", False)
-        defaults = {
-            "use_safetensors": True,
-            "key_mapping": _RENAMED,
-            "ignore_mismatched_sizes": True,
-        }
+        name = pretrained_model_name_or_path
         where = _where(kwargs)
-        refuse_mask_embedding(pretrained_model_name_or_path, where)
+        check_no_mask_embedding(name, where)
         started = time.time()
         try:
             try:
+                config = _own_config(cls.config_class, config, name, kwargs)  # type: ignore[attr-defined]
+                defaults = {"use_safetensors": True, "key_mapping": _RENAMED}
+                defaults |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
                 model, info = super().from_pretrained(  # type: ignore[misc]
-                    pretrained_model_name_or_path,
-                    *model_args,
-                    config=_own_config(
-                        cls.config_class, config, pretrained_model_name_or_path, kwargs
-                    ),  # type: ignore[attr-defined]
-                    output_loading_info=True,
-                    **(defaults | kwargs),
+                    name, *model_args, config=config, **(defaults | kwargs)
                 )
-            finally:  # what it says of a damaged download is the better message
-                verify_downloads(pretrained_model_name_or_path, where, started)
+            finally:  # a checksum error explains more than the loader's, so it is raised instead
+                verify_downloads(name, where, started)
         except SafetensorError as error:
             raise OSError(
-                f"The weights of {pretrained_model_name_or_path} are damaged ({error}); copy or download them again "
+                f"The weights of {name} are damaged ({error}); copy or download them again "
                 "(from_pretrained(..., force_download=True))."
             ) from error
-        refuse_misfits(info, pretrained_model_name_or_path)
-        model.card_source = (pretrained_model_name_or_path, where)
+        check_tensors(info, name)
+        model.card_source = (name, where)
         return (model, info) if wants_info else model
 
     def save_pretrained(
         self, save_directory: Any, layout: str = "hub", push_to_hub: bool = False, **kwargs: Any
     ) -> None:
-        """Write a whole repository: config, weights, travelling files, model card (an existing one is kept).
+        """Write a complete repository: config, weights, travelling files and model card. An existing card stays.
 
         Args:
             layout: "hub", which transformers loads; or "engines", which vLLM, SGLang and others load.
-            push_to_hub: push it too, to `repo_id` or the folder's name.
+            push_to_hub: push the draft too, to `repo_id` or the folder's name.
         """
         hub_keys = ("repo_id", "commit_message", "private", "create_pr", "revision", "token")
         hub_kwargs = {key: kwargs.pop(key) for key in hub_keys if key in kwargs}
         check_layout(layout)
-        # `save_original_format` would give renamed tensors their foreign names back.
+        # `save_original_format` would undo the renaming of `_RENAMED`
         super().save_pretrained(save_directory, save_original_format=False, **kwargs)  # type: ignore[misc]
         if not kwargs.get("is_main_process", True):
             return
@@ -140,7 +133,7 @@ class RepositoryMixin:
         tags: list[str] | None = None,
         layout: str = "hub",
     ) -> Any:
-        """Push a whole repository, in one commit. The card on the Hub is kept, its metadata completed.
+        """Push a complete repository in one commit. The card on the Hub stays; missing metadata is added.
 
         The arguments are those of `PreTrainedModel.push_to_hub`, and `layout` as in `save_pretrained`. Set
         `draft.card_metadata = {"base_model": ..., "license": ...}` before the first push.
@@ -149,7 +142,7 @@ class RepositoryMixin:
             The Hub's `CommitInfo`; its `oid` is the commit to pin with `revision=`.
         """
         if check_layout(layout) == "engines":
-            engines_layout(self.config)  # type: ignore[attr-defined]  # raises before anything is made on the Hub
+            engines_layout(self.config)  # type: ignore[attr-defined]  # raises before a repository is created
         api = HfApi(token=token)
         repo_id = make_repo(api, repo_id, private)
         with tempfile.TemporaryDirectory() as folder:
@@ -166,44 +159,41 @@ class RepositoryMixin:
         repo_id: str | None = None,
         tags: list[str] | None = None,
     ) -> None:
-        """Write README.md into `folder`: the `existing` card with its metadata completed, or a new one.
+        """Write README.md into `folder`: the `existing` card with missing metadata added, or a new one.
 
-        A copy of this code in a repository passes on the card that the draft was loaded with.
+        A copy of this code in a repository uses the card that the draft was loaded with.
         """
         if EXTENSIONS.write_card is not None:
             EXTENSIONS.write_card(self, folder, existing, repo_id, tags)
             return
         card = existing or self.source_card(online=repo_id is not None) or ModelCard(_PLAIN_CARD)
         if existing is None and repo_id is not None:
-            former = self.card_source[0] if self.card_source else PLACEHOLDER
-            card.text = card.text.replace(str(former), repo_id).replace(PLACEHOLDER, repo_id)
+            old_name = self.card_source[0] if self.card_source else PLACEHOLDER
+            card.text = card.text.replace(str(old_name), repo_id).replace(PLACEHOLDER, repo_id)
         for key, value in self.card_metadata.items():
             card.data[key] = value
         card.data["tags"] = list(dict.fromkeys([*(card.data.get("tags") or ()), *(tags or ())]))
         card.save(Path(folder) / "README.md")
 
     def source_card(self, online: bool) -> ModelCard | None:
-        """Return the card beside the weights that were loaded; None where there is none, or it cannot be had."""
+        """Return the card beside the loaded weights; None without one, or if it cannot be read."""
         if self.card_source is None:
             return None
         name, where = self.card_source
         try:
-            local = Path(name) / "README.md"
-            found = (
-                local
-                if Path(name).exists()
-                else find_file(name, "README.md", local_files_only=not online, **where)
-            )
+            found: Path | None = Path(name) / "README.md"
+            if not Path(name).exists():
+                found = find_file(name, "README.md", local_files_only=not online, **where)
             return None if found is None else ModelCard(found.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
 
 
 def make_repo(api: HfApi, repo_id: str, private: bool | None) -> str:
-    """Make the repository, unless it is there; its full id.
+    """Create the repository if it does not exist; return its full id.
 
     Raises:
-        RuntimeError: the Hub refused, most often for want of a token that may write.
+        RuntimeError: the Hub refused, most often because no token with write access is set.
     """
     try:
         return api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -217,7 +207,7 @@ def make_repo(api: HfApi, repo_id: str, private: bool | None) -> str:
 def upload(
     api: HfApi, folder: Any, repo_id: str, revision: str | None = None, **commit: Any
 ) -> Any:
-    """Upload `folder` in one commit, to a branch that is made if missing; the branch then holds its weights alone.
+    """Upload `folder` in one commit, to a branch that is created if missing; older weights there are deleted.
 
     Raises:
         RuntimeError: the Hub did not take it. Nothing of it is visible there: a commit is whole or absent.
@@ -237,19 +227,18 @@ def upload(
 
 
 def card_on_hub(repo_id: str, token: Any = None) -> ModelCard | None:
-    """The card that `repo_id` has now; None if it has none."""
+    """Return the current card of `repo_id`; None without one."""
     try:
         return ModelCard.load(repo_id, token=token)
     except (EntryNotFoundError, RepositoryNotFoundError):
         return None
 
 
-def refuse_misfits(info: dict[str, Any], name: Any) -> None:
-    """Refuse what transformers only warns of: tensors that are missing, unknown, or of another shape."""
-    wrong_shapes = [
-        f"{key}: {tuple(file)} in the file, {tuple(ours)} here"
-        for key, file, ours in info["mismatched_keys"]
-    ]
+def check_tensors(info: dict[str, Any], name: Any) -> None:
+    """Refuse missing tensors, unknown ones, and ones of another shape, of which transformers only warns."""
+    wrong_shapes = []
+    for key, stored, ours in info["mismatched_keys"]:
+        wrong_shapes.append(f"{key}: {tuple(stored)} in the file, {tuple(ours)} here")
     unknown = {key.removeprefix("model.") for key in info["unexpected_keys"]} - _TARGETS_OWN
     unknown = {key for key in unknown if not key.endswith(("inv_freq", "original_inv_freq"))}
     faults = {
@@ -259,11 +248,10 @@ def refuse_misfits(info: dict[str, Any], name: Any) -> None:
     }
     for fault, keys in faults.items():
         if keys:
-            some = ", ".join(sorted(keys)[:3]) + (
-                f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-            )
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
             raise ValueError(
-                f"{name} {fault}: {some}. It would load and draft nonsense, so it is refused."
+                f"{name} {fault}: {', '.join(sorted(keys)[:3])}{more}. It would load and draft nonsense, so it is "
+                "refused."
             )
     if len(unknown) < len(info["unexpected_keys"]):
         logger.warning_once(
@@ -271,8 +259,8 @@ def refuse_misfits(info: dict[str, Any], name: Any) -> None:
         )
 
 
-def refuse_mask_embedding(name: Any, where: dict[str, Any]) -> None:
-    """Refuse a draft trained with a mask embedding of its own, which lies in a file that no config.json mentions."""
+def check_no_mask_embedding(name: Any, where: dict[str, Any]) -> None:
+    """Refuse a draft with a mask embedding of its own; only an extra file shows it, no key of config.json."""
     if find_file(name, "mask_embedding.pt", **where) is not None:
         raise ValueError(
             f"{name} uses a trained mask embedding (mask_embedding.pt), which this version of dflash-hub does not run; "
@@ -281,7 +269,7 @@ def refuse_mask_embedding(name: Any, where: dict[str, Any]) -> None:
 
 
 def verify_downloads(name: Any, where: dict[str, Any], started: float) -> None:
-    """Check the weights that were downloaded since `started` against their published SHA-256, the cache's file names.
+    """Check the weights downloaded since `started` against their published SHA-256, their names in the Hub's cache.
 
     Raises:
         OSError: the bytes differ. The file is removed, so that the next load downloads it again.
@@ -310,14 +298,13 @@ def _sha256(path: Path) -> str:
 
 
 def _where(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The keywords that say which files are meant."""
-    return {
-        key: kwargs[key] for key in ("cache_dir", "revision", "subfolder", "token") if key in kwargs
-    }
+    """Return the keywords that choose the files of a repository."""
+    names = ("cache_dir", "revision", "subfolder", "token")
+    return {name: kwargs[name] for name in names if name in kwargs}
 
 
 def _weight_files(name: Any, where: dict[str, Any]) -> list[Path]:
-    """The cached safetensors of a Hub repository; [] for a local folder, or where none is cached."""
+    """Return the cached safetensors of a Hub repository; [] for a local folder, or where none is cached."""
     if Path(name).exists():
         return []
 
@@ -327,35 +314,31 @@ def _weight_files(name: Any, where: dict[str, Any]) -> list[Path]:
         except OSError:
             return None
 
+    names = {"model.safetensors"}
     index = cached("model.safetensors.index.json")
-    shards = (
-        set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        if index
-        else set()
-    )
-    return [
-        path for path in map(cached, sorted({"model.safetensors", *shards})) if path is not None
-    ]
+    if index is not None:
+        names |= set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    return [path for path in map(cached, sorted(names)) if path is not None]
 
 
 def _own_config(config_class: Any, config: Any, name: Any, kwargs: dict[str, Any]) -> Any:
-    """`config`, or the draft's own where an Auto class read the engines layout as the Qwen3 config it looks like.
+    """Return `config`, or the draft's own config where an Auto class read the engines layout as a Qwen3 config.
 
-    The file is then read again, since Qwen3's defaults stand for what it does not say. Keywords that the Auto class
-    took are seen as values that differ from the file's, or from the default where the file is silent; those that it
-    left are taken out of `kwargs`.
+    The file is then read again, since Qwen3's defaults fill the fields that it lacks. Keywords that the Auto class
+    consumed are values that differ from the file's, or from the default where the file has none. The other keywords
+    are removed from `kwargs`.
     """
     own_type = config_class.model_type
     if getattr(config, "model_type", own_type) == own_type or isinstance(config, str | Path):
         return config
     raw, _ = config_class.get_config_dict(name, **_where(kwargs))
     fields = [*config_class.own_fields(), "rope_theta"]
-    given = {}
+    overrides = {}
     for field in set(fields) - {"layer_types", "rope_parameters"}:
         value = getattr(config, field, None)
         if value is not None and value != raw.get(field, getattr(type(config), field, None)):
-            given[field] = value
-    given |= {field: kwargs.pop(field) for field in fields if field in kwargs}
-    own = config_class.from_dict(raw, **given)
-    take_over_loading(own, config)
+            overrides[field] = value
+    overrides |= {field: kwargs.pop(field) for field in fields if field in kwargs}
+    own = config_class.from_dict(raw, **overrides)
+    copy_loading_options(own, config)
     return own

@@ -40,15 +40,13 @@ class PositionNoise:
     """Gumbel noise: a vector of V for each row and slot of the text, from one seed."""
 
     def __init__(self, seed: int | None = None):
-        self.seed = (
-            int(torch.randint(2**62, ())) if seed is None else seed
-        )  # torch.manual_seed governs it
+        # `torch.manual_seed` governs it.
+        self.seed = int(torch.randint(2**62, ())) if seed is None else seed
 
     def at(self, row: int, slot: int, like: torch.Tensor) -> torch.Tensor:
         """Return `[V]`, the same however often and in whatever block it is asked for."""
-        key = (
-            hash((self.seed, row)) + slot
-        )  # CPU generators use the low 32 bits: slots must differ there
+        # CPU generators use the low 32 bits: slots must differ there.
+        key = hash((self.seed, row)) + slot
         generator = torch.Generator(like.device).manual_seed(key % 2**63)
         noise = torch.empty(like.shape[-1], device=like.device, dtype=torch.float32)
         return -noise.exponential_(generator=generator).log()
@@ -104,10 +102,10 @@ class Sampler:
         noisy = scores
         if self.noise is not None:
             noise = self.noise.block(first_slots, scores.shape[1], scores)
-            if (
-                depths is not None
-            ):  # positions of equal depth compete for one slot, and share its noise
-                noise = noise.gather(1, depths.to(noise.device)[..., None].expand_as(noise))
+            # Positions of equal depth compete for one slot, and share its noise.
+            if depths is not None:
+                index = depths.to(noise.device)[..., None]
+                noise = noise.gather(1, index.expand_as(noise))
             noisy = scores + noise
         best = noisy.max(dim=-1)
         return best.indices.masked_fill_(best.values.isnan(), -1), scores
@@ -143,7 +141,8 @@ class Sampler:
             shown = [texts[rows[0]]] * len(texts)
             for row in rows:
                 shown[row] = texts[row]
-            result[rows] = self.processors(torch.stack(shown), scores[:, position].clone())[rows]
+            processed = self.processors(torch.stack(shown), scores[:, position].clone())
+            result[rows] = processed[rows]
         return result
 
     def draft_scores(
@@ -159,7 +158,8 @@ class Sampler:
         scores = logits.float()
         if not self.reads_text:
             scores, pair_scale = self.process(logits, None), 1 / self.temperature
-        return scores + self.noise.block(first_slots, logits.shape[1], scores), pair_scale  # type: ignore[union-attr]
+        noise = self.noise.block(first_slots, logits.shape[1], scores)  # type: ignore[union-attr]
+        return scores + noise, pair_scale
 
     @property
     def temperature(self) -> float:

@@ -197,9 +197,8 @@ def short_prompt(target: Target, length: int, like: Prompt) -> Prompt:
     if bool(like.padding_mask.any()):
         mask[-1, :2] = 0
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
-    positions = positions.expand(
-        *like.positions.shape[:-2], *positions.shape
-    )  # [B, T], or as many axes as `like` has
+    # [B, T], or as many axes as `like` has.
+    positions = positions.expand(*like.positions.shape[:-2], *positions.shape)
     return Prompt(rows, {"attention_mask": mask, "position_ids": positions, "use_cache": True})
 
 

@@ -29,9 +29,8 @@ PREFILL_CHUNK = 2048
 UNLIMITED = 2**62
 """A length that no text reaches."""
 
-_ANY_TEXT = torch.zeros(
-    1, 1, dtype=torch.long
-)  # on the CPU, for time limits, which do not look at it
+# On the CPU, for time limits, which do not look at it.
+_ANY_TEXT = torch.zeros(1, 1, dtype=torch.long)
 
 
 class Prompt:
@@ -56,7 +55,8 @@ class Prompt:
             if value is not None and name not in ours
         }
         self.cache = cache_in(inputs)
-        mask, positions = self.inputs.get("attention_mask"), self.inputs.get("position_ids")
+        mask = self.inputs.get("attention_mask")
+        positions = self.inputs.get("position_ids")
         lengths = [
             tensor.shape[-1] for tensor in (input_ids, mask, positions) if tensor is not None
         ]
@@ -102,7 +102,8 @@ class Prompt:
 
     def ids(self, first: int, last: int) -> torch.Tensor:
         """Return the ids of these slots, `[B, last - first]`."""
-        return self.input_ids[:, first - self.num_cached : last - self.num_cached]
+        first, last = first - self.num_cached, last - self.num_cached
+        return self.input_ids[:, first:last]
 
     def model_inputs(self, model: Any, last: int) -> dict[str, Any]:
         """Return what the target's forward takes for the slots before `last`, as plain `generate` prepares it."""
@@ -158,15 +159,15 @@ class Sequences:
     ):
         self.prompt, self.stop_conditions = input_ids, stop_conditions
         self.pad_token_id, self.streamer = pad_token_id, streamer
-        self.generated: list[list[int]] = [[] for _ in range(input_ids.shape[0])]
+        rows = input_ids.shape[0]
+        self.generated: list[list[int]] = [[] for _ in range(rows)]
         self.end_lengths: list[int | None] = [None] * len(self.generated)
         """How many tokens a row had generated when it ended."""
         self.num_streamed = 0
         self.row_ended = False
         """Whether the last `append_tokens` ended a row."""
-        self.buffer = (
-            input_ids.clone()
-        )  # [B, T or more], for those who read whole texts; grows when they do
+        # [B, T or more], for those who read whole texts; grows when they do.
+        self.buffer = input_ids.clone()
         self.num_copied = [0] * len(self.generated)
         """Generated tokens of each row that the buffer holds."""
 
@@ -197,7 +198,8 @@ class Sequences:
         before = self.active
         counts = []
         for row, row_tokens in enumerate(tokens):
-            counts.append(self._append_row(row, row_tokens, overtime) if before[row] else 0)
+            count = self._append_row(row, row_tokens, overtime) if before[row] else 0
+            counts.append(count)
         self.row_ended = self.active != before
         self._stream()
         return counts
@@ -267,7 +269,11 @@ class Sequences:
         prefixes = []
         for row, row_paths in enumerate(paths):
             text = self.text(row)
-            prefixes.append([torch.cat([text, tokens[row, path[1:]]]) for path in row_paths])
+            row_prefixes = []
+            for path in row_paths:
+                drafted = tokens[row, path[1:]]
+                row_prefixes.append(torch.cat([text, drafted]))
+            prefixes.append(row_prefixes)
         return prefixes
 
     def _stream(self) -> None:
@@ -300,7 +306,8 @@ class Sequences:
         """Return prompts and generated tokens, padded after the end of a row: `[B, T]`."""
         longest, rows = self.longest, []
         for tokens in self.generated:
-            rows.append((tokens + [self.pad_token_id] * (longest - len(tokens)))[:longest])
+            padding = [self.pad_token_id] * (longest - len(tokens))
+            rows.append((tokens + padding)[:longest])
         generated = torch.tensor(rows, dtype=self.prompt.dtype, device=self.prompt.device).view(
             len(rows), longest
         )

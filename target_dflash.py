@@ -40,7 +40,8 @@ class TargetOutput:
 
     def part(self, first: int, last: int | None) -> "TargetOutput":
         """Return the positions from `first` to before `last`."""
-        return TargetOutput(self.logits[:, first:last], self.features[:, first:last])
+        logits = self.logits[:, first:last]
+        return TargetOutput(logits, self.features[:, first:last])
 
 
 @dataclass
@@ -148,7 +149,8 @@ class Target:
         """
         length = ids.shape[1]
         state.cache.reserve(int(slots[0, -1]) + 1)
-        masks = BlockMasks(pad_to(state.padding_mask, state.cache.capacity), slots[:, 0], length)
+        padding_mask = pad_to(state.padding_mask, state.cache.capacity)
+        masks = BlockMasks(padding_mask, slots[:, 0], length)
         inputs = {"input_ids": ids, "position_ids": positions}
         arguments = self._arguments(inputs, state.cache.at(slots), 1)
         with self.attention.under(masks):
@@ -204,15 +206,18 @@ class Target:
             path `[B, Q]`: positions of the tree from the root on; only the first ones count.
         """
         steps = torch.arange(path.shape[1], device=slots.device)
-        state.cache.copy_slots(slots[:, None] + path, slots[:, None] + steps)
-        logits, features = gather_path(verified.logits, path), gather_path(verified.features, path)
+        first = slots[:, None]
+        state.cache.copy_slots(first + path, first + steps)
+        logits = gather_path(verified.logits, path)
+        features = gather_path(verified.features, path)
         return Verified(logits, features, verified.snapshot)
 
     def _run_block(
         self, state: TargetState, tokens: torch.Tensor, slots: torch.Tensor, ancestors: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return logits `[B, Q, V]` and features `[B, Q, F]`. What changes from cycle to cycle are the arguments."""
-        length, masks = tokens.shape[1], state.masks_for(slots, tokens.shape[1], self.attention)
+        length = tokens.shape[1]
+        masks = state.masks_for(slots, length, self.attention)
         masks.move(slots, ancestors)
         positions = state.position_offset + slots[:, None] + masks.depths
         inputs = {"input_ids": tokens, "position_ids": positions}

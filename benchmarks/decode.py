@@ -1,16 +1,16 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""Decoding speed, side by side in one process: plain `generate`, transformers' own DFlash loop, and ours.
+"""Measure decoding speed in one process: plain `generate`, transformers' own DFlash loop, and ours.
 
     python benchmarks/decode.py                                     # the built-in trained pair
     python benchmarks/decode.py --capture compile                   # the same, with blocks compiled
     python benchmarks/decode.py --shape hybrid --tau 3              # a target with recurrent state
     python benchmarks/decode.py --shape qwen3-8b --device cuda --context 1024 --tau 6
 
-Shapes other than `tiny-pair` are built in place with random weights, so their drafts guess nothing: `--tau` has that
-many tokens committed per cycle, right tokens being put in place of the draft's after it ran. Texts are greedy, and
-compared with plain greedy's. Times are medians over the runs, the ways taking turns. The floor is what must be read
-from memory over the bandwidth measured here. The last line is JSON.
+Shapes other than `tiny-pair` have random weights, so their drafts guess no token. `--tau` fixes how many tokens are
+committed per cycle: after the draft ran, right tokens replace its own. Texts are greedy and compared with plain
+greedy decoding. Times are medians over the runs, where the methods take turns. The floor is the time to read all
+weights and keys from memory, at the bandwidth measured here. The last line is JSON.
 """
 
 import argparse
@@ -73,8 +73,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 @dataclass
-class Figures:
-    """Of one way to decode; times are medians over the runs."""
+class Result:
+    """Hold the results of one method; times are medians over the runs."""
 
     seconds: float = 0.0
     tokens_per_second: float = 0.0
@@ -83,7 +83,7 @@ class Figures:
     verify_ms: float | None = None
     rest_ms: float | None = None
     rollback_ms: float | None = None
-    """Of the rest, taking rejected tokens back from recurrent layers."""
+    """The part of the rest that rolls recurrent layers back."""
     tau: float | None = None
     peak_mib: float | None = None
     same_text: bool = True
@@ -91,179 +91,184 @@ class Figures:
 
 
 def main() -> None:
+    """Run the whole script."""
     options = arguments()
     torch.manual_seed(0)
     torch.set_num_threads(options.threads)
     target, draft, prompts = build(options)
     for inputs in prompts:
-        inputs["max_new_tokens"], inputs["do_sample"], inputs["eos_token_id"] = (
-            options.new,
-            False,
-            None,
-        )
-    ways = the_ways(target, draft, options)
-    figures = measure(target, ways, prompts, options)
-    floor = floor_ms(target, draft, options) | {
-        "self_check_ms": self_check_ms(target, draft, prompts[0], options)
-    }
-    show(figures, floor, target, draft, options)
+        inputs |= {"max_new_tokens": options.new, "do_sample": False, "eos_token_id": None}
+    results = measure(target, methods(target, draft, options), prompts, options)
+    floor = floor_ms(target, draft, options)
+    floor["self_check_ms"] = self_check_ms(target, draft, prompts[0], options)
+    show(results, floor, target, draft, options)
 
 
 def arguments() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shape", default="tiny-pair", choices=["tiny-pair", *SHAPES])
     parser.add_argument("--device", default="cpu")
     parser.add_argument(
-        "--dtype", default=None, help="float32 on a CPU, bfloat16 elsewhere, unless said"
+        "--dtype", default=None, help="default: float32 on a CPU, bfloat16 elsewhere"
     )
     parser.add_argument("--context", type=int, default=150, help="prompt tokens")
-    parser.add_argument("--new", type=int, default=96, help="new tokens of each text")
+    parser.add_argument("--new", type=int, default=96, help="new tokens per text")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--block", type=int, default=16)
-    parser.add_argument("--layers", type=int, default=5, help="of the draft")
+    parser.add_argument("--layers", type=int, default=5, help="layers of the draft")
     parser.add_argument("--variant", default="dflash", choices=KINDS, help="kind of the draft")
-    parser.add_argument("--tau", type=int, default=None, help="tokens committed per cycle, forced")
+    parser.add_argument("--tau", type=int, default=None, help="force this many tokens per cycle")
     parser.add_argument("--capture", default="auto", choices=CAPTURE)
-    parser.add_argument("--prompts", type=int, default=6, help="of the tiny pair's")
+    parser.add_argument("--prompts", type=int, default=6, help="number of prompts of the tiny pair")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     return parser.parse_args()
 
 
 def build(options: argparse.Namespace) -> tuple[Any, Any, list[dict[str, Any]]]:
-    """The target, its draft, and the prompts."""
+    """Return the target, its draft, and the prompts as arguments of `generate`."""
     dtype = getattr(torch, options.dtype or ("float32" if options.device == "cpu" else "bfloat16"))
-    if options.shape == "tiny-pair":
-        target = (
-            AutoModelForCausalLM.from_pretrained(TINY / "target", dtype=dtype)
-            .to(options.device)
-            .eval()
-        )
-        draft = (
-            load_draft(KINDS[options.variant].demo_draft(TINY), dtype=dtype)
-            .to(options.device)
-            .eval()
-        )
-        tokenizer = AutoTokenizer.from_pretrained(TINY / "target")
-        lines = (TINY / "prompts.jsonl").read_text(encoding="utf-8").splitlines()[: options.prompts]
-        ids = [
-            tokenizer(json.loads(line)["prompt"], return_tensors="pt").input_ids for line in lines
-        ]
-        rows = [
-            row[:, -options.context :].repeat(options.batch, 1).to(options.device) for row in ids
-        ]
-    else:
-        shape = dict(SHAPES[options.shape])
-        config = AutoConfig.for_model(
-            shape.pop("model_type"), **shape, eos_token_id=None, pad_token_id=0
-        )
-        with torch.device(options.device):
-            target = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-            fresh = {
-                "mask_token_id": 0,
-                "block_size": options.block,
-                "num_hidden_layers": options.layers,
-            }
-            draft = (
-                DFlashDraftSpec("benchmark")
-                .build(config, options.variant, **fresh)
-                .to(dtype)
-                .eval()
-            )
-        target.generation_config.eos_token_id = None
-        rows = [
-            torch.randint(
-                config.vocab_size, (options.batch, options.context), device=options.device
-            )
-        ]
-    return (
-        target,
-        draft,
-        [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in rows],
-    )
+    load = load_tiny_pair if options.shape == "tiny-pair" else build_random_pair
+    target, draft, rows = load(options, dtype)
+    prompts = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in rows]
+    return target, draft, prompts
 
 
-def the_ways(target: Any, draft: Any, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """What is added to the call of `generate` for each way to decode."""
-    ways: dict[str, dict[str, Any]] = {"plain": {}}
+def load_tiny_pair(options: argparse.Namespace, dtype: torch.dtype) -> tuple[Any, Any, list[Any]]:
+    """Return the built-in target, its draft, and the ids of each prompt, `[B, P]`."""
+    target = AutoModelForCausalLM.from_pretrained(TINY / "target", dtype=dtype)
+    draft = load_draft(KINDS[options.variant].demo_draft(TINY), dtype=dtype)
+    tokenizer = AutoTokenizer.from_pretrained(TINY / "target")
+    rows = []
+    for line in (
+        (TINY / "prompts.jsonl").read_text(encoding="utf-8").splitlines()[: options.prompts]
+    ):
+        ids = tokenizer(json.loads(line)["prompt"], return_tensors="pt").input_ids
+        rows.append(ids[:, -options.context :].repeat(options.batch, 1).to(options.device))
+    return target.to(options.device).eval(), draft.to(options.device).eval(), rows
+
+
+def build_random_pair(
+    options: argparse.Namespace, dtype: torch.dtype
+) -> tuple[Any, Any, list[Any]]:
+    """Return a random target of the shape, a random draft, and the ids of one random prompt, `[B, P]`."""
+    shape = SHAPES[options.shape] | {"eos_token_id": None, "pad_token_id": 0}
+    config = AutoConfig.for_model(shape.pop("model_type"), **shape)
+    fields = {
+        "mask_token_id": 0,
+        "block_size": options.block,
+        "num_hidden_layers": options.layers,
+    }
+    with torch.device(options.device):
+        target = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        draft = DFlashDraftSpec("benchmark").build(config, options.variant, **fields)
+    target.generation_config.eos_token_id = None
+    size = (options.batch, options.context)
+    row = torch.randint(config.vocab_size, size, device=options.device)
+    return target, draft.to(dtype).eval(), [row]
+
+
+def methods(target: Any, draft: Any, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Return the arguments that each method adds to the call of `generate`."""
+    found: dict[str, dict[str, Any]] = {"plain": {}}
     if options.device != "cpu":
-        ways["plain, static and compiled"] = {"cache_implementation": "static"}
+        found["plain, static and compiled"] = {"cache_implementation": "static"}
     if options.batch == 1 and not is_recurrent(target):
         own = {"assistant_model": draft, "speculation_type": "dflash"}
-        ways["transformers' own dflash"] = own
-        if options.device != "cpu":  # which it compiles from 5.24 on
-            ways["transformers' own, static"] = own | {"cache_implementation": "static"}
-    ways["ours"] = {"custom_generate": draft.speculate, "capture": options.capture}
-    return ways
+        found["transformers' own dflash"] = own
+        if options.device != "cpu":  # transformers compiles it from 5.24 on
+            found["transformers' own, static"] = own | {"cache_implementation": "static"}
+    found["ours"] = {"custom_generate": draft.speculate, "capture": options.capture}
+    return found
 
 
 def measure(
     target: Any,
-    ways: dict[str, dict[str, Any]],
+    kwargs_of: dict[str, dict[str, Any]],
     prompts: list[dict[str, Any]],
     options: argparse.Namespace,
-) -> dict[str, Figures]:
-    """Every way in turn over every prompt, `runs` times, after a round that does not count."""
-    figures = {name: Figures() for name in ways}
-    cycles: dict[str, list[tuple[float, ...]]] = {name: [] for name in ways}
+) -> dict[str, Result]:
+    """Run every method in turn over every prompt, `runs` times, after a round of warm-up."""
+    results = {name: Result() for name in kwargs_of}
+    cycles: dict[str, list[Cycles]] = {name: [] for name in kwargs_of}
     plain: dict[int, torch.Tensor] = {}
     vocab_size = target.config.get_text_config(decoder=True).vocab_size
     for run in range(-3 if options.capture == "compile" else -1, options.runs):
-        totals = dict.fromkeys(ways, 0.0)
+        totals = dict.fromkeys(kwargs_of, 0.0)
         for index, inputs in enumerate(prompts):
-            for name, way in ways.items():
-                call = inputs | way
+            for name, generate_kwargs in kwargs_of.items():
+                call = inputs | generate_kwargs
                 if name == "ours":
                     call |= forced(options, plain.get(index), vocab_size)
-                text, seconds, peak = timed(target, lambda call=call: target.generate(**call))
+                (text, seconds), peak = timed_with_peak(target, call)
                 totals[name] += seconds
-                figures[name].peak_mib = peak
+                results[name].peak_mib = peak
                 if name == "plain":
                     plain[index] = text
-                figures[name].same_text &= torch.equal(text, plain[index])
+                results[name].same_text &= torch.equal(text, plain[index])
                 if run >= 0 and name != "plain":
                     cycles[name] += count_cycles(target, name, call, options)
         if run >= 0:
             for name, seconds in totals.items():
-                figures[name].samples.append(seconds)
+                results[name].samples.append(seconds)
     tokens = options.new * options.batch * len(prompts)
-    for name, one in figures.items():
-        one.seconds = statistics.median(one.samples)
-        one.tokens_per_second = tokens / one.seconds
+    for name, result in results.items():
+        result.seconds = statistics.median(result.samples)
+        result.tokens_per_second = tokens / result.seconds
         if cycles[name]:
-            sums = [sum(column) for column in zip(*cycles[name], strict=True)]
-            parts = [1e3 * second / sums[0] for second in sums[1:6]]
-            one.ms_per_cycle, one.draft_ms, one.verify_ms, one.rest_ms, one.rollback_ms = parts
-            one.tau = sums[6] / sums[7]
-            if name != "ours":
-                one.draft_ms = one.verify_ms = one.rest_ms = one.rollback_ms = None
-    return figures
+            add_cycles(result, cycles[name], has_parts=name == "ours")
+    return results
+
+
+@dataclass
+class Cycles:
+    """Hold the number of cycles of one decode, and their seconds in all and by part."""
+
+    cycles: int
+    seconds: float
+    tokens: int
+    row_cycles: int
+    """Cycles summed over the rows that were not finished."""
+    draft: float = 0.0
+    verify: float = 0.0
+    rest: float = 0.0
+    rollback: float = 0.0
+
+
+def add_cycles(result: Result, found: list[Cycles], has_parts: bool) -> None:
+    """Set the mean times per cycle and the tokens per cycle of a result."""
+
+    def total(name: str) -> float:
+        return sum(getattr(decode, name) for decode in found)
+
+    def milliseconds(name: str) -> float:
+        return 1e3 * total(name) / total("cycles")
+
+    result.ms_per_cycle = milliseconds("seconds")
+    result.tau = total("tokens") / total("row_cycles")
+    if has_parts:
+        result.draft_ms = milliseconds("draft")
+        result.verify_ms = milliseconds("verify")
+        result.rest_ms = milliseconds("rest")
+        result.rollback_ms = milliseconds("rollback")
 
 
 def count_cycles(
     target: Any, name: str, call: dict[str, Any], options: argparse.Namespace
-) -> list[tuple[float, ...]]:
-    """Decode once more; per run: cycles, seconds in all, draft, verify, rest, rollback; tokens and row-cycles."""
+) -> list[Cycles]:
+    """Decode once more and return its cycles; an empty list if there was none."""
     if name == "ours":
         record = DecodeStatistics()
         target.generate(**call, statistics=record)
-        parts = (
-            record.draft_seconds,
-            record.verify_seconds,
-            record.rest_seconds,
-            record.rollback_seconds,
+        found = Cycles(
+            record.cycles, record.decode_seconds, sum(record.committed), len(record.committed)
         )
-        return [
-            (
-                record.cycles,
-                record.decode_seconds,
-                *parts,
-                sum(record.committed),
-                len(record.committed),
-            )
-        ]
+        found.draft, found.verify = record.draft_seconds, record.verify_seconds
+        found.rest, found.rollback = record.rest_seconds, record.rollback_seconds
+        return [found]
     moments: list[float] = []
 
     def note(module: Any, inputs: Any, output: Any) -> None:
@@ -274,25 +279,25 @@ def count_cycles(
         target.generate(**call)
     finally:
         hook.remove()
-    cycles = (
-        len(moments) - 1
-    )  # the first is the prompt's; from each verify's end to the next is one cycle
+    # The first forward is the prompt's; a cycle lasts from the end of one forward to the next.
+    cycles = len(moments) - 1
     if cycles < 1:
         return []
-    return [(cycles, moments[-1] - moments[0], 0.0, 0.0, 0.0, 0.0, options.new - 1, cycles)]
+    return [Cycles(cycles, moments[-1] - moments[0], options.new - 1, cycles)]
 
 
 class Forced:
-    """A proposer that has `tau` tokens committed per cycle: tokens of the plain text replace the draft's own.
+    """Propose tokens of the plain text instead of the draft's, so that `tau` tokens are committed per cycle.
 
     Args:
         chain: the draft's own proposer, which runs first.
         plain `[B, T]`: the plain text.
-        vocab_size: for tokens that are wrong.
+        vocab_size: used to make wrong tokens.
     """
 
     def __init__(self, chain: ChainProposer, plain: torch.Tensor, tau: int, vocab_size: int):
-        self.chain, self.plain, self.right, self.vocab_size = chain, plain, tau - 1, vocab_size
+        self.chain, self.plain = chain, plain
+        self.right, self.vocab_size = tau - 1, vocab_size
 
     def append_context(self, features: torch.Tensor, first_slot: int) -> None:
         self.chain.append_context(features, first_slot)
@@ -312,29 +317,30 @@ class Forced:
 def forced(
     options: argparse.Namespace, plain: torch.Tensor | None, vocab_size: int
 ) -> dict[str, Any]:
-    """Return what is added to our call of `generate` so that `--tau` tokens are committed per cycle."""
+    """Return the arguments for our `generate` that fix the tokens per cycle at `--tau`."""
     if options.tau is None or plain is None:
         return {}
     return {"proposer": lambda chain: Forced(chain, plain, options.tau, vocab_size)}
 
 
-def timed(target: Any, run: Callable[[], Any]) -> tuple[Any, float, float | None]:
-    """The result, seconds, and MiB at the peak where the device tells."""
-    on_gpu = target.device.type == "cuda"
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats(target.device)
+def timed(target: Any, run: Callable[[], Any]) -> tuple[Any, float]:
+    """Return the result of `run` and the seconds it took."""
     started = now(target.device)
     result = run()
-    seconds = now(target.device) - started
-    return (
-        result,
-        seconds,
-        torch.cuda.max_memory_allocated(target.device) / 2**20 if on_gpu else None,
-    )
+    return result, now(target.device) - started
+
+
+def timed_with_peak(target: Any, call: dict[str, Any]) -> tuple[tuple[Any, float], float | None]:
+    """Return the text of `generate` with its seconds, and the peak memory in MiB on a GPU."""
+    if target.device.type != "cuda":
+        return timed(target, lambda: target.generate(**call)), None
+    torch.cuda.reset_peak_memory_stats(target.device)
+    result = timed(target, lambda: target.generate(**call))
+    return result, torch.cuda.max_memory_allocated(target.device) / 2**20
 
 
 def floor_ms(target: Any, draft: Any, options: argparse.Namespace) -> dict[str, float]:
-    """Milliseconds that reading takes, at the bandwidth measured here: of a plain step and of a cycle."""
+    """Return the milliseconds that a plain step and a cycle need just to read from memory."""
     bandwidth = measured_bandwidth(target, 2**28 if options.device == "cpu" else 2**32)
     embedding, head = target.get_input_embeddings().weight, target.get_output_embeddings().weight
     weights = sum(weight.nbytes for weight in target.parameters())
@@ -356,7 +362,7 @@ def floor_ms(target: Any, draft: Any, options: argparse.Namespace) -> dict[str, 
 
 
 def measured_bandwidth(target: Any, size: int) -> float:
-    """Bytes per second, read and written, of a copy of `size` bytes."""
+    """Return the bytes per second, read and written, of a copy of `size` bytes."""
     source = torch.ones(size // 4, dtype=torch.float32, device=target.device)
     sink = torch.empty_like(source)
 
@@ -369,20 +375,21 @@ def measured_bandwidth(target: Any, size: int) -> float:
 def self_check_ms(
     target: Any, draft: Any, inputs: dict[str, Any], options: argparse.Namespace
 ) -> float:
-    """What the first decode of a session costs beyond the next, two tokens each; the median over the runs."""
+    """Return the extra time of a session's first decode over its second, two tokens each; the median over the runs."""
     call = inputs | {"max_new_tokens": 2, "custom_generate": draft.speculate, "capture": "eager"}
     costs = []
     for _ in range(options.runs + 1):
         draft.speculate.checked.clear()
-        first, second = (timed(target, lambda: target.generate(**call))[1] for _ in range(2))
+        _, first = timed(target, lambda: target.generate(**call))
+        _, second = timed(target, lambda: target.generate(**call))
         costs.append(1e3 * (first - second))
     return statistics.median(costs[1:])
 
 
 def show(
-    figures: dict[str, Figures], floor: dict[str, float], target: Any, draft: Any, options: Any
+    results: dict[str, Result], floor: dict[str, float], target: Any, draft: Any, options: Any
 ) -> None:
-    """The table, the ratios, and one line of JSON."""
+    """Print the table, the ratios, and one line of JSON."""
     dtype = str(target.dtype).removeprefix("torch.")
     print(
         f"{options.shape}, {options.device}, {dtype}, batch {options.batch}, context {options.context}, ",
@@ -395,19 +402,9 @@ def show(
     print(f"capture {options.capture}")
     heads = ("tok/s", "ms/cycle", "draft", "verify", "rest", "rollback", "tau", "peak MiB")
     print(" " * 28 + "".join(head.rjust(10) for head in heads) + "  text")
-    for name, one in figures.items():
-        parts = (
-            one.ms_per_cycle,
-            one.draft_ms,
-            one.verify_ms,
-            one.rest_ms,
-            one.rollback_ms,
-            one.tau,
-            one.peak_mib,
-        )
-        cells = "".join(number(part).rjust(10) for part in (one.tokens_per_second, *parts))
-        print(f"{name:28}{cells}  {'same' if one.same_text else 'NOT the same'}")
-    ratios = ratios_of(figures, floor, options)
+    for name, result in results.items():
+        print(f"{name:28}{row_of(result)}")
+    ratios = ratios_of(results, floor, options)
     print(
         f"floor at {floor['bandwidth_gb_s']:.1f} GB/s: {floor['plain_ms']:.3f} ms a plain step, ",
         end="",
@@ -415,28 +412,44 @@ def show(
     print(f"{floor['cycle_ms']:.3f} ms a cycle")
     print(f"self-check, once a session: {floor['self_check_ms']:.2f} ms")
     print(", ".join(f"{name.replace('_', ' ')} {number(value)}" for name, value in ratios.items()))
-    rows = {name: asdict(one) | {"samples": None} for name, one in figures.items()}
+    rows = {name: asdict(result) | {"samples": None} for name, result in results.items()}
     print(json.dumps({"options": vars(options), "figures": rows, "floor": floor, "ratios": ratios}))
 
 
+def row_of(result: Result) -> str:
+    """Return the cells of a row of the table."""
+    cells = (
+        result.tokens_per_second,
+        result.ms_per_cycle,
+        result.draft_ms,
+        result.verify_ms,
+        result.rest_ms,
+        result.rollback_ms,
+        result.tau,
+        result.peak_mib,
+    )
+    text = "same" if result.same_text else "NOT the same"
+    return "".join(number(cell).rjust(10) for cell in cells) + f"  {text}"
+
+
 def ratios_of(
-    figures: dict[str, Figures], floor: dict[str, float], options: Any
+    results: dict[str, Result], floor: dict[str, float], options: Any
 ) -> dict[str, float | None]:
-    """What is compared with what; one run's figures only."""
-    plain, ours, own = figures["plain"], figures["ours"], figures.get("transformers' own dflash")
+    """Return the ratios of times, all from this run."""
+    plain, ours = results["plain"], results["ours"]
+    own = results.get("transformers' own dflash", Result()).ms_per_cycle
     cycle = ours.ms_per_cycle or 0.0
     steps = options.new * (options.prompts if options.shape == "tiny-pair" else 1)
     return {
         "times_plain": plain.seconds / ours.seconds,
-        "cycle_over_transformers_own": cycle / own.ms_per_cycle
-        if own and own.ms_per_cycle
-        else None,
+        "cycle_over_transformers_own": cycle / own if own else None,
         "cycle_over_floor": cycle / floor["cycle_ms"],
         "plain_step_over_floor": 1e3 * plain.seconds / steps / floor["plain_ms"],
     }
 
 
 def number(value: float | None) -> str:
+    """Return a number with two decimals, or a dash."""
     return "-" if value is None else f"{value:.2f}"
 
 

@@ -1,6 +1,6 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""Measure what a training step costs, beside the same step with the logits of all positions at once.
+"""Measure the time and memory of a training step, and of the same step with the logits of all positions at once.
 
     python benchmarks/train.py                                      # a small body, the vocabulary of Qwen3
     python benchmarks/train.py --shape qwen3-8b --device cuda --length 3072 --anchors 512
@@ -51,6 +51,7 @@ PARTS = ("target", "draft", "loss", "backward", "optimizer")
 
 
 def main() -> None:
+    """Run the whole script."""
     options = arguments()
     torch.manual_seed(0)
     torch.set_num_threads(options.threads)
@@ -69,13 +70,14 @@ def main() -> None:
     for number in range(options.steps + 1):
         anchors = draw_anchors(batch, options.anchors, 0, number)
         for name, objective in methods.items():
-            figures = step(objective, draft, optimizer, objective.blocks(batch, anchors), timer)
-            if number:  # the first step pays for warm-up
-                measured[name].append(figures)
+            costs = step(objective, draft, optimizer, objective.blocks(batch, anchors), timer)
+            if number:  # the first step includes warm-up
+                measured[name].append(costs)
     show(measured, options)
 
 
 def arguments() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -83,13 +85,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--vocab", type=int, default=151936)
     parser.add_argument("--device", default="cpu")
     parser.add_argument(
-        "--dtype", default=None, help="of the target; bfloat16 on a GPU, float32 on a CPU"
+        "--dtype",
+        default=None,
+        help="dtype of the target; default: float32 on a CPU, bfloat16 elsewhere",
     )
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--anchors", type=int, default=128)
     parser.add_argument("--block", type=int, default=16)
-    parser.add_argument("--layers", type=int, default=5, help="of the draft")
+    parser.add_argument("--layers", type=int, default=5, help="layers of the draft")
     parser.add_argument("--distillation", type=float, default=0.0)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
@@ -104,18 +108,13 @@ def build(options: argparse.Namespace, device: torch.device) -> tuple[Any, Any]:
     )
     with device:
         target = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        fresh = {
+        fields = {
             "mask_token_id": 0,
             "block_size": options.block,
             "num_hidden_layers": options.layers,
         }
-        draft = (
-            DFlashDraftSpec("benchmark")
-            .build(config, dtype=torch.float32, **fresh)
-            .to(device)
-            .train()
-        )
-    return draft, target
+        draft = DFlashDraftSpec("benchmark").build(config, dtype=torch.float32, **fields)
+    return draft.to(device).train(), target
 
 
 def loss_in_full(states: torch.Tensor, inputs: LossInputs, vocab_size: int) -> Loss:
@@ -132,6 +131,7 @@ class Timer:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        """Add the time of this context to the part."""
         started = now(self.device)
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + now(self.device) - started
@@ -156,7 +156,7 @@ def step(
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[dict[str, float]]:
-    """Measure the peak memory beyond what was in use before, in MiB: of the GPU, or resident (NaN except on Linux)."""
+    """Measure by how many MiB memory grows at its peak: of the GPU, or resident (NaN except on Linux)."""
     found: dict[str, float] = {}
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -181,33 +181,37 @@ def resident(field: str) -> float:
 
 
 def show(measured: dict[str, list[dict[str, float]]], options: argparse.Namespace) -> None:
-    """Print a table, and the JSON line."""
-    figures = {}
+    """Print the table, the ratios, and one line of JSON."""
+    rows = {}
     print(
         f"{'ms':16}" + "".join(part.rjust(11) for part in (*PARTS, "step", "tokens/s", "peak MiB"))
     )
     for name, steps in measured.items():
-        parts = {part: 1e3 * statistics.median(one[part] for one in steps) for part in PARTS}
-        whole = 1e3 * statistics.median(sum(one[part] for part in PARTS) for one in steps)
-        peak = statistics.median(one["peak_mib"] for one in steps)
-        rate = 1e3 * options.batch * options.length / whole
-        figures[name] = {
+        for costs in steps:
+            costs["step"] = sum(costs[part] for part in PARTS)
+        parts = {part: 1e3 * median_of(steps, part) for part in PARTS}
+        step_ms, peak = 1e3 * median_of(steps, "step"), median_of(steps, "peak_mib")
+        rate = 1e3 * options.batch * options.length / step_ms
+        rows[name] = {
             "ms": parts,
-            "step_ms": whole,
+            "step_ms": step_ms,
             "tokens_per_second": rate,
             "peak_mib": peak,
             "loss": steps[-1]["value"],
         }
-        print(
-            f"{name:16}"
-            + "".join(f"{value:11.1f}" for value in (*parts.values(), whole, rate, peak))
-        )
-    ours, full = figures.values()
+        cells = (*parts.values(), step_ms, rate, peak)
+        print(f"{name:16}" + "".join(f"{value:11.1f}" for value in cells))
+    ours, full = rows.values()
     ratios = {key: ours[key] / full[key] for key in ("step_ms", "peak_mib")}
     print(
         f"ours over logits in full: time {ratios['step_ms']:.2f}, peak memory {ratios['peak_mib']:.2f}"
     )
-    print(json.dumps({"options": vars(options), "figures": figures, "ratios": ratios}))
+    print(json.dumps({"options": vars(options), "figures": rows, "ratios": ratios}))
+
+
+def median_of(steps: list[dict[str, float]], key: str) -> float:
+    """Return the median over the steps of one of their values."""
+    return statistics.median(costs[key] for costs in steps)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""`dflash-hub drafts`: the catalogue."""
+"""`dflash-hub drafts`: list the catalogue."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
 from .shared import console
+
+if TYPE_CHECKING:
+    from ..registry import DFlashDraftSpec
 
 
 def drafts(
@@ -18,23 +21,32 @@ def drafts(
         str | None, typer.Option(help="Only drafts for targets of this architecture.")
     ] = None,
 ) -> None:
-    """List the published drafts that are known, and why some cannot be run."""
+    """List the known published drafts, and whether each runs here."""
     from ..registry import CATALOGUE, drafts_for
 
     found = drafts_for(target) if target else CATALOGUE
     found = [spec for spec in found if architecture is None or spec.serves(architecture)]
     if not found:
         raise ValueError(
-            f"No draft is known for {target or architecture}; `dflash-hub drafts` lists all that are."
+            f"No draft is known for {target or architecture}. Run `dflash-hub drafts` to list all known drafts."
         )
     table = Table(title=f"{len(found)} DFlash drafts")
     for column in ("draft", "made for", "architecture", "block", "revision", "runs here"):
         table.add_column(column, overflow="fold")
     for spec in found:
-        obstacle = spec.unsupported or (spec.target_state and f"loads, but {spec.target_state}")
-        runs = f"no: {obstacle}" if obstacle else "yes" + (f" ({spec.note})" if spec.note else "")
         made_for = "\n".join(spec.targets) or "not known"
         block = str(spec.details.get("block_size") or "?")
         revision = (spec.revision or "newest")[:8]
-        table.add_row(spec.repo_id, made_for, "\n".join(spec.architectures), block, revision, runs)
+        table.add_row(
+            spec.repo_id, made_for, "\n".join(spec.architectures), block, revision, _runs_here(spec)
+        )
     console.print(table)
+
+
+def _runs_here(spec: "DFlashDraftSpec") -> str:
+    """Return "yes" or "no" with the reason or the note, for the table."""
+    if spec.unsupported:
+        return f"no: {spec.unsupported}"
+    if spec.target_state:
+        return f"no: loads, but {spec.target_state}"
+    return f"yes ({spec.note})" if spec.note else "yes"

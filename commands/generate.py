@@ -1,36 +1,40 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""`dflash-hub generate`: any target and a draft, on one prompt."""
+"""`dflash-hub generate`: run a target and its draft on one prompt."""
 
 from typing import Annotated, Any
 
 import typer
 
-from .shared import Capture, NewTokens, Target, console, fail_differing, show_figures
+from .shared import Capture, NewTokens, Target, console, fail_differing, show_speed
 
 
 def generate(
-    prompt: Annotated[str, typer.Argument(help="The text to go on from.")],
+    prompt: Annotated[str, typer.Argument(help="The prompt.")],
     target: Target,
     draft: Annotated[
-        str | None, typer.Option(help="Hub id or folder of the draft; resolved if not given.")
+        str | None,
+        typer.Option(
+            help="Hub id or folder of the draft (default: the known draft for the target)."
+        ),
     ] = None,
     draft_revision: Annotated[
         str | None, typer.Option(help="Commit, tag or branch of the draft.")
     ] = None,
     max_new_tokens: NewTokens = 256,
     dtype: Annotated[
-        str, typer.Option(help="float32, bfloat16 ..., or auto for the target's own.")
+        str, typer.Option(help="float32, bfloat16 ..., or auto: the dtype of the checkpoint.")
     ] = "auto",
     device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1, mps; the best there is if not given.")
+        str | None,
+        typer.Option(help="cpu, cuda, cuda:1 or mps (default: cuda if available, else cpu)."),
     ] = None,
     chat: Annotated[
-        bool, typer.Option(help="Use the target's chat template, if it has one.")
+        bool, typer.Option(help="Apply the target's chat template, if it has one.")
     ] = True,
     capture: Capture = "auto",
 ) -> None:
-    """Generate greedily with any target, streaming; then the target alone, and the figures of both."""
+    """Generate greedily and stream the output, then run the target alone and compare speed."""
     import torch
     from transformers import AutoTokenizer, TextStreamer
 
@@ -39,25 +43,25 @@ def generate(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = AutoTokenizer.from_pretrained(target)
     model = load_target(target, dtype).to(device).eval()
-    speculator = find_draft(model, draft, draft_revision).to(device).eval()
+    draft_model = find_draft(model, draft, draft_revision).to(device).eval()
     row = encode(tokenizer, prompt, chat).to(device)
-    warm_up(speculator, model, row, capture)
+    warm_up(draft_model, model, row, capture)
     result = compare(
-        speculator, model, row, max_new_tokens, TextStreamer(tokenizer, skip_prompt=True), capture
+        draft_model, model, row, max_new_tokens, TextStreamer(tokenizer, skip_prompt=True), capture
     )
     console.print()
-    show_figures(result)
+    show_speed(result)
     if not result.identical and model.dtype == torch.float32:
         fail_differing()
     if not result.identical:
         console.print(
-            f"In {str(model.dtype).removeprefix('torch.')} a near-tie between two tokens falls by the number of tokens "
-            "in a forward; --dtype float32 shows the texts without that."
+            f"In {str(model.dtype).removeprefix('torch.')} a near-tie between two tokens can go either way, because "
+            "rounding depends on how many tokens a forward has. Use --dtype float32 to compare without such rounding."
         )
 
 
 def load_target(name: str, dtype: str) -> Any:
-    """The target's text model; where transformers has none for its config, the model that sees images too."""
+    """Load the target's text model, or its image-and-text model where transformers has no text model for it."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     try:
@@ -69,7 +73,7 @@ def load_target(name: str, dtype: str) -> Any:
 
 
 def find_draft(model: Any, draft: str | None, revision: str | None) -> Any:
-    """The draft that was named, or the one that the registry knows for this target, in the target's dtype."""
+    """Load the draft with this name, or the registry's draft for the target, in the target's dtype."""
     from ..registry import explain_resolution, load_draft
 
     if draft is not None:
@@ -80,7 +84,7 @@ def find_draft(model: Any, draft: str | None, revision: str | None) -> Any:
 
 
 def encode(tokenizer: Any, prompt: str, chat: bool) -> Any:
-    """`[1, P]` token ids."""
+    """Return the token ids of the prompt, `[1, P]`."""
     if chat and tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}]
         return tokenizer.apply_chat_template(

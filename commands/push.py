@@ -1,6 +1,6 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""`dflash-hub push`: a draft in a folder to a repository."""
+"""`dflash-hub push`: publish a draft from a folder."""
 
 from pathlib import Path
 from typing import Annotated
@@ -13,19 +13,21 @@ from .shared import console
 
 
 def push(
-    directory: Annotated[Path, typer.Argument(help="Folder of the draft, in any layout.")],
+    directory: Annotated[Path, typer.Argument(help="Folder with the draft, in any layout.")],
     repo: Annotated[str, typer.Argument(help="Repository to push to, such as me/my-draft.")],
     base_model: Annotated[
         str | None, typer.Option(help="Hub id of the target, for the card.")
     ] = None,
-    license: Annotated[str | None, typer.Option(help="Such as apache-2.0, for the card.")] = None,
-    private: Annotated[bool, typer.Option(help="Make a new repository private.")] = False,
+    license: Annotated[
+        str | None, typer.Option(help="License, such as apache-2.0, for the card.")
+    ] = None,
+    private: Annotated[bool, typer.Option(help="Create the repository as private.")] = False,
     message: Annotated[str, typer.Option(help="Commit message.")] = "Upload DFlash draft",
     token: Annotated[
-        str | None, typer.Option(envvar="HF_TOKEN", help="A token that may write.")
+        str | None, typer.Option(envvar="HF_TOKEN", help="A Hub token with write access.")
     ] = None,
 ) -> None:
-    """Stage a draft, check it in a fresh process, push the hub layout to main and the engines layout to `engines`."""
+    """Check a draft in a fresh process and push it: the hub layout to main, the engines layout to branch engines."""
     from transformers.utils import logging
 
     from ..publishing import PublishOptions, publish
@@ -35,9 +37,8 @@ def push(
         raise ValueError(
             f"{directory} is not a folder; pass the folder that holds the draft's config.json."
         )
-    card = {
-        key: value for key, value in {"base_model": base_model, "license": license}.items() if value
-    }
+    metadata = {"base_model": base_model, "license": license}
+    card = {key: value for key, value in metadata.items() if value}
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("Starting", total=None)
@@ -49,5 +50,5 @@ def push(
     console.print(
         f"\n[bold]{done.repo_id}[/bold] is published: main at {done.commit[:8]}, engines at {done.engines_commit[:8]}."
     )
-    console.print("Load this very commit:\n")
+    console.print("Load exactly this commit:\n")
     console.print(Syntax(done.snippet, "python", background_color="default"))

@@ -1,6 +1,6 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""`dflash-hub refresh`: the code of a pushed draft."""
+"""`dflash-hub refresh`: update the code of a pushed draft."""
 
 import sys
 from typing import TYPE_CHECKING, Annotated
@@ -15,20 +15,20 @@ if TYPE_CHECKING:
 
 
 def refresh(
-    repo: Annotated[
-        str, typer.Argument(help="Repository that was pushed before, such as me/my-draft.")
-    ],
-    diff: Annotated[bool, typer.Option("--diff", help="Show the unified diff too.")] = False,
+    repo: Annotated[str, typer.Argument(help="Repository of a pushed draft, such as me/my-draft.")],
+    diff: Annotated[bool, typer.Option("--diff", help="Also show the unified diff.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show the difference, and stop there.")
+        bool, typer.Option("--dry-run", help="Show the differences and push nothing.")
     ] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="Push without asking.")] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Push without asking for confirmation.")
+    ] = False,
     message: Annotated[str | None, typer.Option(help="Commit message.")] = None,
     token: Annotated[
-        str | None, typer.Option(envvar="HF_TOKEN", help="A token that may write.")
+        str | None, typer.Option(envvar="HF_TOKEN", help="A Hub token with write access.")
     ] = None,
 ) -> None:
-    """Bring the code of a pushed draft to this version; weights, config and card stay as they are."""
+    """Update the code in a pushed draft's repository to this version. Weights and card stay unchanged."""
     from transformers.utils import logging
 
     from ..publishing.refresh import RefreshOptions
@@ -44,7 +44,7 @@ def refresh(
             show_difference(branches, diff)
             if not yes and not sys.stdin.isatty():
                 raise ValueError(
-                    "Nothing was pushed: there is no terminal to ask on. Pass --yes to push without being asked."
+                    "Nothing was pushed: there is no terminal to ask for confirmation. Pass --yes to push without it."
                 )
             agreed = yes or typer.confirm(f"Push this to {repo}?", abort=True)
             status.start()
@@ -66,16 +66,16 @@ def refresh(
 
 
 def show_difference(branches: "tuple[BranchDifference, ...]", diff: bool) -> None:
-    """File by file, what would change on each branch; with `diff` the lines too."""
+    """Print which files would change on each branch; with `diff`, also the lines."""
     from ..configuration_dflash import __version__
 
     for found in branches:
         if found.changes:
-            what = f"dflash-hub {found.version} becomes {__version__}"
+            summary = f"dflash-hub {found.version} becomes {__version__}"
         else:
-            what = f"the code is that of dflash-hub {__version__} already"
+            summary = f"the code is already that of dflash-hub {__version__}"
         console.print(
-            f"[bold]{found.branch}[/bold] at {found.commit[:8]}: {escape(what)}", highlight=False
+            f"[bold]{found.branch}[/bold] at {found.commit[:8]}: {escape(summary)}", highlight=False
         )
         for change in found.changes:
             added, removed = change.lines
@@ -93,4 +93,4 @@ def show_difference(branches: "tuple[BranchDifference, ...]", diff: bool) -> Non
                 soft_wrap=True,
             )
     if "engines" not in [found.branch for found in branches]:
-        console.print("There is no branch engines; it is main alone that is refreshed.")
+        console.print("There is no branch engines; only main is updated.")

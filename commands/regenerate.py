@@ -1,23 +1,36 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""`dflash-hub regenerate`: the answers of a dataset in the target's own words."""
+"""`dflash-hub regenerate`: replace the answers of a dataset by the target's own."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.progress import Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from .shared import NewTokens, Target, console
+
+if TYPE_CHECKING:
+    from ..training.regenerate import AnswerFn
 
 
 def regenerate(
     target: Target,
-    data: Annotated[str, typer.Option(help="A file or a Hub dataset with messages or text.")],
+    data: Annotated[str, typer.Option(help="A file or a Hub dataset, with messages or text.")],
     output: Annotated[Path, typer.Option(help="JSONL file to write; resumes if the file exists.")],
     server: Annotated[
-        str | None, typer.Option(help="An OpenAI-compatible server, such as http://host:8000/v1.")
+        str | None,
+        typer.Option(
+            help="OpenAI-compatible server, such as http://host:8000/v1 (default: run the target here)."
+        ),
     ] = None,
     model: Annotated[
         str | None, typer.Option(help="Model name on the server (default: the first listed).")
@@ -29,21 +42,21 @@ def regenerate(
     ] = None,
     prompt_tokens: Annotated[
         int,
-        typer.Option(min=1, help="For plain text, how many of its first tokens are the prompt."),
+        typer.Option(min=1, help="Number of leading tokens used as the prompt, for plain text."),
     ] = 64,
     workers: Annotated[int, typer.Option(min=1, help="Concurrent requests to the server.")] = 32,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first rows.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Use only this many rows, from the start.")
+    ] = None,
     data_name: Annotated[str | None, typer.Option(help="Configuration of a Hub dataset.")] = None,
     data_split: Annotated[str, typer.Option(help="Split of a Hub dataset.")] = "train",
     streaming: Annotated[bool, typer.Option(help="Stream the dataset.")] = False,
 ) -> None:
-    """Rewrite a dataset's answers with the target's own, through a server or in this process; resumable."""
-    from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
+    """Replace a dataset's answers by the target's own, from a server or generated here. Resumable."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from ..training.data import load_rows
-    from ..training.regenerate import AnswerFn, GenerationSettings, InProcess, Server, check_columns
-    from ..training.regenerate import regenerate as run
+    from ..training.regenerate import GenerationSettings, InProcess, Server, check_columns
 
     tokenizer = AutoTokenizer.from_pretrained(target)
     settings = GenerationSettings(max_new_tokens, temperature, prompt_tokens)
@@ -53,9 +66,23 @@ def regenerate(
     if server is not None:
         answer: AnswerFn = Server(server, tokenizer, settings, model)
     else:
-        answer = InProcess(
-            AutoModelForCausalLM.from_pretrained(target, dtype="auto"), tokenizer, settings
+        target_model = AutoModelForCausalLM.from_pretrained(target, dtype="auto")
+        answer = InProcess(target_model, tokenizer, settings)
+    done, failed = regenerate_with_progress(rows, output, answer, workers if server else 1)
+    console.print(f"[bold]{output}[/bold] holds {done:,} rows.")
+    if failed:
+        console.print(
+            f"{len(failed)} rows failed; run the same command to try them again. First error: {escape(failed[0])}"
         )
+        raise typer.Exit(1)
+
+
+def regenerate_with_progress(
+    rows: Any, output: Path, answer: "AnswerFn", workers: int
+) -> tuple[int, list[str]]:
+    """Run `training.regenerate` with a progress bar; return the number of rows, and the errors of failed rows."""
+    from ..training.regenerate import regenerate as run
+
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -63,18 +90,12 @@ def regenerate(
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
+    total = len(rows) if hasattr(rows, "__len__") else None
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task("rows", total=len(rows) if hasattr(rows, "__len__") else None)
+        task = progress.add_task("rows", total=total)
 
         def report(done: int, failed: int) -> None:
-            progress.update(
-                task, completed=done, description=f"rows, {failed} failed" if failed else "rows"
-            )
+            description = f"rows, {failed} failed" if failed else "rows"
+            progress.update(task, completed=done, description=description)
 
-        done, failed = run(rows, output, answer, workers if server else 1, report)
-    console.print(f"[bold]{output}[/bold] holds {done:,} rows.")
-    if failed:
-        console.print(
-            f"{len(failed)} rows failed; the same command tries them again: {escape(failed[0])}"
-        )
-        raise typer.Exit(1)
+        return run(rows, output, answer, workers, report)

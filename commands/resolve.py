@@ -1,6 +1,6 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""`dflash-hub resolve`: the draft of a target."""
+"""`dflash-hub resolve`: show which draft belongs to a target."""
 
 import warnings
 from typing import Annotated
@@ -16,25 +16,21 @@ def resolve(target: Annotated[str, typer.Argument(help="Hub id or folder of the 
     from ..registry import explain_resolution
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # the reason is printed anyway
+        warnings.simplefilter("ignore", UserWarning)  # the reason is printed below
         spec, why = explain_resolution(target=target)
     table = Table(show_header=False, box=None, padding=(0, 2))
     table.add_row("target", target)
-    table.add_row(
-        "draft",
-        f"[bold]{spec.repo_id}[/bold]" + (f", folder {spec.subfolder}" if spec.subfolder else ""),
-    )
-    table.add_row("revision", spec.revision or "the newest; no commit is known to pin")
+    folder = f", folder {spec.subfolder}" if spec.subfolder else ""
+    table.add_row("draft", f"[bold]{spec.repo_id}[/bold]{folder}")
+    table.add_row("revision", spec.revision or "the newest (no commit is pinned)")
     table.add_row("class", spec.draft_cls.__name__)
     table.add_row("made for", ", ".join(spec.targets) or "not known")
     table.add_row("architectures", ", ".join(spec.architectures) or "not known")
     table.add_row("why", why)
-    decodes = f"no: {spec.target_state}" if spec.target_state else ""
-    for name, value in (
-        ("decodes", decodes),
-        ("note", spec.note),
-        ("access", "gated: ask for it on the Hub" if spec.gated else ""),
-    ):
-        if value:
-            table.add_row(name, value)
+    if spec.target_state:
+        table.add_row("decodes", f"no: {spec.target_state}")
+    if spec.note:
+        table.add_row("note", spec.note)
+    if spec.gated:
+        table.add_row("access", "gated: request access on the Hub")
     console.print(table)

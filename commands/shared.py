@@ -1,6 +1,6 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""What several commands share: the console, options, and how figures are shown."""
+"""Share the console, options and the table of speeds between commands."""
 
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,21 +14,21 @@ if TYPE_CHECKING:
 console = Console()
 
 Target = Annotated[str, typer.Option(help="Hub id or folder of the target.")]
-NewTokens = Annotated[int, typer.Option(min=1, help="Budget of new tokens.")]
+NewTokens = Annotated[int, typer.Option(min=1, help="Maximum number of new tokens.")]
 Capture = Annotated[
     str,
     typer.Option(
-        help="How blocks run: auto, off, graphs (CUDA), or compile (half a minute first)."
+        help="Execution mode: auto, eager, graphs (CUDA) or compile (about 30 s warm-up)."
     ),
 ]
 
 
-def show_figures(result: "Comparison") -> None:
-    """Tokens per second of both, acceptance length, tokens per cycle, and whether the texts are identical."""
+def show_speed(result: "Comparison") -> None:
+    """Print the speed of both, the acceptance length, tokens per cycle, and whether the texts are identical."""
     table = Table(show_header=False, box=None, padding=(0, 2))
     table.add_row("the target alone", f"{result.plain_rate:.1f} tokens/s")
     ratio = result.dflash_rate / result.plain_rate
-    table.add_row("with DFlash", f"{result.dflash_rate:.1f} tokens/s ({ratio:.2f} times)")
+    table.add_row("with DFlash", f"{result.dflash_rate:.1f} tokens/s ({ratio:.2f} times as fast)")
     cycles = len(result.committed)
     table.add_row(
         "acceptance length",
@@ -38,23 +38,22 @@ def show_figures(result: "Comparison") -> None:
     console.print("\ntokens per cycle")
     most = max(result.histogram.values(), default=1)
     for tokens, count in result.histogram.items():
-        console.print(
-            f"  {tokens:>3} {'█' * max(1, round(40 * count / most))} {count}", highlight=False
-        )
+        bar = "█" * max(1, round(40 * count / most))
+        console.print(f"  {tokens:>3} {bar} {count}", highlight=False)
     verdict = "[green]identical[/green]" if result.identical else "[red]NOT identical[/red]"
     console.print(f"\nThe two texts are {verdict}.")
 
 
 def fail_differing() -> None:
-    """End with exit status 1, and say on stderr what a report of two differing texts needs."""
+    """Exit with status 1, and ask on stderr for a report of the difference."""
     import torch
     import transformers
 
     from ..configuration_dflash import __version__
 
     Console(stderr=True).print(
-        "[red]Error:[/red] The two texts differ, which in float32 they must not. Please report it, with the command "
-        f"and these versions: dflash-hub {__version__}, torch {torch.__version__}, "
+        "[red]Error:[/red] The two texts differ, which is a bug in float32. Please report it with the command and "
+        f"these versions: dflash-hub {__version__}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}.",
         soft_wrap=True,
         highlight=False,

@@ -1,6 +1,6 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""What `dflash-hub train` does: read the options, set the run up, train, save and publish."""
+"""Run `dflash-hub train`: read the options, set up the run, train, save and publish."""
 
 import tempfile
 from dataclasses import replace
@@ -18,25 +18,25 @@ from .shared import console
 
 
 class _Parser(HfArgumentParser):
-    """Whose errors are one line; the Trainer has more than a hundred options."""
+    """Raise errors of one line, because the usage text lists more than a hundred options."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message}. `dflash-hub train --help` lists the options.")
 
 
-def train(words: list[str]) -> None:
+def train(argv: list[str]) -> None:
     """Run the command.
 
     Args:
-        words: the command line after `dflash-hub train`.
+        argv: the command line after `dflash-hub train`.
 
     Raises:
-        ValueError: options, pair or data are not sound.
+        ValueError: the options, the pair or the data are invalid.
         OSError: something cannot be found or written.
-        RuntimeError: the Hub did not take the finished draft; it is safe on disk.
+        RuntimeError: the finished draft could not be pushed; it is saved on disk.
     """
     parser = _Parser((TrainOptions, DFlashTrainingArguments), prog="dflash-hub train")
-    options, args = parser.parse_args_into_dataclasses(_repository(words))
+    options, args = parser.parse_args_into_dataclasses(_expand_push_to_hub(argv))
     with tempfile.TemporaryDirectory() as scratch:
         if options.dry_run:
             args = replace(
@@ -44,7 +44,7 @@ def train(words: list[str]) -> None:
             )
         trainer = build(options, args)
         if not options.streaming:
-            tell_data(trainer)
+            print_data_reports(trainer)
         if options.dry_run:
             dry_run(trainer, Path(scratch))
             return
@@ -52,35 +52,31 @@ def train(words: list[str]) -> None:
         finish(trainer, options)
 
 
-def _repository(words: list[str]) -> list[str]:
-    """`--push-to-hub REPO` in the words of the Trainer: `--push_to_hub --hub_model_id REPO`."""
-    spelled = []
-    for word, following in zip(words, [*words[1:], ""], strict=True):
-        spelled.append(word)
-        if (
-            word in ("--push-to-hub", "--push_to_hub")
-            and following
-            and following[0] != "-"
-            and following not in ("True", "False")
-        ):
-            spelled += ["True", "--hub_model_id"]
-    return spelled
+def _expand_push_to_hub(argv: list[str]) -> list[str]:
+    """Turn `--push-to-hub REPO` into the Trainer's options: `--push-to-hub True --hub_model_id REPO`."""
+    expanded = []
+    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+        expanded.append(word)
+        is_push = word in ("--push-to-hub", "--push_to_hub")
+        if is_push and following[:1] not in ("", "-") and following not in ("True", "False"):
+            expanded += ["True", "--hub_model_id"]
+    return expanded
 
 
-def tell_data(trainer: DFlashTrainer) -> None:
-    """How many documents there are, and how many were left out; of a stream, as far as it was read."""
+def print_data_reports(trainer: DFlashTrainer) -> None:
+    """Print how many documents were read and how many were left out."""
     for name, report in trainer.reports.items():
         console.print(f"{name} data: {report}", style="dim")
 
 
 def finish(trainer: DFlashTrainer, options: TrainOptions) -> None:
-    """Save the draft, and publish it where that was asked for."""
+    """Save the draft, and publish it if the options say so."""
     folder, repo = trainer.args.output_dir, trainer.args.hub_model_id
     trainer.save_model(folder, _internal_call=True)
     if not trainer.is_world_process_zero():
         return
     if options.streaming:
-        tell_data(trainer)
+        print_data_reports(trainer)
     console.print(f"The draft is in [bold]{folder}[/bold].")
     if trainer.args.push_to_hub:
         trainer.create_model_card()

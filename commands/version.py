@@ -1,12 +1,12 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""`dflash-hub version`."""
+"""`dflash-hub version`: print versions."""
 
 from .shared import console
 
 
 def version() -> None:
-    """Print the versions that matter in a bug report."""
+    """Print the versions to include in a bug report."""
     import huggingface_hub
     import torch
     import transformers
@@ -15,5 +15,7 @@ def version() -> None:
 
     modules = (torch, transformers, huggingface_hub)
     console.print(
-        f"dflash-hub {__version__}", *(f"{m.__name__} {m.__version__}" for m in modules), sep=", "
+        f"dflash-hub {__version__}",
+        *(f"{module.__name__} {module.__version__}" for module in modules),
+        sep=", ",
     )

@@ -1,6 +1,6 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""Measuring what a draft does for a target."""
+"""Measure how much a draft speeds up a target."""
 
 from .compare import Comparison, compare, greedy, stop_token_ids, warm_up
 

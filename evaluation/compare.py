@@ -1,6 +1,6 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""What a draft does for a target on given prompts: the same text twice, plain and with DFlash, and the time of both."""
+"""Generate from a prompt twice, with the target alone and with DFlash; compare text and time."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -14,11 +14,12 @@ from ..generation_dflash import DecodeStatistics, now
 
 @dataclass(frozen=True)
 class Comparison:
-    """One or more prompts, generated twice. Times are seconds, prefill included."""
+    """Hold the results of one or more prompts, each generated twice. Times are seconds, including prefill."""
 
     plain: tuple[tuple[int, ...], ...]
     """New tokens of the target alone, one entry per prompt."""
     dflash: tuple[tuple[int, ...], ...]
+    """New tokens with DFlash, likewise."""
     plain_seconds: float
     dflash_seconds: float
     committed: tuple[int, ...]
@@ -26,6 +27,7 @@ class Comparison:
 
     @property
     def identical(self) -> bool:
+        """Whether both texts are the same for every prompt."""
         return self.plain == self.dflash
 
     @property
@@ -35,19 +37,21 @@ class Comparison:
 
     @property
     def dflash_rate(self) -> float:
+        """Tokens per second with DFlash."""
         return sum(map(len, self.dflash)) / self.dflash_seconds
 
     @property
     def acceptance_length(self) -> float:
-        """Return the tokens committed per cycle, pooled over all prompts."""
+        """Tokens committed per cycle, pooled over all prompts."""
         return DecodeStatistics(committed=list(self.committed)).acceptance_length
 
     @property
     def histogram(self) -> dict[int, int]:
-        """Tokens in a cycle -> how many cycles committed that many."""
+        """Number of cycles by the number of tokens that they committed."""
         return dict(sorted(Counter(self.committed).items()))
 
     def __add__(self, other: "Comparison") -> "Comparison":
+        """Return the results of both sets of prompts together."""
         return Comparison(
             self.plain + other.plain,
             self.dflash + other.dflash,
@@ -68,35 +72,41 @@ def compare(
     """Generate greedily from `input_ids [1, P]`, with DFlash and then with the target alone, and time both.
 
     Args:
-        streamer: told the tokens of the first, one by one.
-        capture: how blocks are run, as in `target.generate(..., custom_generate=draft.speculate, capture=...)`.
+        streamer: receives the tokens of the run with DFlash.
+        capture: how forwards run, as in `target.generate(..., custom_generate=draft.speculate, capture=...)`.
     """
     statistics = DecodeStatistics()
-    ours_alone = {"custom_generate": draft.speculate, "statistics": statistics, "capture": capture}
-    ours, ours_seconds = _timed(
-        target, lambda: greedy(target, input_ids, max_new_tokens, streamer=streamer, **ours_alone)
+    generate_kwargs = {
+        "custom_generate": draft.speculate,
+        "statistics": statistics,
+        "capture": capture,
+    }
+    generate_kwargs["streamer"] = streamer
+    dflash, dflash_seconds = _timed(
+        target, lambda: greedy(target, input_ids, max_new_tokens, **generate_kwargs)
     )
     plain, plain_seconds = _timed(target, lambda: greedy(target, input_ids, max_new_tokens))
     prompt = input_ids.shape[1]
     return Comparison(
         plain=(tuple(plain[0, prompt:].tolist()),),
-        dflash=(tuple(ours[0, prompt:].tolist()),),
+        dflash=(tuple(dflash[0, prompt:].tolist()),),
         plain_seconds=plain_seconds,
-        dflash_seconds=ours_seconds,
+        dflash_seconds=dflash_seconds,
         committed=tuple(statistics.committed),
     )
 
 
 def warm_up(draft: Any, target: Any, input_ids: torch.Tensor, capture: str = "auto") -> None:
-    """Both ways, briefly: first calls pay for what later ones do not."""
+    """Generate a short text both ways, so that one-time costs do not count in later timings."""
+    new_tokens = 4 * draft.config.block_size
     for _ in range(3 if capture == "compile" else 1):
-        compare(
-            draft, target, input_ids, max_new_tokens=4 * draft.config.block_size, capture=capture
-        )
+        compare(draft, target, input_ids, new_tokens, capture=capture)
 
 
-def greedy(target: Any, input_ids: torch.Tensor, max_new_tokens: int, **ways: Any) -> torch.Tensor:
-    """`[1, P + new]`: the target's own greedy text, without the penalties its generation config may ask for."""
+def greedy(
+    target: Any, input_ids: torch.Tensor, max_new_tokens: int, **generate_kwargs: Any
+) -> torch.Tensor:
+    """Generate greedily from `input_ids [1, P]`, without penalties of the generation config; return `[1, P + new]`."""
     plain = {
         "do_sample": False,
         "num_beams": 1,
@@ -111,17 +121,20 @@ def greedy(target: Any, input_ids: torch.Tensor, max_new_tokens: int, **ways: An
         eos_token_id=stops,
         pad_token_id=stops[0] if stops else 0,
         **plain,
-        **ways,
+        **generate_kwargs,
     )
 
 
 def stop_token_ids(target: Any) -> tuple[int, ...]:
-    """The ids that end the target's text, from its generation config."""
+    """Return the end tokens of the target's generation config."""
     eos = target.generation_config.eos_token_id
-    return () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+    if eos is None:
+        return ()
+    return (eos,) if isinstance(eos, int) else tuple(eos)
 
 
 def _timed(target: Any, run: Callable[[], Any]) -> tuple[Any, float]:
+    """Return the result of `run` and the seconds it took."""
     started = now(target.device)
     result = run()
     return result, now(target.device) - started

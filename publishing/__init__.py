@@ -1,6 +1,6 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""Publishing drafts, and bringing the code of published ones up to date (`publishing.refresh`)."""
+"""Publish drafts (`push`), and update the code of published ones (`refresh`)."""
 
 from .push import Published, PublishOptions, publish
 

@@ -1,9 +1,9 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""Loads a staged repository as a stranger would, and prints its config and a digest of every tensor as JSON.
+"""Load a staged repository without dflash_hub; print its config and a digest of every tensor as JSON.
 
-Run as a script, by path, in a process of its own: it makes `dflash_hub` impossible to import, so that only the code in
-the repository can answer.
+Runs as a script, by path, in a fresh process. It blocks the import of `dflash_hub`, so only the code in the repository
+can run.
 """
 
 import hashlib
@@ -13,12 +13,12 @@ from typing import Any
 
 
 def digests(model: Any) -> dict[str, str]:
-    """Tensor name -> dtype, shape and SHA-256 of the bytes."""
+    """Return the digest of each tensor: name -> digest."""
     return {name: digest(tensor) for name, tensor in model.state_dict().items()}
 
 
 def digest(tensor: Any) -> str:
-    """Dtype, shape and SHA-256 of the bytes."""
+    """Return dtype, shape and SHA-256 of the bytes, as text."""
     import torch
 
     data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
@@ -26,6 +26,7 @@ def digest(tensor: Any) -> str:
 
 
 def main(folder: str) -> None:
+    """Load the repository in `folder` and print what was loaded."""
     sys.modules["dflash_hub"] = None  # type: ignore[assignment]
     from transformers import AutoModel
 

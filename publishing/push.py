@@ -1,6 +1,6 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""Publishing a draft: stage both layouts, check them in a fresh process, push each as one commit."""
+"""Publish a draft: stage both layouts, check them in a fresh process, push each as one commit."""
 
 import json
 import os
@@ -26,12 +26,12 @@ _LAYOUTS = ("hub", "engines")
 
 @dataclass
 class PublishOptions:
-    """What a push may be told.
+    """Hold the options of a push.
 
     Args:
-        private: make a new repository private.
-        token: a token that may write; the one that was logged in with by default.
-        message: of the commits.
+        private: create the repository as private.
+        token: a token with write access. Default: the token of `hf auth login`.
+        message: the commit message.
         card: metadata for the card, such as `{"base_model": "org/target", "license": "apache-2.0"}`.
     """
 
@@ -43,7 +43,7 @@ class PublishOptions:
 
 @dataclass(frozen=True)
 class Published:
-    """Where a draft lies now: the commit on `main`, and the one on the branch `engines`."""
+    """Hold where a draft was published: its commits on `main` and on the branch `engines`."""
 
     repo_id: str
     commit: str
@@ -51,7 +51,7 @@ class Published:
 
     @property
     def snippet(self) -> str:
-        """Code that loads this very commit."""
+        """Code that loads exactly this commit."""
         return (
             "from transformers import AutoModel\n\n"
             f'draft = AutoModel.from_pretrained(\n    "{self.repo_id}",\n    revision="{self.commit}",\n'
@@ -65,16 +65,17 @@ def publish(
     options: PublishOptions | None = None,
     report: Callable[[str], None] = lambda step: None,
 ) -> Published:
-    """Publish the draft in `directory`, whatever layout it is in: the hub layout to `main`, the engines' to `engines`.
+    """Publish the draft in `directory`, of any layout: the hub layout to `main`, the engines layout to `engines`.
 
-    Nothing is pushed before both were staged and, loaded by a fresh process without this package, proved bit-equal.
+    Both layouts are staged first, and loaded by a fresh process without this package. Nothing is pushed unless both
+    are bit-equal to the draft.
 
     Args:
         report: called with the name of each step as it begins.
 
     Raises:
-        ValueError: the draft is not sound, cannot be written for engines, or what was staged loads otherwise.
-        RuntimeError: the Hub did not take a commit; the message says what is there now.
+        ValueError: the draft is invalid, cannot be written for engines, or loads with other weights after staging.
+        RuntimeError: a push failed; the message says which commits are on the Hub now.
     """
     options = options or PublishOptions()
     report("Loading the draft")
@@ -84,12 +85,12 @@ def publish(
         for layout, path in staged.items():
             report(f"Staging and checking the {layout} layout")
             stage(draft, path, layout, options.card)
-            for picture in Path(directory).glob("*.png"):  # which the card may show
+            for picture in Path(directory).glob("*.png"):  # the card may show them
                 shutil.copyfile(picture, path / picture.name)
             check_staged(draft, path)
         api = HfApi(token=options.token)
         repo_id = make_repo(api, repo_id, options.private)
-        card = _card_to_keep(directory, repo_id, options.token)
+        card = _existing_card(directory, repo_id, options.token)
         commits = []
         for layout, revision in (("hub", None), ("engines", ENGINES_BRANCH)):
             report(f"Pushing the {layout} layout to {revision or 'main'}")
@@ -102,7 +103,7 @@ def publish(
 
 
 def stage(draft: DFlashDraftModel, folder: Path, layout: str, card: dict[str, Any]) -> None:
-    """Write a whole repository into `folder`."""
+    """Write all files of the repository into `folder`."""
     draft.card_metadata = draft.card_metadata | card
     draft.save_pretrained(folder, layout=layout)
     for path, content in hub_files().items():
@@ -110,26 +111,25 @@ def stage(draft: DFlashDraftModel, folder: Path, layout: str, card: dict[str, An
 
 
 def hub_files() -> dict[str, bytes]:
-    """What a repository holds for the Hub's own sake: path -> content."""
-    return {
-        ".gitattributes": (Path(__file__).parents[1] / "hub_repo" / ".gitattributes").read_bytes()
-    }
+    """Return the files that the Hub itself needs: path -> content."""
+    source = Path(__file__).parents[1] / "hub_repo" / ".gitattributes"
+    return {".gitattributes": source.read_bytes()}
 
 
 def check_staged(draft: DFlashDraftModel, folder: Path) -> None:
     """Load `folder` in a fresh process that cannot import this package, and compare every tensor bit by bit.
 
     Raises:
-        ValueError: it does not load there, or loads otherwise.
+        ValueError: it does not load there, or loads with other tensors.
     """
-    refuse_differing(folder, load_apart(folder)["digests"], digests(draft))
+    check_same_tensors(folder, load_apart(folder)["digests"], digests(draft))
 
 
 def load_apart(folder: Path) -> dict[str, Any]:
     """Load `folder` in a fresh process that cannot import this package, offline.
 
     Returns:
-        `class`: the module its class came from; `digests`: tensor name -> digest; `config`: every value of the config.
+        `class`: the module of its class; `digests`: tensor name -> digest; `config`: all values of the config.
 
     Raises:
         ValueError: it does not load there.
@@ -141,22 +141,24 @@ def load_apart(folder: Path) -> dict[str, Any]:
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
         raise ValueError(
-            f"What was staged in {folder} does not load in a fresh process:\n{done.stderr[-2000:]}"
+            f"The repository staged in {folder} does not load in a fresh process:\n{done.stderr[-2000:]}"
         )
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def refuse_differing(folder: Path, seen: dict[str, str], expected: dict[str, str]) -> None:
-    """Refuse `folder` unless the tensors that were `seen` are those `expected`: tensor name -> digest, for both."""
-    differing = sorted(name for name in {*seen, *expected} if seen.get(name) != expected.get(name))
+def check_same_tensors(folder: Path, loaded: dict[str, str], expected: dict[str, str]) -> None:
+    """Raise ValueError unless the loaded tensors are the expected ones; both are tensor name -> digest."""
+    names = {*loaded, *expected}
+    differing = sorted(name for name in names if loaded.get(name) != expected.get(name))
     if differing:
+        shown = ", ".join(differing[:3])
         raise ValueError(
-            f"What was staged in {folder} loads otherwise in a fresh process: {', '.join(differing[:3])}."
+            f"The repository staged in {folder} loads with other weights in a fresh process: {shown}."
         )
 
 
-def _card_to_keep(directory: Any, repo_id: str, token: str | None) -> ModelCard | None:
-    """The folder's own card if somebody wrote it; else the one on the Hub, if any; else the folder's, if any."""
+def _existing_card(directory: Any, repo_id: str, token: str | None) -> ModelCard | None:
+    """Return the card to complete: the folder's if a person wrote it, else the Hub's, else the folder's, else None."""
     path = Path(directory) / "README.md"
     local = ModelCard(path.read_text(encoding="utf-8")) if path.exists() else None
     if local is not None and PLACEHOLDER not in local.text:

@@ -1,9 +1,9 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""Bringing the code of a published draft up to date; its weights, config and card stay as they are.
+"""Update the code of a published draft; its weights, config values and card stay unchanged.
 
-The code that decodes lies in every pushed repository, frozen there. Here it is compared with this version's, and
-replaced. Downloaded code is only ever read as text: what runs, in a fresh process, is this version's.
+Every pushed repository contains the code that decodes, as of its push. This module compares that code with this
+version's, and replaces it. Downloaded code is only read as text. Only this version's code runs, in a fresh process.
 """
 
 import difflib
@@ -14,6 +14,7 @@ import re
 import shutil
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -34,28 +35,28 @@ from ..layouts_dflash import engines_layout
 from ..modeling_dflash import DFlashDraftModel
 from ..repository_dflash import custom_generate, verify_downloads
 from .probe import digest
-from .push import ENGINES_BRANCH, hub_files, load_apart, refuse_differing
+from .push import ENGINES_BRANCH, check_same_tensors, hub_files, load_apart
 
 _BRANCHES = ("main", ENGINES_BRANCH)
 _GENERATE = "custom_generate/generate.py"
-_KEY = "dflash_hub_version"
-_OURS = re.compile(rb"^# Copyright \d{4} the dflash-hub authors\.\s*$", re.MULTILINE)
+_VERSION_KEY = "dflash_hub_version"
+_LICENCE_LINE = re.compile(rb"^# Copyright \d{4} the dflash-hub authors\.\s*$", re.MULTILINE)
 _CODE_VERSION = re.compile(rb"^__version__ = \"([^\"]*)\"", re.MULTILINE)
 _IMPORT = re.compile(rb"^\s*(?:from\s+\.(\w+)\s+import|import\s+\.(\w+)\s*$)", re.MULTILINE)
-# What loading adds or changes, and what it is the business of a refresh to change.
-_BOOKKEEPING = {_KEY, "auto_map", "transformers_version", "_name_or_path"}
-# An answer that was not had: huggingface_hub lets its client's errors through where there is no connection.
-_NO_ANSWER = (OSError, RuntimeError, HTTPError)
+# Config keys that loading adds or changes, or that a refresh updates.
+_BOOKKEEPING = {_VERSION_KEY, "auto_map", "transformers_version", "_name_or_path"}
+# A failed request: without a connection, huggingface_hub passes the HTTP client's own errors on.
+_HUB_ERRORS = (OSError, RuntimeError, HTTPError)
 
 
 @dataclass
 class RefreshOptions:
-    """What a refresh may be told.
+    """Hold the options of a refresh.
 
     Args:
-        token: a token that may write; the one that was logged in with by default.
-        message: of the commits.
-        dry_run: find the difference, and stop there.
+        token: a token with write access. Default: the token of `hf auth login`.
+        message: the commit message.
+        dry_run: find the differences and push nothing.
     """
 
     token: str | None = None
@@ -65,60 +66,51 @@ class RefreshOptions:
 
 @dataclass(frozen=True)
 class FileChange:
-    """What happens to one file of a repository."""
+    """Hold the old and the new content of one file of a repository."""
 
     path: str
     old: bytes | None
     """None for a new file."""
     new: bytes | None
-    """None for one that is removed."""
+    """None for a removed file."""
 
     @property
     def kind(self) -> str:
         """`new`, `changed` or `removed`."""
-        return "new" if self.old is None else "removed" if self.new is None else "changed"
+        if self.old is None:
+            return "new"
+        return "removed" if self.new is None else "changed"
 
     @property
     def diff(self) -> str:
         """The unified diff."""
-        old, new = (
-            list(io.StringIO((data or b"").decode("utf-8", "replace")))
-            for data in (self.old, self.new)
-        )
-        ends = (
-            "/dev/null" if self.old is None else f"a/{self.path}",
-            "/dev/null" if self.new is None else f"b/{self.path}",
-        )
-        lines = difflib.unified_diff(old, new, *ends)
-        return "".join(
-            line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n"
-            for line in lines
-        )
+        old_name = "/dev/null" if self.old is None else f"a/{self.path}"
+        new_name = "/dev/null" if self.new is None else f"b/{self.path}"
+        diff = difflib.unified_diff(_lines_of(self.old), _lines_of(self.new), old_name, new_name)
+        return "".join(map(_ended, diff))
 
     @property
     def lines(self) -> tuple[int, int]:
-        """How many lines are added, and how many are removed."""
-        body = self.diff.split("\n")[2:]
-        return sum(line.startswith("+") for line in body), sum(
-            line.startswith("-") for line in body
-        )
+        """The number of added lines, and of removed lines."""
+        signs = Counter(line[:1] for line in self.diff.split("\n")[2:])
+        return signs["+"], signs["-"]
 
 
 @dataclass(frozen=True)
 class BranchDifference:
-    """What a branch has of other code than this version; nothing, where `changes` is empty."""
+    """Hold how the code on a branch differs from this version's; `changes` is empty where it does not."""
 
     branch: str
     commit: str
-    """The commit that was read."""
+    """The commit that was compared."""
     version: str
-    """The version of dflash-hub that its code is of; "unknown" where it does not say."""
+    """The version of dflash-hub that wrote its code; "unknown" if the repository does not name it."""
     changes: tuple[FileChange, ...]
 
 
 @dataclass(frozen=True)
 class Refreshed:
-    """What was found on each branch, and the commits that were made: branch -> its new commit."""
+    """Hold the differences of each branch, and the new commits: branch -> commit."""
 
     repo_id: str
     branches: tuple[BranchDifference, ...]
@@ -131,20 +123,19 @@ def refresh(
     agree: Callable[[tuple[BranchDifference, ...]], bool] = lambda branches: True,
     report: Callable[[str], None] = lambda step: None,
 ) -> Refreshed:
-    """Bring the code of `repo_id` to this version, on `main` and, where it is there, on `engines`: one commit each.
+    """Update the code of `repo_id` to this version, on `main` and, if it exists, on `engines`: one commit each.
 
-    Nothing is pushed before every branch, with its own weights and the new code, was loaded by a fresh process without
-    this package and proved bit-equal to its files. A branch that is up to date gets no commit.
+    Every branch is checked first: a fresh process without this package loads its weights with the new code. Nothing is
+    pushed unless the tensors are bit-equal to the files. A branch that is up to date gets no commit.
 
     Args:
-        agree: called once with all branches, before weights are downloaded, where there is something to change; where
-            it gives False, nothing is done.
+        agree: called once with all branches if there is something to change, before weights are downloaded. If it
+            returns False, nothing is changed.
         report: called with the name of each step as it begins.
 
     Raises:
-        ValueError: not a draft that dflash-hub pushed, one of a newer dflash-hub, or one that the new code loads
-            otherwise.
-        RuntimeError: the Hub did not answer, or did not take a commit; the message says what is there now.
+        ValueError: dflash-hub did not push this draft, a newer dflash-hub did, or the new code loads it otherwise.
+        RuntimeError: reading or pushing failed; the message says which commits are on the Hub now.
     """
     options = options or RefreshOptions()
     api = HfApi(token=options.token)
@@ -165,102 +156,109 @@ def refresh(
 
 
 def travelling_code(draft_class: type[DFlashDraftModel]) -> dict[str, bytes]:
-    """The code that a pushed draft of this class carries, in either layout: path in the repository -> content."""
-    home = Path(inspect.getfile(draft_class)).parent
+    """Return the code that a pushed draft of this class contains, in either layout: path -> content."""
+    root = Path(inspect.getfile(draft_class)).parent
     files = {inspect.getfile(draft_class), inspect.getfile(draft_class.config_class)}
-    files |= {str(home / name) for name in draft_class.engines_files}
+    files |= {str(root / name) for name in draft_class.engines_files}
     files |= {needed for file in files for needed in get_relative_import_files(file)}
     code = {Path(file).name: Path(file).read_bytes() for file in sorted(files)}
     return code | {_GENERATE: Path(inspect.getfile(custom_generate)).read_bytes()}
 
 
 class _Branch:
-    """One branch as it was read, at one commit, and what it shall become."""
+    """Read one branch at one commit, and prepare and check its new files."""
 
     def __init__(self, api: HfApi, repo_id: str, name: str, commit: str):
-        self.api, self.repo_id, self.name, self.commit = api, repo_id, name, commit
-        self.place = f"{repo_id} (branch {name})"
+        self.api, self.repo_id = api, repo_id
+        self.name, self.commit = name, commit
+        self.label = f"{repo_id} (branch {name})"
         self.names = set(api.list_repo_files(repo_id, revision=commit))
         code = [path for path in self.names if path.endswith(".py") and "/" not in path]
         small = [path for path in ("config.json", _GENERATE) if path in self.names]
         self.old = {path: file.read_bytes() for path, file in self.fetch([*code, *small]).items()}
         self.config = self._parse_config()
-        self.draft_class, self.layout = self._recognise()
+        self.draft_class, self.layout = self._find_class_and_layout()
         self.code = travelling_code(self.draft_class)
-        self._refuse_unknown_modules()
-        self._refuse_newer()
+        self._check_auto_map()
+        self._check_not_newer()
 
     def fetch(self, paths: Iterable[str]) -> dict[str, Path]:
-        """Where the files lie in the cache; what is there already is not downloaded again."""
+        """Download the files that are not in the cache; return where they are: path -> file."""
 
-        def one(path: str) -> tuple[str, Path]:
+        def download(path: str) -> tuple[str, Path]:
             return path, Path(self.api.hf_hub_download(self.repo_id, path, revision=self.commit))
 
         with ThreadPoolExecutor(8) as pool:
-            return dict(pool.map(one, sorted(paths)))
+            return dict(pool.map(download, sorted(paths)))
 
-    # What it is ------------------------------------------------------------------------------------------------
+    # Recognising the draft -------------------------------------------------------------------------------------
 
     def _parse_config(self) -> dict[str, Any]:
+        """Return the values of config.json."""
         try:
             config = json.loads(self.old.get("config.json", b"{}"))
         except ValueError as error:
-            raise ValueError(f"config.json on {self.place} is malformed: {error}") from error
+            raise ValueError(f"config.json on {self.label} is malformed: {error}") from error
         return config if isinstance(config, dict) else {}
 
-    def _recognise(self) -> tuple[type[DFlashDraftModel], str]:
-        """Class and layout of a draft that dflash-hub pushed; anything else is refused."""
+    def _find_class_and_layout(self) -> tuple[type[DFlashDraftModel], str]:
+        """Return the draft's class and layout; raise ValueError unless dflash-hub pushed it."""
         auto_map = self.config.get("auto_map")
-        signed = _KEY in self.config or any(_OURS.search(data) for data in self.old.values())
+        signed = _VERSION_KEY in self.config or any(
+            _LICENCE_LINE.search(data) for data in self.old.values()
+        )
         for kind in KINDS.values():
             for layout, own in _auto_maps(kind.model_class).items():
                 if signed and isinstance(auto_map, dict) and own.items() <= auto_map.items():
                     return kind.model_class, layout
         raise ValueError(
-            f"{self.place} holds no draft that dflash-hub pushed (auto_map in its config.json is {auto_map}), so "
-            "its code is not touched. Download it, and publish a copy of your own: dflash-hub push FOLDER me/my-draft."
+            f"{self.label} holds no draft that dflash-hub pushed (auto_map in its config.json is {auto_map}), so "
+            "its code is not changed. Download it and publish your own copy: dflash-hub push FOLDER me/my-draft."
         )
 
-    def _refuse_unknown_modules(self) -> None:
+    def _check_auto_map(self) -> None:
+        """Raise ValueError if auto_map names a file that this version does not ship."""
         for name, reference in self.config["auto_map"].items():
             if f"{str(reference).rpartition('.')[0]}.py" not in self.code:
                 raise ValueError(
-                    f"auto_map in config.json on {self.place} names {reference} for {name}, "
-                    f"which dflash-hub {__version__} does not ship. Take that entry out, and run the same again."
+                    f"auto_map in config.json on {self.label} names {reference} for {name}, "
+                    f"which dflash-hub {__version__} does not ship. Remove that entry and run the command again."
                 )
 
     @cached_property
     def versions(self) -> list[str]:
-        """What config.json says, and what the code says of itself; the engines layout has only the second."""
+        """The versions named in config.json and in the code; the engines layout has only the second."""
         in_code = _CODE_VERSION.search(self.old.get("configuration_dflash.py", b""))
-        said = [self.config.get(_KEY), in_code and in_code[1].decode()]
-        return [str(version) for version in said if version is not None]
+        found = [self.config.get(_VERSION_KEY), in_code and in_code[1].decode()]
+        return [str(version) for version in found if version is not None]
 
-    def _refuse_newer(self) -> None:
+    def _check_not_newer(self) -> None:
+        """Raise ValueError if a newer dflash-hub wrote the branch."""
         for version in self.versions:
             try:
                 newer = Version(version) > Version(__version__)
             except InvalidVersion as error:
                 raise ValueError(
-                    f"{self.place} says that dflash-hub {version!r} wrote it, which is no "
-                    f"version; correct {_KEY} in its config.json."
+                    f"{self.label} says that dflash-hub {version!r} wrote it, which is no "
+                    f"version. Correct {_VERSION_KEY} in its config.json."
                 ) from error
             if newer:
                 raise ValueError(
-                    f"The code on {self.place} is of dflash-hub {version}, newer than the "
-                    f"{__version__} installed here, so it is not touched. Upgrade: pip install --upgrade dflash-hub"
+                    f"The code on {self.label} is of dflash-hub {version}, newer than the "
+                    f"{__version__} installed here, so it is not changed. Upgrade: pip install --upgrade dflash-hub"
                 )
 
-    # What it becomes -------------------------------------------------------------------------------------------
+    # Making the new files --------------------------------------------------------------------------------------
 
     @cached_property
     def wanted(self) -> dict[str, bytes]:
-        """The files that shall be there: path -> content."""
+        """The files of the branch after the refresh, without weights and card: path -> content."""
         wanted = self.code | {"config.json": self._new_config()}
         return wanted if ".gitattributes" in self.names else wanted | hub_files()
 
     @cached_property
     def difference(self) -> BranchDifference:
+        """The changes from the old files to the new ones."""
         changes = [
             FileChange(path, self.old.get(path), new)
             for path, new in sorted(self.wanted.items())
@@ -272,62 +270,63 @@ class _Branch:
         )
 
     def _new_config(self) -> bytes:
-        """config.json with this version in it; not another byte differs."""
+        """Return config.json with this version in it, and every other byte unchanged."""
         text = self.old["config.json"].decode()
-        if _KEY not in self.config:
+        if _VERSION_KEY not in self.config:
             return self.old["config.json"]
-        wanted = self.config | {_KEY: __version__}
-        for found in re.finditer(rf'"{_KEY}"\s*:\s*("[^"]*"|[^\s,}}]+)', text):
+        wanted = self.config | {_VERSION_KEY: __version__}
+        for found in re.finditer(rf'"{_VERSION_KEY}"\s*:\s*("[^"]*"|[^\s,}}]+)', text):
             changed = text[: found.start(1)] + json.dumps(__version__) + text[found.end(1) :]
             if json.loads(changed) == wanted:
                 return changed.encode()
-        raise ValueError(f"{_KEY} in config.json on {self.place} cannot be set; correct it.")
+        raise ValueError(
+            f"{_VERSION_KEY} in config.json on {self.label} cannot be set. Correct it by hand."
+        )
 
     def _stale(self) -> list[str]:
-        """Files of ours that the old code imports, and that this version does not have."""
-        waiting = [
-            f"{str(reference).rpartition('.')[0]}.py"
-            for reference in self.config["auto_map"].values()
-        ]
+        """Return our files that the old code imports and this version does not have."""
+        references = self.config["auto_map"].values()
+        waiting = [f"{str(reference).rpartition('.')[0]}.py" for reference in references]
         seen: set[str] = set()
         while waiting:
             path = waiting.pop()
             if path not in seen and path in self.old:
                 seen.add(path)
                 waiting += [f"{(a or b).decode()}.py" for a, b in _IMPORT.findall(self.old[path])]
-        return sorted(path for path in seen - set(self.wanted) if _OURS.search(self.old[path]))
+        return sorted(
+            path for path in seen - set(self.wanted) if _LICENCE_LINE.search(self.old[path])
+        )
 
-    # Checking it -----------------------------------------------------------------------------------------------
+    # Checking the new files ------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Lay the new code over the branch's own weights, load both in a fresh process, and compare with the files.
+        """Load the branch's weights with the new code in a fresh process, and compare with the files.
 
         Raises:
-            ValueError: it does not load, or a tensor or a value of config.json is another.
-            RuntimeError: the weights could not be had.
+            ValueError: it does not load, or a tensor or a value of config.json differs.
+            RuntimeError: the weights could not be downloaded.
         """
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             weights = self._stage(folder)
-            seen = load_apart(folder)
+            loaded = load_apart(folder)
             dtype = self.config.get("dtype", self.config.get("torch_dtype"))
-            refuse_differing(folder, seen["digests"], _digests_of_files(weights, dtype))
-        self._refuse_other_values(seen["config"])
+            check_same_tensors(folder, loaded["digests"], _digests_of_files(weights, dtype))
+        self._check_config_values(loaded["config"])
 
     def _stage(self, folder: Path) -> list[Path]:
-        """Write the new repository into `folder`, without any code that is not this version's; its weight files."""
+        """Write the new repository into `folder`, with this version's code only; return its weight files."""
         started = time.time()
         try:
             weights = self.fetch(self._weights())
-            settings = self.fetch(
-                path for path in self.names if path.endswith(".json") and "/" not in path
-            )
+            json_names = [name for name in self.names if name.endswith(".json") and "/" not in name]
+            json_files = self.fetch(json_names)
             verify_downloads(
                 self.repo_id, {"revision": self.commit, "token": self.api.token}, started
             )
-        except _NO_ANSWER as error:
-            raise _unread(self.repo_id, error) from error
-        for path, file in settings.items():
+        except _HUB_ERRORS as error:
+            raise _read_error(self.repo_id, error) from error
+        for path, file in json_files.items():
             shutil.copyfile(file, folder / path)
         for path, file in weights.items():
             _link(file.resolve(), folder / path)
@@ -337,53 +336,48 @@ class _Branch:
         return [folder / path for path in weights]
 
     def _weights(self) -> list[str]:
-        """The files that transformers would read: one, or the shards that the index names."""
+        """Return the weight files that transformers reads: one file, or the shards that the index names."""
         index = "model.safetensors.index.json"
         if "model.safetensors" in self.names:
             return ["model.safetensors"]
         if index not in self.names:
-            raise ValueError(f"{self.place} has no model.safetensors, so it is no whole draft.")
+            raise ValueError(
+                f"{self.label} has no model.safetensors, so it is not a complete draft."
+            )
         shards = set(json.loads(self.fetch([index])[index].read_bytes())["weight_map"].values())
         if missing := sorted(shards - self.names):
-            raise ValueError(f"{self.place} lacks {missing[0]}, which its {index} names.")
+            raise ValueError(f"{self.label} lacks {missing[0]}, which its {index} names.")
         return sorted(shards)
 
-    def _refuse_other_values(self, loaded: dict[str, Any]) -> None:
-        """Refuse code that reads a value of config.json otherwise than it stands there."""
-        if (
-            self.layout == "engines"
-        ):  # has the same values in other places, so it is compared as it would be written
-            loaded = json.loads(
-                json.dumps(engines_layout(self.draft_class.config_class.from_dict(loaded)))
-            )
-        said = {key: value for key, value in self.config.items() if key not in _BOOKKEEPING}
-        if differing := _differing(said, loaded):
-            key, here, there = differing[0]
+    def _check_config_values(self, loaded: dict[str, Any]) -> None:
+        """Raise ValueError if the new code reads another value than config.json has."""
+        if self.layout == "engines":  # has other keys, so compare the config as written in it
+            config = self.draft_class.config_class.from_dict(loaded)
+            loaded = json.loads(json.dumps(engines_layout(config)))
+        stored = {key: value for key, value in self.config.items() if key not in _BOOKKEEPING}
+        if differing := _differing(stored, loaded):
+            key = next(iter(differing))
+            here, there = differing[key]
             raise ValueError(
-                f"{key} in config.json on {self.place} is {here}, but dflash-hub {__version__} reads it as {there}. "
+                f"{key} in config.json on {self.label} is {here}, but dflash-hub {__version__} reads it as {there}. "
                 "Nothing was pushed."
             )
 
 
 def _read(api: HfApi, repo_id: str) -> list[_Branch]:
-    """The branches that there are, `main` first."""
+    """Read the branches that exist, `main` first."""
     try:
         heads = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo_id).branches}
         return [_Branch(api, repo_id, name, heads[name]) for name in _BRANCHES if name in heads]
-    except _NO_ANSWER as error:
-        raise _unread(repo_id, error) from error
+    except _HUB_ERRORS as error:
+        raise _read_error(repo_id, error) from error
 
 
 def _commit(
     api: HfApi, repo_id: str, found: BranchDifference, message: str, done: dict[str, str]
 ) -> str:
-    """Push one branch in one commit on top of the one that was read; the new commit."""
-    operations = [
-        CommitOperationDelete(change.path)
-        if change.new is None
-        else CommitOperationAdd(change.path, change.new)
-        for change in found.changes
-    ]
+    """Push the changes of a branch in one commit on top of the one that was read; return the new commit."""
+    operations = [_operation(change) for change in found.changes]
     try:
         info = api.create_commit(
             repo_id,
@@ -392,76 +386,97 @@ def _commit(
             revision=found.branch,
             parent_commit=found.commit,
         )
-    except _NO_ANSWER as error:
-        there = "".join(
-            f"{branch} is new (commit {commit[:8]}), " for branch, commit in done.items()
-        )
-        there = (
-            f"On the Hub now: {there}{found.branch} is not."
-            if done
-            else "Nothing was pushed: all is as it was."
-        )
+    except _HUB_ERRORS as error:
+        on_hub = _on_hub_now(done, found.branch)
         if isinstance(error, HfHubHTTPError) and error.response.status_code == 412:
             raise RuntimeError(
-                f"{repo_id} (branch {found.branch}) moved after it was read: somebody else pushed to it. {there} "
-                "Run the same again; it reads the branch as it is then."
+                f"{repo_id} (branch {found.branch}) moved after it was read: somebody else pushed to it. {on_hub} "
+                "Run the same again; it reads the new state of the branch."
             ) from error
         raise RuntimeError(
-            f"The Hub did not take the new code for {repo_id} (branch {found.branch}): {error}\n{there} Run the same "
-            "again, with a token that may write there (hf auth login, or HF_TOKEN); it completes what is missing."
+            f"The new code could not be pushed to {repo_id} (branch {found.branch}): {error}\n{on_hub} Run the same "
+            "again with a token that has write access (hf auth login, or HF_TOKEN); it completes what is missing."
         ) from error
     return info.oid
 
 
-def _unread(repo_id: str, error: Exception) -> RuntimeError:
+def _operation(change: FileChange) -> CommitOperationAdd | CommitOperationDelete:
+    """Return the operation of a commit that makes this change."""
+    if change.new is None:
+        return CommitOperationDelete(change.path)
+    return CommitOperationAdd(change.path, change.new)
+
+
+def _on_hub_now(done: dict[str, str], failed: str) -> str:
+    """Return a sentence that lists the branches with the new code, after a failure."""
+    if not done:
+        return "Nothing was pushed: all is as it was."
+    updated = "".join(f"{branch} is new (commit {commit[:8]}), " for branch, commit in done.items())
+    return f"On the Hub now: {updated}{failed} is not."
+
+
+def _read_error(repo_id: str, error: Exception) -> RuntimeError:
+    """Return the error for a repository that cannot be read."""
     return RuntimeError(
         f"{repo_id} could not be read from the Hub: {error}\nNothing was pushed: all is as it was. Run the same again "
-        "with a connection, the right name, and a token that may read and write there (hf auth login, or HF_TOKEN)."
+        "with a connection, the right name, and a token with read and write access (hf auth login, or HF_TOKEN)."
     )
 
 
 def _auto_maps(draft_class: type[DFlashDraftModel]) -> dict[str, dict[str, str]]:
-    """Layout -> what auto_map says in it."""
+    """Return the auto_map of a pushed draft in each layout: layout -> auto_map."""
+    config_class = draft_class.config_class
 
-    def name(one: type) -> str:
-        return f"{one.__module__.rpartition('.')[2]}.{one.__name__}"
+    def reference(cls: type) -> str:
+        return f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}"
 
     return {
-        "hub": {"AutoConfig": name(draft_class.config_class), "AutoModel": name(draft_class)},
-        "engines": {
-            "AutoModel": f"{draft_class.config_class.model_type}.{draft_class.config_class.architecture}"
-        },
+        "hub": {"AutoConfig": reference(config_class), "AutoModel": reference(draft_class)},
+        "engines": {"AutoModel": f"{config_class.model_type}.{config_class.architecture}"},
     }
 
 
-def _differing(said: dict[str, Any], loaded: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Dotted name and both values of what differs, of all that both have: a newer layout may say more, or less."""
-    found = []
-    for key in sorted(said.keys() & loaded.keys()):
-        here, there = said[key], loaded[key]
+def _lines_of(data: bytes | None) -> list[str]:
+    """Return the lines of a file, each with its end."""
+    return list(io.StringIO((data or b"").decode("utf-8", "replace")))
+
+
+def _ended(line: str) -> str:
+    """Return a line of a diff with a newline, and the usual remark where the file has none."""
+    return line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n"
+
+
+def _differing(stored: dict[str, Any], loaded: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return the values that differ: dotted key -> stored and loaded value.
+
+    Keys that only one of them has are ignored, because a newer layout may have more keys or fewer.
+    """
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in sorted(stored.keys() & loaded.keys()):
+        here, there = stored[key], loaded[key]
         if isinstance(here, dict) and isinstance(there, dict):
-            found += [(f"{key}.{inner}", *values) for inner, *values in _differing(here, there)]
+            inside = _differing(here, there)
+            found |= {f"{key}.{inner}": values for inner, values in inside.items()}
         elif here != there:
-            found.append((key, here, there))
+            found[key] = (here, there)
     return found
 
 
 def _digests_of_files(files: list[Path], dtype: str | None) -> dict[str, str]:
-    """Tensor name -> digest, read without any model; in the dtype that config.json loads them in, if it says one."""
+    """Return the digests of tensors read without a model, in the dtype of config.json if it has one."""
+    target_dtype = getattr(torch, dtype.removeprefix("torch.")) if dtype else None
     found = {}
     for file in files:
         with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (it is no dict)
+            for name in tensors.keys():  # noqa: SIM118 (not a dict)
                 tensor = tensors.get_tensor(name)
-                found[name] = digest(
-                    tensor.to(getattr(torch, dtype.removeprefix("torch."))) if dtype else tensor
-                )
+                found[name] = digest(tensor if target_dtype is None else tensor.to(target_dtype))
     return found
 
 
-def _link(file: Path, place: Path) -> None:
-    """Weights may be many GB; only where links cannot be made (Windows, without the right to) are they copied."""
+def _link(file: Path, destination: Path) -> None:
+    """Link weights, which may be many GB; copy them where links are not allowed (some Windows users)."""
     try:
-        place.symlink_to(file)
+        destination.symlink_to(file)
     except OSError:
-        shutil.copyfile(file, place)
+        shutil.copyfile(file, destination)

@@ -187,7 +187,7 @@ def test_mixed_causality_goes_unsaid_for_engines_whose_rule_it_is_and_is_refused
     assert "is_causal" not in written
     assert "causal" not in written["dflash_config"]
     other = small(num_hidden_layers=2, is_causal=[True, False], num_target_layers=8, vocab_size=99)
-    with pytest.raises(ValueError, match="engines can only be told one value"):
+    with pytest.raises(ValueError, match="engines layout stores one value"):
         other.save_pretrained(tmp_path, layout="engines")
 
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from dflash_hub import DFlash2Config, DFlashConfig
-from dflash_hub.layouts import _NESTED, _PLACES
-from dflash_hub.layouts_dflash import FIELDS, SLIDING
+from dflash_hub.layouts import _KEYS, _NESTED, _RULES
+from dflash_hub.layouts_dflash import SLIDING
 from paths import DATA
 
 SEED = 20261125
@@ -49,7 +49,7 @@ LISTS = ([], [0], [1, 2], [2, 1], [1, 1], [None], [1, "2"], [True, False], [[1, 
 LISTS += (["DFlashDraftModel"], [10**9], list(range(3000)), [[[[[[[[[[1]]]]]]]]]])
 DICTS = ({}, {"a": 1}, {"rope_type": "yarn"}, {"AutoConfig": 5}, {"": {}}, {"rope_theta": [1]})
 ODD = (None, True, False, *NUMBERS, *TEXTS, *LISTS, *DICTS)
-KNOWN = {*FIELDS, *_NESTED, *(place for places in _PLACES.values() for place in places if "." not in place)}
+KNOWN = {*_RULES, *_NESTED, *(key for keys in _KEYS.values() for key in keys if "." not in key)}
 TAKEN = ("output_hidden_states", "problem_type", "per_layer_config", "return_dict", "configuration_files")  # elsewhere
 ADDED = [
     *sorted(KNOWN),
@@ -61,7 +61,7 @@ ADDED = [
     "casual",
 ]
 ROPE = ("rope_parameters", "rope_scaling")
-RIGHT = ("must", "supply it", "say which holds", "refused", "Pass the draft's")  # what tells what would be right
+RIGHT = ("must", "supply it", "choose a value", "refused", "Pass the draft's")  # what tells what would be right
 ABSENT = object()
 
 # Keys that no reader of a draft needs, or not at the top, though a config has attributes of these names.

@@ -474,11 +474,11 @@ def test_a_spec_loads_either_kind_and_load_draft_tells_them_apart(tmp_path, pair
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"conv_group_size": 7}, "conv_group_size is 7, which does not divide hidden_size, 32"),
+        ({"conv_group_size": 7}, "conv_group_size is 7; it must divide hidden_size, 32"),
         ({"conv_kernel_size": 0}, "conv_kernel_size is 0"),
         ({"selector_top_k": 13}, "selector_top_k is 13; it must be from 1 to vocab_size, 12"),
         ({"selector_rank": 0}, "selector_rank is 0"),
-        ({"vocab_size": None}, "vocab_size must be said"),
+        ({"vocab_size": None}, "vocab_size is None; it must be the target's"),
         ({"output_multiplier": 0.0}, "output_multiplier is 0.0"),
         ({"input_embedding_scale": -1.0}, "input_embedding_scale is -1.0"),
     ],
@@ -502,7 +502,7 @@ def golden_config(**changes) -> dict:
         ({"architectures": ["DFlash2BeamDraftModel"]}, "beam head"),
         ({"dflash_config": {"selector_rank": None}}, "does not say selector_rank"),
         ({"conv_group_size": 32}, "contradicts itself about conv_group_size"),
-        ({"dflash_config": {"conv_group_size": 48}}, "does not divide hidden_size"),
+        ({"dflash_config": {"conv_group_size": 48}}, "conv_group_size is 48; it must divide hidden_size"),
     ],
 )
 def test_configs_that_cannot_be_run_are_refused_by_name(changes, message):

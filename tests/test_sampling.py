@@ -8,6 +8,7 @@ from transformers import LogitsProcessorList
 
 import tiny
 from dflash_hub import DecodeStatistics
+from dflash_hub.proposals_dflash import Proposal
 from dflash_hub.sampling_dflash import PositionNoise, Sampler
 
 SETTINGS = {
@@ -66,6 +67,28 @@ def test_sampling_is_exact_for_other_families_too(family):
     draft = tiny.draft(target)
     asked = tiny.batch(8, pads=(0, 5, 2)) | {"max_new_tokens": 30, "temperature": 1.5}
     assert torch.equal(sample(target, draft.speculate, 3, **asked), sample(target, Plain(), 3, **asked))
+
+
+def test_a_tree_of_proposals_changes_no_sampled_text():
+    """Siblings compete for one slot of the text, so they share its noise."""
+    target = tiny.target("qwen3")
+    draft, statistics = tiny.draft(target), DecodeStatistics()
+    asked = tiny.batch(8, pads=(0, 5, 2)) | {"max_new_tokens": 30, "temperature": 1.5, "top_k": 0}
+    expected = sample(target, Plain(), 3, **asked)
+
+    def branch(proposal, state):
+        parents, tokens = torch.tensor([[-1, 0, 0, 2, 2, 4]] * 3), proposal.tokens[:, :1].repeat(1, 6)
+        for row, slot in enumerate(state.last_slots):
+            one, two, three = torch.nn.functional.pad(expected[row, slot + 1 : slot + 4], (0, 3))[:3]
+            right = (slot + row) % 3  # how many tokens of the second branch are right, beyond its first
+            second = torch.stack([one, two + (right < 1), three + (right < 2)]) % tiny.VOCAB
+            wrong = (torch.stack([one, two]) + 1) % tiny.VOCAB
+            tokens[row, 1:] = torch.stack([wrong[0], second[0], wrong[1], second[1], second[2]])
+        return Proposal(tokens, parents)
+
+    more = {"proposer": tiny.steered(branch), "statistics": statistics}
+    assert torch.equal(sample(target, draft.speculate, 3, **asked, **more), expected)
+    assert len(set(statistics.committed)) > 2
 
 
 @pytest.mark.quick

@@ -82,9 +82,8 @@ def draw_anchors(batch: PackedBatch, num_anchors: int, seed: int, step: int) -> 
         drawn.append(columns[order[:num_anchors]].sort().values)
     anchors = torch.nn.utils.rnn.pad_sequence(drawn, batch_first=True, padding_value=-1)
     if anchors.shape[1] == 0:
-        anchors = anchors.new_full(
-            (len(drawn), 1), -1
-        )  # one empty block: tensors of size 0 break kernels
+        # One empty block: tensors of size 0 break kernels.
+        anchors = anchors.new_full((len(drawn), 1), -1)
     return anchors.to(batch.input_ids.device)
 
 
@@ -170,9 +169,8 @@ class Blocks:
         """
         length, documents = self.batch.input_ids.shape[1], self.batch.documents
         size, anchors = self.size, self.anchors
-        own_document = self._gather(documents)[..., 0].where(
-            anchors >= 0, -1
-        )  # an empty block sees no context
+        # An empty block sees no context.
+        own_document = self._gather(documents)[..., 0].where(anchors >= 0, -1)
 
         def sees(b: Any, h: Any, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
             block, anchor = q // size, anchors[b, q // size]

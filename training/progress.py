@@ -1,6 +1,6 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""Show how a run went: a plot with every checkpoint, and a section of the model card."""
+"""Report a training run: draw a plot and write a section of the model card at every checkpoint."""
 
 from pathlib import Path
 from typing import Any
@@ -25,14 +25,21 @@ def write_progress(
     path = folder / "README.md"
     has_plot = draw(folder / PLOT, history)
     card = ModelCard(path.read_text(encoding="utf-8"))
-    before, _, rest = card.text.partition(_HEADING)
-    following = rest[rest.index("\n## ") + 1 :] if "\n## " in rest else ""
+    before, following = _around_section(card.text)
     if _last(history, "eval_acceptance_length") is not None:
         before = before.replace(_UNMEASURED, _MEASURED)
-    card.text = (
-        before.rstrip() + "\n\n" + section(history, run_summary, has_plot) + "\n" + following
-    )
+    written = section(history, run_summary, has_plot)
+    card.text = f"{before.rstrip()}\n\n{written}\n{following}"
     card.save(path)
+
+
+def _around_section(text: str) -> tuple[str, str]:
+    """Return the text of a card before and after its section on training."""
+    start = text.find(_HEADING)
+    if start < 0:
+        return text, ""
+    end = text.find("\n## ", start)
+    return text[:start], "" if end < 0 else text[end + 1 :]
 
 
 def section(history: list[dict[str, float]], run_summary: dict[str, Any], has_plot: bool) -> str:
@@ -56,7 +63,9 @@ def section(history: list[dict[str, float]], run_summary: dict[str, Any], has_pl
         lines.append(
             f"| accuracy at positions 1 to {len(positions)} of a block, held-out text | {shares} |"
         )
-    lines += ["", f"![The run: loss and acceptance by step]({PLOT})", ""] if has_plot else [""]
+    lines.append("")
+    if has_plot:
+        lines += [f"![The run: loss and acceptance by step]({PLOT})", ""]
     return "\n".join(lines)
 
 
@@ -66,7 +75,7 @@ def _last(history: list[dict[str, float]], key: str) -> dict[str, float] | None:
 
 
 def _first_and_last(history: list[dict[str, float]], key: str) -> str | None:
-    """Return the first and the last value that was logged, as text."""
+    """Return the first and the last logged value as text, or None without any."""
     values = [line[key] for line in history if key in line]
     if not values:
         return None
@@ -74,7 +83,7 @@ def _first_and_last(history: list[dict[str, float]], key: str) -> str | None:
 
 
 def draw(path: Path, history: list[dict[str, float]]) -> bool:
-    """Draw loss, acceptance length and accuracy by position as a PNG; return False where nothing was logged yet."""
+    """Draw loss, acceptance length and accuracy by position as a PNG; return False if nothing was logged yet."""
     from matplotlib.figure import Figure
 
     panels = {
@@ -85,28 +94,31 @@ def draw(path: Path, history: list[dict[str, float]]) -> bool:
             "held out, decoded": "eval_decoded_acceptance_length",
         },
     }
-    if not any(
-        key in line for line in history for series in panels.values() for key in series.values()
-    ):
+    drawn = {key for series in panels.values() for key in series.values()}
+    if not any(drawn & line.keys() for line in history):
         return False
     figure = Figure(figsize=(11, 3.2), layout="constrained")
-    loss, acceptance, accuracy = figure.subplots(1, 3)
-    for axes, (title, series) in zip((loss, acceptance), panels.items(), strict=True):
-        for label, key in series.items():
-            points = [(line["step"], line[key]) for line in history if key in line]
-            if points:
-                axes.plot(
-                    *zip(*points, strict=True), label=label, marker="." if len(points) < 3 else None
-                )
+    *line_axes, accuracy_axes = figure.subplots(1, 3)
+    for axes, (title, series) in zip(line_axes, panels.items(), strict=True):
+        _draw_lines(axes, series, history)
         axes.set(title=title, xlabel="step")
         axes.legend(fontsize="small")
-    _bars(accuracy, _last(history, "eval_accuracy_1"))
+    _draw_bars(accuracy_axes, _last(history, "eval_accuracy_1"))
     figure.savefig(path, dpi=110)
     return True
 
 
-def _bars(axes: Any, line: dict[str, float] | None) -> None:
-    """Draw the accuracy by position of a line of the log."""
+def _draw_lines(axes: Any, series: dict[str, str], history: list[dict[str, float]]) -> None:
+    """Draw one line for each series: label -> key of the log."""
+    for label, key in series.items():
+        points = [(line["step"], line[key]) for line in history if key in line]
+        if points:
+            steps, values = zip(*points, strict=True)
+            axes.plot(steps, values, label=label, marker="." if len(points) < 3 else None)
+
+
+def _draw_bars(axes: Any, line: dict[str, float] | None) -> None:
+    """Draw the accuracy at each position, from a line of the log."""
     axes.set(title="held-out accuracy by position", xlabel="position in the block", ylim=(0, 1))
     if line is None:
         axes.text(0.5, 0.5, "no evaluation", ha="center", transform=axes.transAxes)

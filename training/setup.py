@@ -2,6 +2,7 @@
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
 """Set up a run: load the target, the draft and the data, and build the trainer."""
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,17 +17,17 @@ from .data import load_rows
 from .trainer import DFlashTrainer
 
 HEAD_OPTIONS = tuple(name for kind in KINDS.values() for name in kind.head_fields)
-"""Options that are fields of a further head; None leaves the config's default."""
+"""Options that set fields of a further head; None means the config's default."""
 
 
 @dataclass
 class TrainOptions:
-    """Say what to train, and on what data."""
+    """Hold the options of the target, the draft and the data."""
 
     target: str = field(metadata={"help": "Hub id or folder of the target."})
     data: str = field(
         metadata={
-            "help": "A file (JSONL, JSON, Parquet, CSV, text) or a Hub dataset: messages or text."
+            "help": "A file (JSONL, JSON, Parquet, CSV, text) or a Hub dataset, with messages or text."
         }
     )
     data_name: str | None = field(
@@ -48,7 +49,7 @@ class TrainOptions:
     mask_token_id: int | None = field(
         default=None,
         metadata={
-            "help": "A token that never occurs in text. Default: the first unused row of the embedding."
+            "help": "Mask token: one that never occurs in text. Default: the first unused row of the embedding."
         },
     )
     variant: str = field(
@@ -67,7 +68,9 @@ class TrainOptions:
     num_layers: int = field(default=5, metadata={"help": "Number of layers of a fresh draft."})
     target_layer_ids: list[int] | None = field(
         default=None,
-        metadata={"help": "Tapped layers, counted from 0. Default: five, spread evenly."},
+        metadata={
+            "help": "Target layers whose states the draft reads, counted from 0. Default: five, spread evenly."
+        },
     )
     sliding_window: int | None = field(
         default=None, metadata={"help": "Sliding window for all draft layers except the last."}
@@ -77,7 +80,7 @@ class TrainOptions:
     )
     target_dtype: str = field(
         default="auto",
-        metadata={"help": "float32, bfloat16 ..., or auto: as the checkpoint has it."},
+        metadata={"help": "float32, bfloat16 ..., or auto: the dtype of the checkpoint."},
     )
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Allow remote code for the target and its tokenizer."}
@@ -85,19 +88,19 @@ class TrainOptions:
     dry_run: bool = field(
         default=False,
         metadata={
-            "help": "Run two steps, save, reload and check; then estimate time and memory of the whole run."
+            "help": "Run two steps, save, reload and check, then estimate time and memory of the whole run."
         },
     )
 
 
 def build(options: TrainOptions, args: DFlashTrainingArguments) -> DFlashTrainer:
-    """Return the trainer. Checks the options, the pair and the data."""
+    """Load everything, check the options, the pair and the data, and return the trainer."""
     trust = {"trust_remote_code": options.trust_remote_code}
     tokenizer = AutoTokenizer.from_pretrained(options.target, **trust)
     target = AutoModelForCausalLM.from_pretrained(
         options.target, dtype=options.target_dtype, **trust
     )
-    set_seed(args.seed)  # a fresh draft's weights too
+    set_seed(args.seed)  # before the draft, whose fresh weights are random
     draft = make_draft(options, target, tokenizer)
     if not Path(options.target).exists():
         draft.card_metadata = {"base_model": options.target}
@@ -114,7 +117,7 @@ def _split(options: TrainOptions, args: DFlashTrainingArguments) -> tuple[Any, A
         return rows.skip(options.eval_rows), rows.take(options.eval_rows)
     if options.eval_rows >= len(rows):
         raise ValueError(
-            f"eval_rows is {options.eval_rows}, but the data has only {len(rows)} rows; hold out fewer."
+            f"eval_rows is {options.eval_rows}, but the data has only {len(rows)} rows. Hold out fewer."
         )
     parts = rows.train_test_split(test_size=options.eval_rows, seed=args.seed)
     return parts["train"], parts["test"]
@@ -124,24 +127,6 @@ def make_draft(options: TrainOptions, target: Any, tokenizer: Any) -> Any:
     """Return the draft to start from, in float32, which optimizers need."""
     if options.draft is not None:
         return load_draft(options.draft, revision=options.draft_revision, dtype=torch.float32)
-    shape: dict[str, Any] = {
-        "block_size": options.block_size,
-        "num_hidden_layers": options.num_layers,
-    }
-    if options.causal:
-        shape["is_causal"] = True
-    for name in HEAD_OPTIONS:
-        if getattr(options, name) is not None:
-            shape[name] = getattr(options, name)
-    if options.target_layer_ids:
-        shape["target_layer_ids"] = options.target_layer_ids
-    if options.sliding_window:
-        layer_types = ["sliding_attention"] * (options.num_layers - 1) + ["full_attention"]
-        shape |= {
-            "layer_types": layer_types,
-            "sliding_window": options.sliding_window,
-            "is_causal": options.causal,
-        }
     if options.mask_token_id is None:
         options.mask_token_id = unused_token(target, tokenizer)
     spec = DFlashDraftSpec(options.target, targets=(options.target,))
@@ -150,12 +135,32 @@ def make_draft(options: TrainOptions, target: Any, tokenizer: Any) -> Any:
         options.variant,
         mask_token_id=options.mask_token_id,
         dtype=torch.float32,
-        **shape,
+        **_fresh_fields(options),
     )
 
 
+def _fresh_fields(options: TrainOptions) -> dict[str, Any]:
+    """Return the config fields of a fresh draft that the options set."""
+    fields: dict[str, Any] = {
+        "block_size": options.block_size,
+        "num_hidden_layers": options.num_layers,
+    }
+    for name in HEAD_OPTIONS:
+        if getattr(options, name) is not None:
+            fields[name] = getattr(options, name)
+    if options.target_layer_ids:
+        fields["target_layer_ids"] = options.target_layer_ids
+    if options.causal or options.sliding_window:
+        fields["is_causal"] = options.causal
+    if options.sliding_window:
+        sliding = ["sliding_attention"] * (options.num_layers - 1)
+        fields["layer_types"] = [*sliding, "full_attention"]
+        fields["sliding_window"] = options.sliding_window
+    return fields
+
+
 def unused_token(target: Any, tokenizer: Any) -> int:
-    """Return the first row of the target's embedding that no token uses, as published drafts do.
+    """Return the first unused row of the target's embedding, which published drafts use as the mask token.
 
     Raises:
         ValueError: every row belongs to a token.
@@ -163,16 +168,17 @@ def unused_token(target: Any, tokenizer: Any) -> int:
     first = max(tokenizer.get_vocab().values()) + 1
     rows = target.get_input_embeddings().num_embeddings
     if first >= rows:
-        spare = [
-            token
-            for token in tokenizer.get_added_vocab()
-            if "reserved" in token or "unused" in token or "mask" in token
-        ]
-        some = ", ".join(
-            f"{tokenizer.convert_tokens_to_ids(token)} ({token})" for token in spare[:3]
-        )
+        spare = _spare_tokens(tokenizer)
+        examples = f", such as {spare}" if spare else ""
         raise ValueError(
             f"Every one of the {rows} rows of the target's embedding belongs to a token, so --mask-token-id must be "
-            f"given: a token that does not occur in text{', such as ' + some if some else ''}."
+            f"given: a token that does not occur in text{examples}."
         )
     return first
+
+
+def _spare_tokens(tokenizer: Any) -> str:
+    """Return ids and names of up to three added tokens that hardly occur in text."""
+    added = tokenizer.get_added_vocab()
+    spare = [token for token in added if re.search("reserved|unused|mask", token)]
+    return ", ".join(f"{tokenizer.convert_tokens_to_ids(token)} ({token})" for token in spare[:3])

@@ -1,18 +1,18 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""Make the tiny pair anew: a target that writes Python, trained on Python's own library, and two drafts for it.
+"""Train the tiny pair: a target that writes Python, trained on Python's own library, and a draft of each kind for it.
 
     python examples/tiny_pair/train.py --output-dir tiny_pair
-    python examples/tiny_pair/train.py --output-dir tiny_pair --compare 1000   # afterwards: both kinds, three seeds
+    python examples/tiny_pair/train.py --output-dir tiny_pair --compare 1000   # afterwards: all kinds, three seeds
 
-Needs `pip install "dflash-hub[train]"`, two cores and less than an hour; nothing is downloaded. A stage that finished
-is not run again, so an interrupted run goes on where it was. The stages:
+Needs `pip install "dflash-hub[train]"`, two cores and less than an hour; nothing is downloaded. Finished stages are
+skipped, so an interrupted run resumes. The stages:
 
 1. tokenizer: byte-level BPE of 512 tokens, on the sources of the standard library, without the held-out files;
 2. target: Qwen3 with 6 layers of 128, on the same sources;
-3. text: what the target itself writes, greedily, after passages of those sources;
-4. draft: a DFlash draft, trained with `DFlashTrainer` on that text; draft2: a DFlash 2 draft, likewise;
-5. acceptance length of both over the held-out prompts, one line of JSON for each.
+3. text: the target's own greedy continuations of passages from those sources;
+4. drafts: one of each kind in `dflash_hub.kinds` (draft, draft2), trained with `DFlashTrainer` on that text;
+5. acceptance length of each draft over the held-out prompts, one line of JSON for each.
 """
 
 import argparse
@@ -38,6 +38,7 @@ from transformers import (
 
 from dflash_hub import DFlashDraftSpec, load_draft
 from dflash_hub.evaluation import compare
+from dflash_hub.kinds import KINDS
 from dflash_hub.training import DFlashTrainer, DFlashTrainingArguments
 from dflash_hub.training.trainer import last_checkpoint
 
@@ -48,10 +49,11 @@ PROMPTS = [
 WIDTH, PROMPT = 256, 150
 SKIPPED = {"site-packages", "test", "tests", "idlelib"}
 SHAPE = {"block_size": 8, "num_hidden_layers": 2, "target_layer_ids": [1, 2, 4], "mask_token_id": 1}
-SELECTOR = {"selector_rank": 32, "selector_top_k": 8}
+HEAD_SHAPE = {"selector_rank": 32, "selector_top_k": 8}
 
 
 def main() -> None:
+    """Run the whole script."""
     options = arguments()
     torch.set_num_threads(options.threads)
     tokenizer = make_tokenizer(options.output_dir)
@@ -60,36 +62,44 @@ def main() -> None:
     if options.compare:
         compare_kinds(options, target, tokenizer, rows)
         return
-    for name, variant, steps in (
-        ("draft", "dflash", options.draft_steps),
-        ("draft2", "dflash2", options.second_draft_steps),
-    ):
-        draft = make_draft(
-            options.output_dir, target, rows, Training(name, variant, steps, options.seed)
-        )
-        print(json.dumps({"draft": name} | measure(draft, target, tokenizer)), flush=True)
+    for kind in KINDS.values():
+        if kind.demo_folder is not None:
+            steps = options.second_draft_steps if kind.head else options.draft_steps
+            training = Training(kind.demo_folder, kind.name, steps, options.seed)
+            draft = make_draft(options.output_dir, target, rows, training)
+            result = {"draft": training.name} | measure(draft, target, tokenizer)
+            print(json.dumps(result), flush=True)
 
 
 def arguments() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output-dir", type=Path, default=Path("tiny_pair"))
-    parser.add_argument("--target-steps", type=int, default=2500, help="of 16 rows of 256 tokens")
     parser.add_argument(
-        "--texts", type=int, default=12288, help="passages that the target goes on from"
+        "--target-steps", type=int, default=2500, help="steps of 16 rows of 256 tokens"
     )
     parser.add_argument(
-        "--draft-steps", type=int, default=4500, help="of 12 rows of 256 tokens, 32 anchors each"
+        "--texts", type=int, default=12288, help="passages that the target continues"
     )
     parser.add_argument(
-        "--second-draft-steps", type=int, default=2700, help="likewise, of the DFlash 2 draft"
+        "--draft-steps",
+        type=int,
+        default=4500,
+        help="steps of 12 rows of 256 tokens, 32 anchors each",
+    )
+    parser.add_argument(
+        "--second-draft-steps",
+        type=int,
+        default=2700,
+        help="likewise, for a draft with a further head (DFlash 2)",
     )
     parser.add_argument(
         "--compare",
         type=int,
         default=0,
-        help="train both kinds alike, for so many steps, three seeds",
+        help="train each kind for this many steps with three seeds, and compare",
     )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
@@ -97,7 +107,7 @@ def arguments() -> argparse.Namespace:
 
 
 def sources() -> list[str]:
-    """The standard library's own modules, without its tests and without the files that the prompts are from."""
+    """Return the standard library's modules, without tests and without the files of the held-out prompts."""
     held_out = {prompt["source"] for prompt in PROMPTS}
     root = Path(sysconfig.get_paths()["stdlib"])
     files = sorted(
@@ -111,6 +121,7 @@ def sources() -> list[str]:
 
 
 def make_tokenizer(folder: Path) -> Any:
+    """Train the tokenizer, or load the trained one."""
     if not (folder / "target" / "tokenizer.json").exists():
         bpe = ByteLevelBPETokenizer()
         bpe.train_from_iterator(
@@ -127,7 +138,7 @@ def make_tokenizer(folder: Path) -> Any:
 
 
 class Windows(Dataset):
-    """Random windows of one long text, the same ones for a seed."""
+    """Random windows of one long text `[N]`, always the same for a seed."""
 
     def __init__(self, tokens: torch.Tensor, width: int, count: int, seed: int):
         generator = torch.Generator().manual_seed(seed)
@@ -143,12 +154,13 @@ class Windows(Dataset):
 
 
 def tokens_of(tokenizer: Any) -> torch.Tensor:
-    """`[N]`: all sources, each with an end token behind it."""
+    """Return the tokens of all sources, `[N]`, with an end token after each."""
     encoded = tokenizer(sources()).input_ids
     return torch.tensor([token for ids in encoded for token in [*ids, tokenizer.eos_token_id]])
 
 
 def make_target(options: argparse.Namespace, tokenizer: Any) -> Any:
+    """Train the target, or load the trained one."""
     folder = options.output_dir / "target"
     if not (folder / "model.safetensors").exists():
         shape = {
@@ -156,14 +168,10 @@ def make_target(options: argparse.Namespace, tokenizer: Any) -> Any:
             "intermediate_size": 384,
             "num_hidden_layers": 6,
             "num_attention_heads": 4,
-        }
-        shape |= {
             "num_key_value_heads": 2,
             "head_dim": 32,
             "vocab_size": len(tokenizer),
             "tie_word_embeddings": True,
-        }
-        shape |= {
             "max_position_embeddings": 2048,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
         }
@@ -199,27 +207,21 @@ def make_target(options: argparse.Namespace, tokenizer: Any) -> Any:
 def write_text(
     options: argparse.Namespace, target: Any, tokenizer: Any
 ) -> list[dict[str, list[int]]]:
-    """Rows of 256 tokens: 150 of a source, then what the target goes on with, which alone is supervised."""
+    """Return rows of 256 tokens: 150 of a source, then the target's continuation, which alone is supervised."""
     file = options.output_dir / "runs" / "text.pt"
     if not file.exists():
-        passages = Windows(tokens_of(tokenizer), PROMPT, options.texts, options.seed + 1)
+        windows = Windows(tokens_of(tokenizer), PROMPT, options.texts, options.seed + 1)
+        passages = [window["input_ids"] for window in windows]
         texts = []
-        for start in range(0, options.texts, 128):
-            part = torch.stack(
-                [
-                    passages[index]["input_ids"]
-                    for index in range(start, min(start + 128, options.texts))
-                ]
+        for part in torch.stack(passages).split(128):
+            text = target.generate(
+                input_ids=part,
+                attention_mask=torch.ones_like(part),
+                max_new_tokens=WIDTH - PROMPT,
+                min_new_tokens=WIDTH - PROMPT,
+                do_sample=False,
             )
-            texts.append(
-                target.generate(
-                    input_ids=part,
-                    attention_mask=torch.ones_like(part),
-                    max_new_tokens=WIDTH - PROMPT,
-                    min_new_tokens=WIDTH - PROMPT,
-                    do_sample=False,
-                )
-            )
+            texts.append(text)
         file.parent.mkdir(exist_ok=True)
         torch.save(torch.cat(texts), file)
     supervised = [0] * PROMPT + [1] * (WIDTH - PROMPT)
@@ -228,7 +230,7 @@ def write_text(
 
 @dataclass(frozen=True)
 class Training:
-    """How a draft is trained: the folder it goes to, its kind, steps, and the seed of its weights and anchors."""
+    """Hold the settings of a draft's training: its folder, kind, steps, and the seed of its weights and anchors."""
 
     name: str
     variant: str
@@ -236,20 +238,21 @@ class Training:
     seed: int
 
 
-def fresh_draft(target: Any, variant: str = "dflash") -> Any:
-    return DFlashDraftSpec("tiny").build(
-        target.config, variant, **SHAPE, **(SELECTOR if variant == "dflash2" else {})
-    )
+def fresh_draft(target: Any, variant: str) -> Any:
+    """Return an untrained draft of this kind."""
+    fields = SHAPE | {name: HEAD_SHAPE[name] for name in KINDS[variant].head_fields}
+    return DFlashDraftSpec("tiny").build(target.config, variant, **fields)
 
 
 def make_draft(
-    home: Path, target: Any, rows: list[dict[str, list[int]]], training: Training
+    output_dir: Path, target: Any, rows: list[dict[str, list[int]]], training: Training
 ) -> Any:
-    folder = home / training.name
+    """Train a draft, or load the trained one."""
+    folder = output_dir / training.name
     if not (folder / "model.safetensors").exists():
         set_seed(training.seed)
         args = DFlashTrainingArguments(
-            home / "runs" / training.name,
+            output_dir / "runs" / training.name,
             max_steps=training.steps,
             per_device_train_batch_size=12,
             num_anchors=32,
@@ -262,9 +265,8 @@ def make_draft(
             report_to="none",
             seed=training.seed,
         )
-        trainer = DFlashTrainer(
-            fresh_draft(target, training.variant), target, args, train_dataset=rows
-        )
+        draft = fresh_draft(target, training.variant)
+        trainer = DFlashTrainer(draft, target, args, train_dataset=rows)
         trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir) is not None)
         trainer.save_model(folder)
         (folder / "log.json").write_text(json.dumps(trainer.state.log_history), encoding="utf-8")
@@ -272,8 +274,8 @@ def make_draft(
 
 
 def measure(draft: Any, target: Any, tokenizer: Any, prompts: int = len(PROMPTS)) -> dict[str, Any]:
-    """Greedy, the last 150 tokens of each held-out prompt, 96 new tokens, the end token off."""
-    target.generation_config.eos_token_id = None
+    """Decode 96 tokens greedily from the last 150 of each held-out prompt; return the acceptance length."""
+    target.generation_config.eos_token_id = None  # so that every text has 96 new tokens
     texts = [prompt["prompt"] for prompt in PROMPTS[:prompts]]
     rows = [tokenizer(text, return_tensors="pt").input_ids[:, -PROMPT:] for text in texts]
     results = [compare(draft, target, row, max_new_tokens=96) for row in rows]
@@ -289,13 +291,13 @@ def measure(draft: Any, target: Any, tokenizer: Any, prompts: int = len(PROMPTS)
 def compare_kinds(
     options: argparse.Namespace, target: Any, tokenizer: Any, rows: list[dict[str, list[int]]]
 ) -> None:
-    """Drafts of both kinds, trained alike, with three seeds; a line of JSON for each."""
+    """Train drafts of all kinds alike, with three seeds; print a line of JSON for each."""
     for seed in range(3):
-        for variant in ("dflash", "dflash2"):
+        for variant in KINDS:
             training = Training(f"compared/{variant}-{seed}", variant, options.compare, seed)
             draft = make_draft(options.output_dir, target, rows, training)
-            figures = {"variant": variant, "seed": seed, "steps": options.compare}
-            print(json.dumps(figures | measure(draft, target, tokenizer)), flush=True)
+            result = {"variant": variant, "seed": seed, "steps": options.compare}
+            print(json.dumps(result | measure(draft, target, tokenizer)), flush=True)
 
 
 if __name__ == "__main__":
