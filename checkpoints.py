@@ -1,9 +1,9 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""Which checkpoint of the catalogue a target is a copy of: by its card, by its name and shape, by its folder.
+"""Find the checkpoint of the catalogue that a target is a copy of, by its card, its name and shape, or its folder.
 
-A copy has the same weights, perhaps in another precision. A checkpoint that was trained further is none, nor is a
-sibling such as Qwen3-4B-Base beside Qwen3-4B.
+A copy has the same weights, perhaps in another precision. A checkpoint that was trained further is not a copy, nor is
+a sibling such as Qwen3-4B-Base beside Qwen3-4B.
 """
 
 import json
@@ -29,12 +29,12 @@ _QUANTISED = (
     r"|fp[48](?:a\d+)?|nvfp[48](?:a\d+)?|mxfp[468](?:a\d+)?(?:[-_]moe)?"
 )
 _PRECISE = r"bf16|fp16|f16|fp32|f32"
-# Said of a quantisation, and of nothing else only if one is named beside it.
+# These words describe a quantisation only next to the name of one.
 _DETAILS = r"unsloth|quanti[sz]ed|quant|dynamic|static|block|kv|sym|asym|mixed|ud|i1|g\d+|\d+g"
 _TAIL = re.compile(rf"(?:[-_.](?:{_QUANTISED}|{_PRECISE}|{_DETAILS}))+$", re.IGNORECASE)
 _NAMED = re.compile(rf"[-_.](?:{_QUANTISED}|{_PRECISE})(?![^-_.])", re.IGNORECASE)
 
-# Tags of cards that say nothing of how their checkpoint came from its base, though it was trained or changed.
+# A card with one of these tags describes a changed checkpoint, even without `base_model_relation`.
 _CHANGED = {
     "generated_from_trainer",
     "trl",
@@ -49,20 +49,22 @@ _CHANGED = {
 
 
 @dataclass
-class Target:
-    """A target as it was given: what it was loaded from, and its config, read from there where it is not at hand."""
+class TargetInfo:
+    """A target: the Hub id or folder that it was loaded from, and its config if the caller has loaded it."""
 
     name: str | None
-    given: PretrainedConfig | None = None
+    loaded_config: PretrainedConfig | None = None
 
     @cached_property
     def config(self) -> PretrainedConfig:
-        """Its config.
+        """Its config, read from `name` if it is not loaded.
 
         Raises:
-            OSError: it is known by name alone, and its config cannot be had.
+            OSError: its config cannot be downloaded.
         """
-        return self.given if self.given is not None else AutoConfig.from_pretrained(self.name)
+        if self.loaded_config is not None:
+            return self.loaded_config
+        return AutoConfig.from_pretrained(self.name)
 
 
 @dataclass(frozen=True)
@@ -71,29 +73,29 @@ class Origin:
 
     Args:
         name: its Hub id.
-        same: whether the target is a copy of it; else it was trained further.
-        reason: in words.
+        is_copy: whether the target is a copy of it; else it was trained further.
+        reason: a sentence for users.
     """
 
     name: str
-    same: bool
+    is_copy: bool
     reason: str = ""
 
 
 @dataclass(frozen=True)
 class Card:
-    """What the model card of a target says of where it comes from."""
+    """The bases that a model card names, and the relation of the target to them."""
 
     bases: tuple[str, ...]
     relation: str | None
 
     @property
-    def same(self) -> bool:
+    def is_copy(self) -> bool:
         return self.relation in (None, "quantized")
 
 
 def split_precision(name: str) -> tuple[str, str]:
-    """A repository's name without what it says of quantisation at its end, and that: ("Qwen3-8B", "-bnb-4bit")."""
+    """Split the precision off the end of a repository's name: "Qwen3-8B-bnb-4bit" -> ("Qwen3-8B", "-bnb-4bit")."""
     tail = _TAIL.search(name)
     if tail is None or not _NAMED.search(tail.group()):
         return name, ""
@@ -101,7 +103,7 @@ def split_precision(name: str) -> tuple[str, str]:
 
 
 def out_of_cache(name: str) -> str:
-    """The Hub id of a folder in the Hub's cache; any other name as it is."""
+    """Return the Hub id of a folder in the Hub's cache; any other name unchanged."""
     parts = Path(name).resolve().parts
     if len(parts) > 2 and parts[-2] == "snapshots" and parts[-3].startswith("models--"):
         return "/".join(parts[-3].split("--")[1:])
@@ -109,91 +111,102 @@ def out_of_cache(name: str) -> str:
 
 
 def hub_id(name: str) -> str:
-    """The Hub id that a name stands for: itself, or for a folder its last two parts."""
+    """Return the Hub id that a name stands for: itself, or the last two parts of a folder."""
     published = out_of_cache(name)
     return "/".join(Path(name).absolute().parts[-2:]) if Path(published).is_dir() else published
 
 
 def base_of_adapter(name: str) -> str | None:
-    """The target that an adapter by this name is made for, as transformers loads it; None if it is no adapter."""
+    """Return the target that an adapter of this name is made for; None if it is no adapter, as transformers decides."""
     if (Path(name) / "config.json").is_file():
         return None
     file = _file_of(name, "adapter_config.json")
     return None if file is None else _text_in(file, "base_model_name_or_path")
 
 
-def origin_of(target: Target, catalogue: Sequence["DFlashDraftSpec"]) -> Origin | None:
-    """The checkpoint of the catalogue that a target comes from; None if nothing tells of one.
+def origin_of(target: TargetInfo, catalogue: Sequence["DFlashDraftSpec"]) -> Origin | None:
+    """Return the checkpoint of the catalogue that a target comes from; None if it is unknown.
 
-    The Hub is asked for the card of a target that is known by name alone, or whose name and shape tell nothing; it
-    need not answer.
+    The card is downloaded if the config is not loaded, or if name and shape match no checkpoint. A failure is ignored.
 
     Raises:
-        OSError: the target is known by name alone, the name may be a copy's, and its config cannot be had.
+        OSError: the config is not loaded, it is needed because the name may be a copy's, and it cannot be downloaded.
     """
-    if target.name is None:
+    name = target.name
+    if name is None:
         return None
-    named = _by_name(hub_id(target.name), target, catalogue)
-    card = read_card(target.name, ask=target.given is None or named is None)
-    bases = (_by_name(base, target, catalogue) for base in card.bases) if card else ()
-    base = next((base for base in bases if base), None)
-    if card and base and _card_counts(card, base, named, target.name):
-        why = (
-            _reason(target.name, base, "its card", card.relation == "quantized")
-            if card.same
-            else ""
-        )
-        return Origin(base, card.same, why)
+    named = _by_name(hub_id(name), target, catalogue)
+    card = read_card(name, online=target.loaded_config is None or named is None)
+    base = _base_on_card(card, target, catalogue)
+    if card and base and _card_counts(card, base, named, name):
+        reason = ""
+        if card.is_copy:
+            reason = _reason(name, base, "its card", card.relation == "quantized")
+        return Origin(base, card.is_copy, reason)
     if named:
-        local = Path(target.name).is_dir()
-        return Origin(
-            named,
-            True,
-            _reason(target.name, named, f"its {'folder' if local else 'name'} and shape"),
-        )
-    written = _text_in(Path(target.name) / "config.json", "_name_or_path")
-    if written and (base := _by_name(written, target, catalogue)):
-        return Origin(base, True, _reason(target.name, base, "its config.json"))
+        source = "its folder and shape" if Path(name).is_dir() else "its name and shape"
+        return Origin(named, True, _reason(name, named, source))
+    recorded = _text_in(Path(name) / "config.json", "_name_or_path")
+    if recorded and (base := _by_name(recorded, target, catalogue)):
+        return Origin(base, True, _reason(name, base, "its config.json"))
+    return None
+
+
+def _base_on_card(
+    card: Card | None, target: TargetInfo, catalogue: Sequence["DFlashDraftSpec"]
+) -> str | None:
+    """Return the first checkpoint of the catalogue among the bases that a card names; None without one."""
+    for base in card.bases if card else ():
+        found = _by_name(base, target, catalogue)
+        if found:
+            return found
     return None
 
 
 def _card_counts(card: Card, base: str, named: str | None, name: str) -> bool:
-    """Whether to believe the card rather than the name, where they name different checkpoints.
+    """Return whether the card decides rather than the name, where they name different checkpoints.
 
-    A checkpoint of the catalogue that was itself trained from another one says so on its card.
+    The card of a checkpoint of the catalogue may name the base that it was trained from; then the name decides.
     """
     if named in (None, base) or card.relation == "quantized":
         return True
     original = Path(name).is_dir() and not split_precision(Path(name).name)[1]
-    return card.same and not original
+    return card.is_copy and not original
 
 
-def _by_name(name: str, target: Target, catalogue: Sequence["DFlashDraftSpec"]) -> str | None:
-    """The checkpoint of the catalogue that has this name but for the precision; under another owner, and this shape."""
-    exact = next(
-        (known for _, known in _all_targets(catalogue) if known.casefold() == name.casefold()), None
-    )
-    if exact:
-        return exact
-    owner, _, rest = split_precision(name)[0].casefold().rpartition("/")
+def _by_name(name: str, target: TargetInfo, catalogue: Sequence["DFlashDraftSpec"]) -> str | None:
+    """Return the checkpoint of the catalogue with this name, up to the precision; None without one.
+
+    The shape must match where it is known. Under another owner it must be known.
+    """
+    for _, known in _all_targets(catalogue):
+        if known.casefold() == name.casefold():
+            return known
+    owner, repository = _owner_and_repository(name)
     for spec, known in _all_targets(catalogue):
-        known_owner, _, known_rest = split_precision(known)[0].casefold().rpartition("/")
-        if rest != known_rest:
+        known_owner, known_repository = _owner_and_repository(known)
+        if repository != known_repository:
             continue
         same_owner = owner == known_owner
-        config = target.given if same_owner else target.config
-        agrees = None if config is None else _agrees(spec, config)
-        if agrees or (agrees is None and same_owner):
+        config = target.loaded_config if same_owner else target.config
+        matches = None if config is None else _shape_matches(spec, config)
+        if matches or (matches is None and same_owner):
             return known
     return None
+
+
+def _owner_and_repository(name: str) -> tuple[str, str]:
+    """Return the owner of a Hub id, "" without one, and its repository's name; both casefolded, without precision."""
+    parts = split_precision(name)[0].casefold().rpartition("/")
+    return parts[0], parts[2]
 
 
 def _all_targets(catalogue: Sequence["DFlashDraftSpec"]) -> Iterator[tuple["DFlashDraftSpec", str]]:
     return ((spec, known) for spec in catalogue for known in spec.targets)
 
 
-def _agrees(spec: "DFlashDraftSpec", config: PretrainedConfig) -> bool | None:
-    """Whether the target has the shape of the draft's own, as far as it is known; None where nothing is."""
+def _shape_matches(spec: "DFlashDraftSpec", config: PretrainedConfig) -> bool | None:
+    """Return whether the target has the known dimensions of the draft's own target; None if none is known."""
     text = config.get_text_config(decoder=True)
     pairs = (
         (spec.hidden_size, getattr(text, "hidden_size", None)),
@@ -204,36 +217,37 @@ def _agrees(spec: "DFlashDraftSpec", config: PretrainedConfig) -> bool | None:
     return all(known) if known else None
 
 
-def _reason(name: str, base: str, how: str, quantised: bool = False) -> str:
-    """A sentence such as "It was made for org/model, of which me/model-AWQ is a quantised copy (by its card)."."""
+def _reason(name: str, base: str, source: str, quantised: bool = False) -> str:
+    """Return a sentence: "It was made for org/model, of which me/model-AWQ is a quantised copy (by its card)."."""
     ours, theirs = split_precision(hub_id(name))[1], split_precision(base)[1]
     if quantised or (not theirs and re.search(rf"[-_.](?:{_QUANTISED})", ours, re.IGNORECASE)):
-        what = "a quantised copy"
+        copy = "a quantised copy"
+    elif ours.casefold() == theirs.casefold():
+        copy = "a copy"
     else:
-        what = "a copy" if ours.casefold() == theirs.casefold() else "a copy in another precision"
-    return f"It was made for {base}, of which {name} is {what} (by {how})."
+        copy = "a copy in another precision"
+    return f"It was made for {base}, of which {name} is {copy} (by {source})."
 
 
-def read_card(name: str, ask: bool) -> Card | None:
-    """The card of a repository or folder; None if it has none, it is unreadable, or the Hub does not answer.
+def read_card(name: str, online: bool) -> Card | None:
+    """Return the card of a repository or folder; None if it is missing, unreadable, or the Hub does not answer.
 
     Args:
-        ask: the Hub, where no card lies in its cache.
+        online: whether to download a card that is not in the cache.
     """
-    file = _file_of(name, "README.md", ask)
+    file = _file_of(name, "README.md", online)
     try:
         data = (metadata_load(file) if file else None) or {}
     except (OSError, ValueError, YAMLError):
         return None
-    said = data.get("base_model")
-    bases = tuple(
-        base for base in (said if isinstance(said, list) else [said]) if isinstance(base, str)
-    )
+    named = data.get("base_model")
+    named = named if isinstance(named, list) else [named]
+    bases = tuple(base for base in named if isinstance(base, str))
     return Card(bases, _relation(data, bases)) if bases else None
 
 
 def _relation(data: dict[str, Any], bases: tuple[str, ...]) -> str | None:
-    """How a checkpoint came from its base: what its card says, or what else on it shows that it was changed."""
+    """Return how a checkpoint was made from its base, as named on its card or implied by other entries there."""
     if data.get("base_model_relation"):
         return str(data["base_model_relation"]).lower()
     if data.get("library_name") == "peft":
@@ -243,34 +257,33 @@ def _relation(data: dict[str, Any], bases: tuple[str, ...]) -> str | None:
     return "finetune" if _CHANGED.intersection(map(str, data.get("tags") or ())) else None
 
 
-def _file_of(name: str, file: str, ask: bool = True) -> Path | None:
-    """A file of a repository or folder; None if there is none, or it cannot be had."""
+def _file_of(name: str, file: str, online: bool = True) -> Path | None:
+    """Return a file of a repository or folder; None if it is missing or cannot be downloaded."""
     if Path(name).is_dir():
         path = Path(name) / file
         return path if path.is_file() else None
-    silent = dict.fromkeys(("gated_repo", "missing_entries", "connection_errors"), False)
-    silent = {f"_raise_exceptions_for_{what}": value for what, value in silent.items()}
+    reasons = ("gated_repo", "missing_entries", "connection_errors")
+    silent = {f"_raise_exceptions_for_{reason}": False for reason in reasons}
+    offline = not (online and _on_hub(name, file))
     try:
-        found = cached_file(
-            name, file, local_files_only=not (ask and _on_hub(name, file)), **silent
-        )
-    except (OSError, ValueError):  # no such repository, or no name that one could have
+        found = cached_file(name, file, local_files_only=offline, **silent)
+    except (OSError, ValueError):  # no such repository, or not a valid name of one
         return None
     return Path(found) if found else None
 
 
 def _on_hub(name: str, file: str) -> bool:
-    """Whether the Hub answers that it has a file; asked once, where a download would try for half a minute."""
+    """Return whether the Hub answers that it has a file. One request; a download would retry for half a minute."""
     try:
         return HfApi().file_exists(name, file)
     except (
         Exception
-    ):  # of the HTTP library, which is another one in each major version of huggingface_hub
+    ):  # the HTTP library, and so the error, differs between versions of huggingface_hub
         return False
 
 
 def _text_in(file: Path, key: str) -> str | None:
-    """A text in a JSON file, if both are there."""
+    """Return the text under a key of a JSON file; None without the file or the text."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -34,8 +34,8 @@ def versions() -> str:
     return f"transformers {transformers.__version__}, torch {torch.__version__}"
 
 
-def difference(what: str) -> ValueError:
-    """Return the error for a model that runs in another way than expected: what differs, and what to do."""
+def difference(fault: str) -> ValueError:
+    """Return the error for a model that runs in another way than expected: the `fault`, and how to proceed."""
     oldest, newest = (Version(version) for version in CHECKED)
     advice = (
         f"This version of dflash-hub was checked with transformers {oldest} to {newest}: upgrade it (pip install "
@@ -49,7 +49,7 @@ def difference(what: str) -> ValueError:
             "without a draft."
         )
     return ValueError(
-        f"{what} ({versions()}). The text could come out wrong, so it is not written. {advice}"
+        f"{fault} ({versions()}). The text could come out wrong, so it is not written. {advice}"
     )
 
 

@@ -300,7 +300,7 @@ class DFlashConfig(PretrainedConfig):
     def get_config_dict(
         cls, pretrained_model_name_or_path: Any, **kwargs: Any
     ) -> tuple[dict, dict]:
-        """Read config.json as transformers does; `source_model_type` keeps the file's own `model_type`.
+        """Read config.json as transformers does; move the file's `model_type` to `source_model_type`.
 
         A draft of another layout has another `model_type`, of which transformers would warn.
         """

@@ -1,8 +1,8 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""The architectures of every family of targets that the registry knows.
+"""List the architectures of every family of targets that the registry knows.
 
-`TESTED` in `support_dflash.py` lists the families that the tests decode; it travels, and this table does not.
+`TESTED` in `support_dflash.py` lists the families that the tests decode. It travels; this table does not.
 """
 
 FAMILIES: dict[str, tuple[str, ...]] = {
@@ -94,7 +94,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
 
 
 def families_of(architecture: str) -> frozenset[str]:
-    """Return the text model types that whole models of this class have; none if the table does not name it."""
+    """Return the text model types of whole models of this class; an empty set if the table does not list it."""
     return frozenset(family for family, members in FAMILIES.items() if architecture in members)
 
 

@@ -3,7 +3,7 @@
 """List the kinds of drafts, one row for each; the registry, layouts, commands, training and benchmarks use this table.
 
 A kind also has an entry in `layouts_dflash.DRAFT_LAYOUTS`, because that file travels and this one does not.
-CONTRIBUTING.md says how to add a kind.
+CONTRIBUTING.md explains how to add a kind.
 """
 
 from dataclasses import dataclass
@@ -107,7 +107,7 @@ DEMO_KIND = [kind.name for kind in _ROWS if kind.demo_folder][-1]
 
 
 def kind_of(config: Any) -> DraftKind:
-    """Return the kind of a draft, given its config or its config's class."""
+    """Return the kind of a draft from its config, or from its config's class."""
     return KINDS[config.model_type]
 
 

@@ -167,7 +167,7 @@ _HEADS_BY_ARCHITECTURE = (
 
 
 def variant_of(config: dict[str, Any]) -> str:
-    """Return the name of the kind of draft that a config.json, in whatever layout, describes."""
+    """Return the name of the kind of draft that a config.json of any layout describes."""
     return _kind_and_signs(config)[0]
 
 
@@ -215,7 +215,7 @@ def read_layout(
         variant: the kind of draft that the file must describe, a name in `DRAFT_LAYOUTS`.
 
     Raises:
-        ValueError: a field is missing, contradicts itself or holds what it cannot. Or a key inside dflash_config is
+        ValueError: a field is missing, contradicts itself or has an invalid value. Or a key inside dflash_config is
             not known, or the draft needs a feature that is not here.
     """
     return _LayoutReader(check_content(config), overrides, variant).fields()
@@ -324,7 +324,7 @@ class _LayoutReader:
             raise ValueError(
                 f"This config.json describes a {found.title} draft ({key} is {shown(value)}), which "
                 f"{KINDS[self.variant].reader} does not run, so it is refused; load it with "
-                f"{found.reader}.from_pretrained, or with dflash_hub.load_draft, which tells them apart."
+                f"{found.reader}.from_pretrained, or with dflash_hub.load_draft, which detects the kind."
             )
 
     def check_is_draft(self) -> None:

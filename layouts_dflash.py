@@ -24,7 +24,7 @@ DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 @dataclass(frozen=True)
 class DraftLayout:
-    """Describe what a kind of draft adds to a config.json.
+    """List the fields that a kind of draft adds to a config.json.
 
     Args:
         fields: required fields that only this kind has. They may stand at the top or in dflash_config.
@@ -262,7 +262,7 @@ def modern_rope(key: str, rope: dict[str, Any] | None) -> dict[str, Any]:
         key: the key that holds it, for errors.
 
     Raises:
-        ValueError: a key is not known or holds what it cannot, or the rotary embeddings are of a kind not run here.
+        ValueError: a key is unknown or has an invalid value, or this package does not run these rotary embeddings.
     """
     if rope is not None:
         check_field(key, rope)
@@ -502,7 +502,7 @@ def engines_layout(config: Any) -> dict[str, Any]:
         config: the config of a draft of any kind.
 
     Raises:
-        ValueError: the config lacks what engines need, or has what that layout cannot express.
+        ValueError: the config lacks a field that engines need, or has a value that this layout cannot express.
     """
     for name in ("num_target_layers", "vocab_size"):
         if getattr(config, name) is None:

@@ -362,5 +362,3 @@ def _kv_length(cache: Cache | None, layer_idx: int, new: int) -> int:
 
 
 Qwen3DFlashDraftModel = DFlashDraftModel
-
-__all__ = ["DFlashDraftModel", "DFlashPreTrainedModel", "Qwen3DFlashDraftModel"]

@@ -5,7 +5,7 @@
 This file travels with every pushed DFlash 2 draft. After DFlash 2
 (inco.ai/blog/dflash2) and its reference implementation, z-lab/dflash.
 
-Shapes: B batch, N positions of one or several blocks, Q block positions, H hidden size, K conv_kernel_size, G groups of
+Shapes: B batch, N positions of one or several blocks, Q block positions, H hidden size. K conv_kernel_size, G groups of
 channels, R selector_rank, k selector_top_k, V vocabulary.
 """
 
@@ -175,6 +175,3 @@ class DFlash2DraftModel(DFlashDraftModel):
     ) -> torch.Tensor:
         """Return the path that the selector chooses, `[B, Q - 1]`; for the arguments see `CandidateSelector.walk`."""
         return self.candidate_selector.walk(scores, states, anchor, pair_scale)
-
-
-__all__ = ["DFlash2DraftModel"]

@@ -1,10 +1,10 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""Which draft for which target: by exact checkpoint from the catalogue, by architecture where the shapes allow it.
+"""Find the draft for a target: by exact checkpoint from the catalogue, or by architecture if the shape fits.
 
-The catalogue, `drafts.json`, lists the drafts published on the Hugging Face Hub, with their commit where it is known.
-A draft drafts well for the checkpoint it was trained on and no other: siblings of equal shape exist, so an
-architecture alone never settles it.
+The catalogue, `drafts.json`, lists the drafts published on the Hugging Face Hub, with their commit if it is known.
+A draft drafts well only for the checkpoint it was trained on. Other checkpoints can have the same architecture and
+shape, so a match by these alone comes with a warning.
 """
 
 import json
@@ -17,7 +17,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from .checkpoints import Origin, Target, base_of_adapter, origin_of, out_of_cache
+from .checkpoints import Origin, TargetInfo, base_of_adapter, origin_of, out_of_cache
 from .compat_dflash import checkpoint_name, local_of_generate
 from .configuration_dflash import DFlashConfig
 from .families import FAMILIES, families_of, siblings_of
@@ -27,26 +27,27 @@ from .layouts import variant_of
 from .modeling_dflash import DFlashDraftModel, Qwen3DFlashDraftModel
 from .support_dflash import check_target
 
-# Families whose drafts load and can be published, but do not decode here: indexer caches, compressed ones, Kimi K3.
+# Families with indexer caches or compressed ones, and Kimi K3: their drafts load and can be published, but not decode.
 NOT_DECODED = frozenset({"deepseek_v4", "glm5_next_text", "glm_moe_dsa", "kimi_linear"})
 
 
 @dataclass(frozen=True)
 class DFlashDraftSpec:
-    """A draft and the target it was made for. Fields are None where nothing is known.
+    """A draft and the target it was made for. Unknown fields are None.
 
     Args:
         repo_id: the draft's repository on the Hub, or a local folder.
         draft_cls: the class that runs it, the model of one of the `KINDS`.
-        revision: the commit to load; the newest where it is None.
-        subfolder: where in the repository it lies.
+        revision: the commit to load; None for the newest.
+        subfolder: the folder in the repository that holds it.
         targets: checkpoints it was made for, as Hub ids.
         architectures: of those checkpoints.
         hidden_size, num_target_layers, vocab_size: of those checkpoints.
         license: the draft's, as the Hub abbreviates it.
-        gated: whether access must be asked for.
-        unsupported: why this version cannot run it.
-        note: what else is worth knowing.
+        gated: whether users must request access.
+        unsupported: why this version cannot run it; None if it can.
+        note: a remark for users.
+        details: all other entries of `drafts.json`.
     """
 
     repo_id: str
@@ -73,13 +74,11 @@ class DFlashDraftSpec:
 
     @property
     def target_state(self) -> str | None:
-        """What keeps this version from decoding its target, though the draft itself loads and can be published."""
+        """Reason why this version does not decode its target, though the draft loads; None if it does."""
         families = frozenset[str]().union(*map(families_of, self.architectures))
-        return (
-            "targets of its family are not decoded here"
-            if families and families <= NOT_DECODED
-            else None
-        )
+        if families and families <= NOT_DECODED:
+            return "targets of its family are not decoded here"
+        return None
 
     @property
     def target(self) -> str | None:
@@ -87,19 +86,19 @@ class DFlashDraftSpec:
         return self.targets[0] if self.targets else None
 
     def serves(self, architecture: str) -> bool:
-        """Whether it was made for a target with the text part that targets of this architecture have."""
-        return any(architecture in siblings_of(own) for own in self.architectures)
+        """Return whether its target has the same text part as targets of this architecture."""
+        return any(architecture in siblings_of(known) for known in self.architectures)
 
     def load(self, **from_pretrained_kwargs: Any) -> DFlashDraftModel:
-        """Download and instantiate with our class: code of the repository never runs, and only safetensors are read.
+        """Download the draft and load it with our class: no code of its repository runs, only safetensors are read.
 
         Keywords go to `from_pretrained` (`dtype`, `device_map`, `cache_dir`, `token`, `block_size` ...).
 
         Raises:
-            ValueError: this version cannot run the draft, or its config or weights are not sound.
-            OSError: nothing there, no access, no connection, or a damaged download.
+            ValueError: this version cannot run the draft, or its config or weights are invalid.
+            OSError: there is no such draft, no access or no connection; or a download is damaged.
         """
-        self.refuse_unsupported()
+        self.check_supported()
         where = {"revision": self.revision, "subfolder": self.subfolder, "use_safetensors": True}
         draft = self.draft_cls.from_pretrained(self.repo_id, **(where | from_pretrained_kwargs))
         known = {"base_model": list(self.targets), "license": self.license}
@@ -109,14 +108,14 @@ class DFlashDraftSpec:
     def build(
         self, target_config: PretrainedConfig, variant: str | None = None, **overrides: Any
     ) -> DFlashDraftModel:
-        """A fresh draft of the right shape for a target, to be trained.
+        """Return an untrained draft that fits a target.
 
-        5 layers, 5 taps spread evenly from the target's second to its third-last layer, block size 16, and the
-        target's own dimensions, as published (arXiv 2602.06036).
+        As published (arXiv 2602.06036), it has 5 layers, block size 16 and the target's own dimensions. Its 5 taps are
+        spread evenly from the target's second to its third-last layer.
 
         Args:
             target_config: of the target, whole or its text part.
-            variant: name of one of the `KINDS`; the one that `draft_cls` runs where it is None.
+            variant: name of one of the `KINDS`; by default the kind of `draft_cls`.
             overrides: fields of the draft's config; `mask_token_id` must be among them.
 
         Raises:
@@ -150,14 +149,15 @@ class DFlashDraftSpec:
         draft.card_known = {} if name is None or Path(name).exists() else {"base_model": name}
         return draft
 
-    def refuse_unsupported(self) -> None:
+    def check_supported(self) -> None:
+        """Raise a ValueError if this version cannot run the draft."""
         if self.unsupported:
             raise ValueError(
                 f"{self.repo_id} cannot be run by this version of dflash-hub: {self.unsupported}."
             )
 
-    def fits(self, text_config: PretrainedConfig) -> bool:
-        """Whether a target of this shape is possible; a shape that is not known fits nothing."""
+    def matches_shape(self, text_config: PretrainedConfig) -> bool:
+        """Return whether a target with this text config has the shape of the draft's own; False if that is unknown."""
         ours = (self.hidden_size, self.num_target_layers, self.vocab_size)
         return ours == (
             text_config.hidden_size,
@@ -167,14 +167,15 @@ class DFlashDraftSpec:
 
 
 def _shape_for(text: PretrainedConfig, overrides: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a fresh draft for a target with this text config; its rotary base, and nothing of its scaling."""
+    """Return the fields of an untrained draft for this target: its dimensions and rotary base, but no rope scaling."""
     heads = text.num_attention_heads
     rope = getattr(text, "rope_parameters", None) or {}
     rope = rope.get("full_attention", rope)  # targets that rotate by layer type
+    theta = rope.get("rope_theta", DFlashConfig.default_theta)
+    taps = overrides.get("target_layer_ids") or spread_taps(text.num_hidden_layers)
     return {
         "block_size": 16,
-        "target_layer_ids": overrides.get("target_layer_ids")
-        or spread_taps(text.num_hidden_layers),
+        "target_layer_ids": taps,
         "num_target_layers": text.num_hidden_layers,
         "vocab_size": text.vocab_size,
         "hidden_size": text.hidden_size,
@@ -184,24 +185,21 @@ def _shape_for(text: PretrainedConfig, overrides: dict[str, Any]) -> dict[str, A
         "head_dim": _dimension(text, "head_dim") or text.hidden_size // heads,
         "rms_norm_eps": getattr(text, "rms_norm_eps", 1e-6),
         "max_position_embeddings": text.max_position_embeddings,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": rope.get("rope_theta", DFlashConfig.default_theta),
-        },
+        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
     }
 
 
 def _dimension(text: PretrainedConfig, name: str) -> int | None:
-    """A dimension that is one number for all layers; None where it is not said or differs by layer."""
+    """Return a dimension that is one number for all layers; None if it is missing or differs by layer."""
     try:
         value = getattr(text, name, None)
-    except RuntimeError:  # how transformers refuses to name one where layers differ
+    except RuntimeError:  # transformers raises this if layers differ
         return None
     return value if isinstance(value, int) else None
 
 
 def spread_taps(num_target_layers: int, taps: int = 5) -> list[int]:
-    """`taps` layer ids spread evenly from the second layer to the third-last, as z-lab/dflash spreads them.
+    """Return `taps` layer ids spread evenly from the second layer to the third-last, as in z-lab/dflash.
 
     Raises:
         ValueError: the target is too shallow for that many.
@@ -224,22 +222,20 @@ def _read_catalogue() -> list[DFlashDraftSpec]:
     names = set(DFlashDraftSpec.__dataclass_fields__)
     specs = []
     for entry in entries:
-        values: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value
-            for key, value in entry.items()
-            if key in names
-        }
-        details = {key: entry[key] for key in entry if key not in names}
+        values: dict[str, Any] = {}
+        details = {}
+        for key, value in entry.items():
+            if key not in names:
+                details[key] = value
+            else:
+                values[key] = tuple(value) if isinstance(value, list) else value
         if entry["variant"] not in KINDS:
             known = ", ".join(KINDS)
             raise ValueError(
                 f"{entry['repo_id']}: variant is {entry['variant']!r} in drafts.json, not one of {known}."
             )
-        specs.append(
-            DFlashDraftSpec(
-                draft_cls=KINDS[entry["variant"]].model_class, **values, details=details
-            )
-        )
+        draft_cls = KINDS[entry["variant"]].model_class
+        specs.append(DFlashDraftSpec(draft_cls=draft_cls, **values, details=details))
     return specs
 
 
@@ -247,19 +243,19 @@ CATALOGUE: list[DFlashDraftSpec] = _read_catalogue()
 
 
 def _default_for(architecture: str) -> DFlashDraftSpec:
-    """The first draft that runs, or the better one for the same checkpoint; one for this very architecture first."""
-    runs = [spec for spec in CATALOGUE if spec.serves(architecture) and not spec.unsupported]
-    first = next((spec for spec in runs if architecture in spec.architectures), runs[0])
+    """Return the first draft that runs, preferably for exactly this architecture.
+
+    Where its checkpoint has several drafts, return the preferred one.
+    """
+    usable = [spec for spec in CATALOGUE if spec.serves(architecture) and not spec.unsupported]
+    first = next((spec for spec in usable if architecture in spec.architectures), usable[0])
     return drafts_for(first.targets[0])[0] if first.targets else first
 
 
 def drafts_for(target: str) -> list[DFlashDraftSpec]:
-    """Return the drafts made for a checkpoint, by its Hub id: those that run first, and of those the later kind."""
-    made_for = [
-        spec
-        for spec in CATALOGUE
-        if target.casefold() in (name.casefold() for name in spec.targets)
-    ]
+    """Return the drafts made for a checkpoint, by its Hub id: supported ones first, and among them the later kind."""
+    name = target.casefold()
+    made_for = [spec for spec in CATALOGUE if name in map(str.casefold, spec.targets)]
     order = list(KINDS)
 
     def rank(spec: DFlashDraftSpec) -> tuple[bool, int]:
@@ -269,12 +265,13 @@ def drafts_for(target: str) -> list[DFlashDraftSpec]:
 
 
 def _served() -> dict[str, None]:
-    """The architectures that the catalogue has drafts for which run: those it names, then those of their families."""
+    """Return the architectures that have a supported draft: those in the catalogue, then those of their families."""
     named = [name for spec in CATALOGUE if not spec.unsupported for name in spec.architectures]
-    return dict.fromkeys([*named, *(sibling for name in named for sibling in siblings_of(name))])
+    siblings = [sibling for name in named for sibling in siblings_of(name)]
+    return dict.fromkeys([*named, *siblings])
 
 
-# Target architecture -> its default draft: the first in the catalogue that runs.
+# Target architecture -> its default draft.
 DFLASH_DRAFT_REGISTRY: dict[str, DFlashDraftSpec] = {name: _default_for(name) for name in _served()}
 
 
@@ -290,41 +287,42 @@ def register_dflash_draft(
         raise ValueError(
             f"Pass an architecture's name and a DFlashDraftSpec, not {architecture!r} and {spec!r}."
         )
-    taken = {architecture: DFLASH_DRAFT_REGISTRY.get(architecture)}
-    taken |= {name: next(iter(drafts_for(name)), None) for name in spec.targets}
-    for place, known in taken.items():
+    registered = {architecture: DFLASH_DRAFT_REGISTRY.get(architecture)}
+    registered |= {name: next(iter(drafts_for(name)), None) for name in spec.targets}
+    for name, known in registered.items():
         if known is not None and not _same_draft(known, spec) and not overwrite:
             raise ValueError(
-                f"{place} has a draft already, {known.repo_id}. Pass overwrite=True to put {spec.repo_id} there."
+                f"{name} has a draft already, {known.repo_id}. Pass overwrite=True to replace it by {spec.repo_id}."
             )
-    known_for = next((known.architectures for known in CATALOGUE if _same_draft(known, spec)), ())
-    spec = replace(
-        spec, architectures=tuple(dict.fromkeys([*known_for, *spec.architectures, architecture]))
+    architectures = next(
+        (known.architectures for known in CATALOGUE if _same_draft(known, spec)), ()
     )
+    architectures = (*architectures, *spec.architectures, architecture)
+    spec = replace(spec, architectures=tuple(dict.fromkeys(architectures)))
     CATALOGUE[:] = [spec, *(known for known in CATALOGUE if not _same_draft(known, spec))]
     DFLASH_DRAFT_REGISTRY[architecture] = spec
 
 
 def _same_draft(one: DFlashDraftSpec, other: DFlashDraftSpec) -> bool:
-    """The same draft, for whichever architectures it is registered."""
+    """Return whether two specs are equal but for the architectures that they are registered for."""
     return replace(one, architectures=()) == replace(other, architectures=())
 
 
 def resolve_dflash_draft_spec(
     architectures: list[str] | None = None, target: str | PretrainedConfig | Any | None = None
 ) -> DFlashDraftSpec:
-    """The draft for a target, the same one however the target was loaded.
+    """Return the draft for a target; it does not depend on how the target was loaded.
 
     Args:
-        architectures: the target's, `target.config.architectures`; the first registered one wins. With a target they
-            may be None, as they are in the text config of a composite checkpoint.
-        target: the target itself, to find the draft made for that very checkpoint or for the one it is a copy of: a
-            Hub id, a folder, a config or a model.
+        architectures: the target's, `target.config.architectures`; the first registered one wins. They may be None if
+            `target` is passed, as they are in the text config of a composite checkpoint.
+        target: a Hub id, a folder, a config or a model. With it, the draft made for exactly that checkpoint is found,
+            or for the one that it is a copy of.
 
     Raises:
-        ValueError: nothing is registered for these architectures, no draft fits the target's shape, or those made for
-            it cannot be run by this version.
-        OSError: `target` is a Hub id that the catalogue does not know, and its config cannot be had.
+        ValueError: nothing is registered for these architectures, no draft fits the target's shape, or this version
+            cannot run the drafts made for it.
+        OSError: `target` is a Hub id that the catalogue does not know, and its config cannot be downloaded.
     """
     return explain_resolution(architectures, target)[0]
 
@@ -332,13 +330,9 @@ def resolve_dflash_draft_spec(
 def explain_resolution(
     architectures: list[str] | None = None, target: str | PretrainedConfig | Any | None = None
 ) -> tuple[DFlashDraftSpec, str]:
-    """As `resolve_dflash_draft_spec`, with the reason in a sentence."""
+    """Return the draft as `resolve_dflash_draft_spec` does, and the reason in a sentence."""
     target = str(target) if isinstance(target, Path) else target
-    if (
-        target is not None
-        and not isinstance(target, str | PretrainedConfig)
-        and not hasattr(target, "config")
-    ):
+    if not isinstance(target, str | PretrainedConfig | None) and not hasattr(target, "config"):
         raise ValueError(f"target is {target!r}; pass a Hub id, a folder, a config or a model.")
     _check_architectures(architectures, target)
     if target is None:
@@ -349,25 +343,26 @@ def explain_resolution(
     published = name and out_of_cache(name)
     made_for = drafts_for(published) if published else []
     if made_for:
-        made_for[0].refuse_unsupported()
+        made_for[0].check_supported()
         return made_for[0], f"It was made for {published}."
     if isinstance(target, str) and (base := base_of_adapter(target)):
-        spec, why = explain_resolution(architectures, base)
-        return spec, f"{target} is an adapter for {base}. {why}"
-    known = Target(name, None if isinstance(target, str) else getattr(target, "config", target))
+        spec, reason = explain_resolution(architectures, base)
+        return spec, f"{target} is an adapter for {base}. {reason}"
+    known = TargetInfo(name, None if isinstance(target, str) else getattr(target, "config", target))
     origin = origin_of(known, CATALOGUE)
-    if origin is not None and origin.same:
+    if origin is not None and origin.is_copy:
         spec = drafts_for(origin.name)[0]
-        spec.refuse_unsupported()
+        spec.check_supported()
         return spec, origin.reason
     names = [*(architectures or ()), *(known.config.architectures or ())]
-    names += [] if isinstance(target, str | PretrainedConfig) else [type(target).__name__]
+    if not isinstance(target, str | PretrainedConfig):
+        names.append(type(target).__name__)
     family = FAMILIES.get(known.config.get_text_config(decoder=True).model_type, ())
     return _by_shape(_registered(names, family), known, origin)
 
 
 def _registered(names: list[str], family: tuple[str, ...] = ()) -> str:
-    """The first registered architecture: of the names by which a target goes, else of its family."""
+    """Return the first registered architecture among the names of a target, else among those of its family."""
     architecture = next(
         (known for known in (*names, *family) if known in DFLASH_DRAFT_REGISTRY), None
     )
@@ -383,17 +378,19 @@ def _registered(names: list[str], family: tuple[str, ...] = ()) -> str:
 
 
 def _by_shape(
-    architecture: str, target: Target, origin: Origin | None
+    architecture: str, target: TargetInfo, origin: Origin | None
 ) -> tuple[DFlashDraftSpec, str]:
-    """A draft whose own target has the shape of this one; never without a warning.
+    """Return a draft whose own target has the shape of this one, and warn.
 
-    That of the checkpoint it was trained from comes first, then the architecture's default.
+    A draft of the checkpoint that the target was trained from comes first, then the architecture's default.
     """
-    default, name = DFLASH_DRAFT_REGISTRY[architecture], target.name or "this target"
-    first = drafts_for(origin.name) if origin else []
-    others = [*first, default, *(spec for spec in CATALOGUE if spec.serves(architecture))]
+    default = DFLASH_DRAFT_REGISTRY[architecture]
+    name = target.name or "this target"
+    candidates = drafts_for(origin.name) if origin else []
+    candidates += [default, *(spec for spec in CATALOGUE if spec.serves(architecture))]
     text = target.config.get_text_config(decoder=True)
-    spec = next((spec for spec in others if spec.fits(text) and not spec.unsupported), None)
+    usable = (spec for spec in candidates if spec.matches_shape(text) and not spec.unsupported)
+    spec = next(usable, None)
     if spec is None:
         raise ValueError(
             f"The catalogue does not know {name}, and no draft for {architecture} fits its shape (hidden_size "
@@ -402,15 +399,16 @@ def _by_shape(
             f"{default.num_target_layers} layers, vocab_size {default.vocab_size}). Train one with spec.build(), or "
             "name a draft yourself."
         )
-    why = (
+    reason = (
         f"The catalogue does not know {name}; {spec.repo_id} was made for {spec.target}, which has the same "
         "architecture and shape. The text stays exact, but acceptance may be low: measure it."
     )
-    warnings.warn(why, UserWarning, stacklevel=4)
-    return spec, why
+    warnings.warn(reason, UserWarning, stacklevel=4)
+    return spec, reason
 
 
 def _check_architectures(architectures: Any, target: Any) -> None:
+    """Refuse anything but a list of names; with a target they may be missing."""
     if target is not None and (architectures is None or architectures == []):
         return
     advice = "pass the list in target.config.architectures, such as ['Qwen3ForCausalLM'], or target=target."
@@ -418,38 +416,37 @@ def _check_architectures(architectures: Any, target: Any) -> None:
         raise ValueError(
             f"architectures is the string {architectures!r}, not a list of strings; {advice}"
         )
-    if not isinstance(architectures, list | tuple) or not all(
-        isinstance(name, str) for name in architectures
-    ):
+    is_list = isinstance(architectures, list | tuple)
+    if not is_list or not all(isinstance(name, str) for name in architectures):
         raise ValueError(f"architectures is {architectures!r}, not a list of strings; {advice}")
     if not architectures:
         raise ValueError(f"architectures is empty; {advice}")
 
 
 def _name_of(target: Any) -> str | None:
-    """What a config or model was loaded from, a Hub id or a folder; None if nothing tells."""
+    """Return the Hub id or folder that a config or model was loaded from; None if unknown."""
     return checkpoint_name(getattr(target, "config", target))
 
 
 def load_draft(name: str | Path, **from_pretrained_kwargs: Any) -> DFlashDraftModel:
-    """Load a draft of either kind, in whatever layout it is, from the Hub or a folder; no code of its repository runs.
+    """Load a draft of any kind and layout, from the Hub or a folder; no code of its repository runs.
 
     Args:
         name: Hub id or folder.
         from_pretrained_kwargs: of `from_pretrained` (`revision`, `dtype`, `token` ...).
 
     Raises:
-        ValueError: this version cannot run the draft, or its config or weights are not sound.
-        OSError: nothing there, no access, no connection, or a damaged download.
+        ValueError: this version cannot run the draft, or its config or weights are invalid.
+        OSError: there is no such draft, no access or no connection; or a download is damaged.
     """
-    places = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "force_download")
-    where = {key: value for key, value in from_pretrained_kwargs.items() if key in places}
+    names = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "force_download")
+    where = {key: value for key, value in from_pretrained_kwargs.items() if key in names}
     content, _ = DFlashConfig.get_config_dict(name, **where)
     return KINDS[variant_of(content)].model_class.from_pretrained(name, **from_pretrained_kwargs)
 
 
 class _Resolved(SpeculativeGenerate):
-    """The decoding function that finds the draft of whatever target calls it, once for each."""
+    """A decoding function that finds and loads the draft of each target once."""
 
     def __init__(self) -> None:
         super().__init__(None)
@@ -467,7 +464,9 @@ class _Resolved(SpeculativeGenerate):
 
 
 dflash_generate = _Resolved()
-"""`target.generate(**inputs, custom_generate=dflash_generate)`: the target's own draft, resolved and loaded once.
+"""Decoding function for `target.generate(**inputs, custom_generate=dflash_generate)`.
+
+The target's own draft is resolved and loaded once.
 
 Raises:
     ValueError: no draft is known for this target, or as in `DFlashDraftModel.speculate`.

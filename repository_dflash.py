@@ -37,7 +37,7 @@ PLACEHOLDER = "your-name/your-draft"
 _PLAIN_CARD = f"---\nlibrary_name: transformers\n---\n# {PLACEHOLDER}\n\nA DFlash draft model.\n"
 # Files to delete at a push: transformers prefers one file over shards, so stale weights would load.
 STALE = ["*.safetensors", "*.safetensors.index.json", "pytorch_model*"]
-# The Muse assistant of transformers keeps the feature projection in a submodule.
+# The Muse assistant of transformers has the feature projection in a submodule.
 _RENAMED = {"^encoder.fc": "fc", "^encoder.output_norm_enc": "hidden_norm"}
 _TARGETS_OWN = {"embed_tokens.weight", "lm_head.weight"}
 
@@ -199,8 +199,8 @@ def make_repo(api: HfApi, repo_id: str, private: bool | None) -> str:
         return api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     except OSError as error:
         raise RuntimeError(
-            f"The Hub did not let {repo_id} be made or written: {error}\nLog in with a token that may write there: "
-            "hf auth login, or HF_TOKEN."
+            f"The Hub did not allow {repo_id} to be created or written: {error}\nLog in with a token that may write "
+            "there: hf auth login, or HF_TOKEN."
         ) from error
 
 

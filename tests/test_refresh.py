@@ -170,7 +170,12 @@ def test_without_a_branch_engines_main_alone_is_refreshed_shards_and_all(hub, re
             "model.fc.weight.data += 1; model.card_source =",
             "other weights.*fc",
         ),
-        ("configuration_dflash.py", "self._settle_rope(kwargs)", "self.rms_norm_eps = 0.5", "rms_norm_eps .* as 0.5"),
+        (
+            "configuration_dflash.py",
+            "self._normalize_rope(kwargs)",
+            "self.rms_norm_eps = 0.5",
+            "rms_norm_eps .* as 0.5",
+        ),
     ],
     ids=["fails", "other-tensors", "other-values"],
 )
