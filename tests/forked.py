@@ -96,6 +96,8 @@ def _send(address: str, request: dict[str, Any]) -> socket.socket:
             break
         except (FileNotFoundError, ConnectionRefusedError):
             select.select([], [], [], 0.02)
+    else:
+        raise RuntimeError("No process to fork from has started within a minute; its errors are above")
     connection.sendall(json.dumps(request).encode())
     connection.shutdown(socket.SHUT_WR)
     return connection
@@ -210,4 +212,5 @@ def execute(request: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    sys.path[:0] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))  # which -I passes over
     serve(sys.argv[1], sys.argv[2:])
