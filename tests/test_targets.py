@@ -16,12 +16,11 @@ PROMPT = {"input_ids": tiny.prompt(12), "attention_mask": torch.ones(1, 12, dtyp
 ASKED = PROMPT | {"max_new_tokens": 40, "do_sample": False}
 
 
-def adapted(seed: int = 0):
+def adapted(seed: int = 0, modules: tuple[str, ...] = ("q_proj", "v_proj", "up_proj"), **settings):
     """A target with low-rank adapters that do change its text."""
     torch.manual_seed(seed)
-    settings = peft.LoraConfig(
-        r=4, target_modules=["q_proj", "v_proj", "up_proj"], init_lora_weights=False, task_type="CAUSAL_LM"
-    )
+    settings |= {"r": 4, "target_modules": list(modules), "init_lora_weights": False, "task_type": "CAUSAL_LM"}
+    settings = peft.LoraConfig(**settings)
     return peft.get_peft_model(tiny.target("qwen3"), settings).eval()
 
 
@@ -35,6 +34,18 @@ def test_a_target_with_adapters_gives_its_own_text(seed):
     assert torch.equal(draft.spec_generate(target, PROMPT["input_ids"], max_new_tokens=40), expected)
     with target.disable_adapter():
         assert not torch.equal(target.generate(**ASKED), expected)
+
+
+def test_a_target_with_an_adapter_on_its_embedding_gives_its_own_text():
+    target = adapted(modules=("q_proj", "embed_tokens"))
+    text = target.generate(**ASKED, custom_generate=tiny.draft(target).speculate)
+    assert torch.equal(text, target.generate(**ASKED))
+
+
+def test_an_adapter_that_the_prompt_switches_on_is_refused_by_name():
+    target = adapted(alora_invocation_tokens=[9, 10])
+    with pytest.raises(ValueError, match="an activated LoRA adapter .alora_invocation_tokens."):
+        target.generate(**ASKED, custom_generate=tiny.draft(target).speculate)
 
 
 @pytest.mark.quick
