@@ -12,16 +12,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from huggingface_hub import HfApi
 from huggingface_hub.repocard import metadata_load
 from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import cached_file
 from yaml import YAMLError
-
-if TYPE_CHECKING:
-    from .registry import DFlashDraftSpec
 
 _QUANTISED = (
     r"awq|gptq(?:v2)?|gguf|hqq|eetq|aqlm|vptq|spqr|exl[23]|mlx|dwq|bnb|bitsandbytes|torchao|auto-?round|marlin|nf4"
@@ -46,6 +43,19 @@ _CHANGED = {
     "abliterated",
     "uncensored",
 }
+
+
+class CatalogueRow(Protocol):
+    """What a row of the catalogue holds of the targets of a draft; a `DFlashDraftSpec` is one."""
+
+    @property
+    def targets(self) -> tuple[str, ...]: ...
+    @property
+    def hidden_size(self) -> int | None: ...
+    @property
+    def num_target_layers(self) -> int | None: ...
+    @property
+    def vocab_size(self) -> int | None: ...
 
 
 @dataclass
@@ -124,7 +134,7 @@ def base_of_adapter(name: str) -> str | None:
     return None if file is None else _text_in(file, "base_model_name_or_path")
 
 
-def origin_of(target: TargetInfo, catalogue: Sequence["DFlashDraftSpec"]) -> Origin | None:
+def origin_of(target: TargetInfo, catalogue: Sequence[CatalogueRow]) -> Origin | None:
     """Return the checkpoint of the catalogue that a target comes from; None if it is unknown.
 
     The card is downloaded if the config is not loaded, or if name and shape match no checkpoint. A failure is ignored.
@@ -153,7 +163,7 @@ def origin_of(target: TargetInfo, catalogue: Sequence["DFlashDraftSpec"]) -> Ori
 
 
 def _base_on_card(
-    card: Card | None, target: TargetInfo, catalogue: Sequence["DFlashDraftSpec"]
+    card: Card | None, target: TargetInfo, catalogue: Sequence[CatalogueRow]
 ) -> str | None:
     """Return the first checkpoint of the catalogue among the bases that a card names; None without one."""
     for base in card.bases if card else ():
@@ -174,7 +184,7 @@ def _card_counts(card: Card, base: str, named: str | None, name: str) -> bool:
     return card.is_copy and not original
 
 
-def _by_name(name: str, target: TargetInfo, catalogue: Sequence["DFlashDraftSpec"]) -> str | None:
+def _by_name(name: str, target: TargetInfo, catalogue: Sequence[CatalogueRow]) -> str | None:
     """Return the checkpoint of the catalogue with this name, up to the precision; None without one.
 
     The shape must match where it is known. Under another owner it must be known.
@@ -201,11 +211,11 @@ def _owner_and_repository(name: str) -> tuple[str, str]:
     return parts[0], parts[2]
 
 
-def _all_targets(catalogue: Sequence["DFlashDraftSpec"]) -> Iterator[tuple["DFlashDraftSpec", str]]:
+def _all_targets(catalogue: Sequence[CatalogueRow]) -> Iterator[tuple[CatalogueRow, str]]:
     return ((spec, known) for spec in catalogue for known in spec.targets)
 
 
-def _shape_matches(spec: "DFlashDraftSpec", config: PretrainedConfig) -> bool | None:
+def _shape_matches(spec: CatalogueRow, config: PretrainedConfig) -> bool | None:
     """Return whether the target has the known dimensions of the draft's own target; None if none is known."""
     text = config.get_text_config(decoder=True)
     pairs = (

@@ -9,7 +9,7 @@ Shapes: B batch, N positions of one or several blocks, Q block positions, H hidd
 channels, R selector_rank, k selector_top_k, V vocabulary.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,8 +19,10 @@ from transformers import initialization as init
 from .configuration_dflash2 import DFlash2Config
 from .modeling_dflash import DFlashDecoderLayer, DFlashDraftModel
 
-if TYPE_CHECKING:
-    from .dflash2 import DFlash2DraftModel as EnginesEntry  # noqa: F401 (see repository_dflash.py)
+TRAVELS_TOO = """
+import .dflash2
+"""
+"""As in `repository_dflash.py`."""
 
 
 class DynamicConv(nn.Module):

@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
@@ -26,10 +26,11 @@ from .configuration_dflash import EXTENSIONS, check_layout
 from .custom_generate_dflash import generate as custom_generate
 from .layouts_dflash import engines_layout
 
-if TYPE_CHECKING:
-    # transformers copies and downloads the files that it finds imported in the text of a file (get_relative_imports).
-    # This import must not run, since `dflash.py` imports the draft, which imports this file.
-    from .dflash import DFlashDraftModel  # noqa: F401
+TRAVELS_TOO = """
+import .dflash
+"""
+"""A file that travels although no other imports it. transformers looks for such lines in the text of a file, see its
+`get_relative_imports`. An import would close a circle: `dflash.py` imports the draft, which imports this file."""
 
 logger = logging.get_logger(__name__)
 

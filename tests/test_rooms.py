@@ -48,21 +48,13 @@ def floor(path: Path) -> int:
 class Imports(ast.NodeVisitor):
     """The files of ours that a file imports, at its head or inside a function.
 
-    What stands under `if TYPE_CHECKING:` never runs, so it is left out: it serves type checkers, and names files to
-    transformers. The `__init__.py` files of the folders that a file lies in are left out too.
+    What stands under `if TYPE_CHECKING:` counts too. The `__init__.py` files of the folders that a file lies in do not.
     """
 
     def __init__(self, path: Path):
         self.path = path
         self.found: set[Path] = set()
         self.visit(ast.parse(path.read_text()))
-
-    def visit_If(self, node: ast.If) -> None:
-        if isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
-            for statement in node.orelse:
-                self.visit(statement)
-        else:
-            self.generic_visit(node)
 
     def visit_Import(self, node: ast.Import) -> None:
         assert not [alias.name for alias in node.names if alias.name.split(".")[0] == "dflash_hub"], self.path
