@@ -47,7 +47,8 @@ from .support_dflash import (
     base_model,
     check_batch_cache,
     check_options,
-    check_target,
+    draft_findings,
+    raise_first,
     warn_of_new_family,
 )
 from .target_dflash import Target, TargetState, is_recurrent
@@ -301,10 +302,7 @@ def check_compatible(config: Any, target: Any, strict: bool = False) -> None:
     Raises:
         ValueError: with both numbers.
     """
-    check_target(target, strict)
-    text = target.config.get_text_config(decoder=True)
-    rows = target.get_input_embeddings().weight.shape[0]
-    config.check_fits(text.hidden_size, text.num_hidden_layers, text.vocab_size, rows)
+    raise_first(draft_findings(config, target, strict))
 
 
 def spec_generate(
