@@ -37,6 +37,7 @@ from .compat_dflash import (
 )
 from .drafter_dflash import Drafter
 from .execution_dflash import CAPTURE, resolve_mode
+from .findings_dflash import raise_first
 from .generation_dflash import DecodeState, DecodeStatistics, Recorder, StepOutputs, decode, prefill
 from .past_key_values_dflash import export_past_key_values, import_past_key_values
 from .proposals_dflash import ChainProposer, Proposer
@@ -48,7 +49,6 @@ from .support_dflash import (
     check_batch_cache,
     check_options,
     draft_findings,
-    raise_first,
     warn_of_new_family,
 )
 from .target_dflash import Target, TargetState, is_recurrent
