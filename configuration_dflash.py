@@ -7,7 +7,7 @@ the typed fields. Sources: DFlash (arXiv 2602.06036) and its reference code, z-l
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,16 +28,17 @@ if Version(transformers.__version__) < Version(OLDEST_TRANSFORMERS):
 from huggingface_hub.errors import StrictDataclassFieldValidationError  # noqa: E402 (after the clearer message)
 from transformers.configuration_utils import PretrainedConfig  # noqa: E402
 
+from .findings_dflash import ONE_SENTENCE, Finding, must, raise_first  # noqa: E402
 from .layouts_dflash import (  # noqa: E402
     FIELDS,
     FULL,
     SLIDING,
     check_content,
     check_field,
-    check_rope,
     engines_layout,
     modern_rope,
     read_own_layout,
+    rope_findings,
     shown,
 )
 
@@ -138,9 +139,7 @@ class DFlashConfig(PretrainedConfig):
             self.layer_types = [FULL] * self.num_hidden_layers
         if SLIDING not in self.layer_types:
             self.sliding_window = None
-        self._check_block()
-        self._check_taps()
-        self._check_layers()
+        raise_first(self.consistency_findings())
         self._resolve_is_causal()
         super().__post_init__(**kwargs)
 
@@ -173,53 +172,50 @@ class DFlashConfig(PretrainedConfig):
             raise ValueError(
                 f"rope_theta is {theta}, but rope_parameters has {rope['rope_theta']}; pass one of them."
             )
-        check_rope(rope, self.head_dim)
         self.rope_parameters = rope or None
 
     def _resolve_is_causal(self) -> None:
         """Set `is_causal` to one bool, or to one per layer where the layers differ."""
         if self.is_causal is None:
             self.is_causal = [layer_type == SLIDING for layer_type in self.layer_types or []]
-        if isinstance(self.is_causal, list):
-            if len(self.is_causal) != self.num_hidden_layers:
-                raise ValueError(
-                    f"is_causal has {len(self.is_causal)} entries, {shown(self.is_causal)}, but num_hidden_layers is "
-                    f"{self.num_hidden_layers}; it must hold one bool per layer, or be a single bool for all."
-                )
-            if len(set(self.is_causal)) == 1:
-                self.is_causal = self.is_causal[0]
+        if isinstance(self.is_causal, list) and len(set(self.is_causal)) == 1:
+            self.is_causal = self.is_causal[0]
 
-    def _check_block(self) -> None:
-        if self.vocab_size is not None and self.mask_token_id >= self.vocab_size:
-            raise ValueError(
-                f"mask_token_id is {self.mask_token_id}, but vocab_size is {self.vocab_size}; it must be a token id "
-                "that the target's embedding has a row for."
+    def consistency_findings(self) -> Iterator[Finding]:
+        """Yield every contradiction between fields that are valid alone."""
+        yield from rope_findings(self.rope_parameters or {}, self.head_dim)
+        mask, vocab = self.mask_token_id, self.vocab_size
+        if vocab is not None and mask >= vocab:
+            what = f"mask_token_id is {mask}, but vocab_size is {vocab}"
+            yield must(what, mask, "a token id that the target's embedding has a row for")
+        last_tap, layers = self.target_layer_ids[-1], self.num_target_layers
+        if layers is not None and last_tap >= layers:
+            what = (
+                f"target_layer_ids is {self.target_layer_ids} and asks for layer {last_tap}, but the target has "
+                f"{layers} layers (num_target_layers)"
             )
+            right = f"they must be from 0 to {layers - 1}"
+            yield Finding(what, last_tap, layers, right, ONE_SENTENCE)
+        yield from self._layer_findings()
 
-    def _check_taps(self) -> None:
-        taps, layers = self.target_layer_ids, self.num_target_layers
-        if layers is not None and taps[-1] >= layers:
-            raise ValueError(
-                f"target_layer_ids is {taps} and asks for layer {taps[-1]}, but the target has {layers} layers "
-                f"(num_target_layers); they must be from 0 to {layers - 1}."
-            )
-
-    def _check_layers(self) -> None:
-        types = self.layer_types or []
-        if len(types) != self.num_hidden_layers:
-            raise ValueError(
-                f"layer_types is {shown(types)}; it must hold {self.num_hidden_layers} entries (num_hidden_layers), "
-                f"each {FULL!r} or {SLIDING!r}."
-            )
+    def _layer_findings(self) -> Iterator[Finding]:
+        """Yield every contradiction about the layers of the draft and their heads."""
+        types, layers = self.layer_types or [], self.num_hidden_layers
+        if len(types) != layers:
+            right = f"{layers} entries (num_hidden_layers), each {FULL!r} or {SLIDING!r}"
+            yield must(f"layer_types is {shown(types)}", types, right, "hold")
         if SLIDING in types and self.sliding_window is None:
-            raise ValueError(
-                f"layer_types has sliding layers, but sliding_window is {self.sliding_window}; pass sliding_window=."
-            )
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
-                f"({self.num_key_value_heads})."
-            )
+            what = "layer_types has sliding layers, but sliding_window is None"
+            yield Finding(what, None, "an int", "pass sliding_window=", ONE_SENTENCE)
+        heads, groups = self.num_attention_heads, self.num_key_value_heads
+        if heads % groups:
+            what = f"num_attention_heads ({heads})"
+            advice = f"must be a multiple of num_key_value_heads ({groups})"
+            yield Finding(what, heads, f"a multiple of {groups}", advice, "{what} {advice}.")
+        causal = self.is_causal
+        if isinstance(causal, list) and len(causal) != layers:
+            what = f"is_causal has {len(causal)} entries, {shown(causal)}, but num_hidden_layers is {layers}"
+            yield must(what, causal, "one bool per layer, or be a single bool for all", "hold")
 
     def check_fits(
         self, hidden_size: int, num_layers: int, vocab_size: int, embedding_rows: int
@@ -235,29 +231,32 @@ class DFlashConfig(PretrainedConfig):
         Raises:
             ValueError: with the draft's number and the target's, for the first misfit.
         """
-        last_tap = self.target_layer_ids[-1]
+        raise_first(self.fit_findings(hidden_size, num_layers, vocab_size, embedding_rows))
+
+    def fit_findings(
+        self, hidden_size: int, num_layers: int, vocab_size: int, embedding_rows: int
+    ) -> Iterator[Finding]:
+        """Yield every misfit with a target, whose numbers are those of `check_fits`."""
+        tap, mask = self.target_layer_ids[-1], self.mask_token_id
+        own_fc = self.fc_width
         fc_width = hidden_size * len(self.target_layer_ids)
         layers = self.num_target_layers or num_layers
         vocab = self.vocab_size or vocab_size
-        misfit = None
-        if hidden_size != self.hidden_size:
-            misfit = ("hidden_size", self.hidden_size, f"{hidden_size}")
-        elif fc_width != self.fc_width:
-            misfit = ("fc width (taps x tap width)", self.fc_width, f"{fc_width}")
-        elif layers != num_layers:
-            misfit = ("num_target_layers", layers, f"{num_layers} layers")
-        elif last_tap >= num_layers:
-            misfit = ("last tapped layer", last_tap, f"{num_layers} layers, counted from 0")
-        elif self.mask_token_id >= embedding_rows:
-            misfit = ("mask_token_id", self.mask_token_id, f"{embedding_rows} embedding rows")
-        elif vocab not in (vocab_size, embedding_rows):
-            misfit = ("vocab_size", vocab, f"{vocab_size}")
-        if misfit:
-            found = "{} is {} in the draft, but the target has {}".format(*misfit)
-            raise ValueError(
-                f"This draft does not fit this target: {found}. Use the draft that was made for this target "
-                "(`dflash-hub resolve` finds it)."
-            )
+        advice = "Use the draft that was made for this target (`dflash-hub resolve` finds it)"
+        checks = (
+            (hidden_size == self.hidden_size, "hidden_size", self.hidden_size, f"{hidden_size}"),
+            (fc_width == own_fc, "fc width (taps x tap width)", own_fc, f"{fc_width}"),
+            (layers == num_layers, "num_target_layers", layers, f"{num_layers} layers"),
+            (tap < num_layers, "last tapped layer", tap, f"{num_layers} layers, counted from 0"),
+            (mask < embedding_rows, "mask_token_id", mask, f"{embedding_rows} embedding rows"),
+            (vocab in (vocab_size, embedding_rows), "vocab_size", vocab, f"{vocab_size}"),
+        )
+        for fits, name, found, expected in checks:
+            if not fits:
+                what = f"{name} is {found} in the draft, but the target has {expected}"
+                yield Finding(
+                    f"This draft does not fit this target: {what}", found, expected, advice
+                )
 
     @property
     def fc_width(self) -> int:

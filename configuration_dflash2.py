@@ -5,9 +5,10 @@
 This file travels with every pushed DFlash 2 draft. Source: DFlash 2 (inco.ai/blog/dflash2) and z-lab/dflash.
 """
 
-from typing import Any
+from collections.abc import Iterator
 
 from .configuration_dflash import DFlashConfig
+from .findings_dflash import Finding, must
 
 
 class DFlash2Config(DFlashConfig):
@@ -33,17 +34,17 @@ class DFlash2Config(DFlashConfig):
     output_multiplier: float | int = 1.0
     input_embedding_scale: float | int = 1.0
 
-    def __post_init__(self, **kwargs: Any) -> None:
-        if self.hidden_size % self.conv_group_size:
-            raise ValueError(
-                f"conv_group_size is {self.conv_group_size}; it must divide hidden_size, {self.hidden_size}."
-            )
-        if self.vocab_size is None:
-            raise ValueError(
-                "vocab_size is None; it must be the target's, because a DFlash 2 draft has codebooks of its tokens."
-            )
-        if self.selector_top_k > self.vocab_size:
-            raise ValueError(
-                f"selector_top_k is {self.selector_top_k}; it must be from 1 to vocab_size, {self.vocab_size}."
-            )
-        super().__post_init__(**kwargs)
+    def consistency_findings(self) -> Iterator[Finding]:
+        """Yield every contradiction between fields that are valid alone."""
+        group, top_k = self.conv_group_size, self.selector_top_k
+        vocab = self.vocab_size
+        if self.hidden_size % group:
+            right = f"hidden_size, {self.hidden_size}"
+            yield must(f"conv_group_size is {group}", group, right, "divide")
+        if vocab is None:
+            right = "the target's, because a DFlash 2 draft has codebooks of its tokens"
+            yield must("vocab_size is None", None, right)
+        elif top_k > vocab:
+            right = f"from 1 to vocab_size, {vocab}"
+            yield must(f"selector_top_k is {top_k}", top_k, right)
+        yield from super().consistency_findings()

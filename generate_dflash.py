@@ -37,6 +37,7 @@ from .compat_dflash import (
 )
 from .drafter_dflash import Drafter
 from .execution_dflash import CAPTURE, resolve_mode
+from .findings_dflash import raise_first
 from .generation_dflash import DecodeState, DecodeStatistics, Recorder, StepOutputs, decode, prefill
 from .past_key_values_dflash import export_past_key_values, import_past_key_values
 from .proposals_dflash import ChainProposer, Proposer
@@ -47,7 +48,7 @@ from .support_dflash import (
     base_model,
     check_batch_cache,
     check_options,
-    check_target,
+    draft_findings,
     warn_of_new_family,
 )
 from .target_dflash import Target, TargetState, is_recurrent
@@ -301,10 +302,7 @@ def check_compatible(config: Any, target: Any, strict: bool = False) -> None:
     Raises:
         ValueError: with both numbers.
     """
-    check_target(target, strict)
-    text = target.config.get_text_config(decoder=True)
-    rows = target.get_input_embeddings().weight.shape[0]
-    config.check_fits(text.hidden_size, text.num_hidden_layers, text.vocab_size, rows)
+    raise_first(draft_findings(config, target, strict))
 
 
 def spec_generate(

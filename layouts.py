@@ -9,8 +9,10 @@ engines layouts. Importing `dflash_hub` makes `DFlashConfig.from_dict` read them
 """
 
 import difflib
+from collections.abc import Iterator
 from typing import Any
 
+from .findings_dflash import ONE_SENTENCE, Finding, raise_first
 from .kinds import KINDS, MUSE
 from .layouts_dflash import (
     BASE,
@@ -27,16 +29,16 @@ from .layouts_dflash import (
     FieldRule,
     as_list,
     check_content,
-    check_field,
-    check_rope,
-    contradiction,
+    contradictions,
+    field_findings,
     int_from,
     is_among,
     list_of,
     model_type_of,
     modern_rope,
-    one_of,
     refusal,
+    rope_findings,
+    rope_key_findings,
     shown,
 )
 
@@ -89,6 +91,27 @@ _SHIFTED_TAPS = list_of(
 )
 _WINDOW_KEYS = ("sliding_window", "dflash_config.swa_window_size", "dflash_config.sliding_window")
 _REDUCED_VOCAB_KEYS = ("draft_vocab_size", "dflash_config.draft_vocab_size")
+_ROPE_KEYS = ("rope_parameters", "rope_scaling")
+# Field whose keys need not agree, or not before other fields are known -> its keys.
+_OTHER_KEYS = {
+    "layer_types": ("layer_types",),
+    "use_swa": ("dflash_config.use_swa",),
+    "use_sliding_window": ("use_sliding_window",),
+    "sliding_window": _WINDOW_KEYS,
+    "rope_parameters": ("rope_parameters",),
+    "rope_scaling": ("rope_scaling",),
+    "rope_theta": ("rope_theta",),
+    "draft_vocab_size": _REDUCED_VOCAB_KEYS,
+    "v_head_dim": ("v_head_dim",),
+    "auto_map": ("auto_map",),
+}
+# Field -> the keyword with which the caller replaces it, where that has another name.
+_REPLACED_BY = {
+    "use_swa": "layer_types",
+    "use_sliding_window": "layer_types",
+    "rope_scaling": "rope_parameters",
+    "sliding_window": "",  # none: the file's windows are always checked
+}
 _ONLY_AT_TOP = ("layer_types", "rope_theta", "rope_parameters", "rope_scaling")
 # (feature, key, values that mean "not used"). Any other value is refused. A plain key is looked up at the top and in
 # dflash_config.
@@ -221,6 +244,35 @@ def read_layout(
     return _LayoutReader(check_content(config), overrides, variant).fields()
 
 
+def layout_findings(config: Any) -> Iterator[Finding]:
+    """Yield every independent fault of the content of a config.json, in any layout and of any kind of draft.
+
+    If there is none, yield the first fault among fields that are valid alone, if there is one.
+    """
+    try:
+        variant = variant_of(check_content(config))
+        reader = _LayoutReader(config, {}, variant)
+        found = [*reader.findings()]
+        yield from found
+        if not found:
+            KINDS[variant].config_class(**reader.fields())
+    except ValueError as error:
+        yield Finding(str(error), None, None, "", "{what}")
+
+
+def _one_of(field: str, values: dict[str, Any], meanings: dict[str, Any] | None = None) -> Any:
+    """Return the value of `field` that all keys agree on; None where no key has a value.
+
+    For the arguments see `contradictions`.
+
+    Raises:
+        ValueError: two keys differ.
+    """
+    raise_first(contradictions(field, values, meanings))
+    found = [(meanings or values)[key] for key, value in values.items() if value is not None]
+    return next(iter(found), None)
+
+
 class _LayoutReader:
     """Reads fields from one config.json by their keys."""
 
@@ -229,20 +281,14 @@ class _LayoutReader:
         self.variant = variant
         self.layout = DRAFT_LAYOUTS[variant]
         self.overrides = {field: as_list(value) for field, value in overrides.items()}
-        for field, value in self.overrides.items():
-            if field in _RULES and value is not None:
-                check_field(field, value, rule=_RULES[field])
-        self.nested: dict[str, Any] = self.value("dflash_config", "dflash_config") or {}
-        self.architectures = self.value("architectures", "architectures") or []
+        nested = config.get("dflash_config")
+        self.nested: dict[str, Any] = nested if isinstance(nested, dict) else {}
+        architectures = as_list(config.get("architectures"))
+        valid = FIELDS["architectures"].accepts(architectures)
+        self.architectures: list[str] = architectures if valid else []
         self.architecture = next(iter(self.architectures), None)
-        model_type = model_type_of(config)
-        if model_type is not None:
-            found = f"The draft's config.json says model_type is {shown(model_type)}"
-            check_field("model_type", model_type, found)
-        self.is_muse = self.architecture == MUSE or model_type == "muse_glimmer_assistant"
-        if model_type == "laguna":
-            feature = "per-tap norms and attention gates (Laguna)"
-            raise ValueError(refusal(feature, "model_type", model_type))
+        muse_type = model_type_of(config) == "muse_glimmer_assistant"
+        self.is_muse = muse_type or self.architecture == MUSE
 
     def get(self, key: str) -> Any:
         """Return the file's value of a key, which may be dotted; None without one."""
@@ -252,32 +298,30 @@ class _LayoutReader:
         """Return the dict that holds a key: dflash_config for a dotted one, else the file's top."""
         return self.nested if "." in key else self.config
 
-    def value(self, field: str, key: str, rule: FieldRule | None = None) -> Any:
-        """Return the value of `field` that `key` holds, checked against its rule; None without one."""
-        value = self.get(key)
-        if value is not None:
-            where = "" if key == field else f" ({key})"
-            found = f"The draft's config.json says {field} is {shown(value)}{where}"
-            check_field(field, value, found, rule or _RULES[field])
-        return value
+    def copies(self, keys: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return a field's values by their keys, and the same in a form that can be compared."""
+        values, meanings = {}, {}
+        for key in keys:
+            value = self.get(key)
+            shifted = value is not None and key in _SHIFTED_TAP_KEYS
+            label = f"{key} (counted from the embedding)" if shifted else key
+            values[label] = meanings[label] = value
+            if shifted:
+                meanings[label] = [index - 1 for index in value]
+            if key in _KEYS["dtype"]:
+                meanings[label] = str(value).removeprefix("torch.")
+        return values, meanings
 
     def resolve(self, field: str, keys: tuple[str, ...]) -> Any:
         """Return the value of `field`: the caller's, or the one that all its keys agree on."""
         if field in self.overrides:
             return self.overrides[field]
-        values = {key: self.value(field, key) for key in keys}
-        if field == "dtype":
-            names = {key: str(value).removeprefix("torch.") for key, value in values.items()}
-            return one_of(field, values, names)
-        return one_of(field, values)
+        return _one_of(field, *self.copies(keys))
 
     def fields(self) -> dict[str, Any]:
         """Return the keywords of the config class, without those that are None."""
-        self.check_features()
-        self.check_nested_keys()
+        raise_first(self.findings())
         fields = {field: self.resolve(field, keys) for field, keys in self.keys().items()}
-        fields["target_layer_ids"] = self.taps()
-        self.check_required(fields)
         self.check_lengths(fields["num_hidden_layers"])
         fields["layer_types"] = self.layer_types(fields["num_hidden_layers"])
         fields["sliding_window"] = self.sliding_window(fields["layer_types"])
@@ -285,7 +329,7 @@ class _LayoutReader:
         fields["rope_parameters"] = self.rope(fields["head_dim"])
         self.check_widths(fields)
         # In the hub layout auto_map names the code of the repository; AutoModel looks for it on the config.
-        auto_map = self.value("auto_map", "auto_map") or {}
+        auto_map = self.get("auto_map") or {}
         fields["auto_map"] = auto_map if "AutoConfig" in auto_map else None
         return {name: value for name, value in fields.items() if value is not None}
 
@@ -295,54 +339,92 @@ class _LayoutReader:
         keys = {field: _KEYS.get(field, (field,)) for field in names}
         for field in (*self.layout.fields, *self.layout.scales):
             keys[field] = (field, f"dflash_config.{field}")
+        keys["target_layer_ids"] = (*_TAP_KEYS, *_SHIFTED_TAP_KEYS)
         return keys
 
-    # Refusing ------------------------------------------------------------------------------------------------------
+    # Findings ------------------------------------------------------------------------------------------------------
 
-    def check_features(self) -> None:
-        """Refuse, by name, features that this model cannot run, and files that describe no draft at all."""
+    def findings(self) -> Iterator[Finding]:
+        """Yield every fault that shows without the values of other fields; without one, the fields can be resolved."""
+        refused = [*self.structure_findings(), *self.feature_findings()]
+        yield from refused
+        if not refused and not self.is_draft():
+            yield self.not_a_draft()
+            return
+        yield from self.nested_key_findings()
+        for field, keys in self.keys().items():
+            wrong = [*self.content_findings(field, keys)]
+            yield from wrong
+            if field not in self.overrides and not wrong:
+                yield from contradictions(field, *self.copies(keys))
+        yield from self.missing_findings()
+        for field, keys in _OTHER_KEYS.items():
+            yield from self.content_findings(field, keys)
+
+    def structure_findings(self) -> Iterator[Finding]:
+        """Yield the caller's invalid values, and what the file holds in place of its dict, its class or its kind."""
+        for field, value in self.overrides.items():
+            if field in _RULES and value is not None:
+                yield from field_findings(field, value, rule=_RULES[field])
+        for key in ("dflash_config", "architectures"):
+            yield from self.content_findings(key, (key,))
+        model_type = model_type_of(self.config)
+        if model_type is not None:
+            found = f"The draft's config.json says model_type is {shown(model_type)}"
+            yield from field_findings("model_type", model_type, found)
+        if model_type == "laguna":
+            yield refusal("per-tap norms and attention gates (Laguna)", "model_type", model_type)
+
+    def feature_findings(self) -> Iterator[Finding]:
+        """Yield, by name, the features that this model cannot run."""
         for part, feature in _HEADS_BY_ARCHITECTURE:
             if part in (self.architecture or ""):
-                raise ValueError(refusal(feature, "architectures", self.architectures))
-        self.check_variant()
+                yield refusal(feature, "architectures", self.architectures)
+        yield from self.variant_findings()
         for feature, key, unused in _FEATURES:
             if key in self.layout.scales:
                 continue
             for full_key in (key,) if "." in key else (key, f"dflash_config.{key}"):
                 value = self.get(full_key)
                 if not is_among(value, unused):
-                    raise ValueError(refusal(feature, full_key, value, unused))
-        self.check_is_draft()
+                    yield refusal(feature, full_key, value, unused)
 
-    def check_variant(self) -> None:
-        """Refuse a draft of another kind, and name the class that loads it."""
+    def variant_findings(self) -> Iterator[Finding]:
+        """Yield that this is a draft of another kind, with the class that loads it."""
         name, signs = _kind_and_signs(self.config | self.overrides)
         found = KINDS[name]
         is_draft = self.architecture in found.architectures or bool(signs)
         if name != self.variant and is_draft:
             key, value = next(iter((signs or {"architectures": self.architectures}).items()))
-            raise ValueError(
+            what = (
                 f"This config.json describes a {found.title} draft ({key} is {shown(value)}), which "
-                f"{KINDS[self.variant].reader} does not run, so it is refused; load it with "
-                f"{found.reader}.from_pretrained, or with dflash_hub.load_draft, which detects the kind."
+                f"{KINDS[self.variant].reader} does not run, so it is refused"
             )
+            advice = (
+                f"load it with {found.reader}.from_pretrained, or with dflash_hub.load_draft, "
+                "which detects the kind"
+            )
+            yield Finding(what, name, self.variant, advice, ONE_SENTENCE)
 
-    def check_is_draft(self) -> None:
-        """Refuse the config.json of a model that is not a draft, such as the target's."""
-        kind = KINDS[self.variant]
+    def is_draft(self) -> bool:
+        """Return whether this config.json is a draft's, and not that of another model, such as the target's."""
         has_keys = bool(self.nested)
         has_keys |= any(self.get(key) is not None for key in ("target_layer_ids", "mask_token_id"))
-        unnamed = self.architecture is None and (self.overrides or has_keys)
-        if self.architecture in kind.architectures or unnamed:
-            return
-        raise ValueError(
-            f"This config.json describes {self.architecture or model_type_of(self.config)}, not a {kind.title} draft "
-            f"(architectures is {shown(self.get('architectures'))}; known here: {', '.join(kind.architectures)}). Pass "
-            "the draft's repository, not its target's."
-        )
+        unnamed = self.architecture is None and bool(self.overrides or has_keys)
+        return self.architecture in KINDS[self.variant].architectures or unnamed
 
-    def check_nested_keys(self) -> None:
-        """Refuse an unknown key inside dflash_config, because it may change what the draft computes."""
+    def not_a_draft(self) -> Finding:
+        """Return the finding that this config.json is that of another model."""
+        kind = KINDS[self.variant]
+        what = (
+            f"This config.json describes {self.architecture or model_type_of(self.config)}, not a {kind.title} draft "
+            f"(architectures is {shown(self.get('architectures'))}; known here: {', '.join(kind.architectures)})"
+        )
+        advice = "Pass the draft's repository, not its target's"
+        return Finding(what, self.architecture, kind.architectures, advice)
+
+    def nested_key_findings(self) -> Iterator[Finding]:
+        """Yield the unknown keys inside dflash_config, because they may change what the draft computes."""
         for key, value in self.nested.items():
             if key in _NESTED:
                 continue
@@ -353,27 +435,51 @@ class _LayoutReader:
                 advice = f"is {nearest[0]} meant?"
             else:
                 advice = "remove it if the draft does not need it."
-            raise ValueError(
+            what = (
                 f"The draft's config.json has dflash_config.{key}, which is {shown(value)}; no such key is known, "
-                f"so it is refused: {advice}"
+                "so it is refused"
             )
+            yield Finding(what, value, sorted(_NESTED), advice, "{what}: {advice}")
 
-    def check_required(self, fields: dict[str, Any]) -> None:
-        """Refuse a file that lacks a required field."""
-        keys = {**self.keys(), "target_layer_ids": (*_TAP_KEYS, *_SHIFTED_TAP_KEYS)}
+    def content_findings(self, field: str, keys: tuple[str, ...]) -> Iterator[Finding]:
+        """Yield each value of a field that it may not hold, unless the caller passes one that replaces it."""
+        if _REPLACED_BY.get(field, field) in self.overrides:
+            return
+        for key in keys:
+            value = self.get(key)
+            if value is None:
+                continue
+            where = "" if key == field else f" ({key})"
+            found = f"The draft's config.json says {field} is {shown(value)}{where}"
+            rule = _SHIFTED_TAPS if key in _SHIFTED_TAP_KEYS else _RULES[field]
+            yield from field_findings(field, value, found, rule)
+            if key in _ROPE_KEYS and isinstance(value, dict):
+                yield from rope_key_findings(key, value)
+
+    def missing_findings(self) -> Iterator[Finding]:
+        """Yield the required fields that neither the file nor the caller has a value for."""
         for name in (*REQUIRED, *self.layout.fields, *self.layout.required):
-            if fields[name] is None:
-                raise ValueError(
-                    f"The draft's config.json does not say {name} ({self.describe_missing(keys[name])}), and it is not "
-                    f"guessed; supply it: from_pretrained(..., {name}=...), {FIELDS[name].words}."
+            keys = self.keys()[name]
+            values = [self.get(key) for key in keys]
+            if name in self.overrides:
+                values = [self.overrides[name]]
+            if all(value is None for value in values):
+                what = (
+                    f"The draft's config.json does not say {name} ({self.describe_missing(keys)}), and it is not "
+                    "guessed"
                 )
+                right = FIELDS[name].words
+                advice = f"supply it: from_pretrained(..., {name}=...), {right}"
+                yield Finding(what, None, right, advice, ONE_SENTENCE)
+
+    # Refusing while reading ----------------------------------------------------------------------------------------
 
     def check_lengths(self, layers: int) -> None:
         """Refuse lists with one entry per layer that are made for another number of layers."""
         keys = [("layer_types", "layer_types")]
         keys += [("is_causal", key) for key in _KEYS["is_causal"]]
         for field, key in keys:
-            value = None if field in self.overrides else self.value(field, key)
+            value = None if field in self.overrides else self.get(key)
             if isinstance(value, list) and len(value) != layers:
                 raise ValueError(
                     f"The draft's config.json says {field} is {shown(value)} ({key}) but num_hidden_layers is "
@@ -386,12 +492,12 @@ class _LayoutReader:
         reduced = self.resolve("draft_vocab_size", _REDUCED_VOCAB_KEYS)
         if reduced is not None and reduced != vocab_size:
             feature = f"a reduced vocabulary (of vocab_size, {vocab_size})"
-            raise ValueError(refusal(feature, "draft_vocab_size", reduced))
+            raise refusal(feature, "draft_vocab_size", reduced).error()
         head_dim = fields["head_dim"]
-        width = self.value("v_head_dim", "v_head_dim")
+        width = self.get("v_head_dim")
         if width not in (None, head_dim):
             feature = f"values of another width than keys (head_dim, {head_dim})"
-            raise ValueError(refusal(feature, "v_head_dim", width))
+            raise refusal(feature, "v_head_dim", width).error()
 
     def describe_missing(self, keys: tuple[str, ...]) -> str:
         """Return how each key is missing: "no x" where it is absent, "x is None" where it is null or empty."""
@@ -405,30 +511,17 @@ class _LayoutReader:
 
     # Fields with rules of their own --------------------------------------------------------------------------------
 
-    def taps(self) -> list[int] | None:
-        """Return `target_layer_ids`, from its own keys or from those that hold indices of hidden_states."""
-        if "target_layer_ids" in self.overrides:
-            return self.overrides["target_layer_ids"]
-        values = {key: self.value("target_layer_ids", key) for key in _TAP_KEYS}
-        layer_ids = dict(values)
-        for key in _SHIFTED_TAP_KEYS:
-            indices = self.value("target_layer_ids", key, _SHIFTED_TAPS)
-            label = f"{key} (counted from the embedding)"
-            values[label] = indices
-            layer_ids[label] = indices and [index - 1 for index in indices]
-        return one_of("target_layer_ids", values, layer_ids)
-
     def layer_types(self, layers: int) -> list[str]:
         """Return each layer's type. As in vLLM, `use_swa` makes all layers slide where `layer_types` names none."""
         if "layer_types" in self.overrides:
             return self.overrides["layer_types"]
-        types = self.value("layer_types", "layer_types")
-        forced = self.value("use_swa", "dflash_config.use_swa")
-        used = self.value("use_sliding_window", "use_sliding_window")
+        types = self.get("layer_types")
+        forced = self.get("dflash_config.use_swa")
+        used = self.get("use_sliding_window")
         slides = SLIDING in (types or ())
         for key, value in (("use_sliding_window", used), ("dflash_config.use_swa", forced)):
             if slides and value is False:
-                raise ValueError(contradiction("layer_types", {"layer_types": types, key: False}))
+                raise_first(contradictions("layer_types", {"layer_types": types, key: value}))
         if forced and not slides:
             return [SLIDING] * layers
         if types:
@@ -445,8 +538,6 @@ class _LayoutReader:
 
     def sliding_window(self, layer_types: list[str] | None) -> int | None:
         """Return the window of the sliding layers; None if no layer slides, even where the file has a window."""
-        for key in _WINDOW_KEYS:
-            self.value("sliding_window", key)
         if SLIDING not in (layer_types or ()):
             return None
         window = self.resolve("sliding_window", _WINDOW_KEYS)
@@ -473,7 +564,7 @@ class _LayoutReader:
         if "rope_parameters" in self.overrides:
             found = {"rope_parameters": self.overrides["rope_parameters"]}
         else:
-            found = {key: self.value(key, key) for key in ("rope_parameters", "rope_scaling")}
+            found = {key: self.get(key) for key in _ROPE_KEYS}
         forms = {key: modern_rope(key, rope) for key, rope in found.items()}
         merged = self.merge_rope(forms)
         merged["rope_theta"] = self.rope_theta(forms)
@@ -485,7 +576,7 @@ class _LayoutReader:
             )
         raw = {key: self.overrides.get(key, self.get(key)) for key in forms}
         described = " and ".join(f"{key} is {shown(rope)}" for key, rope in raw.items())
-        check_rope(merged, head_dim, described)
+        raise_first(rope_findings(merged, head_dim, described))
         return {"rope_type": "default"} | merged
 
     def merge_rope(self, forms: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -497,7 +588,7 @@ class _LayoutReader:
         names.pop("rope_theta", None)
         for name in names:
             values = {f"{key}.{name}": form[name] for key, form in forms.items() if name in form}
-            merged[name] = one_of("rope_parameters", values)
+            merged[name] = _one_of("rope_parameters", values)
         return merged
 
     def rope_theta(self, forms: dict[str, dict[str, Any]]) -> float:
@@ -511,7 +602,7 @@ class _LayoutReader:
             values = {"rope_theta": top}
         elif top is not None and not ("rope_parameters" in self.overrides and values):
             values["rope_theta"] = top
-        theta = one_of("rope_theta", values)
+        theta = _one_of("rope_theta", values)
         if theta is None:
             missing = self.describe_missing(("rope_theta", *forms))
             raise ValueError(

@@ -7,12 +7,14 @@ it stays in the package.
 """
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
+
+from .findings_dflash import ONE_SENTENCE, Finding, must, raise_first
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
@@ -227,23 +229,28 @@ def shown(value: Any, longest: int = 160) -> str:
     return text if len(text) <= longest else f"{text[:longest]} ..."
 
 
-def check_field(
-    field: str, value: Any, found: str | None = None, rule: FieldRule | None = None
-) -> None:
+def check_field(field: str, value: Any, rule: FieldRule | None = None) -> None:
     """Refuse a value that its field may not hold.
-
-    Args:
-        found: the beginning of the error; by default, it names the keyword and its value.
-        rule: which values are valid; by default, the field's rule in `FIELDS`.
 
     Raises:
         ValueError: with the field, the value, and the valid values.
     """
+    raise_first(field_findings(field, value, rule=rule))
+
+
+def field_findings(
+    field: str, value: Any, found: str | None = None, rule: FieldRule | None = None
+) -> Iterator[Finding]:
+    """Yield a finding if a field may not hold this value.
+
+    By default, its message begins with the keyword and its value, and the field's rule in `FIELDS` is used.
+    """
     rule = rule or FIELDS[field]
     if not rule.accepts(value):
-        advice = "" if found else f" (pass {field}=...)"
-        found = found or f"{field} is {shown(value)}"
-        raise ValueError(f"{found}; it must be {rule.words}{advice}.")
+        advice = f"it must be {rule.words}"
+        if found is None:
+            found, advice = f"{field} is {shown(value)}", f"{advice} (pass {field}=...)"
+        yield Finding(found, value, rule.words, advice, ONE_SENTENCE)
 
 
 def check_content(config: Any) -> dict[str, Any]:
@@ -266,45 +273,53 @@ def modern_rope(key: str, rope: dict[str, Any] | None) -> dict[str, Any]:
     """
     if rope is not None:
         check_field(key, rope)
-    rope = rope or {}
-    _check_rope_keys(key, rope)
-    rope = {name: as_list(value) for name, value in rope.items() if value is not None}
-    _check_whole_rope(key, rope)
+        raise_first(rope_key_findings(key, rope))
+    rope = {name: as_list(value) for name, value in (rope or {}).items() if value is not None}
+    rope.pop("partial_rotary_factor", None)
     old_type = rope.pop("type", None)
     if old_type is not None:
-        types = {f"{key}.type": old_type, f"{key}.rope_type": rope.get("rope_type", old_type)}
-        rope["rope_type"] = one_of("rope_parameters", types)
-    for name, value in rope.items():
-        check_field(name, value, f"{key}.{name} is {shown(value)}", ROPE[name])
+        rope["rope_type"] = old_type
     return rope
 
 
-def check_rope(rope: dict[str, Any], head_dim: int, found: str | None = None) -> None:
-    """Refuse a whole `rope_parameters` that lacks a key of its type, or whose factors are not one per frequency.
+def rope_key_findings(key: str, rope: dict[str, Any]) -> Iterator[Finding]:
+    """Yield unknown and contradicting keys of a rope dict, invalid values, and features that are not here."""
+    yield from _unknown_rope_keys(key, rope)
+    rope = {name: as_list(value) for name, value in rope.items() if value is not None}
+    yield from _rope_features(key, rope)
+    old_type = rope.pop("type", None)
+    if old_type is not None:
+        types = {f"{key}.type": old_type, f"{key}.rope_type": rope.get("rope_type", old_type)}
+        yield from contradictions("rope_parameters", types)
+        rope.setdefault("rope_type", old_type)
+    for name, value in rope.items():
+        if name in ROPE and not isinstance(value, dict):
+            yield from field_findings(name, value, f"{key}.{name} is {shown(value)}", ROPE[name])
 
-    Args:
-        found: the beginning of the error; by default, it names the keyword and its value.
 
-    Raises:
-        ValueError: a key is missing, or a list has another length.
+def rope_findings(
+    rope: dict[str, Any], head_dim: int, found: str | None = None
+) -> Iterator[Finding]:
+    """Yield the keys that a whole `rope_parameters` lacks, and the factors that are not one per frequency.
+
+    By default, a message begins with the keyword and its value; with `found`, it begins with that.
     """
     rope_type = rope.get("rope_type", "default")
     for key in _ROPE_NEEDS.get(rope_type, ()):
         if key not in rope:
-            found = found or f"rope_parameters is {shown(rope)}"
-            raise ValueError(
-                f"{found}: for rope_type {rope_type!r}, {key} is None; it must be {ROPE[key].words}."
-            )
+            what = found or f"rope_parameters is {shown(rope)}"
+            what += f": for rope_type {rope_type!r}, {key} is None"
+            yield must(what, None, ROPE[key].words)
     for key in ("short_factor", "long_factor"):
-        if key in rope and len(rope[key]) != head_dim // 2:
-            raise ValueError(
-                f"rope_parameters.{key} is {shown(rope[key])}, {len(rope[key])} numbers; it must hold "
-                f"{head_dim // 2}, half of head_dim, {head_dim}."
-            )
+        factors = rope.get(key)
+        if factors is not None and len(factors) != head_dim // 2:
+            what = f"rope_parameters.{key} is {shown(factors)}, {len(factors)} numbers"
+            right = f"{head_dim // 2}, half of head_dim, {head_dim}"
+            yield must(what, factors, right, "hold")
 
 
-def _check_rope_keys(key: str, rope: dict[str, Any]) -> None:
-    """Refuse unknown keys of a rope dict, except nested dicts, which `_check_whole_rope` refuses."""
+def _unknown_rope_keys(key: str, rope: dict[str, Any]) -> Iterator[Finding]:
+    """Yield unknown keys of a rope dict, except nested dicts, which `_rope_features` yields."""
     known = (*ROPE, "type", "partial_rotary_factor", "rope_dim")
     for name, value in rope.items():
         if name not in known and not isinstance(value, dict):
@@ -312,23 +327,22 @@ def _check_rope_keys(key: str, rope: dict[str, Any]) -> None:
             advice = f"it must be one of {', '.join(ROPE)}."
             if nearest:
                 advice = f"is {nearest[0]} meant?"
-            raise ValueError(
-                f"{key}.{name} is {shown(value)}, but no such key is known, so it is refused: {advice}"
-            )
+            what = f"{key}.{name} is {shown(value)}, but no such key is known, so it is refused"
+            yield Finding(what, value, tuple(ROPE), advice, "{what}: {advice}")
 
 
-def _check_whole_rope(key: str, rope: dict[str, Any]) -> None:
-    """Refuse rotary embeddings of a part of the channels, or different ones by layer; drop a factor of 1."""
+def _rope_features(key: str, rope: dict[str, Any]) -> Iterator[Finding]:
+    """Yield rotary embeddings of a part of the channels, and different ones by layer."""
     for name, value in rope.items():
         if isinstance(value, dict):
             feature = "rotary embeddings that differ by layer type"
-            raise ValueError(refusal(feature, f"{key}.{name}", value))
+            yield refusal(feature, f"{key}.{name}", value)
     feature = "partial rotary embeddings"
-    factor = rope.pop("partial_rotary_factor", 1.0)
+    factor = rope.get("partial_rotary_factor", 1.0)
     if not is_among(factor, (1.0,)):
-        raise ValueError(refusal(feature, f"{key}.partial_rotary_factor", factor, (None, 1.0)))
+        yield refusal(feature, f"{key}.partial_rotary_factor", factor, (None, 1.0))
     if "rope_dim" in rope:
-        raise ValueError(refusal(feature, f"{key}.rope_dim", rope["rope_dim"], (None,)))
+        yield refusal(feature, f"{key}.rope_dim", rope["rope_dim"], (None,))
 
 
 def as_list(value: Any) -> Any:
@@ -341,39 +355,30 @@ def is_among(value: Any, choices: tuple[Any, ...]) -> bool:
     return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in choices)
 
 
-def one_of(field: str, values: dict[str, Any], meanings: dict[str, Any] | None = None) -> Any:
-    """Return the value of `field` that all keys agree on; None where no key has a value.
+def contradictions(
+    field: str, values: dict[str, Any], meanings: dict[str, Any] | None = None
+) -> Iterator[Finding]:
+    """Yield a finding if two keys hold different values of a field.
 
     Args:
         values: key -> its value in the file, None where it has none.
         meanings: key -> the same value in a form that can be compared; by default `values`.
-
-    Raises:
-        ValueError: two keys differ.
     """
     values = {key: value for key, value in values.items() if value is not None}
     found = [(meanings or values)[key] for key in values]
     if any(value != found[0] for value in found):
-        raise ValueError(contradiction(field, values))
-    return found[0] if found else None
+        differing = " but ".join(f"{key} is {shown(value)}" for key, value in values.items())
+        what = f"The draft's config.json contradicts itself about {field}: {differing}"
+        advice = f"Correct the file, or choose a value: from_pretrained(..., {field}=...)"
+        yield Finding(what, values, "equal values", advice)
 
 
-def contradiction(field: str, values: dict[str, Any]) -> str:
-    """Return the error message for keys that hold different values of one field."""
-    differing = " but ".join(f"{key} is {shown(value)}" for key, value in values.items())
-    return (
-        f"The draft's config.json contradicts itself about {field}: {differing}. Correct the file, or choose a value: "
-        f"from_pretrained(..., {field}=...)."
-    )
-
-
-def refusal(feature: str, key: str, value: Any, unused: tuple[Any, ...] = ()) -> str:
-    """Return the error message for a feature that this package does not run; `unused` values would turn it off."""
+def refusal(feature: str, key: str, value: Any, unused: tuple[Any, ...] = ()) -> Finding:
+    """Return the finding for a feature that this package does not run; `unused` values would turn it off."""
     right = f" (it must be {' or '.join(map(repr, unused))})" if unused else ""
-    return (
-        f"This draft uses {feature} ({key} is {shown(value)}), which this version of dflash-hub does not run{right}; "
-        "it would load and draft nonsense, so it is refused."
-    )
+    what = f"This draft uses {feature} ({key} is {shown(value)}), which this version of dflash-hub does not run{right}"
+    advice = "it would load and draft nonsense, so it is refused"
+    return Finding(what, value, unused, advice, ONE_SENTENCE)
 
 
 # Our own layouts -------------------------------------------------------------------------------------------------
@@ -442,8 +447,10 @@ def read_own_layout(
     Raises:
         ValueError: another layout, a missing field, or a copy inside dflash_config that differs.
     """
-    _check_own_layout(check_content(config), variant)
-    values = config | _nested_values(config, overrides) | overrides
+    raise_first(_own_layout_findings(check_content(config), overrides, variant))
+    nested = {_NESTED[key]: value for key, value in (config.get("dflash_config") or {}).items()}
+    values = nested | {key: value for key, value in config.items() if value is not None}
+    values |= overrides
     kind = DRAFT_LAYOUTS[variant]
     names = [*REQUIRED, *DEFAULTED, *kind.fields, *kind.scales]
     names += ["layer_types", "sliding_window", "rope_parameters"]
@@ -451,48 +458,52 @@ def read_own_layout(
     if "rope_theta" in overrides:
         theta = {"rope_theta": overrides["rope_theta"]}
         fields["rope_parameters"] = fields.get("rope_parameters", {}) | theta
-    for name in (*REQUIRED, *kind.fields, *kind.required, "rope_parameters"):
-        if name not in fields:
-            raise ValueError(
-                f"The draft's config.json lacks {name}; supply it: from_pretrained(..., {name}=...), or install "
-                "dflash-hub, which reads every published layout: pip install dflash-hub"
-            )
+    raise_first(_missing_findings(fields, kind))
     # In the hub layout auto_map names the code of the repository; AutoModel looks for it on the config.
     if "AutoConfig" in (config.get("auto_map") or {}):
         fields["auto_map"] = config["auto_map"]
     return fields
 
 
-def _check_own_layout(config: dict[str, Any], variant: str) -> None:
-    """Refuse a config.json that is in neither of our two layouts."""
+def _own_layout_findings(
+    config: dict[str, Any], overrides: dict[str, Any], variant: str
+) -> Iterator[Finding]:
+    """Yield why a config.json is in neither of our two layouts, and keys of dflash_config that differ from the top."""
     auto_map = config.get("auto_map") or {}
     entry = str(auto_map.get("AutoModel") if isinstance(auto_map, dict) else auto_map)
     # transformers may put a repository and "--" before the module
     module = entry.rpartition("--")[2].partition(".")[0]
     model_type = model_type_of(config)
     if variant not in (model_type, module):
-        raise ValueError(
-            _unknown(f"model_type is {shown(model_type)}, auto_map is {shown(auto_map)}")
-        )
-
-
-def _nested_values(config: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    """Return the values in dflash_config by their keys at the top; a key that stands there too must agree."""
-    found: dict[str, Any] = {}
+        yield _unknown(f"model_type is {shown(model_type)}, auto_map is {shown(auto_map)}")
     for key, value in (config.get("dflash_config") or {}).items():
-        if key not in _NESTED:
-            raise ValueError(_unknown(f"dflash_config.{key} is {shown(value)}"))
-        name = _NESTED[key]
-        if name not in overrides:
-            found[name] = one_of(name, {name: config.get(name), f"dflash_config.{key}": value})
-    return found
+        name = _NESTED.get(key)
+        if name is None:
+            yield _unknown(f"dflash_config.{key} is {shown(value)}")
+        elif name not in overrides:
+            values = {name: config.get(name), f"dflash_config.{key}": value}
+            yield from contradictions(name, values)
 
 
-def _unknown(found: str) -> str:
-    return (
+def _missing_findings(fields: dict[str, Any], kind: DraftLayout) -> Iterator[Finding]:
+    """Yield the required fields that have no value."""
+    for name in (*REQUIRED, *kind.fields, *kind.required, "rope_parameters"):
+        if name not in fields:
+            advice = (
+                f"supply it: from_pretrained(..., {name}=...), or install dflash-hub, which reads every published "
+                "layout: pip install dflash-hub"
+            )
+            what = f"The draft's config.json lacks {name}"
+            yield Finding(what, None, "a value", advice, "{what}; {advice}")
+
+
+def _unknown(found: str) -> Finding:
+    what = (
         f"Another program than dflash-hub wrote this config.json ({found}); this copy of dflash-hub's code does not "
-        "read it. Install the package, which reads every published layout, and import it: pip install dflash-hub"
+        "read it"
     )
+    advice = "Install the package, which reads every published layout, and import it: pip install dflash-hub"
+    return Finding(what, found, "the hub or the engines layout", advice, "{what}. {advice}")
 
 
 def engines_layout(config: Any) -> dict[str, Any]:

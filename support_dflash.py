@@ -2,13 +2,11 @@
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
 """Support as data: the families of targets, and checks of targets and options that yield findings.
 
-This file travels with every pushed draft. A finding says what is wrong, what was found, what was expected and what to
-do. Decoding raises the first one as a ValueError.
+This file travels with every pushed draft. Decoding raises the first finding as a ValueError.
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -18,6 +16,7 @@ from transformers.utils import logging
 
 from .cache_dflash import RecurrentLayers
 from .compat_dflash import cache_in, cache_name, makes_own_cache, parameters
+from .findings_dflash import Finding, raise_first
 from .target_dflash import decoder_layers, is_recurrent
 
 logger = logging.get_logger(__name__)
@@ -147,29 +146,6 @@ _CACHE_LAYERS = {
 _NOT_DECODED = "It is not decoded here: its text could come out wrong"
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One reason why something is not supported. As a string it is the message of an error."""
-
-    what: str
-    found: Any
-    expected: Any
-    advice: str
-
-    def __str__(self) -> str:
-        return f"{self.what}. {self.advice}."
-
-
-def raise_first(findings: Iterable[Finding]) -> None:
-    """Raise the first finding, if there is one.
-
-    Raises:
-        ValueError: with what is wrong and what to do.
-    """
-    for finding in findings:
-        raise ValueError(str(finding))
-
-
 # Targets --------------------------------------------------------------------------------------------------------------
 
 
@@ -190,10 +166,25 @@ def check_target(target: Any, strict: bool = False) -> None:
     raise_first(target_findings(target, strict))
 
 
+def draft_findings(draft_config: Any, target: Any, strict: bool = False) -> Iterator[Finding]:
+    """Yield every reason not to decode with a target, then every misfit of a draft with this config."""
+    yield from target_findings(target, strict)
+    if _is_language_model(target):
+        text = target.config.get_text_config(decoder=True)
+        rows = target.get_input_embeddings().weight.shape[0]
+        yield from draft_config.fit_findings(
+            text.hidden_size, text.num_hidden_layers, text.vocab_size, rows
+        )
+
+
+def _is_language_model(target: Any) -> bool:
+    return not target.config.is_encoder_decoder and target.get_output_embeddings() is not None
+
+
 def target_findings(target: Any, strict: bool = False) -> Iterator[Finding]:
     """Yield every reason not to decode with a target. A later one may rely on what an earlier one has checked."""
     name = type(target).__name__
-    if target.config.is_encoder_decoder or target.get_output_embeddings() is None:
+    if not _is_language_model(target):
         what = f"{name} is no decoder-only language model"
         yield Finding(
             what, name, "a causal language model with a head", "A draft needs one as its target"
