@@ -98,7 +98,7 @@ class BlockMasks:
         return self.built[kind].flatten(2, 3)
 
     def move(self, slots: torch.Tensor, ancestors: torch.Tensor) -> None:
-        """Update all masks for blocks at `slots [B]`, at most Q behind the last ones.
+        """Update all masks for blocks at `slots [B]`, at most Q slots after the last ones.
 
         Args:
             ancestors `[B, Q, Q]`: of each row's tree, as `ancestors` gives it, or `chain`.
@@ -147,9 +147,9 @@ class BlockMasks:
         return (seen & written & ~padding) | itself
 
 
-def pad_to(padding_mask: torch.Tensor, slots: int) -> torch.Tensor:
+def pad_to(padding_mask: torch.Tensor, num_slots: int) -> torch.Tensor:
     """Return `padding_mask [B, S]` with at least this many slots; the new ones are no padding."""
-    return pad(padding_mask, (0, max(0, slots - padding_mask.shape[1])))
+    return pad(padding_mask, (0, max(0, num_slots - padding_mask.shape[1])))
 
 
 class BlockAttention:

@@ -23,17 +23,17 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Linea
 from .compat_dflash import difference
 
 BUCKET = 256
-"""Buffers and reads are rounded up to this many slots, or to an eighth of what is there once that is more."""
+"""Buffers and reads are rounded up to this many slots, or to a sixteenth to an eighth of their size if that is more."""
 
 _MIXERS = ("linear_attn", "mixer", "conv", "mamba", "mamba_decoder.mamba", "self_attn")
 """Where decoder layers hold the module that keeps recurrent state."""
 
 
-def bucket(slots: int) -> int:
+def bucket(num_slots: int) -> int:
     """Return the smallest size of a buffer, or of a read, that holds this many slots."""
-    eighth = 1 << max(slots.bit_length() - 4, 0)
-    step = max(BUCKET, eighth)
-    return -(-slots // step) * step
+    step_of_size = 1 << max(num_slots.bit_length() - 4, 0)
+    step = max(BUCKET, step_of_size)
+    return -(-num_slots // step) * step
 
 
 # Slots ----------------------------------------------------------------------------------------------------------------
@@ -71,10 +71,10 @@ class SlotLayer(CacheLayerMixin):
         A later part may overwrite an earlier one, which one write of all would do in no defined order.
         """
         begin = 0
-        for rows in parts:
-            end = begin + rows.numel() // key_states.shape[0]
-            write(self.keys, rows, key_states[:, :, begin:end])
-            write(self.values, rows, value_states[:, :, begin:end])
+        for flat_slots in parts:
+            end = begin + flat_slots.numel() // key_states.shape[0]
+            write_flat(self.keys, flat_slots, key_states[:, :, begin:end])
+            write_flat(self.values, flat_slots, value_states[:, :, begin:end])
             begin = end
         self._count(begin)
 
@@ -91,9 +91,9 @@ class SlotLayer(CacheLayerMixin):
         values = self.values[:, :length]
         return keys.transpose(1, 2), values.transpose(1, 2)
 
-    def _count(self, slots: int) -> None:
+    def _count(self, num_slots: int) -> None:
         if not torch.compiler.is_compiling():
-            self.num_written = slots
+            self.num_written = num_slots
 
     def grow(self, capacity: int) -> None:
         """Make room for `capacity` slots."""
@@ -112,6 +112,8 @@ class SlotLayer(CacheLayerMixin):
             flat = states.flatten(0, 1)
             copied = flat[source.to(flat.device)]
             flat.index_copy_(0, destination.to(flat.device), copied)
+
+    # Models that count positions themselves see the prompt's length; the positions of a block are always passed.
 
     def get_seq_length(self) -> int:
         return self.owner.num_prefilled
@@ -138,11 +140,11 @@ class HybridSlotLayer(LinearAttentionLayer, SlotLayer):
         return -1
 
 
-def write(states: torch.Tensor, rows: torch.Tensor, new: torch.Tensor) -> None:
-    """Write `new [B, H, N, D]` into `states [B, S, H, D]` at the flat slots `rows [B * N]`."""
+def write_flat(states: torch.Tensor, flat_slots: torch.Tensor, new: torch.Tensor) -> None:
+    """Write `new [B, H, N, D]` into `states [B, S, H, D]` at `flat_slots [B * N]`."""
     flat = states.flatten(0, 1)
     values = new.transpose(1, 2).flatten(0, 1)
-    flat.index_copy_(0, rows.to(states.device), values)
+    flat.index_copy_(0, flat_slots.to(states.device), values)
 
 
 class SlotView(Cache):
@@ -206,9 +208,9 @@ class SlotCache:
             index: layer for index, layer in enumerate(self.layers) if isinstance(layer, SlotLayer)
         }
 
-    def reserve(self, slots: int) -> None:
+    def reserve(self, num_slots: int) -> None:
         """Make room for this many slots, and let forwards read all of them."""
-        self.length = bucket(slots)
+        self.length = bucket(num_slots)
         if self.length > self.capacity:
             self.capacity = self.length
             for layer in self.slot_layers.values():
@@ -235,16 +237,18 @@ class SlotCache:
         for layer in self.slot_layers.values():
             layer.copy_slots(self._flat(source), self._flat(destination))
 
-    def check_written(self, slots: int, whose: str) -> None:
-        """Check that the last forward wrote `slots` slots of every layer.
+    def check_written(self, num_slots: int, whose: str) -> None:
+        """Check that the last forward wrote `num_slots` slots of every layer.
 
         Raises:
             ValueError: naming the first layer in which it did not.
         """
         for index, layer in self.slot_layers.items():
             written, layer.num_written = layer.num_written, 0
-            if written != slots:
-                raise difference(f"Layer {index} of {whose} cached {written} of {slots} positions")
+            if written != num_slots:
+                raise difference(
+                    f"Layer {index} of {whose} cached {written} of {num_slots} positions"
+                )
 
 
 def rewindable_cache(config: Any) -> Cache:

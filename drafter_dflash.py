@@ -71,10 +71,10 @@ class DraftState:
         """Return the positions in each row's text of `slots [B, N]`."""
         return (slots + self.position_offset).clamp_min(0)
 
-    def mask_context(self, slots: int) -> None:
-        """Hide the first `slots`, which were cached without this draft and hold no context of it."""
+    def mask_context(self, num_slots: int) -> None:
+        """Hide the first slots, which were cached without this draft and hold no context of it."""
         self.padding_mask = self.padding_mask.clone()
-        self.padding_mask[:, :slots] = True
+        self.padding_mask[:, :num_slots] = True
 
     def masks_for(self, slots: torch.Tensor, size: int, attention: BlockAttention) -> BlockMasks:
         """Return the masks for blocks of `size` at `slots [B]`; new ones where the buffers grew."""
@@ -112,7 +112,7 @@ class Drafter:
 
         Args:
             padding_mask `[B, P]`: True at the prompt's slots of padding.
-            mode: of `BlockRunner`.
+            mode: "eager", "graphs" or "compile".
         """
         shape = (len(padding_mask), self.size - 1)
         noise_ids = torch.full(shape, self.draft.config.mask_token_id, device=padding_mask.device)
@@ -130,7 +130,7 @@ class Drafter:
         self._update_cache(state, features, slots.expand(len(features), -1))
 
     def set_pending(self, state: DraftState, features: torch.Tensor, slots: torch.Tensor) -> None:
-        """Let context features `[B, N, F]` at `slots [B]` and behind reach the draft with its next block."""
+        """Let context features `[B, N, F]` from `slots [B]` on reach the draft with its next block."""
         features = self._to_draft(features)
         state.pending = PendingContext(features, slots.to(self.draft.device))
 
@@ -158,7 +158,8 @@ class Drafter:
             num_slots: slots that the longest row needs, its block included.
         """
         own_slots = slots.to(self.draft.device)
-        # All context is cached; the block overwrites the slots of these zeros.
+        # All context is cached. A captured block still takes context of the usual shape: zeros, whose slots the block
+        # overwrites.
         if state.pending is None:
             shape = (len(slots), self.size, self.draft.config.fc_width)
             zeros = torch.zeros(shape, device=own_slots.device, dtype=self.draft.dtype)

@@ -57,7 +57,7 @@ class BlockRunner:
         self.mode = "eager"
         self.failed_modes: set[str] = set()
         self.last_key: Any = None
-        self.capture: Callable | None = None
+        self.replay: Callable | None = None
         self.verified_keys: set[Any] = set()
         """Keys for which compiled code was compared. A graph is compared whenever it is recorded."""
 
@@ -70,7 +70,7 @@ class BlockRunner:
         try:
             yield
         finally:
-            self.last_key = self.capture = None
+            self.last_key = self.replay = None
 
     def __call__(self, state: Any, *inputs: torch.Tensor) -> Any:
         """Return what the function returns."""
@@ -81,11 +81,13 @@ class BlockRunner:
             return self._run_compiled(key, state, *inputs)
         # Run eagerly, so that buffers made when first used exist before recording.
         if key != self.last_key:
-            self.last_key, self.capture = key, None
+            self.last_key, self.replay = key, None
             return self.function(state, *inputs)
-        if self.capture is None:
-            return self._record(state, *inputs)
-        return self.capture(*inputs)
+        if self.replay is None:
+            return self._capture_and_compare(state, *inputs)
+        return self.replay(
+            *inputs
+        )  # the state is part of the recording, which ends with the decode
 
     def _run_compiled(self, key: Any, state: Any, *inputs: torch.Tensor) -> Any:
         """Run compiled code; its guards cost a quarter of a call, so skip them while the key stays the same."""
@@ -93,7 +95,7 @@ class BlockRunner:
         with torch.compiler.set_stance(skip_guard_eval_unsafe=same):
             return self.compiled(state, *inputs)
 
-    def _record(self, state: Any, *inputs: torch.Tensor) -> Any:
+    def _capture_and_compare(self, state: Any, *inputs: torch.Tensor) -> Any:
         """Record, compare with the eager function, and return what that one gave."""
         expected = self.function(state, *inputs)
         # A compiler or a driver may raise anything; the function itself still runs.
@@ -107,7 +109,7 @@ class BlockRunner:
         if not _close(result, expected):
             self._run_eagerly("it gave other numbers")
             return expected
-        self.capture = capture
+        self.replay = capture
         if self.mode == "compile":
             self.verified_keys.add(self.last_key)
         return expected

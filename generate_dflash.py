@@ -112,7 +112,7 @@ class SpeculativeGenerate:
         draft_sampling: str = "coupled",
         capture: str = "auto",
         strict: bool = False,
-        proposer: ProposerFactory = own_proposer,
+        proposer: ProposerFactory | None = None,
         **inputs: Any,
     ) -> torch.Tensor | ModelOutput:
         """Decode `input_ids [B, P]`. `generate` reads the names of these arguments, `tokenizer` among them.
@@ -129,8 +129,8 @@ class SpeculativeGenerate:
         check_options(generation_config, logits_processor, input_ids, inputs)
         _check_choice("draft_sampling", draft_sampling, DRAFT_SAMPLING)
         _check_choice("capture", capture, CAPTURE)
-        _check_method("statistics", statistics, "add_cycle")
-        _check_method("proposer", proposer, "__call__")
+        _check_method("statistics", statistics, "add_cycle", "a DecodeStatistics()")
+        _check_method("proposer", proposer, "__call__", "a function of the draft's proposer")
         prompt = Prompt(input_ids, inputs, generation_config.return_dict_in_generate)
         if len(input_ids) > 1 and made_by_user(prompt.cache, unmarked=False):
             check_batch_cache(model)
@@ -142,7 +142,7 @@ class SpeculativeGenerate:
             Sampler(logits_processor, noise, coupled=draft_sampling == "coupled"),
             StepOutputs(_requested_outputs(generation_config), len(input_ids)),
             resolve_mode(capture, model, is_recurrent(model)),
-            proposer,
+            proposer or own_proposer,
         )
         session = self.session(model)
         self.compiled_session = session if request.mode == "compile" else None
@@ -167,7 +167,7 @@ class DecodeRequest:
     """One decode, as it was asked for.
 
     Args:
-        mode: of `BlockRunner`.
+        mode: "eager", "graphs" or "compile".
         proposer: makes the proposer from the draft's own.
     """
 
@@ -178,10 +178,10 @@ class DecodeRequest:
     mode: str
     proposer: ProposerFactory = own_proposer
 
-    def state(self, target: Target, on_target: TargetState) -> DecodeState:
+    def state(self, target: Target, target_state: TargetState) -> DecodeState:
         """Return the state of this decode, before the prefill."""
         return DecodeState(
-            target, on_target, self.prompt, self.sequences, self.sampler, self.step_outputs
+            target, target_state, self.prompt, self.sequences, self.sampler, self.step_outputs
         )
 
     def output(self, cache: Cache | None) -> ModelOutput:
@@ -224,26 +224,28 @@ class DecoderSession:
         with self._locks.setdefault(target.model, threading.RLock()):
             self._check_alone(prompt)
             with (
-                target.decoding(prompt, mode) as on_target,
-                drafter.decoding(prompt.padding_mask, mode) as on_draft,
+                target.decoding(prompt, mode) as target_state,
+                drafter.decoding(prompt.padding_mask, mode) as draft_state,
             ):
-                state = request.state(target, on_target)
-                proposer = request.proposer(ChainProposer(drafter, on_draft, request.sampler))
+                state = request.state(target, target_state)
+                proposer = request.proposer(ChainProposer(drafter, draft_state, request.sampler))
                 with recorder.phase("prefill"):
-                    first_slot = import_past_key_values(prompt.cache, on_target, drafter, on_draft)
-                    check_size = self._check_size(on_target, prompt)
+                    first_slot = import_past_key_values(
+                        prompt.cache, target_state, drafter, draft_state
+                    )
+                    check_size = self._prompt_check_size(target_state, prompt)
                     checked = prefill(state, proposer, first_slot, check_size)
                 decode(state, proposer, recorder)
-                cache = export_past_key_values(state, drafter, on_draft)
+                cache = export_past_key_values(state, drafter, draft_state)
             if checked:
                 self.checked.add(self._circumstances(prompt))
         if request.sequences.streamer is not None:
             request.sequences.streamer.end()
         return cache
 
-    def _check_size(self, on_target: TargetState, prompt: Prompt) -> int:
+    def _prompt_check_size(self, target_state: TargetState, prompt: Prompt) -> int:
         """Return the block with which the end of the prompt is checked; 0 if that is done, or has no meaning."""
-        if on_target.recurrent.states or self._circumstances(prompt) in self.checked:
+        if target_state.recurrent.states or self._circumstances(prompt) in self.checked:
             return 0
         return self.drafter.size
 
@@ -275,14 +277,10 @@ def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(known)}.")
 
 
-def _check_method(name: str, value: Any, method: str) -> None:
-    """Refuse a keyword that is not what it must be, before the prefill."""
+def _check_method(name: str, value: Any, method: str, expected: str) -> None:
+    """Refuse a keyword that lacks the method by which it is used, before the prefill."""
     if value is not None and not hasattr(value, method):
-        kind = {
-            "add_cycle": "a DecodeStatistics()",
-            "__call__": "a function of the draft's proposer",
-        }
-        raise ValueError(f"{name} is {value!r}; it must be {kind[method]}.")
+        raise ValueError(f"{name} is {value!r}; it must be {expected}.")
 
 
 def _requested_outputs(config: GenerationConfig) -> tuple[str, ...]:
@@ -342,7 +340,8 @@ def spec_generate(
     request = DecodeRequest(
         Prompt(input_ids, {"attention_mask": torch.ones_like(input_ids), "use_cache": True}),
         Sequences(
-            input_ids, StopConditions(input_ids.shape[1] + max_new_tokens, ends, has_eos=True)
+            input_ids,
+            StopConditions(input_ids.shape[1] + max_new_tokens, ends, pads_ended_rows=True),
         ),
         Sampler(warpers, PositionNoise() if sampled else None),
         StepOutputs((), len(input_ids)),

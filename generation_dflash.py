@@ -53,7 +53,10 @@ class DecodeStatistics:
 
     @property
     def acceptance_by_position(self) -> list[float]:
-        """For each drafted position of the block, the share of cycles in which its token was accepted."""
+        """For each drafted position of the block, the share of cycles in which its token was accepted.
+
+        With blocks of several sizes, the divisor is all cycles.
+        """
         return [count / len(self.committed) for count in self.accepted_at]
 
     def add_cycle(self, counts: list[tuple[int, int]], size: int) -> None:
@@ -66,7 +69,9 @@ class DecodeStatistics:
             counts: for each row, drafted tokens accepted and tokens committed; 0 committed once it is finished.
         """
         self.cycles += 1
-        self.accepted_at = self.accepted_at or [0] * (size - 1)
+        self.accepted_at += [0] * (
+            size - 1 - len(self.accepted_at)
+        )  # none if it is as long already
         for accepted, committed in counts:
             if committed:
                 self.committed.append(committed)
@@ -147,19 +152,19 @@ class DecodeState:
     """A batch while it is decoded. `prefill` makes it ready for the first cycle.
 
     Args:
-        on_target: what the target holds of this decode.
+        target_state: what the target holds of this decode.
     """
 
     def __init__(
         self,
         target: Target,
-        on_target: TargetState,
+        target_state: TargetState,
         prompt: Prompt,
         sequences: Sequences,
         sampler: Sampler,
         step_outputs: StepOutputs,
     ):
-        self.target, self.on_target = target, on_target
+        self.target, self.target_state = target, target_state
         self.prompt, self.sequences = prompt, sequences
         self.sampler, self.step_outputs = sampler, step_outputs
         self.slots = torch.full((len(prompt.input_ids),), prompt.width - 1, device=prompt.device)
@@ -223,7 +228,7 @@ class DecodeState:
         counts = self.sequences.append_tokens(tokens)
         self.step_outputs.collect(scores, logits, counts)
         steps = (accepted + 1) * self.active
-        # Finished rows stop advancing; tokens computed for them are ignored.
+        # A row ended in this cycle: rows move by what became text only, and ended rows no more.
         if self.sequences.row_ended:
             steps = torch.tensor(counts, device=steps.device)
             self.active = torch.tensor(self.sequences.active, device=steps.device).long()
@@ -255,13 +260,13 @@ def prefill(state: DecodeState, proposer: Proposer, first_slot: int, check_size:
         Whether the prompt was checked.
     """
     prompt = state.prompt
-    target, on_target = state.target, state.on_target
+    target, target_state = state.target, state.target_state
     checked = False
-    for first, last in prompt.chunks(first_slot, recurrent=bool(on_target.recurrent.states)):
+    for first, last in prompt.chunks(first_slot, recurrent=bool(target_state.recurrent.states)):
         checks = first == 0 and check_size > 0 and can_check_prompt(prompt, last, check_size)
         output = run_chunk(state, first, last, check_size if checks else 1)
         if checks:
-            check_prompt(target, on_target, prompt, output)
+            check_prompt(target, target_state, prompt, output)
             checked = True
         proposer.append_context(output.features, first)
     logits = output.logits[:, -1:].to(state.slots.device)
@@ -276,16 +281,17 @@ def run_chunk(state: DecodeState, first: int, last: int, num_logits: int) -> Tar
     """Run the prompt's slots `first` to before `last`, given those before.
 
     Args:
-        num_logits: positions of the prompt's beginning that get logits; of a later part it is the last one.
+        num_logits: how many last positions get logits, if the part is the first. A later part gets them for its last
+            position only.
     """
     prompt = state.prompt
     if first == 0:
         inputs = prompt.model_inputs(state.target.model, last)
-        return state.target.prefill(state.on_target, inputs, num_logits)
+        return state.target.prefill(state.target_state, inputs, num_logits)
     slots = torch.arange(first, last, device=prompt.device)
     slots = slots.expand(len(state.slots), -1)
     positions = prompt.positions[..., first:last]
-    return state.target.prefill_chunk(state.on_target, prompt.ids(first, last), slots, positions)
+    return state.target.prefill_chunk(state.target_state, prompt.ids(first, last), slots, positions)
 
 
 @torch.no_grad()
@@ -295,13 +301,13 @@ def decode(state: DecodeState, proposer: Proposer, recorder: Recorder) -> None:
     Raises:
         ValueError: the target's logits are not numbers.
     """
-    target, on_target = state.target, state.on_target
+    target, target_state = state.target, state.target_state
     while not state.sequences.finished:
         with recorder.phase("draft"):
-            proposal = proposer.propose(state)  # a tree for each row, its root the anchor
+            proposal = proposer.propose(state).with_root(state.anchor)  # a tree for each row
         with recorder.phase("verify"):
-            on_target.cache.reserve(max(state.last_slots) + proposal.size)
-            verified = target.verify(on_target, proposal.tokens, state.slots, proposal.ancestors)
+            target_state.cache.reserve(max(state.last_slots) + proposal.size)
+            verified = target.verify(target_state, proposal.tokens, state.slots, proposal.ancestors)
         with recorder.phase("rest"), state.user_code():
             prefixes = state.prefixes(proposal)
             target_tokens, scores = state.sampler.sample(
@@ -310,10 +316,11 @@ def decode(state: DecodeState, proposer: Proposer, recorder: Recorder) -> None:
             accepted, path = accept(proposal, target_tokens)  # how many tokens stay, and which
             if proposal.parents is not None:
                 target_tokens, scores = target_tokens.gather(1, path), gather_path(scores, path)
-                verified = target.move_path(on_target, verified, state.slots, path)
+                verified = target.move_path(target_state, verified, state.slots, path)
+            # Before `state.commit` moves the slots: the features belong to the block at the old anchor.
             proposer.commit(verified.features, state.slots)
             counts = state.commit(target_tokens, accepted, scores, verified.logits)
             committed = [tokens for _, tokens in counts]
             with recorder.phase("rollback"):
-                roll_back(on_target.recurrent, verified.snapshot, committed, proposal.size)
+                roll_back(target_state.recurrent, verified.snapshot, committed, proposal.size)
         recorder.record_cycle(counts, proposal.size)

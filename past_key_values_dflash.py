@@ -33,7 +33,7 @@ class DraftContext:
 
 
 def import_past_key_values(
-    cache: Cache | None, on_target: TargetState, drafter: Drafter, on_draft: DraftState
+    cache: Cache | None, target_state: TargetState, drafter: Drafter, draft_state: DraftState
 ) -> int:
     """Copy what `cache` holds into the slots of target and draft.
 
@@ -46,18 +46,18 @@ def import_past_key_values(
     if cache is None or not cache.get_seq_length():
         return 0
     slots = int(cache.get_seq_length())
-    on_target.cache.reserve(slots)
-    for ours, theirs in zip(on_target.cache.layers, cache.layers, strict=True):
+    target_state.cache.reserve(slots)
+    for ours, theirs in zip(target_state.cache.layers, cache.layers, strict=True):
         if isinstance(ours, SlotLayer):
             _import_keys(ours, theirs, slots)
         if isinstance(ours, LinearAttentionLayer):
             vars(ours).update(states_of(theirs))
-    on_target.cache.num_prefilled = slots
+    target_state.cache.num_prefilled = slots
     context = getattr(cache, "dflash", None)
     if context is not None and context.draft() is drafter.draft and context.num_slots == slots:
-        on_draft.cache = context.cache
+        draft_state.cache = context.cache
     else:
-        on_draft.mask_context(slots)
+        draft_state.mask_context(slots)
     return slots
 
 
@@ -71,7 +71,7 @@ def _import_keys(ours: SlotLayer, theirs: Any, slots: int) -> None:
 
 
 def export_past_key_values(
-    state: DecodeState, drafter: Drafter, on_draft: DraftState
+    state: DecodeState, drafter: Drafter, draft_state: DraftState
 ) -> Cache | None:
     """Fill the cache that `generate` came with, with every slot but the last token's, as views of our buffers.
 
@@ -80,7 +80,7 @@ def export_past_key_values(
         `DynamicCache` (`generate` made it for a cache_implementation), or rows with recurrent state ended apart.
     """
     prompt, cache = state.prompt, state.prompt.cache
-    recurrent = bool(state.on_target.recurrent.states)
+    recurrent = bool(state.target_state.recurrent.states)
     ended_apart = len({len(tokens) for tokens in state.sequences.generated}) > 1
     if (
         not prompt.cache_is_wanted
@@ -94,14 +94,16 @@ def export_past_key_values(
         _complete(state, output_ids, slots)
     # A cache made without a config makes its layers when used.
     if not cache.layers and not recurrent:
-        cache.layers.extend(cache.layer_class_to_replicate() for _ in state.on_target.cache.layers)
-    for ours, theirs in zip(state.on_target.cache.layers, cache.layers, strict=True):
+        cache.layers.extend(
+            cache.layer_class_to_replicate() for _ in state.target_state.cache.layers
+        )
+    for ours, theirs in zip(state.target_state.cache.layers, cache.layers, strict=True):
         if isinstance(ours, SlotLayer):
             _export_keys(ours, theirs, slots)
         if isinstance(ours, LinearAttentionLayer):
             vars(theirs).update(states_of(ours))
-    drafter.flush_pending(on_draft)
-    cache.dflash = DraftContext(weakref.ref(drafter.draft), on_draft.cache, slots)
+    drafter.flush_pending(draft_state)
+    cache.dflash = DraftContext(weakref.ref(drafter.draft), draft_state.cache, slots)
     return cache
 
 
@@ -125,4 +127,4 @@ def _complete(state: DecodeState, output_ids: torch.Tensor, slots: int) -> None:
     prompt = state.prompt
     where = torch.arange(first, slots, device=output_ids.device).expand(len(output_ids), -1)
     ids = output_ids[:, first - prompt.num_cached : slots - prompt.num_cached]
-    state.target.prefill_chunk(state.on_target, ids, where, prompt.position_offset + where)
+    state.target.prefill_chunk(state.target_state, ids, where, prompt.position_offset + where)

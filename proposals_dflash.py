@@ -30,6 +30,10 @@ class Proposal:
     tokens: torch.Tensor
     parents: torch.Tensor | None = None
 
+    def with_root(self, anchor: torch.Tensor) -> "Proposal":
+        """Return the proposal with `anchor [B, 1]` as its root, whatever the proposer put there."""
+        return Proposal(torch.cat([anchor, self.tokens[:, 1:]], dim=1), self.parents)
+
     @property
     def size(self) -> int:
         """Q."""
@@ -131,31 +135,39 @@ class Proposer(Protocol):
         """Take the context features `[B, N, F]` of the prompt's slots from `first_slot` on, the same in every row."""
 
     def propose(self, state: Any) -> Proposal:
-        """Return a proposal for every row of a `DecodeState`."""
+        """Return a proposal for every row of a `DecodeState`, finished ones too.
+
+        `state.anchor [B, 1]` is each row's last token, at the slot `state.slots [B]`; `state.sequences.text(row)` are
+        the ids so far, to read only. Another first token than the anchor is replaced by it.
+        """
 
     def commit(self, features: torch.Tensor, slots: torch.Tensor) -> None:
-        """Take the context features `[B, Q, F]` of the block at `slots [B]`, accepted tokens first."""
+        """Take the context features `[B, Q, F]` of the verified block, whose anchor is at `slots [B]`.
+
+        Those of accepted tokens come first, those of rejected ones follow. How many were accepted shows in
+        `state.last_slots` at the next `propose`.
+        """
 
 
 class ChainProposer:
     """Proposes the draft's block as a chain.
 
     Args:
-        context: the draft's state of this decode.
+        draft_state: what the draft holds of this decode.
         sampler: with whose noise the draft draws, where it is coupled.
     """
 
-    def __init__(self, drafter: Drafter, context: DraftState, sampler: Sampler):
-        self.drafter, self.context = drafter, context
+    def __init__(self, drafter: Drafter, draft_state: DraftState, sampler: Sampler):
+        self.drafter, self.draft_state = drafter, draft_state
         self.sampler = sampler
 
     def append_context(self, features: torch.Tensor, first_slot: int) -> None:
-        self.drafter.cache_context(self.context, features, first_slot)
+        self.drafter.cache_context(self.draft_state, features, first_slot)
 
     def propose(self, state: Any) -> Proposal:
         """Return the anchor and the draft's tokens after it."""
         num_slots = max(state.last_slots) + self.drafter.size
-        output = self.drafter.draft_block(self.context, state.anchor, state.slots, num_slots)
+        output = self.drafter.draft_block(self.draft_state, state.anchor, state.slots, num_slots)
         tokens = output.tokens
         if self.sampler.coupled:
             scores, pair_scale = self.sampler.draft_scores(output.logits, state.next_slots)
@@ -163,4 +175,4 @@ class ChainProposer:
         return Proposal(torch.cat([state.anchor, tokens], dim=1))
 
     def commit(self, features: torch.Tensor, slots: torch.Tensor) -> None:
-        self.drafter.set_pending(self.context, features, slots)
+        self.drafter.set_pending(self.draft_state, features, slots)

@@ -123,7 +123,7 @@ class StopConditions:
     max_length: int
     """Slots at most, the prompt's included."""
     token_ids: frozenset[int] = frozenset()
-    has_eos: bool = False
+    pads_ended_rows: bool = False
     """Whether rows that have ended are padded. Without end tokens `generate` extends every row until all have ended."""
     time_limits: list[MaxTimeCriteria] = field(default_factory=list)
     others: list[StoppingCriteria] = field(default_factory=list)
@@ -137,8 +137,8 @@ class StopConditions:
         sorted_kinds = MaxLengthCriteria | EosTokenCriteria | MaxTimeCriteria
         others = [one for one in criteria if not isinstance(one, sorted_kinds)]
         ids = frozenset(token for one in ends for token in one.eos_token_id.flatten().tolist())
-        has_eos = any(hasattr(one, "eos_token_id") for one in criteria)
-        return cls(min(lengths, default=UNLIMITED), ids, has_eos, time_limits, others)
+        pads_ended_rows = any(hasattr(one, "eos_token_id") for one in criteria)
+        return cls(min(lengths, default=UNLIMITED), ids, pads_ended_rows, time_limits, others)
 
 
 class Sequences:
@@ -182,7 +182,7 @@ class Sequences:
         if all(end is not None for end in self.end_lengths):
             budget = min(budget, max((end or 0 for end in self.end_lengths), default=0))
         return [
-            end is None or (not self.stop_conditions.has_eos and len(tokens) < budget)
+            end is None or (not self.stop_conditions.pads_ended_rows and len(tokens) < budget)
             for end, tokens in zip(self.end_lengths, self.generated, strict=True)
         ]
 
@@ -213,7 +213,7 @@ class Sequences:
             count += 1
             if self.end_lengths[row] is None and (overtime or self._ends_with(row, token)):
                 self.end_lengths[row] = len(generated)
-                if self.stop_conditions.has_eos or overtime:
+                if self.stop_conditions.pads_ended_rows or overtime:
                     break
         return count
 
@@ -227,7 +227,10 @@ class Sequences:
         return ended or any(bool(one(text, None).all()) for one in self.stop_conditions.others)
 
     def text(self, row: int, tokens: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the ids of a row up to its last token, `[T]`; with `tokens [N]` after it, `[T + N]`."""
+        """Return the ids of a row up to its last token, `[T]`; with `tokens [N]` after it, `[T + N]`.
+
+        They are a view of the buffer, valid until the next call.
+        """
         length = self.prompt.shape[1] + len(self.generated[row])
         more = 0 if tokens is None else len(tokens)
         if length + more > self.buffer.shape[1]:

@@ -88,7 +88,7 @@ class Target:
         self.model, self.text = model, text
         self.layers, self.name = decoder_layers(model), type(model).__name__
         self.cache_name = cache_name(model.forward)
-        self.keeps_logits = "logits_to_keep" in parameters(model.forward)
+        self.takes_logits_to_keep = "logits_to_keep" in parameters(model.forward)
         self.attention = BlockAttention(model, [(window, True) for window in windows(text)])
         self.taps = FeatureTaps(self.layers, taps, text.hidden_size)
         self.runner = BlockRunner(
@@ -100,7 +100,7 @@ class Target:
         """Watch the target during one decode of `prompt`, and leave it as it was found.
 
         Args:
-            mode: of `BlockRunner`.
+            mode: "eager", "graphs" or "compile".
         """
         cache = SlotCache(DynamicCache(config=self.text))
         recurrent = RecurrentLayers(cache.layers, self.layers)
@@ -177,7 +177,7 @@ class Target:
 
         Args:
             tokens `[B, Q]`.
-            slots `[B]`: of each row's anchor. Position q of the block takes the slot q behind it.
+            slots `[B]`: of each row's anchor. Position q of the block takes the q-th slot after it.
             ancestors `[B, Q, Q]`: of a tree; None for a chain.
 
         Raises:
@@ -229,7 +229,7 @@ class Target:
         return output.logits, output.features
 
     def _check_block(self, state: TargetState, length: int) -> None:
-        """Check what costs nothing after a forward over slots."""
+        """Check that the forward wrote every slot, and that every layer used our attention; both only read counters."""
         state.cache.check_written(length, self.name)
         self.attention.check_layers(set(state.cache.slot_layers), self.name)
 
@@ -237,7 +237,7 @@ class Target:
         """Return the arguments of a forward whose last `num_logits` positions get logits; it is about to run."""
         self.taps.clear()
         arguments = {**inputs, self.cache_name: cache, "use_cache": True, "return_dict": True}
-        if self.keeps_logits:
+        if self.takes_logits_to_keep:
             arguments["logits_to_keep"] = self._logits_to_keep(
                 inputs["input_ids"].shape[1], num_logits
             )
@@ -249,7 +249,7 @@ class Target:
         Raises:
             ValueError: the model gave the logits of other positions.
         """
-        expected = num_logits if self.keeps_logits else length
+        expected = num_logits if self.takes_logits_to_keep else length
         found = logits.shape[1]
         if found != expected:
             raise difference(

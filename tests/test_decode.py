@@ -39,7 +39,7 @@ def test_tokens_and_cycles_are_those_of_the_original_code(name):
         assert len(committed) - len(statistics.committed) in (0, 1)
 
 
-def test_every_family_that_is_answered_for_is_tested():
+def test_every_tested_family_is_answered_for():
     tested = {tiny.FAMILIES[name].get("model_type", name) for name in tiny.FAMILIES}
     assert tested <= TESTED
 
@@ -119,7 +119,7 @@ def test_what_the_draft_proposes_is_what_its_plain_forward_says(layers):
         """Looks at what the draft gives before it is proposed."""
 
         def propose(self, state):
-            drafter, context = self.chain.drafter, self.chain.context
+            drafter, context = self.chain.drafter, self.chain.draft_state
             output = drafter.draft_block(context, state.anchor, state.slots, max(state.last_slots) + drafter.size)
             with state.target.attention.uninstalled(), drafter.attention.uninstalled():
                 for row, slot in enumerate(state.slots.tolist()):
@@ -244,7 +244,7 @@ def test_nothing_is_copied_but_what_a_block_writes():
 
     class Watched(tiny.Steered):
         def propose(self, state):
-            for cache in (state.on_target.cache, self.chain.context.cache):
+            for cache in (state.target_state.cache, self.chain.draft_state.cache):
                 where.update((id(cache), layer.keys.data_ptr()) for layer in cache.slot_layers.values())
             return self.chain.propose(state)
 

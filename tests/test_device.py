@@ -30,14 +30,14 @@ def test_the_blocks_of_a_family_need_neither_the_data_nor_another_device(family,
     target, drafter = Target(model, (0, 2)), Drafter(draft, model)
     with (
         torch.no_grad(),
-        target.decoding(prompt, "eager") as on_target,
-        drafter.decoding(prompt.padding_mask, "eager") as on_draft,
+        target.decoding(prompt, "eager") as target_state,
+        drafter.decoding(prompt.padding_mask, "eager") as draft_state,
     ):
-        target.prefill(on_target, {"input_ids": ids})
-        on_target.cache.reserve(20 + size)
-        verified = target.verify(on_target, ids[:, :size], slots)
+        target.prefill(target_state, {"input_ids": ids})
+        target_state.cache.reserve(20 + size)
+        verified = target.verify(target_state, ids[:, :size], slots)
         assert verified.logits.device == verified.features.device == META
-        output = drafter.draft_block(on_draft, anchor, slots, 20 + size)
+        output = drafter.draft_block(draft_state, anchor, slots, 20 + size)
         assert output.logits.device == output.tokens.device == META
         assert verified.logits.shape == (rows, size, tiny.VOCAB)
         assert output.logits.shape == (rows, size - 1, tiny.VOCAB)

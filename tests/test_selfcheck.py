@@ -70,7 +70,7 @@ def write_keys_elsewhere(patch, target):
     def shifted(honest, states, rows, new):
         return honest(states, rows + 1, new)
 
-    wrap(patch, cache_dflash, "write", shifted)
+    wrap(patch, cache_dflash, "write_flat", shifted)
 
 
 def widen_windows(patch, target):

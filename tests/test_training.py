@@ -48,13 +48,13 @@ def decoded_states(draft, target, ids: torch.Tensor, block: int) -> torch.Tensor
     drafter, engine = Drafter(draft, target), Target(target, tuple(draft.config.target_layer_ids))
     prompt = Prompt(ids, {})
     with (
-        engine.decoding(prompt, "eager") as on_target,
-        drafter.decoding(prompt.padding_mask, "eager") as on_draft,
+        engine.decoding(prompt, "eager") as target_state,
+        drafter.decoding(prompt.padding_mask, "eager") as draft_state,
     ):
         if ids.shape[1] > 1:
-            drafter.cache_context(on_draft, engine.prefill(on_target, {"input_ids": ids[:, :-1]}).features, 0)
+            drafter.cache_context(draft_state, engine.prefill(target_state, {"input_ids": ids[:, :-1]}).features, 0)
         slots = torch.tensor([ids.shape[1] - 1])
-        drafter.draft_block(on_draft, ids[:, -1:], slots, ids.shape[1] + block)
+        drafter.draft_block(draft_state, ids[:, -1:], slots, ids.shape[1] + block)
     hook.remove()
     return seen[0]
 
