@@ -222,7 +222,7 @@ def _signs_of(name: str, config: dict[str, Any]) -> dict[str, Any]:
     architectures = config.get("architectures")
     names = architectures if isinstance(architectures, list | tuple) else [architectures]
     part = KINDS[name].name_part
-    if any(isinstance(architecture, str) and part in architecture for architecture in names):
+    if part and any(isinstance(name, str) and part in name for name in names):
         signs["architectures"] = architectures
     return signs
 

@@ -120,7 +120,7 @@ def _export_keys(ours: SlotLayer, theirs: Any, slots: int) -> None:
 
 
 def _complete(state: DecodeState, output_ids: torch.Tensor, slots: int) -> None:
-    """Cache the padding `[B, T]` behind rows that ended early too, as plain `generate` does: one more forward."""
+    """Cache the padding `[B, T]` after rows that ended early too, as plain `generate` does: one more forward."""
     first = min(state.last_slots)
     if first >= slots:
         return

@@ -96,7 +96,7 @@ class TapWatch:
 
     def __init__(self, taps: FeatureTaps):
         self.taps = taps
-        self.next_inputs: dict[int, Any] = {}  # [B, T, D] for each tap, of the layer behind it
+        self.next_inputs: dict[int, Any] = {}  # [B, T, D] for each tap, of the layer after it
         self.norm_outputs: dict[int, list[torch.Tensor]] = {
             index: [] for index in taps.ids
         }  # inside the tapped layer

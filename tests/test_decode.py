@@ -17,7 +17,7 @@ RECURRENT = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "lfm2", "nemotron
 
 def speculative(target, draft, ids, new, **kwargs):
     """The text by `generate` with the draft, and the statistics."""
-    statistics = DecodeStatistics()
+    statistics = kwargs.pop("statistics", None) or DecodeStatistics()
     given = {"attention_mask": torch.ones_like(ids), "max_new_tokens": new, "do_sample": False} | kwargs
     return target.generate(ids, custom_generate=draft.speculate, statistics=statistics, **given), statistics
 
@@ -503,6 +503,45 @@ def test_a_draft_that_is_all_nan_costs_time_and_nothing_else():
     with torch.no_grad():
         draft.norm.weight.fill_(float("nan"))
     assert torch.equal(speculative(target, draft, ids, 20)[0], tiny.greedy(target, ids, 20))
+
+
+def test_statistics_of_blocks_of_several_sizes_add_up():
+    target, statistics = tiny.target("qwen3"), DecodeStatistics()
+    ids = tiny.prompt(9)
+    for block in (3, 8, 2):
+        draft = tiny.draft(target, block_size=block)
+        better = tiny.partly_right(tiny.greedy(target, ids, 30))
+        speculative(target, draft, ids, 30, statistics=statistics, proposer=better)
+    assert len(statistics.accepted_at) == 7
+    assert sum(statistics.committed) == 3 * 29
+
+
+class Anything:
+    """A proposer that proposes one token over and over, in place of the anchor too; now more of them, now fewer."""
+
+    def __init__(self):
+        self.turn = 0
+
+    def append_context(self, features, first_slot):
+        pass
+
+    def propose(self, state):
+        self.turn += 1
+        return Proposal(torch.full((len(state.anchor), 2 + 3 * (self.turn % 3)), 7))
+
+    def commit(self, features, slots):
+        pass
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "qwen3_next"])
+def test_the_text_is_the_targets_own_whatever_is_proposed(family):
+    target = tiny.target(family)
+    inputs = tiny.batch(12, pads=(0, 5, 9, 2))
+    draft, statistics = tiny.draft(target), DecodeStatistics()
+    more = {"custom_generate": draft.speculate, "statistics": statistics, "proposer": lambda chain: Anything()}
+    expected = target.generate(**inputs, max_new_tokens=30, do_sample=False)
+    assert torch.equal(target.generate(**inputs, max_new_tokens=30, do_sample=False, **more), expected)
+    assert len(set(statistics.committed)) > 1
 
 
 def test_the_statistics_add_up():

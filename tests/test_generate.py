@@ -340,6 +340,8 @@ def test_a_batch_of_rows_that_ended_apart_leaves_the_cache_of_plain_generate():
         ({"dola_layers": "low"}, "dola_layers|Dola|DoLa"),
         ({"draft_sampling": "hot"}, "draft_sampling is 'hot'; it must be one of greedy, coupled"),
         ({"capture": "film"}, "capture is 'film'; it must be one of auto"),
+        ({"statistics": 3}, r"statistics is 3; it must be a DecodeStatistics\(\)"),
+        ({"proposer": 3}, "proposer is 3; it must be a function of the draft's proposer"),
         ({"cache_implementation": "offloaded"}, "an offloaded cache"),
     ],
 )

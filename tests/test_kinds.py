@@ -7,7 +7,7 @@ import pytest
 import tiny
 from dflash_hub import load_draft
 from dflash_hub.kinds import KINDS, kind_of
-from dflash_hub.layouts_dflash import DRAFT_LAYOUTS, FIELDS
+from dflash_hub.layouts_dflash import BASE, DRAFT_LAYOUTS, FIELDS
 from dflash_hub.training.heads import HEADS
 from dflash_hub.training.metrics import Metrics
 from paths import ROOT, TINY
@@ -24,6 +24,7 @@ def test_a_row_names_what_there_is(name):
     assert kind.model_class.config_class is kind.config_class
     assert kind.reader == kind.config_class.architecture == kind.model_class.__name__
     assert kind.reader in kind.architectures
+    assert kind.name_part or name == BASE
     own = set(kind.config_class.__dataclass_fields__)
     assert {*layout.fields, *layout.required, *layout.scales, *layout.mirrored, *kind.head_fields} <= own
     assert {*layout.fields, *layout.scales} <= set(FIELDS)
