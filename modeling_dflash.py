@@ -195,15 +195,12 @@ class DFlashDraftModel(DFlashPreTrainedModel):
         noise_embeds = self.scale_embeds(noise_embeds)
         if use_cache and cache is None:
             cache = rewindable_cache(self.config)
-        new = context_hidden_states.shape[1] + noise_embeds.shape[1]
-        past = cache.get_seq_length() if cache is not None else 0
+        context_length, block_length = context_hidden_states.shape[1], noise_embeds.shape[1]
         if position_ids is None:
-            position_ids = torch.arange(past, past + new, device=noise_embeds.device)[None]
-        if position_ids.shape[-1] != new:
-            raise ValueError(
-                f"position_ids covers {position_ids.shape[-1]} positions, but the context has "
-                f"{context_hidden_states.shape[1]} tokens and the block {noise_embeds.shape[1]}: pass {new}."
-            )
+            past = cache.get_seq_length() if cache is not None else 0
+            end = past + context_length + block_length
+            position_ids = torch.arange(past, end, device=noise_embeds.device)[None]
+        self._check_positions(position_ids, context_length, block_length)
         masks = self._masks(attention_mask, position_ids, noise_embeds, cache)
         features = self.hidden_norm(self.fc(context_hidden_states))  # [B, C, H]
         hidden_states = noise_embeds
@@ -269,6 +266,16 @@ class DFlashDraftModel(DFlashPreTrainedModel):
             raise ValueError(
                 f"noise_embeds is {noise_embeds.shape[-1]} wide, but this draft's hidden_size is "
                 f"{self.config.hidden_size}: the target is not the one it was made for."
+            )
+
+    def _check_positions(
+        self, position_ids: torch.Tensor, context_length: int, block_length: int
+    ) -> None:
+        new = context_length + block_length
+        if position_ids.shape[-1] != new:
+            raise ValueError(
+                f"position_ids covers {position_ids.shape[-1]} positions, but the context has {context_length} tokens "
+                f"and the block {block_length}: pass {new}."
             )
 
     def _masks(
