@@ -10,12 +10,14 @@ reads (L <= S), H key and value heads, G query heads per key head, D head dim.
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .cache_dflash import SlotCache
 from .compat_dflash import (
     attention_name,
     difference,
@@ -240,9 +242,9 @@ class BlockAttention:
         grouped = query.unflatten(1, (key.shape[1], groups))
         packed = grouped.flatten(2, 3)  # [B, H, G * Q, D]
         output = scaled_dot_product_attention(packed, key, value, attn_mask=mask, scale=scaling)
-        return output.unflatten(2, (groups, query.shape[2])).flatten(1, 2).transpose(
-            1, 2
-        ).contiguous(), None
+        output = output.unflatten(2, (groups, query.shape[2]))
+        output = output.flatten(1, 2)  # [B, G * H, Q, D]
+        return output.transpose(1, 2).contiguous(), None
 
     def check_layers(self, layers: set[int], whose: str) -> None:
         """Check that all of `layers` called `attend` in the last forward.
@@ -283,3 +285,27 @@ class BlockAttention:
         if kind not in self.masks.built:
             self.mask_kinds.add(kind)
         return self.masks.get(kind)
+
+
+@dataclass
+class BlockState:
+    """What a model holds of one decode, for its blocks: made before the prefill, dropped at the end.
+
+    Args:
+        cache: keys and values of its text.
+        padding_mask `[B, P]`: True at slots that hold nothing to see.
+        masks: of the last block.
+    """
+
+    cache: SlotCache
+    padding_mask: torch.Tensor
+    masks: BlockMasks | None = field(default=None, kw_only=True)
+
+    def masks_for(self, slots: torch.Tensor, size: int, attention: BlockAttention) -> BlockMasks:
+        """Return the masks for blocks of `size` at `slots [B]`; new ones where buffers grew or the size changed."""
+        masks = self.masks
+        capacity = self.cache.capacity
+        if masks is None or masks.size != size or masks.padding_mask.shape[1] < capacity:
+            padding_mask = pad_to(self.padding_mask, capacity)
+            masks = self.masks = BlockMasks(padding_mask, slots, size, attention.mask_kinds)
+        return masks

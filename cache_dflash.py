@@ -12,7 +12,7 @@ H key and value heads, D head dim.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -293,15 +293,11 @@ class RecurrentLayers:
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Record the inputs of every mixer."""
-        hooks = [
-            module.register_forward_pre_hook(self._hook(index), with_kwargs=True)
-            for index, module in self.mixers.items()
-        ]
-        try:
+        with ExitStack() as hooks:
+            for index, module in self.mixers.items():
+                hook = module.register_forward_pre_hook(self._hook(index), with_kwargs=True)
+                hooks.enter_context(hook)
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def _hook(self, index: int) -> Callable:
         def record(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

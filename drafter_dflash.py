@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers.cache_utils import DynamicCache
 
-from .attention_dflash import BlockAttention, BlockMasks, pad_to
+from .attention_dflash import BlockAttention, BlockState
 from .cache_dflash import SlotCache
 from .execution_dflash import BlockRunner
 from .target_dflash import embed_noise
@@ -50,22 +50,17 @@ class PendingContext:
 
 
 @dataclass
-class DraftState:
-    """What a draft holds of one decode: made before the prefill, dropped at the end.
+class DraftState(BlockState):
+    """What a draft holds of one decode.
 
     Args:
-        cache: keys and values of its context.
-        padding_mask `[B, S]`: True at slots that hold no context.
         position_offset `[B, 1]`: position minus slot.
         noise_ids `[B, Q - 1]`: mask tokens.
     """
 
-    cache: SlotCache
-    padding_mask: torch.Tensor
     position_offset: torch.Tensor
     noise_ids: torch.Tensor
     pending: PendingContext | None = None
-    masks: BlockMasks | None = None
 
     def positions(self, slots: torch.Tensor) -> torch.Tensor:
         """Return the positions in each row's text of `slots [B, N]`."""
@@ -75,15 +70,6 @@ class DraftState:
         """Hide the first slots, which were cached without this draft and hold no context of it."""
         self.padding_mask = self.padding_mask.clone()
         self.padding_mask[:, :num_slots] = True
-
-    def masks_for(self, slots: torch.Tensor, size: int, attention: BlockAttention) -> BlockMasks:
-        """Return the masks for blocks of `size` at `slots [B]`; new ones where the buffers grew."""
-        masks, capacity = self.masks, self.cache.capacity
-        if masks is None or masks.padding_mask.shape[1] < capacity:
-            masks = self.masks = BlockMasks(
-                pad_to(self.padding_mask, capacity), slots, size, attention.mask_kinds
-            )
-        return masks
 
 
 class Drafter:

@@ -9,6 +9,7 @@ Shapes: B rows, Q block positions, N new positions, F taps * target hidden size.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -39,18 +40,17 @@ class Proposal:
         """Q."""
         return self.tokens.shape[1]
 
-    @property
+    @cached_property
     def ancestors(self) -> torch.Tensor | None:
         """`[B, Q, Q]`, as `ancestors` returns it; None for a chain."""
         if self.parents is None:
             return None
         return ancestors(self.parents.to(self.tokens.device))
 
-    @property
+    @cached_property
     def depths(self) -> torch.Tensor | None:
         """How far each position is from the root, `[B, Q]`; None for a chain, where they are 0, 1, 2 ..."""
-        lineage = self.ancestors
-        return None if lineage is None else lineage.sum(-1) - 1
+        return None if self.ancestors is None else self.ancestors.sum(-1) - 1
 
 
 def ancestors(parents: torch.Tensor) -> torch.Tensor:
@@ -106,25 +106,25 @@ def accept(proposal: Proposal, target_tokens: torch.Tensor) -> tuple[torch.Tenso
         How many drafted tokens are accepted, `[B]`; and the path, `[B, Q]`: positions of the proposal from the root on,
         of which the first `1 + accepted` count. The tokens to commit are the target's along the path.
     """
-    tokens, parents = proposal.tokens, proposal.parents
-    size = tokens.shape[1]
+    tokens = proposal.tokens
+    size = proposal.size
+    lineage = proposal.ancestors
+    depths = proposal.depths
     positions = torch.arange(size, device=tokens.device)
-    if parents is None:
+    if proposal.parents is None or lineage is None or depths is None:
         matches = tokens[:, 1:] == target_tokens[:, :-1]
         accepted = matches.cumprod(dim=1).sum(dim=1)
         return accepted, positions.expand_as(tokens)
-    parents = parents.to(tokens.device)
-    lineage = ancestors(parents)  # [B, Q, Q]
-    depths = lineage.sum(dim=-1)  # [B, Q], from 1 at the root
+    parents = proposal.parents.to(tokens.device)
     wanted = target_tokens.gather(1, parents.clamp_min(0))
     matches = (tokens == wanted) | (parents < 0)  # [B, Q]
     stays = (matches[:, None] | ~lineage).all(dim=-1)
     # [B, 1], the deepest that stays.
-    tip = torch.where(stays, depths, 0).argmax(dim=-1, keepdim=True)
+    tip = torch.where(stays, depths, -1).argmax(dim=-1, keepdim=True)
     index = tip[..., None].expand(-1, 1, size)
     on_path = lineage.gather(1, index)[:, 0]  # [B, Q]
     path = torch.where(on_path, positions, size).sort().values
-    accepted = depths.gather(1, tip)[:, 0] - 1
+    accepted = depths.gather(1, tip)[:, 0]
     return accepted, path.clamp_max(size - 1)
 
 

@@ -9,7 +9,7 @@ Shapes: B rows, N positions, T tokens of a short text, D hidden size of the targ
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -38,15 +38,11 @@ class FeatureTaps:
     @contextmanager
     def collecting(self) -> Iterator[None]:
         """Collect outputs during the forwards inside."""
-        hooks = [
-            self.layers[index].register_forward_hook(hook) for index, hook in self.hooks.items()
-        ]
-        try:
+        with ExitStack() as hooks:
+            hooks.callback(self.clear)
+            for index, hook in self.hooks.items():
+                hooks.enter_context(self.layers[index].register_forward_hook(hook))
             yield
-        finally:
-            self.clear()
-            for hook in hooks:
-                hook.remove()
 
     def clear(self) -> None:
         """Drop what was collected, before a forward."""
@@ -104,20 +100,15 @@ class TapWatch:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Collect during the forward inside."""
-        hooks = []
-        for index in self.taps.ids:
-            for norm in norms_of(self.taps.layers[index], self.taps.width):
-                hooks.append(norm.register_forward_hook(self._norm_hook(index)))
-            if index + 1 < len(self.taps.layers):
-                following = self.taps.layers[index + 1]
-                hooks.append(
-                    following.register_forward_pre_hook(self._input_hook(index), with_kwargs=True)
-                )
-        try:
+        with ExitStack() as hooks:
+            for index in self.taps.ids:
+                for norm in norms_of(self.taps.layers[index], self.taps.width):
+                    hooks.enter_context(norm.register_forward_hook(self._norm_hook(index)))
+                for following in self.taps.layers[index + 1 : index + 2]:
+                    collect = self._input_hook(index)
+                    hook = following.register_forward_pre_hook(collect, with_kwargs=True)
+                    hooks.enter_context(hook)
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def _input_hook(self, index: int) -> Callable:
         def collect(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache, LinearAttentionLayer
 
-from .attention_dflash import BlockAttention, BlockMasks, pad_to
+from .attention_dflash import BlockAttention, BlockMasks, BlockState, pad_to
 from .cache_dflash import RecurrentLayers, SlotCache, Snapshot
 from .compat_dflash import cache_name, difference, parameters, without_cache
 from .execution_dflash import BlockRunner
@@ -56,28 +56,15 @@ class Verified(TargetOutput):
 
 
 @dataclass
-class TargetState:
-    """What a target holds of one decode: made before the prefill, dropped at the end.
+class TargetState(BlockState):
+    """What a target holds of one decode.
 
     Args:
-        padding_mask `[B, P]`: True at slots of padding.
         position_offset `[B, 1]` or `[3, B, 1]`: position minus slot, for the slots after the prompt.
-        masks: of the last block.
     """
 
-    cache: SlotCache
     recurrent: RecurrentLayers
-    padding_mask: torch.Tensor
     position_offset: torch.Tensor
-    masks: BlockMasks | None = None
-
-    def masks_for(self, slots: torch.Tensor, size: int, attention: BlockAttention) -> BlockMasks:
-        """Return the masks for blocks of `size` at `slots [B]`; new ones where buffers grew or the size changed."""
-        masks, capacity = self.masks, self.cache.capacity
-        if masks is None or masks.size != size or masks.padding_mask.shape[1] < capacity:
-            padding_mask = pad_to(self.padding_mask, capacity)
-            masks = self.masks = BlockMasks(padding_mask, slots, size, attention.mask_kinds)
-        return masks
 
 
 class Target:
@@ -110,7 +97,7 @@ class Target:
             self.runner.using(mode),
             self.attention.installed(),
         ):
-            yield TargetState(cache, recurrent, prompt.padding_mask, prompt.position_offset)
+            yield TargetState(cache, prompt.padding_mask, recurrent, prompt.position_offset)
 
     def prefill(
         self, state: TargetState, inputs: dict[str, Any], num_logits: int = 1

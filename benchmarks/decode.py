@@ -286,32 +286,27 @@ def count_cycles(
     return [Cycles(cycles, moments[-1] - moments[0], options.new - 1, cycles)]
 
 
-class Forced:
+class Forced(ChainProposer):
     """Propose tokens of the plain text instead of the draft's, so that `tau` tokens are committed per cycle.
 
     Args:
-        chain: the draft's own proposer, which runs first.
+        chain: the draft's own proposer, whose work is done first.
         plain `[B, T]`: the plain text.
         vocab_size: used to make wrong tokens.
     """
 
     def __init__(self, chain: ChainProposer, plain: torch.Tensor, tau: int, vocab_size: int):
-        self.chain, self.plain = chain, plain
+        super().__init__(chain.drafter, chain.draft_state, chain.sampler)
+        self.plain = plain
         self.right, self.vocab_size = tau - 1, vocab_size
 
-    def append_context(self, features: torch.Tensor, first_slot: int) -> None:
-        self.chain.append_context(features, first_slot)
-
     def propose(self, state: DecodeState) -> Proposal:
-        proposal = self.chain.propose(state)
+        proposal = super().propose(state)
         slots = state.slots[:, None] + torch.arange(1, proposal.size, device=self.plain.device)
         truth = self.plain.gather(1, slots.clamp_max(self.plain.shape[1] - 1))
         proposal.tokens[:, 1 : 1 + self.right] = truth[:, : self.right]
         proposal.tokens[:, 1 + self.right :] = (truth[:, self.right :] + 1) % self.vocab_size
         return proposal
-
-    def commit(self, features: torch.Tensor, slots: torch.Tensor) -> None:
-        self.chain.commit(features, slots)
 
 
 def forced(

@@ -9,7 +9,7 @@ import typer
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.syntax import Syntax
 
-from .shared import console
+from .shared import Token, console
 
 
 def push(
@@ -23,9 +23,7 @@ def push(
     ] = None,
     private: Annotated[bool, typer.Option(help="Create the repository as private.")] = False,
     message: Annotated[str, typer.Option(help="Commit message.")] = "Upload DFlash draft",
-    token: Annotated[
-        str | None, typer.Option(envvar="HF_TOKEN", help="A Hub token with write access.")
-    ] = None,
+    token: Token = None,
 ) -> None:
     """Check a draft in a fresh process and push it: the hub layout to main, the engines layout to branch engines."""
     from transformers.utils import logging

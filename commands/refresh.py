@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from .shared import console
+from .shared import Token, console
 
 if TYPE_CHECKING:
     from ..publishing.refresh import BranchDifference
@@ -24,9 +24,7 @@ def refresh(
         bool, typer.Option("--yes", help="Push without asking for confirmation.")
     ] = False,
     message: Annotated[str | None, typer.Option(help="Commit message.")] = None,
-    token: Annotated[
-        str | None, typer.Option(envvar="HF_TOKEN", help="A Hub token with write access.")
-    ] = None,
+    token: Token = None,
 ) -> None:
     """Update the code in a pushed draft's repository to this version. Weights and card stay unchanged."""
     from transformers.utils import logging

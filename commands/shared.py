@@ -15,6 +15,9 @@ console = Console()
 
 Target = Annotated[str, typer.Option(help="Hub id or folder of the target.")]
 NewTokens = Annotated[int, typer.Option(min=1, help="Maximum number of new tokens.")]
+Token = Annotated[
+    str | None, typer.Option(envvar="HF_TOKEN", help="A Hub token with write access.")
+]
 Capture = Annotated[
     str,
     typer.Option(

@@ -256,14 +256,7 @@ def test_nothing_is_copied_but_what_a_block_writes():
 def test_a_cycle_brings_one_tensor_to_the_host(rows, monkeypatch):
     target, brought = tiny.target("qwen3"), []
     draft, inputs = tiny.draft(target), tiny.batch(9, pads=(0, 3, 5, 1)[:rows])
-    for name in ("tolist", "item", "cpu", "numpy", "__bool__", "__int__", "__float__", "nonzero"):
-        honest = getattr(torch.Tensor, name)
-
-        def bring(self, *args, honest=honest, name=name, **kwargs):
-            brought.append(name)
-            return honest(self, *args, **kwargs)
-
-        monkeypatch.setattr(torch.Tensor, name, bring)
+    tiny.record_transfers(monkeypatch, brought)
     per_cycle = []
 
     def count(proposal, state):

@@ -108,14 +108,7 @@ def test_a_cycle_brings_one_tensor_to_the_host(second, sampled, tree, monkeypatc
     draft, inputs = tiny.draft(target, **second), tiny.batch(9, pads=(0, 3, 5))
     asked = inputs | {"max_new_tokens": 40, "do_sample": sampled, "custom_generate": draft.speculate}
     target.generate(**asked)  # checks itself
-    for name in ("tolist", "item", "cpu", "numpy", "__bool__", "__int__", "__float__", "nonzero"):
-        honest = getattr(torch.Tensor, name)
-
-        def bring(self, *args, honest=honest, name=name, **kwargs):
-            brought.append(name)
-            return honest(self, *args, **kwargs)
-
-        monkeypatch.setattr(torch.Tensor, name, bring)
+    tiny.record_transfers(monkeypatch, brought)
     per_cycle, parents = [], torch.tensor([[-1, 0, 0, 1, 2]] * 3)
 
     def count(proposal, state):

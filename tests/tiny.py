@@ -268,6 +268,18 @@ def partly_right(expected: torch.Tensor, seed: int = 0):
     return steered(change)
 
 
+def record_transfers(monkeypatch, brought: list[str]):
+    """Append to `brought`, from now on, each way in which a tensor's values are brought to the host."""
+    for name in ("tolist", "item", "cpu", "numpy", "__bool__", "__int__", "__float__", "nonzero"):
+        honest = getattr(torch.Tensor, name)
+
+        def bring(self, *args, honest=honest, name=name, **kwargs):
+            brought.append(name)
+            return honest(self, *args, **kwargs)
+
+        monkeypatch.setattr(torch.Tensor, name, bring)
+
+
 def as_found(target) -> bool:
     """No hooks, no changed attention, no attribute of ours."""
     hooks = any(module._forward_hooks or module._forward_pre_hooks for module in target.modules())

@@ -68,12 +68,10 @@ def selector_loss_inputs(
         weight: weight of the selector's cross-entropy beside the draft's.
     """
     selector = draft.candidate_selector
-    previous = blocks.tokens.roll(1, dims=-1)[
-        blocks.block_loss_mask
-    ]  # [N], the token before each position
-    gates = selector.gates(states.to(selector.hidden_projection.weight.dtype), previous[:, None])[
-        :, 0
-    ]
+    before = blocks.tokens.roll(1, dims=-1)
+    previous = before[blocks.block_loss_mask]  # [N], the token before each position
+    states = states.to(selector.hidden_projection.weight.dtype)
+    gates = selector.gates(states, previous[:, None])[:, 0]
     return SelectorLossInputs(gates, selector.successor_codebook, selector.top_k, weight)
 
 
