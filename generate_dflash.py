@@ -27,6 +27,12 @@ from transformers.cache_utils import Cache
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.utils import ModelOutput
 
+from .acceptance_dflash import (
+    Acceptance,
+    BlockAcceptance,
+    StepwiseAcceptance,
+    foreign_objects,
+)
 from .compat_dflash import (
     attention_name,
     cache_field,
@@ -126,7 +132,7 @@ class SpeculativeGenerate:
         """
         streamer = streamer or local_of_generate("streamer", sys._getframe(1))
         check_compatible(self.draft.config, model, strict)
-        check_options(generation_config, logits_processor, input_ids, inputs)
+        check_options(generation_config, input_ids, inputs)
         _check_choice("draft_sampling", draft_sampling, DRAFT_SAMPLING)
         _check_choice("capture", capture, CAPTURE)
         _check_method("statistics", statistics, "add_cycle", "a DecodeStatistics()")
@@ -134,12 +140,17 @@ class SpeculativeGenerate:
         prompt = Prompt(input_ids, inputs, generation_config.return_dict_in_generate)
         if len(input_ids) > 1 and made_by_user(prompt.cache, unmarked=False):
             check_batch_cache(model)
-        stop_conditions = StopConditions.from_criteria(stopping_criteria)
         noise = PositionNoise() if generation_config.do_sample else None
+        sampler = Sampler(logits_processor, noise, coupled=draft_sampling == "coupled")
+        pad_token_id = padding_token(generation_config)
+        acceptance = choose_acceptance(sampler, stopping_criteria, input_ids, pad_token_id)
+        stop_conditions = StopConditions()
+        if not acceptance.foreign:
+            stop_conditions = StopConditions.from_criteria(stopping_criteria)
         request = DecodeRequest(
             prompt,
-            Sequences(input_ids, stop_conditions, padding_token(generation_config), streamer),
-            Sampler(logits_processor, noise, coupled=draft_sampling == "coupled"),
+            Sequences(input_ids, stop_conditions, pad_token_id, streamer),
+            acceptance,
             StepOutputs(_requested_outputs(generation_config), len(input_ids)),
             resolve_mode(capture, model, is_recurrent(model)),
             proposer or own_proposer,
@@ -162,6 +173,20 @@ class SpeculativeGenerate:
         return inspect.signature(SpeculativeGenerate.__call__.__get__(self))
 
 
+def choose_acceptance(
+    sampler: Sampler,
+    criteria: StoppingCriteriaList,
+    input_ids: torch.Tensor,
+    pad_token_id: int,
+) -> Acceptance:
+    """Return how tokens are accepted: by block, or step by step where an object needs it. `input_ids [B, P]`."""
+    if not foreign_objects(sampler.processors, criteria):
+        return BlockAcceptance(sampler)
+    pads_ended_rows = any(hasattr(one, "eos_token_id") for one in criteria)
+    padding = pad_token_id if pads_ended_rows else None
+    return StepwiseAcceptance(sampler, criteria, input_ids, padding)
+
+
 @dataclass
 class DecodeRequest:
     """One decode, as it was asked for.
@@ -173,7 +198,7 @@ class DecodeRequest:
 
     prompt: Prompt
     sequences: Sequences
-    sampler: Sampler
+    acceptance: Acceptance
     step_outputs: StepOutputs
     mode: str
     proposer: ProposerFactory = own_proposer
@@ -181,7 +206,7 @@ class DecodeRequest:
     def state(self, target: Target, target_state: TargetState) -> DecodeState:
         """Return the state of this decode, before the prefill."""
         return DecodeState(
-            target, target_state, self.prompt, self.sequences, self.sampler, self.step_outputs
+            target, target_state, self.prompt, self.sequences, self.acceptance, self.step_outputs
         )
 
     def output(self, cache: Cache | None) -> ModelOutput:
@@ -221,6 +246,7 @@ class DecoderSession:
         prompt, mode = request.prompt, request.mode
         target, drafter = self.target, self.drafter
         recorder = Recorder(statistics, drafter.draft.device)
+        recorder.record_stepwise(request.acceptance.foreign)
         with self._locks.setdefault(target.model, threading.RLock()):
             self._check_alone(prompt)
             with (
@@ -228,7 +254,9 @@ class DecoderSession:
                 drafter.decoding(prompt.padding_mask, mode) as draft_state,
             ):
                 state = request.state(target, target_state)
-                proposer = request.proposer(ChainProposer(drafter, draft_state, request.sampler))
+                proposer = request.proposer(
+                    ChainProposer(drafter, draft_state, request.acceptance.sampler)
+                )
                 with recorder.phase("prefill"):
                     first_slot = import_past_key_values(
                         prompt.cache, target_state, drafter, draft_state
@@ -343,7 +371,7 @@ def spec_generate(
             input_ids,
             StopConditions(input_ids.shape[1] + max_new_tokens, ends, pads_ended_rows=True),
         ),
-        Sampler(warpers, PositionNoise() if sampled else None),
+        BlockAcceptance(Sampler(warpers, PositionNoise() if sampled else None)),
         StepOutputs((), len(input_ids)),
         resolve_mode("auto", target, is_recurrent(target)),
     )

@@ -17,8 +17,8 @@ from transformers import (
     EosTokenCriteria,
     MaxLengthCriteria,
     MaxTimeCriteria,
-    StoppingCriteria,
     StoppingCriteriaList,
+    StopStringCriteria,
 )
 
 from .compat_dflash import cache_in, made_by_user, without_cache
@@ -120,25 +120,30 @@ class Prompt:
 class StopConditions:
     """When a row ends."""
 
-    max_length: int
+    max_length: int = UNLIMITED
     """Slots at most, the prompt's included."""
     token_ids: frozenset[int] = frozenset()
     pads_ended_rows: bool = False
     """Whether rows that have ended are padded. Without end tokens `generate` extends every row until all have ended."""
     time_limits: list[MaxTimeCriteria] = field(default_factory=list)
-    others: list[StoppingCriteria] = field(default_factory=list)
+    stop_strings: list[StopStringCriteria] = field(default_factory=list)
 
     @classmethod
     def from_criteria(cls, criteria: StoppingCriteriaList) -> "StopConditions":
-        """Sort the criteria that `generate` prepared."""
+        """Sort the criteria that `generate` prepared; `is_pure_criterion` holds for each."""
         lengths = [one.max_length for one in criteria if isinstance(one, MaxLengthCriteria)]
         ends = [one for one in criteria if isinstance(one, EosTokenCriteria)]
         time_limits = [one for one in criteria if isinstance(one, MaxTimeCriteria)]
-        sorted_kinds = MaxLengthCriteria | EosTokenCriteria | MaxTimeCriteria
-        others = [one for one in criteria if not isinstance(one, sorted_kinds)]
+        stop_strings = [one for one in criteria if isinstance(one, StopStringCriteria)]
         ids = frozenset(token for one in ends for token in one.eos_token_id.flatten().tolist())
         pads_ended_rows = any(hasattr(one, "eos_token_id") for one in criteria)
-        return cls(min(lengths, default=UNLIMITED), ids, pads_ended_rows, time_limits, others)
+        return cls(min(lengths, default=UNLIMITED), ids, pads_ended_rows, time_limits, stop_strings)
+
+
+def is_pure_criterion(criterion: Any) -> bool:
+    """Tell whether a criterion is transformers' own and a function of the text, or of time. A subclass is neither."""
+    pure = (MaxLengthCriteria, EosTokenCriteria, MaxTimeCriteria, StopStringCriteria)
+    return type(criterion) in pure
 
 
 class Sequences:
@@ -221,10 +226,15 @@ class Sequences:
         """Tell whether this row ends with `token`, its last."""
         length = self.prompt.shape[1] + len(self.generated[row])
         ended = length >= self.stop_conditions.max_length or token in self.stop_conditions.token_ids
-        if not self.stop_conditions.others:
+        if ended or not self.stop_conditions.stop_strings:
             return ended
         text = self.text(row)[None]
-        return ended or any(bool(one(text, None).all()) for one in self.stop_conditions.others)
+        return any(bool(one(text, None).all()) for one in self.stop_conditions.stop_strings)
+
+    def end(self) -> None:
+        """End every row where it is."""
+        self.end_lengths = [len(tokens) for tokens in self.generated]
+        self.row_ended = True
 
     def text(self, row: int, tokens: torch.Tensor | None = None) -> torch.Tensor:
         """Return the ids of a row up to its last token, `[T]`; with `tokens [N]` after it, `[T + N]`.

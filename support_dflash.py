@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList
+from transformers import GenerationConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicCache
 from transformers.utils import logging
 
@@ -319,7 +319,6 @@ def _rope_findings(text: Any) -> Iterator[Finding]:
 
 def check_options(
     config: GenerationConfig,
-    processors: LogitsProcessorList,
     input_ids: torch.Tensor,
     inputs: dict[str, Any],
 ) -> None:
@@ -332,22 +331,8 @@ def check_options(
     Raises:
         ValueError: saying what, why, and what to do.
     """
-    raise_first(processor_findings(processors))
     raise_first(config_findings(config))
     raise_first(input_findings(config, input_ids, inputs))
-
-
-def processor_findings(processors: LogitsProcessorList) -> Iterator[Finding]:
-    """Yield the processors that cannot judge the positions of a block."""
-    reasons = {
-        "SynthIDTextWatermarkLogitsProcessor": "it keeps state from one call to the next",
-        "UnbatchedClassifierFreeGuidanceLogitsProcessor": "guidance runs the target a second time for each token",
-    }
-    for processor in processors:
-        name = type(processor).__name__
-        if name in reasons:
-            what = f"{name} cannot be used with a draft: {reasons[name]}"
-            yield Finding(what, name, "processors of single positions or of texts", "Leave it out")
 
 
 def config_findings(config: GenerationConfig) -> Iterator[Finding]:
