@@ -60,8 +60,8 @@ class Acceptance(Protocol):
     """How a verified block becomes text."""
 
     sampler: Sampler
-    foreign: list[str]
-    """Class names of the processors and criteria that are called step by step."""
+    reasons: list[str]
+    """Why tokens are accepted step by step, see `DecodeStatistics.stepwise`; empty by block."""
 
     def complete(self, proposal: Proposal) -> Proposal:
         """Return the proposal to verify."""
@@ -79,7 +79,7 @@ class BlockAcceptance:
 
     def __init__(self, sampler: Sampler):
         self.sampler = sampler
-        self.foreign: list[str] = []
+        self.reasons: list[str] = []
 
     def complete(self, proposal: Proposal) -> Proposal:
         return proposal
@@ -119,6 +119,7 @@ class StepwiseAcceptance:
         criteria: all that `generate` prepared.
         input_ids `[B, P]`: the prompt.
         pad_token_id: of the padding; None where rows go on with tokens of their own until all have ended.
+        reasons: why tokens are accepted step by step.
     """
 
     def __init__(
@@ -127,9 +128,10 @@ class StepwiseAcceptance:
         criteria: StoppingCriteriaList,
         input_ids: torch.Tensor,
         pad_token_id: int | None,
+        reasons: list[str],
     ):
         self.sampler, self.criteria = sampler, criteria
-        self.foreign = foreign_objects(sampler.processors, criteria)
+        self.reasons = reasons
         self.input_ids = input_ids
         """`[B, T]`, the text so far. A new tensor at each step, since processors may store it."""
         self.pad_token_id = pad_token_id

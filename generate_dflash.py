@@ -44,7 +44,8 @@ from .compat_dflash import (
 from .drafter_dflash import Drafter
 from .execution_dflash import CAPTURE, resolve_mode
 from .findings_dflash import raise_first
-from .generation_dflash import DecodeState, DecodeStatistics, Recorder, StepOutputs, decode, prefill
+from .generation_dflash import DecodeState, DecodeStatistics, Recorder, decode, prefill
+from .outputs_dflash import StepOutputs
 from .past_key_values_dflash import export_past_key_values, import_past_key_values
 from .proposals_dflash import ChainProposer, Proposer
 from .sampling_dflash import PositionNoise, Sampler
@@ -57,7 +58,13 @@ from .support_dflash import (
     draft_findings,
     warn_of_new_family,
 )
-from .target_dflash import Target, TargetState, is_recurrent
+from .target_dflash import (
+    LAYER_OUTPUTS,
+    Target,
+    TargetState,
+    attention_windows,
+    is_recurrent,
+)
 
 DRAFT_SAMPLING = ("greedy", "coupled")
 
@@ -137,21 +144,23 @@ class SpeculativeGenerate:
         _check_choice("capture", capture, CAPTURE)
         _check_method("statistics", statistics, "add_cycle", "a DecodeStatistics()")
         _check_method("proposer", proposer, "__call__", "a function of the draft's proposer")
-        prompt = Prompt(input_ids, inputs, generation_config.return_dict_in_generate)
+        names = _requested_outputs(generation_config)
+        layer_outputs = tuple(name for name in names if name in LAYER_OUTPUTS)
+        prompt = Prompt(input_ids, inputs, generation_config.return_dict_in_generate, layer_outputs)
         if len(input_ids) > 1 and made_by_user(prompt.cache, unmarked=False):
             check_batch_cache(model)
         noise = PositionNoise() if generation_config.do_sample else None
         sampler = Sampler(logits_processor, noise, coupled=draft_sampling == "coupled")
         pad_token_id = padding_token(generation_config)
-        acceptance = choose_acceptance(sampler, stopping_criteria, input_ids, pad_token_id)
+        acceptance = choose_acceptance(sampler, stopping_criteria, input_ids, pad_token_id, names)
         stop_conditions = StopConditions()
-        if not acceptance.foreign:
+        if not acceptance.reasons:
             stop_conditions = StopConditions.from_criteria(stopping_criteria)
         request = DecodeRequest(
             prompt,
             Sequences(input_ids, stop_conditions, pad_token_id, streamer),
             acceptance,
-            StepOutputs(_requested_outputs(generation_config), len(input_ids)),
+            StepOutputs(names, len(input_ids), attention_windows(model)),
             resolve_mode(capture, model, is_recurrent(model)),
             proposer or own_proposer,
         )
@@ -178,13 +187,24 @@ def choose_acceptance(
     criteria: StoppingCriteriaList,
     input_ids: torch.Tensor,
     pad_token_id: int,
+    names: tuple[str, ...],
 ) -> Acceptance:
-    """Return how tokens are accepted: by block, or step by step where an object needs it. `input_ids [B, P]`."""
-    if not foreign_objects(sampler.processors, criteria):
-        return BlockAcceptance(sampler)
+    """Return how tokens are accepted: by block, or step by step where an object or an output needs it.
+
+    Outputs of several rows do: those of a row that has ended are the outputs of its padding.
+
+    Args:
+        input_ids `[B, P]`.
+        names: of the outputs that are returned for every step.
+    """
     pads_ended_rows = any(hasattr(one, "eos_token_id") for one in criteria)
+    reasons = foreign_objects(sampler.processors, criteria)
+    if pads_ended_rows and len(input_ids) > 1:
+        reasons += [f"output_{name}" for name in names]
+    if not reasons:
+        return BlockAcceptance(sampler)
     padding = pad_token_id if pads_ended_rows else None
-    return StepwiseAcceptance(sampler, criteria, input_ids, padding)
+    return StepwiseAcceptance(sampler, criteria, input_ids, padding, reasons)
 
 
 @dataclass
@@ -216,6 +236,8 @@ class DecodeRequest:
             sequences=self.sequences.output_ids(),
             scores=self.step_outputs.per_step("scores", longest),
             logits=self.step_outputs.per_step("logits", longest),
+            hidden_states=self.step_outputs.layers_per_step("hidden_states"),
+            attentions=self.step_outputs.layers_per_step("attentions"),
             **{cache_field(GenerateDecoderOnlyOutput): cache},
         )
 
@@ -246,7 +268,7 @@ class DecoderSession:
         prompt, mode = request.prompt, request.mode
         target, drafter = self.target, self.drafter
         recorder = Recorder(statistics, drafter.draft.device)
-        recorder.record_stepwise(request.acceptance.foreign)
+        recorder.record_stepwise(request.acceptance.reasons)
         with self._locks.setdefault(target.model, threading.RLock()):
             self._check_alone(prompt)
             with (
@@ -315,7 +337,12 @@ def _requested_outputs(config: GenerationConfig) -> tuple[str, ...]:
     """Return what a returned dict is to hold for every token."""
     if not config.return_dict_in_generate:
         return ()
-    asked = {"scores": config.output_scores, "logits": config.output_logits}
+    asked = {
+        "scores": config.output_scores,
+        "logits": config.output_logits,
+        "hidden_states": config.output_hidden_states,
+        "attentions": config.output_attentions,
+    }
     return tuple(name for name, wanted in asked.items() if wanted)
 
 
@@ -372,7 +399,7 @@ def spec_generate(
             StopConditions(input_ids.shape[1] + max_new_tokens, ends, pads_ended_rows=True),
         ),
         BlockAcceptance(Sampler(warpers, PositionNoise() if sampled else None)),
-        StepOutputs((), len(input_ids)),
+        StepOutputs((), len(input_ids), []),
         resolve_mode("auto", target, is_recurrent(target)),
     )
     with torch.no_grad():

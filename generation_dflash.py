@@ -17,6 +17,7 @@ import torch
 
 from .acceptance_dflash import Acceptance, Accepted
 from .cache_dflash import roll_back
+from .outputs_dflash import StepOutputs
 from .proposals_dflash import Proposal, Proposer
 from .selfcheck_dflash import can_check_prompt, check_prompt
 from .sequences_dflash import Prompt, Sequences
@@ -42,10 +43,9 @@ class DecodeStatistics:
     rollback_seconds: float = 0.0
     """Of the rest, taking rejected tokens back from recurrent layers."""
     stepwise: list[str] = field(default_factory=list)
-    """Class names of processors and criteria that are not transformers' own functions of text and scores.
-
-    They were called once for each committed token, with the whole batch. That takes longer, and all rows of a batch
-    committed equally many tokens in a cycle. Empty if there were none.
+    """Why tokens were accepted one by one: class names of processors and criteria that are not transformers' own
+    functions of text and scores, and outputs that a batch returns for every step. All rows of a batch then commit
+    equally many tokens in a cycle, so it takes longer. Empty if there was no such reason.
     """
 
     @property
@@ -107,7 +107,7 @@ class Recorder:
         )
 
     def record_stepwise(self, names: list[str]) -> None:
-        """Add the class names of objects that are called step by step."""
+        """Add the reasons to accept tokens one by one."""
         if self.statistics is not None:
             new = [name for name in names if name not in self.statistics.stepwise]
             self.statistics.stepwise.extend(new)
@@ -123,54 +123,6 @@ def now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-class StepOutputs:
-    """The scores or logits of every committed token, for those who asked `generate` for them.
-
-    Args:
-        names: of "scores" and "logits", those to collect.
-    """
-
-    def __init__(self, names: tuple[str, ...], rows: int):
-        self.collected: dict[str, list[list[torch.Tensor]]] = {}
-        self.whole_steps: dict[str, list[torch.Tensor]] = {}
-        """`[B, V]` for each step, where acceptance goes step by step."""
-        for name in names:
-            self.collected[name] = [[] for _ in range(rows)]
-            self.whole_steps[name] = []
-
-    def collect(self, scores: torch.Tensor, logits: torch.Tensor, counts: list[int]) -> None:
-        """Append the first `counts[row]` positions of each row of `scores, logits [B, Q, V]`, if collected."""
-        for name, values in (("scores", scores), ("logits", logits)):
-            for row, collected in enumerate(self.collected.get(name, [])):
-                committed = values[row, : counts[row]]
-                collected.extend(committed.clone().unbind())
-
-    def collect_step(self, scores: torch.Tensor, logits: torch.Tensor) -> None:
-        """Append a step of the whole batch, `scores, logits [B, V]`, if collected."""
-        for name, values in (("scores", scores), ("logits", logits)):
-            if name in self.whole_steps:
-                self.whole_steps[name].append(values)
-
-    def steps(self, name: str) -> tuple[torch.Tensor, ...] | None:
-        """Return what `collect_step` collected; None if it is not collected."""
-        return tuple(self.whole_steps[name]) if name in self.whole_steps else None
-
-    def per_step(self, name: str, longest: int) -> tuple[torch.Tensor, ...] | None:
-        """Return `[B, V]` for each of the `longest` new slots, zeros where a row had ended; None if not collected."""
-        if name not in self.collected or self.whole_steps[name]:
-            return self.steps(name)
-        rows = self.collected[name]
-        reference = max(rows, key=len)
-        steps = []
-        for step in range(min(len(reference), longest)):
-            empty = torch.zeros_like(reference[step])
-            steps.append(empty.repeat(len(rows), 1))
-            for row, collected in enumerate(rows):
-                if step < len(collected):
-                    steps[-1][row] = collected[step]
-        return tuple(steps)
 
 
 class DecodeState:
@@ -194,8 +146,8 @@ class DecodeState:
         self.acceptance, self.step_outputs = acceptance, step_outputs
         self.slots = torch.full((len(prompt.input_ids),), prompt.width - 1, device=prompt.device)
         """`[B]`, the slot of each row's anchor."""
-        self.anchor = prompt.input_ids[:, -1:]
-        """`[B, 1]`, each row's last committed token."""
+        self.anchor = torch.zeros_like(self.slots)[:, None]
+        """`[B, 1]`, each row's last committed token. Nothing reads it before the prefill has committed one."""
         self.active = torch.ones_like(self.slots)
         """`[B]`, 1, or 0 where a row is finished."""
 
@@ -211,7 +163,7 @@ class DecodeState:
 
     def user_code(self) -> AbstractContextManager[None]:
         """Let processors, stopping criteria and streamers that are not transformers' own call the target inside."""
-        runs = self.acceptance.foreign or self.sequences.streamer is not None
+        runs = self.acceptance.reasons or self.sequences.streamer is not None
         return self.target.attention.uninstalled() if runs else nullcontext()
 
     def append_tokens(self, tokens: list[list[int]]) -> list[int]:
@@ -266,6 +218,7 @@ def prefill(state: DecodeState, proposer: Proposer, first_slot: int, check_size:
             check_prompt(target, target_state, prompt, output)
             checked = True
         proposer.append_context(output.features, first)
+    state.step_outputs.collect_prompt(output)
     logits = output.logits[:, -1:].to(state.slots.device)
     with state.user_code():
         state.commit(state.acceptance.accept(state, Proposal(state.anchor), logits))
@@ -308,7 +261,8 @@ def decode(state: DecodeState, proposer: Proposer, recorder: Recorder) -> None:
             accepted = state.acceptance.accept(state, proposal, verified.logits)  # and append
             if proposal.parents is not None:
                 verified = target.move_path(target_state, verified, state.slots, accepted.path)
-            # Before `state.commit` moves the slots: the features belong to the block at the old anchor.
+            # Before `state.commit` moves the slots: the block's outputs belong to the old anchor.
+            state.step_outputs.collect_layers(verified, accepted, state.slots)
             proposer.commit(verified.features, state.slots)
             state.commit(accepted)
             with recorder.phase("rollback"):

@@ -40,15 +40,21 @@ class Prompt:
         input_ids `[B, P]`: the prompt, or the part of it that follows what the cache holds.
         inputs: everything else that `generate` would hand to the target's forward.
         returns_cache: whether `generate` returns its cache.
+        layer_outputs: what every forward is asked for, see `target_dflash`.
     """
 
     def __init__(
-        self, input_ids: torch.Tensor, inputs: dict[str, Any], returns_cache: bool | None = False
+        self,
+        input_ids: torch.Tensor,
+        inputs: dict[str, Any],
+        returns_cache: bool | None = False,
+        layer_outputs: tuple[str, ...] = (),
     ):
         self.input_ids, self.device = input_ids, input_ids.device
         self.returns_cache = bool(returns_cache)
+        self.layer_outputs = layer_outputs
         # `generate` asks for the logits of the last position; a check of the prompt needs more.
-        ours = {"logits_to_keep"}
+        ours = {"logits_to_keep", "output_hidden_states", "output_attentions"}
         self.inputs = {
             name: value
             for name, value in without_cache(inputs).items()
@@ -57,12 +63,12 @@ class Prompt:
         self.cache = cache_in(inputs)
         mask = self.inputs.get("attention_mask")
         positions = self.inputs.get("position_ids")
-        lengths = [
-            tensor.shape[-1] for tensor in (input_ids, mask, positions) if tensor is not None
-        ]
-        self.width = max(lengths)
+        embeds = self.inputs.get("inputs_embeds")  # [B, P, D]
+        num_new = input_ids.shape[1] if embeds is None else embeds.shape[1]
+        lengths = [tensor.shape[-1] for tensor in (mask, positions) if tensor is not None]
+        self.width = max([num_new, *lengths])
         """Slots of the prompt, those that the cache holds included."""
-        self.num_cached = self.width - input_ids.shape[1]
+        self.num_cached = self.width - num_new
         """Slots before the first of `input_ids`, where the cache holds what they follow."""
         shape = (input_ids.shape[0], self.width)
         padding = (
@@ -93,8 +99,11 @@ class Prompt:
     def chunks(self, first: int, recurrent: bool) -> list[tuple[int, int]]:
         """Return the first and last slot of each part that goes through the target at once, from slot `first` on.
 
-        A prompt with more than text in it is one part, and so is padding that a recurrent target must be shown.
+        A prompt with more than text in it is one part, and so is padding that a recurrent target must be shown. So is
+        one whose hidden states or attentions are returned.
         """
+        if self.layer_outputs:
+            return [(first, self.width)]
         if first == 0 and (not self.is_plain or (recurrent and bool(self.padding_mask.any()))):
             return [(0, self.width)]
         starts = range(first, self.width, PREFILL_CHUNK)

@@ -346,14 +346,6 @@ def config_findings(config: GenerationConfig) -> Iterator[Finding]:
         )
     if config.dola_layers:
         yield _option_finding("dola_layers", "DoLa takes its scores from two layers")
-    if config.output_attentions:
-        yield _option_finding(
-            "output_attentions", "attention over a block is not that of single tokens"
-        )
-    if config.output_hidden_states:
-        yield _option_finding(
-            "output_hidden_states", "of a block, only those of accepted tokens would count"
-        )
 
 
 def input_findings(
@@ -365,14 +357,16 @@ def input_findings(
     if cache is not None and not isinstance(cache, DynamicCache) and implementation is None:
         what = f"The cache is a {kind}; with a draft only a DynamicCache carries on"
         yield Finding(what, kind, "a DynamicCache", "Pass one, or no cache")
-    if inputs.get("inputs_embeds") is not None:
-        yield _option_finding("inputs_embeds", "the draft needs the token ids; pass input_ids")
+    embeds = inputs.get("inputs_embeds")
+    if embeds is not None and cache is not None and cache.get_seq_length():
+        why = "which slots the embeddings belong to is not known; pass input_ids"
+        yield _option_finding("inputs_embeds and a cache that is not empty", why)
     if implementation == "quantized" or "Quantized" in kind:
         why = "its keys are not those of plain decoding once a token was rejected"
         yield _option_finding("cache_implementation='quantized'", why)
     if "offloaded" in str(implementation) or getattr(cache, "offloading", False):
         yield _option_finding("an offloaded cache", "keys are kept on the target's device here")
-    if input_ids.shape[1] == 0:
+    if input_ids.shape[1] == 0 and embeds is None:
         what = f"input_ids has shape {tuple(input_ids.shape)}; a prompt needs at least one token"
         yield Finding(what, tuple(input_ids.shape), "[B, P] with P of 1 or more", "Give it one")
 

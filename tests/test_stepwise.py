@@ -1,16 +1,13 @@
 """Processors and criteria that are not transformers' own are called exactly as plain `generate` calls them."""
 
 import pytest
-import tiny
 import torch
 from transformers import (
-    GenerationConfig,
     LogitsProcessor,
     StoppingCriteria,
-    SynthIDTextWatermarkingConfig,
-    TemperatureLogitsWarper,
 )
 
+import tiny
 from dflash_hub import DecodeStatistics
 
 NEW = 24
