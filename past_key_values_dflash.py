@@ -89,7 +89,7 @@ def export_past_key_values(
     ):
         return None
     output_ids = state.sequences.output_ids()
-    slots = prompt.num_cached + output_ids.shape[1] - 1
+    slots = prompt.width + state.sequences.longest - 1
     if ended_apart:
         _complete(state, output_ids, slots)
     # A cache made without a config makes its layers when used.
@@ -126,5 +126,7 @@ def _complete(state: DecodeState, output_ids: torch.Tensor, slots: int) -> None:
         return
     prompt = state.prompt
     where = torch.arange(first, slots, device=output_ids.device).expand(len(output_ids), -1)
-    ids = output_ids[:, first - prompt.num_cached : slots - prompt.num_cached]
+    # The last id is at slot `slots`. The ids begin later than the slots where a cache or embeddings came first.
+    begin = slots + 1 - output_ids.shape[1]
+    ids = output_ids[:, first - begin : slots - begin]
     state.target.prefill_chunk(state.target_state, ids, where, prompt.position_offset + where)
