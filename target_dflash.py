@@ -154,7 +154,7 @@ class Target:
         state.cache.reserve(int(slots[0, -1]) + 1)
         padding_mask = pad_to(state.padding_mask, state.cache.capacity)
         masks = BlockMasks(padding_mask, slots[:, 0], length)
-        inputs = {"input_ids": ids, "position_ids": positions}
+        inputs: dict[str, Any] = {"input_ids": ids, "position_ids": positions}
         inputs |= asking_for(state.layer_outputs)
         arguments = self._arguments(inputs, state.cache.at(slots), 1)
         with self.attention.under(masks):
@@ -222,7 +222,7 @@ class Target:
         masks = state.masks_for(slots, length, self.attention)
         masks.move(slots, ancestors)
         positions = state.position_offset + slots[:, None] + masks.depths
-        inputs = {"input_ids": tokens, "position_ids": positions}
+        inputs: dict[str, Any] = {"input_ids": tokens, "position_ids": positions}
         inputs |= asking_for(state.layer_outputs)
         view = state.cache.at(slots[:, None] + masks.offsets)
         found = self.model(**self._arguments(inputs, view, length))
