@@ -177,3 +177,6 @@ class DFlash2DraftModel(DFlashDraftModel):
     ) -> torch.Tensor:
         """Return the path that the selector chooses, `[B, Q - 1]`; for the arguments see `CandidateSelector.walk`."""
         return self.candidate_selector.walk(scores, states, anchor, pair_scale)
+
+
+Qwen3DFlash2DraftModel = DFlash2DraftModel
