@@ -135,7 +135,7 @@ class DFlash2DraftModel(DFlashDraftModel):
 
     def __init__(self, config: DFlash2Config):
         super().__init__(config)
-        self.candidate_selector = CandidateSelector(config)
+        self.candidate_selector = CandidateSelector(self.config)
         self.post_init()
 
     @torch.no_grad()

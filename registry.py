@@ -19,7 +19,7 @@ from transformers import PretrainedConfig
 
 from .checkpoints import Origin, TargetInfo, base_of_adapter, origin_of, out_of_cache
 from .compat_dflash import checkpoint_name, local_of_generate
-from .configuration_dflash import DFlashConfig
+from .configuration_dflash import DFlashConfig, build_target_layer_ids
 from .families import FAMILIES, families_of, siblings_of
 from .generate_dflash import SpeculativeGenerate
 from .kinds import KINDS, kind_named, kind_of
@@ -37,8 +37,8 @@ NOT_DECODED = frozenset({"deepseek_v4", "glm5_next_text", "glm_moe_dsa", "kimi_l
 class DFlashDraftSpec:
     """A draft and the target it was made for; or, without a repository, how to build one. Unknown fields are None.
 
-    Repository and class may come first, in either order: `DFlashDraftSpec("org/draft")` names a draft that is published,
-    and `DFlashDraftSpec(Qwen3DFlashDraftModel)` the class of one that is not.
+    Repository and class come first, in either order: `DFlashDraftSpec("org/draft")` names a published draft, and
+    `DFlashDraftSpec(Qwen3DFlashDraftModel)` the class of one that is yet to be built.
 
     Args:
         first, second: `repo_id` and `draft_cls` in either order, or `draft_cls` and `draft2_cls`.
@@ -140,7 +140,7 @@ class DFlashDraftSpec:
 
         Args:
             repo_id: a repository or folder to load in place of the spec's own, at its newest commit.
-            from_pretrained_kwargs: of `from_pretrained` (`dtype`, `device_map`, `cache_dir`, `token`, `block_size` ...).
+            from_pretrained_kwargs: of `from_pretrained` (`dtype`, `device_map`, `token`, `block_size` ...).
 
         Raises:
             ValueError: this version cannot run the draft, its config or weights are invalid, or no repository is known.
@@ -248,7 +248,9 @@ def _repository(name: Any) -> str:
         ValueError: it is neither.
     """
     if not isinstance(name, str | Path):
-        raise ValueError(f"repo_id is {name!r}; it must be a Hub id or a folder, such as 'org/draft'.")
+        raise ValueError(
+            f"repo_id is {name!r}; it must be a Hub id or a folder, such as 'org/draft'."
+        )
     return str(name)
 
 
@@ -297,30 +299,6 @@ def _dimension(text: PretrainedConfig, name: str) -> int | None:
     except RuntimeError:  # transformers raises this if layers differ
         return None
     return value if isinstance(value, int) else None
-
-
-def build_target_layer_ids(num_target_layers: int, num_draft_layers: int = 5) -> list[int]:
-    """Return `num_draft_layers` layers to tap, spread evenly from the second to the third-last, as in z-lab/dflash.
-
-    A single one is the middle layer. The name and the arguments are the original's, which has a tap for each layer of
-    the draft.
-
-    Raises:
-        ValueError: the target is too shallow for that many.
-    """
-    taps, first, last = num_draft_layers, 1, num_target_layers - 3
-    if min(taps, num_target_layers) < 1:
-        raise ValueError(
-            f"{taps} taps of a target with {num_target_layers} layers are asked for; both must be at least 1."
-        )
-    if taps == 1:
-        return [num_target_layers // 2]
-    if last - first + 1 < taps:
-        raise ValueError(
-            f"The target has {num_target_layers} layers, too few to spread {taps} taps from the second to the "
-            "third-last; choose them yourself: target_layer_ids=[...]."
-        )
-    return [round(first + index * (last - first) / (taps - 1)) for index in range(taps)]
 
 
 spread_taps = build_target_layer_ids

@@ -19,6 +19,7 @@ from typing import Any
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 from safetensors import SafetensorError
+from transformers.configuration_utils import PretrainedConfig
 from transformers.utils import logging
 
 from .compat_dflash import copy_loading_options, find_file
@@ -320,6 +321,22 @@ def _weight_files(name: Any, where: dict[str, Any]) -> list[Path]:
     if index is not None:
         names |= set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     return [path for path in map(cached, sorted(names)) if path is not None]
+
+
+def own_config(config_class: Any, config: Any) -> Any:
+    """Return the config of a draft that a model is built with: `config`, or what a Qwen3 config describes.
+
+    Raises:
+        ValueError: the config is of another model than a draft, or lacks a field.
+    """
+    is_own = isinstance(config, config_class) or (
+        getattr(config, "model_type", None) == config_class.model_type
+    )
+    if is_own or not isinstance(config, PretrainedConfig):
+        return config
+    own = config_class.from_qwen3(config)
+    copy_loading_options(own, config)
+    return own
 
 
 def _own_config(config_class: Any, config: Any, name: Any, kwargs: dict[str, Any]) -> Any:
