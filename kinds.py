@@ -22,6 +22,14 @@ MUSE = "MuseGlimmerAssistantModel"
 
 METRICS = ("accuracy", "acceptance_length")
 """The metrics that training reports for every draft; see `training.metrics.Metrics`."""
+SELECTOR_METRICS = (
+    "base_loss",
+    "selector_loss",
+    "base_accuracy",
+    "candidate_recall",
+    "selector_accuracy",
+)
+"""Those that it reports for a draft with a selector too."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +103,7 @@ _ROWS = (
         demo_folder="draft2",
         head="selector",
         head_fields=("selector_rank", "selector_top_k"),
-        metrics=(*METRICS, "candidate_recall", "selector_accuracy"),
+        metrics=(*METRICS, *SELECTOR_METRICS),
     ),
 )
 

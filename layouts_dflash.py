@@ -534,6 +534,21 @@ def engines_layout(config: Any) -> dict[str, Any]:
     return content
 
 
+def engines_remarks(config: Any) -> list[str]:
+    """Return what engines that load the engines layout compute otherwise than here, a sentence each; [] for nothing.
+
+    Args:
+        config: the config of a draft of any kind.
+    """
+    scale = getattr(config, "input_embedding_scale", 1)
+    if scale == 1:
+        return []
+    return [
+        f"input_embedding_scale is {scale:g}, which SGLang (0.5.23) does not read: it runs this draft on unscaled "
+        "embeddings, so it accepts fewer tokens there. vLLM and llama.cpp read it."
+    ]
+
+
 def _engines_rare(config: Any) -> dict[str, Any]:
     """Return the fields that are written only where the draft uses them."""
     rare = {

@@ -6,6 +6,7 @@ This file travels with every pushed draft, so that a draft loaded by remote code
 repository holds config.json, safetensors, the travelling files and a model card.
 """
 
+import copy
 import hashlib
 import inspect
 import json
@@ -13,18 +14,20 @@ import re
 import shutil
 import tempfile
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from transformers.configuration_utils import PretrainedConfig
 from transformers.utils import logging
 
 from .compat_dflash import copy_loading_options, find_file
 from .configuration_dflash import EXTENSIONS, check_layout
 from .custom_generate_dflash import generate as custom_generate
-from .layouts_dflash import engines_layout
+from .layouts_dflash import engines_layout, engines_remarks, shown
 
 TRAVELS_TOO = """
 import .dflash
@@ -73,7 +76,9 @@ class RepositoryMixin:
         started = time.time()
         try:
             try:
-                config = _own_config(cls.config_class, config, name, kwargs)  # type: ignore[attr-defined]
+                config_class = cls.config_class  # type: ignore[attr-defined]
+                config = _own_config(config_class, config, name, kwargs)
+                config = _without_unused_quantization(config_class, config, name, kwargs)
                 defaults = {"use_safetensors": True, "key_mapping": _RENAMED}
                 defaults |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
                 model, info = super().from_pretrained(  # type: ignore[misc]
@@ -96,7 +101,8 @@ class RepositoryMixin:
         """Write a complete repository: config, weights, travelling files and model card. An existing card stays.
 
         Args:
-            layout: "hub", which transformers loads; or "engines", which vLLM, SGLang and others load.
+            layout: "hub", which transformers loads; or "engines", which vLLM, SGLang and others load. A UserWarning
+                names what one of them does not read.
             push_to_hub: push the draft too, to `repo_id` or the folder's name.
         """
         hub_keys = ("repo_id", "commit_message", "private", "create_pr", "revision", "token")
@@ -110,6 +116,8 @@ class RepositoryMixin:
             self.config.save_pretrained(save_directory, layout=layout)  # type: ignore[attr-defined]
             for name in self.engines_files:
                 shutil.copyfile(Path(__file__).with_name(name), Path(save_directory) / name)
+            for remark in engines_remarks(self.config):  # type: ignore[attr-defined]
+                warnings.warn(remark, UserWarning, stacklevel=2)
         decoding = Path(save_directory) / "custom_generate" / "generate.py"
         decoding.parent.mkdir(exist_ok=True)
         shutil.copyfile(inspect.getfile(custom_generate), decoding)
@@ -320,6 +328,75 @@ def _weight_files(name: Any, where: dict[str, Any]) -> list[Path]:
     if index is not None:
         names |= set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     return [path for path in map(cached, sorted(names)) if path is not None]
+
+
+def _without_unused_quantization(
+    config_class: Any, config: Any, name: Any, kwargs: dict[str, Any]
+) -> Any:
+    """Return a config without its `quantization_config` if no tensor of the draft is quantised, and warn of that.
+
+    Such a config was copied from that of a quantised target. Any other config is returned unchanged, also None, for
+    which transformers reads the file. Fields among `kwargs` are removed if the file is read here.
+    """
+    where = _where(kwargs) | {"local_files_only": kwargs.get("local_files_only", False)}
+    if isinstance(config, PretrainedConfig):
+        raw = {"quantization_config": getattr(config, "quantization_config", None)}
+    else:
+        raw, _ = config_class.get_config_dict(name if config is None else config, **where)
+    quantization = raw.get("quantization_config")
+    if quantization is None or not _is_plain(name, where):
+        return config
+    warnings.warn(
+        f"The config.json of {name} has quantization_config ({shown(quantization)}), but none of its tensors is "
+        "quantised. It is ignored; it seems to be copied from the target's.",
+        UserWarning,
+        stacklevel=3,
+    )
+    if isinstance(config, PretrainedConfig):
+        config = copy.deepcopy(config)
+        del config.quantization_config
+        return config
+    names = {*config_class.own_fields(), "rope_theta"} & set(kwargs)
+    overrides = {field: kwargs.pop(field) for field in names}
+    return config_class.from_dict(raw | {"quantization_config": None}, **overrides)
+
+
+def _is_plain(name: Any, where: dict[str, Any]) -> bool:
+    """Return whether every tensor of a draft is a plain float; False if it has no safetensors."""
+    dtypes = set()
+    for path in _stored_files(name, where):
+        with safe_open(path, framework="pt") as file:
+            dtypes |= {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118 (no mapping)
+    return bool(dtypes) and dtypes <= {"F64", "F32", "F16", "BF16"}
+
+
+def own_config(config_class: Any, config: Any) -> Any:
+    """Return the config of a draft that a model is built with: `config`, or what a Qwen3 config describes.
+
+    Raises:
+        ValueError: the config is of another model than a draft, or lacks a field.
+    """
+    is_own = isinstance(config, config_class) or (
+        getattr(config, "model_type", None) == config_class.model_type
+    )
+    if is_own or not isinstance(config, PretrainedConfig):
+        return config
+    own = config_class.from_qwen3(config)
+    copy_loading_options(own, config)
+    return own
+
+
+def _stored_files(name: Any, where: dict[str, Any]) -> list[Path]:
+    """Return the safetensors of a draft, downloaded if necessary; [] if it has none."""
+    whole = find_file(name, "model.safetensors", **where)
+    if whole is not None:
+        return [whole]
+    index = find_file(name, "model.safetensors.index.json", **where)
+    if index is None:
+        return []
+    shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    found = (find_file(name, shard, **where) for shard in sorted(shards))
+    return [path for path in found if path is not None]
 
 
 def _own_config(config_class: Any, config: Any, name: Any, kwargs: dict[str, Any]) -> Any:

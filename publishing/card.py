@@ -7,6 +7,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from ..layouts_dflash import engines_remarks
 from ..repository_dflash import PLACEHOLDER
 
 TAGS = ("dflash", "speculative-decoding", "draft-model", "custom_generate")
@@ -51,6 +52,7 @@ def _new_card(draft: Any, repo_id: str, metadata: dict[str, Any]) -> ModelCard:
         "config": draft.config,
         "parameters": f"{draft.num_parameters():,}",
         "drafted": draft.config.block_size - 1,
+        "engines_remarks": engines_remarks(draft.config),
     }
     text = template.read_text(encoding="utf-8")
     return ModelCard.from_template(ModelCardData(**metadata), template_str=text, **values)
