@@ -1,15 +1,16 @@
 """Push and load over real HTTP, by every route, with the package and without it; and everything that can go wrong."""
 
 import json
+import warnings
 
 import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel
 
 import tiny
-from dflash_hub import DFlashConfig, DFlashDraftModel, DFlashDraftSpec
+from dflash_hub import DFlashConfig, DFlashDraftModel, DFlashDraftSpec, load_draft
 from dflash_hub.publishing import PublishOptions, publish
 from dflash_hub.publishing import push as pushing
 from dflash_hub.publishing.probe import digests
@@ -302,6 +303,92 @@ def test_a_layout_that_cannot_be_written_makes_no_repository(hub, repo_id, draft
         with pytest.raises(ValueError, match=r"vocab_size|layout"):
             draft.push_to_hub(repo_id, layout=layout)
     assert hub.calls() == []
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+def test_what_an_engine_does_not_read_is_named_by_the_push_and_on_the_card(hub, repo_id, scale, monkeypatch):
+    """SGLang knows no scale of the embeddings; nothing is said of a draft that has none."""
+    monkeypatch.setattr(pushing, "check_staged", lambda draft, folder: None)  # tested above, and slow
+    draft = tiny.draft(tiny.target("qwen3"), input_embedding_scale=scale, **tiny.SECOND)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        draft.push_to_hub(repo_id)
+        before = [str(warning.message) for warning in caught]
+        draft.push_to_hub(repo_id, layout="engines", revision="engines")
+    remark = "input_embedding_scale is 2.5, which SGLang (0.5.23) does not read"
+    assert not [message for message in before if "SGLang" in message]
+    assert sum(remark in str(warning.message) for warning in caught) == (scale != 1)
+    assert (remark in ModelCard.load(repo_id).text) == (scale != 1)
+    assert "\n\n\n" not in ModelCard.load(repo_id).text
+
+
+def test_publishing_names_what_an_engine_does_not_read(hub, repo_id, tmp_path, monkeypatch):
+    monkeypatch.setattr(pushing, "check_staged", lambda draft, folder: None)
+    tiny.draft(tiny.target("qwen3"), input_embedding_scale=2.5, **tiny.SECOND).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="SGLang") as caught:
+        publish(tmp_path, repo_id)
+    assert sum("SGLang" in str(warning.message) for warning in caught) == 1
+    assert "SGLang (0.5.23) does not read" in ModelCard.load(repo_id, revision="engines").text
+
+
+QUANTISED = {
+    "compressed-tensors": {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {}},
+    "gptq": {"quant_method": "gptq", "bits": 4},
+    "modelopt": {"quant_algo": "NVFP4", "producer": {"name": "modelopt"}},
+    "empty": {},
+}
+
+
+def inherit(folder, quantization: dict) -> None:
+    """Write a `quantization_config` into the config.json of a draft."""
+    content = json.loads((folder / "config.json").read_text())
+    content["quantization_config"] = quantization
+    (folder / "config.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("method", QUANTISED)
+@pytest.mark.parametrize("layout", ["hub", "engines"])
+def test_a_quantization_config_of_the_target_is_ignored_where_no_tensor_is_quantised(draft, tmp_path, layout, method):
+    draft.to(torch.bfloat16).save_pretrained(tmp_path, layout=layout, max_shard_size="20KB")
+    assert len([*tmp_path.glob("*.safetensors")]) > 1
+    inherit(tmp_path, QUANTISED[method])
+    ways = (
+        lambda: DFlashDraftModel.from_pretrained(tmp_path, block_size=3),
+        lambda: DFlashDraftSpec(tmp_path).load(block_size=3),
+        lambda: load_draft(tmp_path, block_size=3),
+        lambda: DFlashDraftModel.from_pretrained(tmp_path, config=DFlashConfig.from_pretrained(tmp_path, block_size=3)),
+    )
+    for load in ways:
+        with pytest.warns(UserWarning, match=r"has quantization_config \({.*none of its tensors is quantised"):
+            loaded = load()
+        assert digests(loaded) == digests(draft)
+        assert not hasattr(loaded.config, "quantization_config")
+        assert (loaded.config.block_size, loaded.dtype) == (3, torch.bfloat16)
+
+
+def test_a_draft_on_the_hub_with_the_targets_quantization_config_loads_and_is_pushed_without_it(
+    hub, repo_id, draft, tmp_path
+):
+    draft.save_pretrained(tmp_path)
+    inherit(tmp_path, QUANTISED["gptq"])
+    HfApi().create_repo(repo_id)
+    HfApi().upload_folder(repo_id=repo_id, folder_path=tmp_path)
+    with pytest.warns(UserWarning, match="none of its tensors is quantised"):
+        loaded = AutoModel.from_pretrained(repo_id)
+    assert digests(loaded) == digests(draft)
+    loaded.push_to_hub(repo_id)
+    assert "quantization_config" not in json.loads(files(hub, repo_id)["config.json"])
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_a_draft_with_a_quantised_tensor_keeps_its_quantization_config(draft, tmp_path, dtype):
+    draft.save_pretrained(tmp_path)
+    inherit(tmp_path, {"quant_method": "compressed-tensors", "config_groups": {}})
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["layers.0.mlp.up_proj.weight"] = weights["layers.0.mlp.up_proj.weight"].to(dtype)
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ImportError, match="compressed-tensors"):
+        DFlashDraftModel.from_pretrained(tmp_path)
 
 
 def test_damaged_weights_in_a_folder_say_so(draft, tmp_path):
