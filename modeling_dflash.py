@@ -9,6 +9,7 @@ positions of the block. After DFlash (arXiv 2602.06036) and its reference implem
 Shapes: B batch, C context tokens new in this call, Q block positions, K all keys a layer sees (past + C + Q).
 """
 
+import sys
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any
@@ -30,7 +31,13 @@ from transformers.models.qwen3.modeling_qwen3 import (
 
 from .attention_dflash import visible
 from .cache_dflash import rewindable_cache
-from .compat_dflash import attention_name, cache_field, cache_name
+from .calls_dflash import Signature
+from .compat_dflash import (
+    attention_name,
+    cache_field,
+    cache_name,
+    read_by_assisted_generation,
+)
 from .configuration_dflash import SLIDING, DFlashConfig
 from .generate_dflash import SpeculativeGenerate, spec_generate
 from .repository_dflash import RepositoryMixin, own_config
@@ -140,6 +147,8 @@ class DFlashDraftModel(DFlashPreTrainedModel):
 
     spec_generate = spec_generate
     layer_class = DFlashDecoderLayer
+    # What `generate` reads of a draft that is passed as `custom_generate`.
+    __signature__ = Signature(SpeculativeGenerate.__call__)
 
     @cached_property
     def speculate(self) -> SpeculativeGenerate:
@@ -179,6 +188,28 @@ class DFlashDraftModel(DFlashPreTrainedModel):
         self.rotary_emb = DFlashRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run `forward`; with a target as the first argument, decode: `target.generate(..., custom_generate=draft)`."""
+        if args and isinstance(args[0], nn.Module):
+            return self.speculate(*args, **kwargs)
+        return super().__call__(*args, **kwargs)
+
+    @property
+    def generation_config(self) -> Any:
+        """Refuse to be an assistant of transformers' own assisted generation, which reads this first.
+
+        Raises:
+            ValueError: with what to pass instead.
+            AttributeError: anybody else asks; a draft has none.
+        """
+        if read_by_assisted_generation(sys._getframe(1)):
+            raise ValueError(
+                f"assistant_model is a {type(self).__name__}, which proposes blocks and cannot generate by itself. "
+                "Pass it as custom_generate=draft.speculate; or add speculation_type='dflash' for transformers' own "
+                "loop, where it knows that."
+            )
+        raise AttributeError("generation_config")
 
     def forward(
         self,

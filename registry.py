@@ -8,7 +8,6 @@ shape, so a match by these alone comes with a warning.
 """
 
 import json
-import sys
 import warnings
 import weakref
 from dataclasses import InitVar, dataclass, field, replace
@@ -17,13 +16,15 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from .calls_dflash import PREPARED, Signature, check_loaded
 from .checkpoints import Origin, TargetInfo, base_of_adapter, origin_of, out_of_cache
-from .compat_dflash import checkpoint_name, local_of_generate
+from .compat_dflash import checkpoint_name
 from .configuration_dflash import DFlashConfig, build_target_layer_ids
 from .families import FAMILIES, families_of, siblings_of
 from .generate_dflash import SpeculativeGenerate
 from .kinds import KINDS, kind_named, kind_of
 from .layouts import variant_of
+from .layouts_dflash import shown
 from .modeling_dflash import DFlashDraftModel, Qwen3DFlashDraftModel
 from .modeling_dflash2 import DFlash2DraftModel
 from .support_dflash import check_target
@@ -565,27 +566,71 @@ def load_draft(name: str | Path, **from_pretrained_kwargs: Any) -> DFlashDraftMo
 
 
 class _Resolved(SpeculativeGenerate):
-    """A decoding function that finds and loads the draft of each target once."""
+    """A decoding function that finds and loads the draft of each target once.
 
-    def __init__(self) -> None:
+    Args:
+        draft: the draft to decode with; None for each target's own.
+    """
+
+    __signature__ = Signature(SpeculativeGenerate.__call__, "draft")
+
+    def __init__(self, draft: Any = None) -> None:
         super().__init__(None)
-        self.drafts: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+        self.named = draft
+        self.drafts: weakref.WeakKeyDictionary[Any, dict] = weakref.WeakKeyDictionary()
+        """For each target, its drafts by what names them."""
 
-    def __call__(
-        self, model: Any, input_ids: Any, *args: Any, streamer: Any = None, **kwargs: Any
-    ) -> Any:
-        streamer = streamer or local_of_generate("streamer", sys._getframe(1))
-        if model not in self.drafts:
+    def __reduce__(self) -> tuple:
+        return _Resolved, (self.named,)
+
+    def __call__(self, model: Any = None, *args: Any, draft: Any = None, **kwargs: Any) -> Any:
+        """Decode with `draft`, or the target's own; without a target, return a function that decodes with `draft`.
+
+        Args:
+            model: the target.
+            args, kwargs: as in `SpeculativeGenerate`.
+            draft: a loaded draft, a `DFlashDraftSpec`, a Hub id or a folder.
+        """
+        draft = self.named if draft is None else draft
+        if model is None and draft is not None and not args and not kwargs:
+            function = _Resolved(draft)
+            function.drafts = self.drafts
+            return function
+        check_loaded("model", model)
+        if not PREPARED <= kwargs.keys():
+            return model.generate(*args, custom_generate=self, draft=draft, **kwargs)
+        return self._draft_for(model, draft).speculate(model, *args, **kwargs)
+
+    def _draft_for(self, model: Any, draft: Any) -> Any:
+        """Return the draft, loaded once for each target on its device and in its dtype."""
+        if isinstance(draft, DFlashDraftModel):
+            return draft
+        if not isinstance(draft, str | Path | DFlashDraftSpec | None):
+            raise ValueError(
+                f"draft is {shown(draft)}; pass a loaded draft, a DFlashDraftSpec, a Hub id or a folder."
+            )
+        loaded = self.drafts.setdefault(model, {})
+        draft = str(draft) if isinstance(draft, Path) else draft
+        if draft not in loaded:
             check_target(model)
-            spec = resolve_dflash_draft_spec(model.config.architectures, target=model)
-            self.drafts[model] = spec.load(dtype=model.dtype).to(model.device).eval()
-        return self.drafts[model].speculate(model, input_ids, *args, streamer=streamer, **kwargs)
+            loaded[draft] = _load_for(model, draft).to(model.device).eval()
+        return loaded[draft]
+
+
+def _load_for(model: Any, draft: str | DFlashDraftSpec | None) -> DFlashDraftModel:
+    """Load a draft in the dtype of its target: this one, or the one that the catalogue knows."""
+    if draft is None:
+        draft = resolve_dflash_draft_spec(model.config.architectures, target=model)
+    if isinstance(draft, DFlashDraftSpec):
+        return draft.load(dtype=model.dtype)
+    return load_draft(draft, dtype=model.dtype)
 
 
 dflash_generate = _Resolved()
 """Decoding function for `target.generate(**inputs, custom_generate=dflash_generate)`.
 
-The target's own draft is resolved and loaded once.
+The target's own draft is resolved and loaded once. `draft=` names another: beside `custom_generate`, or in
+`custom_generate=dflash_generate(draft=...)`.
 
 Raises:
     ValueError: no draft is known for this target, or as in `DFlashDraftModel.speculate`.
