@@ -109,8 +109,10 @@ class Recorder:
     def record_stepwise(self, names: list[str]) -> None:
         """Add the reasons to accept tokens one by one."""
         if self.statistics is not None:
-            new = [name for name in names if name not in self.statistics.stepwise]
-            self.statistics.stepwise.extend(new)
+            known = getattr(
+                self.statistics, "stepwise", []
+            )  # an object of the caller's may lack it
+            self.statistics.stepwise = list(dict.fromkeys([*known, *names]))
 
     def record_cycle(self, counts: list[tuple[int, int]], size: int) -> None:
         """Count a cycle, see `DecodeStatistics.add_cycle`."""

@@ -15,11 +15,18 @@ import shutil
 import tempfile
 import time
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCard
-from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub import HfApi, ModelCard, hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    HTTPError,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from transformers.configuration_utils import PretrainedConfig
 from transformers.utils import logging
@@ -39,6 +46,9 @@ logger = logging.get_logger(__name__)
 
 PLACEHOLDER = "your-name/your-draft"
 _PLAIN_CARD = f"---\nlibrary_name: transformers\n---\n# {PLACEHOLDER}\n\nA DFlash draft model.\n"
+LAYOUT_BRANCHES: dict[str, str | None] = {"hub": None, "engines": "engines"}
+"""The branch to which each layout is pushed; None is main."""
+_LOG_IN = "Log in with a token that may write there: hf auth login, or HF_TOKEN."
 # Files to delete at a push: transformers prefers one file over shards, so stale weights would load.
 STALE = ["*.safetensors", "*.safetensors.index.json", "pytorch_model*"]
 # The Muse assistant of transformers has the feature projection in a submodule.
@@ -140,26 +150,43 @@ class RepositoryMixin:
         create_pr: bool = False,
         max_shard_size: int | str = "50GB",
         tags: list[str] | None = None,
-        layout: str = "hub",
+        layouts: Iterable[str] | None = None,
+        layout: str | None = None,
     ) -> Any:
-        """Push a complete repository in one commit. The card on the Hub stays; missing metadata is added.
+        """Push a complete repository: the hub layout to main, and the engines layout to the branch `engines`.
 
-        The arguments are those of `PreTrainedModel.push_to_hub`, and `layout` as in `save_pretrained`. Set
-        `draft.card_metadata = {"base_model": ..., "license": ...}` before the first push.
+        The card on the Hub stays; missing metadata is added. Each layout is one commit. The arguments are those of
+        `PreTrainedModel.push_to_hub`, and these. Set `draft.card_metadata = {"base_model": ..., "license": ...}` before
+        the first push.
+
+        Args:
+            layouts: of "hub" and "engines", those to push; by default both. With `revision` or `create_pr`, which name
+                one branch, only the hub layout.
+            layout: the older keyword for one layout, pushed to main or to `revision`.
 
         Returns:
-            The Hub's `CommitInfo`; its `oid` is the commit to pin with `revision=`.
+            The Hub's `CommitInfo` of the first layout; its `oid` is the commit to pin with `revision=`.
+
+        Raises:
+            ValueError: the name, a layout, or `private=True` for a repository that is public.
+            RuntimeError: the Hub refused; the message says which branch is new.
         """
-        if check_layout(layout) == "engines":
-            engines_layout(self.config)  # type: ignore[attr-defined]  # raises before a repository is created
+        branches = choose_branches(layouts, layout, revision, create_pr)
+        if "engines" in branches:
+            check_for_engines(self.config)  # type: ignore[attr-defined]  # before a repository is created
         api = HfApi(token=token)
-        repo_id = make_repo(api, repo_id, private)
+        repo_id = make_repo(api, check_destination(api, repo_id, private), private)
+        card = card_on_hub(repo_id, token)
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, layout=layout, max_shard_size=max_shard_size)
-            (Path(folder) / "README.md").unlink()
-            self.write_card(folder, card_on_hub(repo_id, token), repo_id, tags=tags)
+            folders = []
+            for name, branch in branches.items():
+                path = Path(folder) / name
+                self.save_pretrained(path, layout=name, max_shard_size=max_shard_size)
+                (path / "README.md").unlink()
+                self.write_card(path, card, repo_id, tags=tags)
+                folders.append((path, branch))
             details = {"commit_message": commit_message, "commit_description": commit_description}
-            return upload(api, folder, repo_id, revision, create_pr=create_pr, **details)
+            return upload_all(api, repo_id, folders, create_pr=create_pr, **details)[0]
 
     def write_card(
         self,
@@ -191,11 +218,105 @@ class RepositoryMixin:
         name, where = self.card_source
         try:
             found: Path | None = Path(name) / "README.md"
+            if Path(name).exists() and not is_own_file(found, Path(name)):
+                return None
             if not Path(name).exists():
                 found = find_file(name, "README.md", local_files_only=not online, **where)
             return None if found is None else ModelCard(found.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
+
+
+def is_own_file(path: Path, folder: Path) -> bool:
+    """Tell whether a file is part of `folder`. In a folder of the Hub's cache, links into its own blobs are."""
+    if not path.is_symlink():
+        return path.is_file()
+    snapshots = folder.resolve().parent
+    blobs = snapshots.parent / "blobs"
+    return path.is_file() and snapshots.name == "snapshots" and path.resolve().parent == blobs
+
+
+def choose_branches(
+    layouts: Iterable[str] | None, layout: str | None, revision: str | None, create_pr: bool
+) -> dict[str, str | None]:
+    """Return the branch to which each layout is pushed; None is main.
+
+    Raises:
+        ValueError: an unknown layout, or several for one branch.
+    """
+    one_branch = layout is not None or revision is not None or create_pr
+    names = (layout,) if layout is not None else layouts
+    names = tuple(names or (("hub",) if one_branch else LAYOUT_BRANCHES))
+    for name in names:
+        check_layout(name)
+    if not one_branch:
+        return {name: LAYOUT_BRANCHES[name] for name in names}
+    if len(names) > 1:
+        raise ValueError(
+            f"layouts is {names}, but revision and create_pr name one branch: pass one layout with them, such as "
+            'layouts=("hub",).'
+        )
+    return {names[0]: revision}
+
+
+def check_for_engines(config: Any) -> None:
+    """Refuse a config that the engines layout cannot express.
+
+    Raises:
+        ValueError: saying what is missing, and how to push without that layout.
+    """
+    try:
+        engines_layout(config)
+    except ValueError as error:
+        raise ValueError(f'{error} Or push for transformers only: layouts=("hub",).') from error
+
+
+def check_destination(api: HfApi, repo_id: str, private: bool | None) -> str:
+    """Ask the Hub about a repository before anything is written, and return its full name.
+
+    Raises:
+        ValueError: no repository can have this name, or it exists and is public although `private` is asked for.
+        RuntimeError: the Hub cannot be reached, knows no such token, or lets it write nowhere or not there.
+    """
+    check_repo_id(repo_id)
+    try:
+        who = api.whoami()
+        owner = repo_id.split("/")[0] if "/" in repo_id else who["name"]
+        full_name = f"{owner}/{repo_id.split('/')[-1]}"
+        is_public = api.repo_exists(full_name) and not api.model_info(full_name).private
+    except (OSError, HTTPError) as error:
+        raise RuntimeError(
+            f"The Hub was asked about {repo_id} and refused: {error}\n{_LOG_IN}"
+        ) from error
+    owners = [who["name"], *(one["name"] for one in who.get("orgs") or ())]
+    if owner not in owners:
+        raise RuntimeError(
+            f"The token is of {who['name']}, who cannot write to {full_name}: {owner} is none of {', '.join(owners)}. "
+            "Push to one of those, or log in as another user: hf auth login, or HF_TOKEN."
+        )
+    if private and is_public:
+        raise ValueError(
+            f"{full_name} exists and is public, so its files would be public although private was asked for. Make the "
+            "repository private first (Settings on its page, or `hf repos settings NAME --private`), or push to "
+            "another name, or push without private."
+        )
+    return full_name
+
+
+def check_repo_id(repo_id: Any) -> None:
+    """Refuse what cannot be the name of a repository, by the Hub's own rules.
+
+    Raises:
+        ValueError: with the rule.
+    """
+    if not isinstance(repo_id, str):
+        raise ValueError(
+            f"A repository cannot be named {repo_id!r}: a name is text, such as me/draft."
+        )
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"A repository cannot be named {repo_id!r}: {error}") from error
 
 
 def make_repo(api: HfApi, repo_id: str, private: bool | None) -> str:
@@ -206,11 +327,33 @@ def make_repo(api: HfApi, repo_id: str, private: bool | None) -> str:
     """
     try:
         return api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    except OSError as error:
+    except (OSError, HTTPError) as error:
         raise RuntimeError(
-            f"The Hub did not allow {repo_id} to be created or written: {error}\nLog in with a token that may write "
-            "there: hf auth login, or HF_TOKEN."
+            f"The Hub did not allow {repo_id} to be created or written: {error}\n{_LOG_IN}"
         ) from error
+
+
+def upload_all(
+    api: HfApi, repo_id: str, folders: list[tuple[Path, str | None]], **commit: Any
+) -> list[Any]:
+    """Upload each folder to its branch, in one commit each, and return the commits.
+
+    Raises:
+        RuntimeError: the Hub did not take one; the message says which branches are new, and which are not.
+    """
+    done: list[Any] = []
+    for folder, branch in folders:
+        try:
+            done.append(upload(api, folder, repo_id, branch, **commit))
+        except RuntimeError as error:
+            if not done:
+                raise
+            names = [name or "main" for _, name in folders]
+            new = ", ".join(
+                f"{name} (commit {one.oid})" for name, one in zip(names, done, strict=False)
+            )
+            raise RuntimeError(f"{error}\nAlready new on the Hub: {new}.") from error
+    return done
 
 
 def upload(
@@ -227,7 +370,7 @@ def upload(
         return api.upload_folder(
             folder_path=folder, repo_id=repo_id, revision=revision, delete_patterns=STALE, **commit
         )
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, HTTPError) as error:
         raise RuntimeError(
             f"The Hub did not take the upload to {repo_id}: {error}\nThe branch {revision or 'main'} is as it was: a "
             "commit is whole or absent. Run the same again, with a token that may write there (hf auth login, or "
@@ -236,11 +379,37 @@ def upload(
 
 
 def card_on_hub(repo_id: str, token: Any = None) -> ModelCard | None:
-    """Return the current card of `repo_id`; None without one."""
+    """Return the current card of `repo_id`; None without one.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
     try:
-        return ModelCard.load(repo_id, token=token)
+        path = hf_hub_download(repo_id, "README.md", token=token)
     except (EntryNotFoundError, RepositoryNotFoundError):
         return None
+    return read_card(Path(path), f"https://huggingface.co/{repo_id}/blob/main/README.md")
+
+
+def read_card(path: Path, name: str) -> ModelCard:
+    """Read a model card, which messages call `name`.
+
+    Raises:
+        ValueError: it is not UTF-8, or its metadata is no YAML that the Hub takes.
+    """
+    try:
+        return ModelCard(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{name} is not written in UTF-8 ({error.reason} at byte {error.start}). Save it as UTF-8, or move it away "
+            "to get a new card; nothing was changed."
+        ) from error
+    except Exception as error:  # a YAML reader and the Hub's client raise many kinds
+        first = " ".join(str(error).split())
+        raise ValueError(
+            f"The metadata of {name}, between its first two lines of ---, cannot be read: {first}. Correct it, or "
+            "move the file away to get a new card; nothing was changed."
+        ) from error
 
 
 def check_tensors(info: dict[str, Any], name: Any) -> None:
