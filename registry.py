@@ -603,7 +603,7 @@ class _Resolved(SpeculativeGenerate):
 
     def _draft_for(self, model: Any, draft: Any) -> Any:
         """Return the draft, loaded once for each target on its device and in its dtype."""
-        if isinstance(draft, DFlashDraftModel):
+        if hasattr(draft, "speculate"):  # also one that was loaded by its repository's code
             return draft
         if not isinstance(draft, str | Path | DFlashDraftSpec | None):
             raise ValueError(
