@@ -12,6 +12,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from .compat_dflash import dropped_arguments, read_by_generate
 from .layouts_dflash import shown
 
@@ -24,12 +26,39 @@ def also_for_users(decode: Callable) -> Callable:
 
     @functools.wraps(decode)
     def call(self: Any, model: Any = None, *args: Any, **options: Any) -> Any:
-        if PREPARED <= options.keys() or len(args) > 1:
+        if options.keys() >= PREPARED or len(args) > 1:
             return decode(self, model, *args, **options)
-        check_loaded("model", model)
+        check_direct_call(model, args, options)
         return model.generate(*args, custom_generate=self, **options)
 
     return call
+
+
+def check_direct_call(model: Any, args: tuple, options: dict[str, Any]) -> None:
+    """Check target and prompt of a call that does not come from `generate`.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    check_loaded("model", model)
+    input_ids = args[0] if args else options.get("input_ids", options.get("inputs"))
+    if input_ids is not None:
+        check_ids(input_ids)
+
+
+def check_ids(input_ids: Any) -> None:
+    """Refuse what are no token ids `[B, P]`.
+
+    Raises:
+        ValueError: with the type or the shape.
+    """
+    if not isinstance(input_ids, torch.Tensor) or input_ids.dtype not in (torch.int, torch.long):
+        kind = getattr(input_ids, "dtype", type(input_ids).__name__)
+        raise ValueError(f"input_ids is {kind}; pass a tensor of token ids, [B, P].")
+    if input_ids.ndim != 2 or input_ids.numel() == 0:
+        raise ValueError(
+            f"input_ids has shape {tuple(input_ids.shape)}; decoding takes rows of at least one token, [B, P]."
+        )
 
 
 def check_loaded(name: str, target: Any) -> None:

@@ -32,7 +32,7 @@ from .acceptance_dflash import (
     StepwiseAcceptance,
     foreign_objects,
 )
-from .calls_dflash import Signature, also_for_users, check_loaded
+from .calls_dflash import Signature, also_for_users, check_ids, check_loaded
 from .compat_dflash import (
     attention_name,
     cache_field,
@@ -445,14 +445,12 @@ def _check_arguments(
     target: Any, input_ids: torch.Tensor, max_new_tokens: int, temperature: float
 ) -> None:
     check_loaded("target", target)
-    if not isinstance(input_ids, torch.Tensor) or input_ids.is_floating_point():
+    check_ids(input_ids)
+    rows = target.get_input_embeddings().weight.shape[0]
+    if input_ids.min() < 0 or input_ids.max() >= rows:
         raise ValueError(
-            f"input_ids is {type(input_ids).__name__}; pass a tensor of token ids, [B, P]."
-        )
-    if input_ids.ndim != 2 or input_ids.numel() == 0:
-        shape = tuple(input_ids.shape)
-        raise ValueError(
-            f"input_ids has shape {shape}; decoding takes rows of at least one token, [B, P]."
+            f"input_ids has ids from {input_ids.min()} to {input_ids.max()}; the target has {rows} tokens. Use its own "
+            "tokenizer."
         )
     if not isinstance(max_new_tokens, int) or max_new_tokens < 0:
         raise ValueError(f"max_new_tokens is {max_new_tokens!r}; it must be an int, 0 or more.")

@@ -16,11 +16,12 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from .calls_dflash import PREPARED, Signature, check_loaded
+from .calls_dflash import PREPARED, Signature, check_direct_call
 from .checkpoints import Origin, TargetInfo, base_of_adapter, origin_of, out_of_cache
 from .compat_dflash import checkpoint_name
 from .configuration_dflash import DFlashConfig, build_target_layer_ids
 from .families import FAMILIES, families_of, siblings_of
+from .findings_dflash import LOADING, explained, explained_for
 from .generate_dflash import SpeculativeGenerate
 from .kinds import KINDS, kind_named, kind_of
 from .layouts import variant_of
@@ -234,6 +235,8 @@ class DFlashDraftSpec:
 
     def matches_shape(self, text_config: PretrainedConfig) -> bool:
         """Return whether a target with this text config has the shape of the draft's own; False if that is unknown."""
+        if not isinstance(text_config, PretrainedConfig):
+            raise ValueError(f"text_config is {text_config!r}; pass a config, `target.config`.")
         ours = (self.hidden_size, self.num_target_layers, self.vocab_size)
         return ours == (
             text_config.hidden_size,
@@ -342,6 +345,10 @@ def _default_for(architecture: str) -> DFlashDraftSpec:
 
 def drafts_for(target: str) -> list[DFlashDraftSpec]:
     """Return the drafts made for a checkpoint, by its Hub id: supported ones first, and among them the later kind."""
+    if not isinstance(target, str):
+        raise ValueError(
+            f"target is {target!r}; pass the Hub id of a checkpoint, such as 'org/model'."
+        )
     name = target.casefold()
     made_for = [spec for spec in CATALOGUE if name in map(str.casefold, spec.targets)]
     order = list(KINDS)
@@ -420,6 +427,18 @@ def explain_resolution(
 ) -> tuple[DFlashDraftSpec, str]:
     """Return the draft as `resolve_dflash_draft_spec` does, and the reason in a sentence."""
     target = str(target) if isinstance(target, Path) else target
+    if isinstance(target, type) or target == "":
+        raise ValueError(f"target is {target!r}; pass a Hub id, a folder, a config or a model.")
+    if not isinstance(target, str):
+        return _explain(architectures, target)
+    with explained(f"The config of the target {target} could not be read", LOADING):
+        return _explain(architectures, target)
+
+
+def _explain(
+    architectures: list[str] | None, target: str | PretrainedConfig | Any | None
+) -> tuple[DFlashDraftSpec, str]:
+    """Return the draft and the reason for a target, whose folder as a string."""
     if isinstance(target, str):
         check_folder(target)
     if not isinstance(target, str | PretrainedConfig | None) and not hasattr(target, "config"):
@@ -436,7 +455,7 @@ def explain_resolution(
         made_for[0].check_supported()
         return made_for[0], f"It was made for {published}."
     if isinstance(target, str) and (base := base_of_adapter(target)):
-        spec, reason = explain_resolution(architectures, base)
+        spec, reason = _explain(architectures, base)
         return spec, f"{target} is an adapter for {base}. {reason}"
     known = TargetInfo(name, None if isinstance(target, str) else getattr(target, "config", target))
     origin = origin_of(known, CATALOGUE)
@@ -547,6 +566,7 @@ def check_folder(name: Any) -> None:
         )
 
 
+@explained_for("name", "loaded", LOADING)
 def load_draft(name: str | Path, **from_pretrained_kwargs: Any) -> DFlashDraftModel:
     """Load a draft of any kind and layout, from the Hub or a folder; no code of its repository runs.
 
@@ -596,8 +616,8 @@ class _Resolved(SpeculativeGenerate):
             function = _Resolved(draft)
             function.drafts = self.drafts
             return function
-        check_loaded("model", model)
-        if not PREPARED <= kwargs.keys():
+        if not kwargs.keys() >= PREPARED:
+            check_direct_call(model, args, kwargs)
             return model.generate(*args, custom_generate=self, draft=draft, **kwargs)
         return self._draft_for(model, draft).speculate(model, *args, **kwargs)
 
