@@ -759,14 +759,16 @@ DECODE = """
 """
 
 
-@pytest.mark.parametrize("where", ["Hub", "folder"])
+@pytest.mark.parametrize("where", ["Hub", "folder", "folder for engines"])
 def test_a_target_decodes_with_a_draft_by_name_and_nothing_but_transformers(
     hub, repo_id, where, tmp_path, fresh_process
 ):
     draft = DFlashDraftModel.from_pretrained(TINY / "draft")
-    draft.push_to_hub(repo_id)
-    draft.save_pretrained(tmp_path)
     repo = repo_id if where == "Hub" else str(tmp_path)
+    if where == "Hub":
+        draft.push_to_hub(repo_id)
+    else:
+        draft.save_pretrained(tmp_path, layout="engines" if "engines" in where else "hub")
     code = DECODE.format(tests=str(ROOT / "tests"), target=str(TINY / "target"), repo=repo)
     same, most, shape, loads = json.loads(fresh_process(code).splitlines()[-1])
     assert same == [True, True]
