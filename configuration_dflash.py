@@ -288,6 +288,7 @@ class DFlashConfig(PretrainedConfig):
             ) from None
         if content == {}:
             raise ValueError(f"{json_file} is {{}}; it must be a dict of fields.")
+        _check_no_key_twice(json_file)
         check_content(content).pop("configuration_files", None)
         return content
 
@@ -405,6 +406,27 @@ class DFlashConfig(PretrainedConfig):
         """Return whether two configs describe the same draft, wherever each was read from."""
         same_kind = getattr(other, "model_type", None) == self.model_type
         return same_kind and _content(self) == _content(other)
+
+
+def _check_no_key_twice(json_file: Any) -> None:
+    """Refuse a file in which a key stands twice with different values: readers would take different ones.
+
+    Raises:
+        ValueError: naming the key and both values.
+    """
+
+    def collect(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in found and found[key] != value:
+                raise ValueError(
+                    f"{json_file} contradicts itself about {key}: it is {shown(found[key])} and, further down, "
+                    f"{shown(value)}. Correct the file."
+                )
+            found[key] = value
+        return found
+
+    json.loads(Path(json_file).read_text(encoding="utf-8"), object_pairs_hook=collect)
 
 
 def _is_targets(architecture: str) -> bool:
