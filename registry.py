@@ -27,6 +27,7 @@ from .layouts import variant_of
 from .modeling_dflash import DFlashDraftModel, Qwen3DFlashDraftModel
 from .support_dflash import check_target
 
+# Field of a spec -> the class that it holds by default, and that any other must extend.
 _DRAFT_CLASSES: dict[str, type[DFlashDraftModel]] = {
     "draft_cls": Qwen3DFlashDraftModel,
     "draft2_cls": KINDS[SECOND_KIND].model_class,
@@ -82,7 +83,8 @@ class DFlashDraftSpec:
         for value in (first, second):
             self._set_positional(value)
         for name, default in _DRAFT_CLASSES.items():
-            self._set(name, getattr(self, name) or default)
+            if getattr(self, name) is None:
+                self._set(name, default)
             _check_draft_class(name, getattr(self, name))
         if self.repo_id is not None:
             self._set("repo_id", _repository(self.repo_id))
