@@ -22,13 +22,16 @@ from .compat_dflash import checkpoint_name, local_of_generate
 from .configuration_dflash import DFlashConfig, build_target_layer_ids
 from .families import FAMILIES, families_of, siblings_of
 from .generate_dflash import SpeculativeGenerate
-from .kinds import KINDS, kind_named, kind_of
+from .kinds import KINDS, SECOND_KIND, kind_named, kind_of
 from .layouts import variant_of
 from .modeling_dflash import DFlashDraftModel, Qwen3DFlashDraftModel
-from .modeling_dflash2 import DFlash2DraftModel
 from .support_dflash import check_target
 
-_DRAFT_CLASSES = {"draft_cls": Qwen3DFlashDraftModel, "draft2_cls": DFlash2DraftModel}
+# Field of a spec -> the class that it holds by default, and that any other must extend.
+_DRAFT_CLASSES: dict[str, type[DFlashDraftModel]] = {
+    "draft_cls": Qwen3DFlashDraftModel,
+    "draft2_cls": KINDS[SECOND_KIND].model_class,
+}
 # Families with indexer caches or compressed ones, and Kimi K3: their drafts load and can be published, but not decode.
 NOT_DECODED = frozenset({"deepseek_v4", "glm5_next_text", "glm_moe_dsa", "kimi_linear"})
 
@@ -44,7 +47,7 @@ class DFlashDraftSpec:
         first, second: `repo_id` and `draft_cls` in either order, or `draft_cls` and `draft2_cls`.
         repo_id: the draft's repository on the Hub, or a local folder; None if `build` or `load(repo_id)` is to follow.
         draft_cls: the class that runs it, the model of one of the `KINDS`.
-        draft2_cls: the class that `build` uses for a DFlash 2 draft.
+        draft2_cls: the class that `build` uses for a draft of the `SECOND_KIND`.
         revision: the commit to load; None for the newest.
         subfolder: the folder in the repository that holds it.
         targets: checkpoints it was made for, as Hub ids.
@@ -80,7 +83,8 @@ class DFlashDraftSpec:
         for value in (first, second):
             self._set_positional(value)
         for name, default in _DRAFT_CLASSES.items():
-            self._set(name, getattr(self, name) or default)
+            if getattr(self, name) is None:
+                self._set(name, default)
             _check_draft_class(name, getattr(self, name))
         if self.repo_id is not None:
             self._set("repo_id", _repository(self.repo_id))
