@@ -31,7 +31,6 @@ from .compat_dflash import (
     attention_name,
     cache_field,
     local_of_generate,
-    made_by_user,
     padding_token,
     restore_tokenizer,
 )
@@ -39,14 +38,18 @@ from .drafter_dflash import Drafter
 from .execution_dflash import CAPTURE, resolve_mode
 from .findings_dflash import raise_first
 from .generation_dflash import DecodeState, DecodeStatistics, Recorder, StepOutputs, decode, prefill
-from .past_key_values_dflash import export_past_key_values, import_past_key_values
+from .past_key_values_dflash import (
+    cache_findings,
+    export_past_key_values,
+    import_past_key_values,
+    lay_out,
+)
 from .proposals_dflash import ChainProposer, Proposer
 from .sampling_dflash import PositionNoise, Sampler
 from .selfcheck_dflash import check_alone, circumstances
 from .sequences_dflash import Prompt, Sequences, StopConditions
 from .support_dflash import (
     base_model,
-    check_batch_cache,
     check_options,
     draft_findings,
     warn_of_new_family,
@@ -131,9 +134,8 @@ class SpeculativeGenerate:
         _check_choice("capture", capture, CAPTURE)
         _check_method("statistics", statistics, "add_cycle", "a DecodeStatistics()")
         _check_method("proposer", proposer, "__call__", "a function of the draft's proposer")
+        inputs = lay_out(input_ids, inputs, generation_config)
         prompt = Prompt(input_ids, inputs, generation_config.return_dict_in_generate)
-        if len(input_ids) > 1 and made_by_user(prompt.cache, unmarked=False):
-            check_batch_cache(model)
         stop_conditions = StopConditions.from_criteria(stopping_criteria)
         noise = PositionNoise() if generation_config.do_sample else None
         request = DecodeRequest(
@@ -221,6 +223,7 @@ class DecoderSession:
         prompt, mode = request.prompt, request.mode
         target, drafter = self.target, self.drafter
         recorder = Recorder(statistics, drafter.draft.device)
+        raise_first(cache_findings(prompt, target, request.sequences.stop_conditions))
         with self._locks.setdefault(target.model, threading.RLock()):
             self._check_alone(prompt)
             with (

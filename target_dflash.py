@@ -131,11 +131,11 @@ class Target:
 
         Args:
             ids `[B, N]`.
-            slots `[B, N]`: the same in every row.
+            slots `[B, N]`: consecutive in every row.
             positions `[B, N]` or `[3, B, N]`.
         """
         length = ids.shape[1]
-        state.cache.reserve(int(slots[0, -1]) + 1)
+        state.cache.reserve(int(slots.max()) + 1)
         padding_mask = pad_to(state.padding_mask, state.cache.capacity)
         masks = BlockMasks(padding_mask, slots[:, 0], length)
         inputs = {"input_ids": ids, "position_ids": positions}
