@@ -460,6 +460,7 @@ def _run_again(state: DecodeState, output_ids: torch.Tensor) -> None:
         restore_states(layer, vars(LinearAttentionLayer(number_of_states=layer.number_of_states)))
     if cached:
         _import_states(prompt.cache, target_state)
+    target_state.cache.num_prefilled = cached
     for first, last in prompt.chunks(cached, recurrent=True):
         run_chunk(state, first, last, 1)
     end = prompt.num_cached + output_ids.shape[1] - 1
