@@ -65,7 +65,7 @@ class BlockMasks:
     slides, near the far end of the window. Only those slots are written again.
 
     Args:
-        padding_mask `[B, S]`: True at slots of padding, which only themselves may see.
+        padding_mask `[B, S]`: True at slots of padding, which no other slot may see.
         slots `[B]`: of the first token of each row's block.
         size: Q. The block starts as a chain; `move` makes it any tree of that size.
         kinds: masks to build at once. A block that is captured must find them in place.
@@ -145,8 +145,10 @@ class BlockMasks:
             lineage = self.ancestors.gather(2, index)
             written = torch.where(in_block[:, None], lineage, written)
         padding = self.padding_mask.gather(1, where)[:, None]
+        seen = seen & written & ~padding
+        # A token of padding sees what precedes it, and only itself if that is nothing.
         itself = offset[:, None] == self.offsets[:, None]
-        return (seen & written & ~padding) | itself
+        return seen | (itself & ~seen.any(dim=-1, keepdim=True))
 
 
 def pad_to(padding_mask: torch.Tensor, num_slots: int) -> torch.Tensor:

@@ -232,6 +232,18 @@ class SlotCache:
         first = rows[:, None] * self.capacity
         return (slots + first).flatten()
 
+    def select_rows(self, rows: list[int]) -> None:
+        """Make the rows of every layer these ones, which may repeat."""
+        for layer in self.slot_layers.values():
+            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+
+    def move(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Move every layer to a device, and to a dtype."""
+        for layer in self.slot_layers.values():
+            layer.keys = layer.keys.to(device, dtype)
+            layer.values = layer.values.to(device, dtype)
+            layer.device, layer.dtype = device, dtype
+
     def copy_slots(self, source: torch.Tensor, destination: torch.Tensor) -> None:
         """Copy the slots `source [B, M]` to `destination [B, M]` in every layer."""
         for layer in self.slot_layers.values():

@@ -216,8 +216,16 @@ def visible_in_window(
 # Cache layers --------------------------------------------------------------------------------------------------------
 
 
+def mask_length(config: Any) -> int | None:
+    """Return the length of the mask that `generate` dropped, since it hides nothing; None where it dropped none.
+
+    Checked with 5.15.1, which drops none, and 5.24.0; delete when a decoding function gets the mask.
+    """
+    return getattr(config, "_mask_length", None)
+
+
 def set_slots_seen(layer: Any, slots: int) -> None:
-    """Set the number of tokens that a sliding layer of a `DynamicCache` has seen; it stores only the last ones.
+    """Set the number of tokens that a sliding or static layer of a cache has seen; it may store only the last ones.
 
     Checked with 5.15.1 to 5.24.0; delete when such a layer can be built from its keys and the length.
 
@@ -226,7 +234,12 @@ def set_slots_seen(layer: Any, slots: int) -> None:
     """
     if not hasattr(layer, "cumulative_length"):
         raise difference(f"{type(layer).__name__} does not say how long its text is")
-    layer.cumulative_length = slots
+    if isinstance(layer.cumulative_length, int):
+        layer.cumulative_length = slots
+        return
+    layer.cumulative_length.fill_(slots)
+    if hasattr(layer, "cumulative_length_int"):
+        layer.cumulative_length_int = slots
 
 
 # Auto classes and configs --------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers.cache_utils import DynamicCache
 
-from .attention_dflash import BlockAttention, BlockState
+from .attention_dflash import BlockAttention, BlockState, pad_to
 from .cache_dflash import SlotCache
 from .execution_dflash import BlockRunner
 from .target_dflash import embed_noise
@@ -66,10 +66,11 @@ class DraftState(BlockState):
         """Return the positions in each row's text of `slots [B, N]`."""
         return (slots + self.position_offset).clamp_min(0)
 
-    def mask_context(self, num_slots: int) -> None:
-        """Hide the first slots, which were cached without this draft and hold no context of it."""
-        self.padding_mask = self.padding_mask.clone()
-        self.padding_mask[:, :num_slots] = True
+    def hide(self, hidden: torch.Tensor) -> None:
+        """Hide those of the first slots that hold no context of this draft: `[B, L]`, True where it is missing."""
+        num_slots = hidden.shape[1]
+        self.padding_mask = pad_to(self.padding_mask, num_slots).clone()
+        self.padding_mask[:, :num_slots] |= hidden.to(self.padding_mask.device)
 
 
 class Drafter:
@@ -113,7 +114,7 @@ class Drafter:
         """Cache the context features `[B, N, F]` of the slots from `first_slot` on, the same in every row."""
         last_slot = first_slot + features.shape[1]
         slots = torch.arange(first_slot, last_slot, device=self.draft.device)
-        self._update_cache(state, features, slots.expand(len(features), -1))
+        self.cache_at(state, features, slots.expand(len(features), -1))
 
     def set_pending(self, state: DraftState, features: torch.Tensor, slots: torch.Tensor) -> None:
         """Let context features `[B, N, F]` from `slots [B]` on reach the draft with its next block."""
@@ -125,9 +126,12 @@ class Drafter:
         if state.pending is not None:
             features, first = state.pending.features, state.pending.slots
             steps = torch.arange(features.shape[1], device=self.draft.device)
-            self._update_cache(state, features, first[:, None] + steps)
+            self.cache_at(state, features, first[:, None] + steps)
+            state.pending = None
 
-    def _update_cache(self, state: DraftState, features: torch.Tensor, slots: torch.Tensor) -> None:
+    def cache_at(self, state: DraftState, features: torch.Tensor, slots: torch.Tensor) -> None:
+        """Cache the context features `[B, N, F]` of `slots [B, N]`."""
+        slots = slots.to(self.draft.device)
         state.cache.reserve(int(slots.max()) + 1)
         self.draft.extend_cache(
             self._to_draft(features), state.positions(slots), state.cache.at(slots)

@@ -37,7 +37,6 @@ from .compat_dflash import (
     attention_name,
     cache_field,
     local_of_generate,
-    made_by_user,
     padding_token,
     restore_tokenizer,
 )
@@ -46,14 +45,18 @@ from .execution_dflash import CAPTURE, resolve_mode
 from .findings_dflash import raise_first
 from .generation_dflash import DecodeState, DecodeStatistics, Recorder, decode, prefill
 from .outputs_dflash import StepOutputs
-from .past_key_values_dflash import export_past_key_values, import_past_key_values
+from .past_key_values_dflash import (
+    cache_findings,
+    export_past_key_values,
+    import_past_key_values,
+    lay_out,
+)
 from .proposals_dflash import ChainProposer, Proposer
 from .sampling_dflash import PositionNoise, Sampler
 from .selfcheck_dflash import check_alone, circumstances
 from .sequences_dflash import Prompt, Sequences, StopConditions
 from .support_dflash import (
     base_model,
-    check_batch_cache,
     check_options,
     draft_findings,
     warn_of_new_family,
@@ -146,16 +149,15 @@ class SpeculativeGenerate:
         _check_method("proposer", proposer, "__call__", "a function of the draft's proposer")
         names = _requested_outputs(generation_config)
         layer_outputs = tuple(name for name in names if name in LAYER_OUTPUTS)
+        inputs = lay_out(input_ids, inputs, generation_config)
         prompt = Prompt(input_ids, inputs, generation_config.return_dict_in_generate, layer_outputs)
-        if len(input_ids) > 1 and made_by_user(prompt.cache, unmarked=False):
-            check_batch_cache(model)
         noise = PositionNoise() if generation_config.do_sample else None
         sampler = Sampler(logits_processor, noise, coupled=draft_sampling == "coupled")
         pad_token_id = padding_token(generation_config)
         acceptance = choose_acceptance(sampler, stopping_criteria, input_ids, pad_token_id, names)
-        stop_conditions = StopConditions()
-        if not acceptance.reasons:
-            stop_conditions = StopConditions.from_criteria(stopping_criteria)
+        stop_conditions = StopConditions.from_criteria(stopping_criteria)
+        if acceptance.reasons:  # its own criteria end the text
+            stop_conditions = StopConditions(stop_conditions.max_length, are_all=False)
         request = DecodeRequest(
             prompt,
             Sequences(input_ids, stop_conditions, pad_token_id, streamer),
@@ -269,6 +271,7 @@ class DecoderSession:
         target, drafter = self.target, self.drafter
         recorder = Recorder(statistics, drafter.draft.device)
         recorder.record_stepwise(request.acceptance.reasons)
+        raise_first(cache_findings(prompt, target, request.sequences.stop_conditions))
         with self._locks.setdefault(target.model, threading.RLock()):
             self._check_alone(prompt)
             with (

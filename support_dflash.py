@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig
-from transformers.cache_utils import CacheLayerMixin, DynamicCache
+from transformers.cache_utils import CacheLayerMixin, DynamicCache, StaticCache
 from transformers.utils import logging
 
 from .cache_dflash import RecurrentLayers
 from .compat_dflash import cache_in, cache_name, makes_own_cache, parameters
 from .findings_dflash import Finding, raise_first
-from .target_dflash import decoder_layers, is_recurrent
+from .target_dflash import decoder_layers
 
 logger = logging.get_logger(__name__)
 
@@ -354,9 +354,12 @@ def input_findings(
     """Yield the inputs, caches included, that have no meaning with a draft."""
     cache = cache_in(inputs)
     kind, implementation = type(cache).__name__, config.cache_implementation
-    if cache is not None and not isinstance(cache, DynamicCache) and implementation is None:
-        what = f"The cache is a {kind}; with a draft only a DynamicCache carries on"
-        yield Finding(what, kind, "a DynamicCache", "Pass one, or no cache")
+    known = cache is None or isinstance(cache, DynamicCache | StaticCache)
+    if not known and implementation is None:
+        what = (
+            f"The cache is a {kind}; with a draft only a DynamicCache or a StaticCache carries on"
+        )
+        yield Finding(what, kind, "a DynamicCache or a StaticCache", "Pass one, or no cache")
     embeds = inputs.get("inputs_embeds")
     if embeds is not None and cache is not None and cache.get_seq_length():
         why = "which slots the embeddings belong to is not known; pass input_ids"
@@ -374,16 +377,3 @@ def input_findings(
 def _option_finding(option: str, why: str) -> Finding:
     what = f"A draft cannot be used with {option}: {why}"
     return Finding(what, option, f"generate without {option}", "Leave one of the two out")
-
-
-def check_batch_cache(model: Any) -> None:
-    """Refuse to leave the state of several rows, which end at different slots, in one cache.
-
-    Raises:
-        ValueError: the target keeps recurrent state.
-    """
-    if is_recurrent(model):
-        raise ValueError(
-            f"{type(model).__name__} keeps recurrent state, and rows of a batch may end at different slots, so their "
-            "cache cannot be continued. Leave the cache out, or give one row at a time."
-        )

@@ -147,15 +147,18 @@ class Target:
 
         Args:
             ids `[B, N]`.
-            slots `[B, N]`: the same in every row.
+            slots `[B, N]`: consecutive in every row.
             positions `[B, N]` or `[3, B, N]`.
         """
-        length = ids.shape[1]
-        state.cache.reserve(int(slots[0, -1]) + 1)
+        length, end = ids.shape[1], int(slots.max()) + 1
+        state.cache.reserve(end)
         padding_mask = pad_to(state.padding_mask, state.cache.capacity)
         masks = BlockMasks(padding_mask, slots[:, 0], length)
         inputs: dict[str, Any] = {"input_ids": ids, "position_ids": positions}
         inputs |= asking_for(state.layer_outputs)
+        if state.recurrent.states and bool(state.padding_mask[:, end - length : end].any()):
+            # Our attention needs no mask; the target hides padding from its recurrent layers by this one.
+            inputs["attention_mask"] = (~padding_mask[:, :end]).long()
         arguments = self._arguments(inputs, state.cache.at(slots), 1)
         with self.attention.under(masks):
             found = self.model(**arguments)
