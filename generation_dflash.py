@@ -129,8 +129,8 @@ class StepOutputs:
         """Append the first `counts[row]` positions of each row of `scores, logits [B, Q, V]`, if collected."""
         for name, values in (("scores", scores), ("logits", logits)):
             for row, collected in enumerate(self.collected.get(name, [])):
-                committed = values[row, : counts[row]]
-                collected.extend(committed.clone().unbind())
+                committed = values[row, : counts[row]].to(torch.float32, copy=True)
+                collected.extend(committed.unbind())
 
     def per_step(self, name: str, longest: int) -> tuple[torch.Tensor, ...] | None:
         """Return `[B, V]` for each of the `longest` new slots, zeros where a row had ended; None if not collected."""

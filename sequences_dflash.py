@@ -94,7 +94,15 @@ class Prompt:
         """Return the first and last slot of each part that goes through the target at once, from slot `first` on.
 
         A prompt with more than text in it is one part, and so is padding that a recurrent target must be shown.
+
+        Raises:
+            ValueError: the cache holds the whole prompt.
         """
+        if first >= self.width:
+            raise ValueError(
+                f"The cache holds {first} tokens and the prompt has {self.width}, so no token is left to go on from. "
+                "Pass a prompt that goes on after the cache, or crop the cache to less than the prompt."
+            )
         if first == 0 and (not self.is_plain or (recurrent and bool(self.padding_mask.any()))):
             return [(0, self.width)]
         starts = range(first, self.width, PREFILL_CHUNK)
@@ -311,7 +319,7 @@ class Sequences:
         for tokens in self.generated:
             padding = [self.pad_token_id] * (longest - len(tokens))
             rows.append((tokens + padding)[:longest])
-        generated = torch.tensor(rows, dtype=self.prompt.dtype, device=self.prompt.device).view(
+        generated = torch.tensor(rows, dtype=torch.long, device=self.prompt.device).view(
             len(rows), longest
         )
         return torch.cat([self.prompt, generated], dim=1)

@@ -61,10 +61,27 @@ class TargetState(BlockState):
 
     Args:
         position_offset `[B, 1]` or `[3, B, 1]`: position minus slot, for the slots after the prompt.
+        token_types `[B, P]`: of the prompt's slots; None if the target is given none. Later slots have the last one.
     """
 
     recurrent: RecurrentLayers
     position_offset: torch.Tensor
+    token_types: torch.Tensor | None = None
+
+    def inputs_at(
+        self, slots: torch.Tensor, ids: torch.Tensor, positions: torch.Tensor
+    ) -> dict[str, Any]:
+        """Return the inputs of a forward over `slots [B, N]`.
+
+        Args:
+            ids `[B, N]`.
+            positions `[B, N]` or `[3, B, N]`.
+        """
+        inputs = {"input_ids": ids, "position_ids": positions}
+        if self.token_types is not None:
+            last = self.token_types.shape[1] - 1
+            inputs["token_type_ids"] = self.token_types.gather(1, slots.clamp_max(last))
+        return inputs
 
 
 class Target:
@@ -97,7 +114,13 @@ class Target:
             self.runner.using(mode),
             self.attention.installed(),
         ):
-            yield TargetState(cache, prompt.padding_mask, recurrent, prompt.position_offset)
+            yield TargetState(
+                cache,
+                prompt.padding_mask,
+                recurrent,
+                prompt.position_offset,
+                self._token_types(prompt),
+            )
 
     def prefill(
         self, state: TargetState, inputs: dict[str, Any], num_logits: int = 1
@@ -138,7 +161,7 @@ class Target:
         state.cache.reserve(int(slots[0, -1]) + 1)
         padding_mask = pad_to(state.padding_mask, state.cache.capacity)
         masks = BlockMasks(padding_mask, slots[:, 0], length)
-        inputs = {"input_ids": ids, "position_ids": positions}
+        inputs = state.inputs_at(slots, ids, positions)
         arguments = self._arguments(inputs, state.cache.at(slots), 1)
         with self.attention.under(masks):
             logits = self.model(**arguments).logits
@@ -207,13 +230,24 @@ class Target:
         masks = state.masks_for(slots, length, self.attention)
         masks.move(slots, ancestors)
         positions = state.position_offset + slots[:, None] + masks.depths
-        inputs = {"input_ids": tokens, "position_ids": positions}
-        view = state.cache.at(slots[:, None] + masks.offsets)
+        block_slots = slots[:, None] + masks.offsets
+        inputs = state.inputs_at(block_slots, tokens, positions)
+        view = state.cache.at(block_slots)
         logits = self.model(**self._arguments(inputs, view, length)).logits
         if not torch.compiler.is_compiling():
             self._check_block(state, length)
         output = self._output(logits, length, length)
         return output.logits, output.features
+
+    def _token_types(self, prompt: Prompt) -> torch.Tensor | None:
+        """Return the token types by slot, `[B, P]`, for a target that takes text alone; else None.
+
+        Where they mark images, they count in the prompt only.
+        """
+        types = prompt.inputs.get("token_type_ids")
+        if types is None or self.text is not self.model.config:
+            return None
+        return nn.functional.pad(types, (prompt.width - types.shape[1], 0))
 
     def _check_block(self, state: TargetState, length: int) -> None:
         """Check that the forward wrote every slot, and that every layer used our attention; both only read counters."""
