@@ -57,6 +57,7 @@ from .selfcheck_dflash import check_alone, circumstances
 from .sequences_dflash import Prompt, Sequences, StopConditions
 from .support_dflash import (
     base_model,
+    call_findings,
     check_options,
     draft_findings,
     warn_of_new_family,
@@ -143,6 +144,8 @@ class SpeculativeGenerate:
         streamer = streamer or local_of_generate("streamer", sys._getframe(1))
         check_compatible(self.draft.config, model, strict)
         check_options(generation_config, input_ids, inputs)
+        synced_gpus = local_of_generate("synced_gpus", sys._getframe(1))
+        raise_first(call_findings(model, inputs, synced_gpus))
         _check_choice("draft_sampling", draft_sampling, DRAFT_SAMPLING)
         _check_choice("capture", capture, CAPTURE)
         _check_method("statistics", statistics, "add_cycle", "a DecodeStatistics()")

@@ -239,7 +239,8 @@ class DraftContext:
         if rows != list(range(len(self.marks))):
             self.cache.select_rows(rows)
         device = self.hidden.device
-        ends = torch.tensor([first + length if length else 0 for length in lengths], device=device)
+        last_known = torch.tensor(lengths, device=device)
+        ends = torch.where(last_known > 0, last_known + first, 0)
         known = self.hidden[torch.tensor(rows, device=device), :last]
         hidden = pad(known, (0, marks.shape[1] - last), value=True)
         self.hidden = hidden | (torch.arange(marks.shape[1], device=device) >= ends[:, None])

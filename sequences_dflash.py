@@ -339,7 +339,7 @@ class Sequences:
         for tokens in self.generated:
             padding = [self.pad_token_id] * (longest - len(tokens))
             rows.append((tokens + padding)[:longest])
-        generated = torch.tensor(rows, dtype=self.prompt.dtype, device=self.prompt.device).view(
+        generated = torch.tensor(rows, dtype=torch.long, device=self.prompt.device).view(
             len(rows), longest
         )
         return torch.cat([self.prompt, generated], dim=1)

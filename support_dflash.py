@@ -15,7 +15,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache, StaticCache
 from transformers.utils import logging
 
 from .cache_dflash import RecurrentLayers
-from .compat_dflash import cache_in, cache_name, makes_own_cache, parameters
+from .compat_dflash import CACHE_NAMES, cache_in, cache_name, makes_own_cache, parameters
 from .findings_dflash import Finding, raise_first
 from .target_dflash import decoder_layers
 
@@ -346,6 +346,13 @@ def config_findings(config: GenerationConfig) -> Iterator[Finding]:
         )
     if config.dola_layers:
         yield _option_finding("dola_layers", "DoLa takes its scores from two layers")
+    layers = config.output_hidden_states or config.output_attentions
+    if layers and config.return_dict_in_generate and config.use_cache is False:
+        why = "plain decoding then returns those of the whole text at every step"
+        yield _option_finding("hidden states or attentions without a cache", why)
+    if getattr(config, "constraints", None) or getattr(config, "force_words_ids", None):
+        why = "constraints are met by a search over beams"
+        yield _option_finding("constraints or force_words_ids", why)
 
 
 def input_findings(
@@ -372,6 +379,31 @@ def input_findings(
     if input_ids.shape[1] == 0 and embeds is None:
         what = f"input_ids has shape {tuple(input_ids.shape)}; a prompt needs at least one token"
         yield Finding(what, tuple(input_ids.shape), "[B, P] with P of 1 or more", "Give it one")
+
+
+_FORWARD_INPUTS = frozenset(
+    {
+        *("attention_mask", "position_ids", "token_type_ids", "inputs_embeds", "use_cache"),
+        *("logits_to_keep", "cache_position", "num_items_in_batch", *CACHE_NAMES),
+    }
+)
+"""What a text model's forward may be given besides ids; the `output_...` options too."""
+
+
+def call_findings(model: Any, inputs: dict[str, Any], synced_gpus: Any) -> Iterator[Finding]:
+    """Yield what a call asks for that no config names: other inputs of the target's forward, ranks in step.
+
+    With images, sound or video, the target's own preparation decides what its forward is given.
+    """
+    if synced_gpus:
+        why = "ranks would take their turns together, but each accepts other numbers of tokens"
+        yield _option_finding("synced_gpus", why)
+    if model.config.get_text_config(decoder=True) is not model.config:
+        return
+    for name, value in inputs.items():
+        if value is not None and name not in _FORWARD_INPUTS and not name.startswith("output_"):
+            why = "plain decoding gives it to the forward of every token, and a block has none"
+            yield _option_finding(name, why)
 
 
 def _option_finding(option: str, why: str) -> Finding:

@@ -130,7 +130,8 @@ def _compare(
     stored: dict[str, tuple[str, tuple[int, ...]]], expected: dict[str, tuple[int, ...]], name: Any
 ) -> None:
     """Refuse stored tensors that are not those of the model, by name, shape or type."""
-    found, wrong_shapes, no_floats = {}, [], []
+    found = {}
+    wrong_shapes, no_floats = [], []
     for key, (dtype, shape) in stored.items():
         key = key.removeprefix("model.")
         for pattern, ours in RENAMED.items():
@@ -250,10 +251,15 @@ def check_tensors(info: dict[str, Any], name: Any) -> None:
         )
 
 
+def _is_zero_when_fresh(key: str) -> bool:
+    return any(part in key for part in _ZERO_WHEN_FRESH)
+
+
 @torch.no_grad()
 def check_values(model: Any, name: Any) -> None:
     """Refuse weights that are not finite, or all zero; warn of single matrices that are all zero."""
-    not_finite, zero, others = [], [], 0
+    not_finite, zero = [], []
+    others = 0
     for key, tensor in model.named_parameters():
         if tensor.device.type == "meta" or not tensor.is_floating_point() or not tensor.numel():
             continue
@@ -267,7 +273,7 @@ def check_values(model: Any, name: Any) -> None:
     _refuse(name, {"has weights that are NaN or infinite": not_finite})
     if zero and not others:
         raise ValueError(f"All weights of {name} are zero. {_NONSENSE}")
-    zero = [key for key in zero if not any(part in key for part in _ZERO_WHEN_FRESH)]
+    zero = [key for key in zero if not _is_zero_when_fresh(key)]
     if zero:
         logger.warning(
             f"{name} has weights that are all zero: {', '.join(zero[:3])}. Was it trained?"
