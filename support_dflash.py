@@ -379,7 +379,9 @@ def input_findings(
     kind, implementation = type(cache).__name__, config.cache_implementation
     known = cache is None or isinstance(cache, DynamicCache | StaticCache)
     if not known and implementation is None:
-        what = f"The cache is a {kind}; with a draft only a DynamicCache or a StaticCache carries on"
+        what = (
+            f"The cache is a {kind}; with a draft only a DynamicCache or a StaticCache carries on"
+        )
         yield Finding(what, kind, "a DynamicCache or a StaticCache", "Pass one, or no cache")
     if inputs.get("inputs_embeds") is not None:
         yield _option_finding("inputs_embeds", "the draft needs the token ids; pass input_ids")

@@ -11,7 +11,6 @@ from transformers import (
     AutoTokenizer,
     DynamicCache,
     GenerationConfig,
-    StaticCache,
     StoppingCriteria,
     StoppingCriteriaList,
     TextIteratorStreamer,
@@ -276,19 +275,6 @@ def test_a_cache_made_without_a_config_carries_a_conversation_on(family):
     assert torch.equal(plain, conversation(target, DynamicCache(), custom_generate=draft.speculate))
 
 
-def test_a_batch_with_recurrent_state_leaves_no_cache_behind_that_could_be_wrong():
-    target = tiny.target("qwen3_next")
-    draft = tiny.draft(target)
-    asked = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": 6, "pad_token_id": 0}
-    ours = asked | {"custom_generate": draft.speculate, "return_dict_in_generate": True}
-    plain = target.generate(**PADDED, **asked)
-    given = target.generate(**PADDED, **ours)
-    assert torch.equal(given.sequences, plain)
-    assert cache_in(given) is None
-    one = {name: value[:1] for name, value in PADDED.items()}
-    assert cache_in(target.generate(**one, **ours)).get_seq_length() > 9
-
-
 def test_a_cache_of_ours_goes_on_without_a_draft_and_the_other_way_round():
     target = tiny.target("gemma3_text")
     draft, ids = tiny.draft(target), tiny.prompt(20)
@@ -354,13 +340,6 @@ def test_what_has_no_meaning_with_a_draft_is_refused_with_the_reason(pair, asked
     with pytest.raises(ValueError, match=reason):
         target.generate(**PADDED, max_new_tokens=5, custom_generate=draft.speculate, **asked)
     assert tiny.as_found(target)
-
-
-def test_a_cache_that_could_not_be_carried_on_is_refused(pair):
-    target, draft = pair
-    cache = StaticCache(config=target.config, max_cache_len=64)
-    with pytest.raises(ValueError, match="The cache is a StaticCache; with a draft only a Dynamic"):
-        target.generate(**PADDED, max_new_tokens=5, custom_generate=draft.speculate, **{tiny.CACHE: cache})
 
 
 def test_a_prompt_without_tokens_is_refused(pair):
