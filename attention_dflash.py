@@ -148,7 +148,8 @@ class BlockMasks:
         seen = seen & written & ~padding
         # A token of padding sees what precedes it, and only itself if that is nothing.
         itself = offset[:, None] == self.offsets[:, None]
-        return seen | (itself & ~seen.any(dim=-1, keepdim=True))
+        alone = ~seen.any(dim=-1, keepdim=True)
+        return seen | (itself & alone)
 
 
 def pad_to(padding_mask: torch.Tensor, num_slots: int) -> torch.Tensor:

@@ -235,14 +235,16 @@ class SlotCache:
     def select_rows(self, rows: list[int]) -> None:
         """Make the rows of every layer these ones, which may repeat."""
         for layer in self.slot_layers.values():
-            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+            layer.keys = layer.keys[rows]
+            layer.values = layer.values[rows]
 
     def move(self, device: torch.device, dtype: torch.dtype) -> None:
         """Move every layer to a device, and to a dtype."""
         for layer in self.slot_layers.values():
             layer.keys = layer.keys.to(device, dtype)
             layer.values = layer.values.to(device, dtype)
-            layer.device, layer.dtype = device, dtype
+            layer.device = device
+            layer.dtype = dtype
 
     def copy_slots(self, source: torch.Tensor, destination: torch.Tensor) -> None:
         """Copy the slots `source [B, M]` to `destination [B, M]` in every layer."""

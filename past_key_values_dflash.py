@@ -20,6 +20,7 @@ import torch
 from torch.nn.functional import pad
 from transformers.cache_utils import (
     Cache,
+    CacheLayerMixin,
     DynamicCache,
     DynamicLayer,
     LinearAttentionLayer,
@@ -40,6 +41,10 @@ MARK_SIZE = 8
 
 TEXT_INPUTS = {"attention_mask", "position_ids", "use_cache", "token_type_ids", "mm_token_type_ids"}
 """What `generate` prepares for a prompt that is text."""
+
+
+HOLDS_TEXT = (CacheLayerMixin, LinearAttentionLayer)
+"""Layers of a cache that hold something of a text; layers that share another's keys do not."""
 
 
 # What the cache holds, and what follows -------------------------------------------------------------------------------
@@ -84,7 +89,7 @@ def lay_out(input_ids: torch.Tensor, inputs: dict[str, Any], config: Any) -> dic
 
 
 def _num_fed(length: int, cached: int) -> int:
-    """Return how many of the last tokens plain `generate` feeds; it slices `input_ids[:, cached - length:]`."""
+    """Return how many of the prompt's last tokens plain `generate` feeds: those of `input_ids[:, cached - length:]`."""
     if cached == length:
         return length
     return length - cached if cached < length else 2 * length - cached
@@ -95,8 +100,8 @@ def _mask_over(mask: torch.Tensor, width: int, cached: int) -> torch.Tensor:
     if mask.shape[1] < width or bool((mask[:, width:] == 0).any()):
         raise ValueError(
             f"attention_mask covers {mask.shape[1]} slots, but the cache holds {cached} and {width - cached} follow, "
-            "so new tokens would be hidden from themselves. Pass a mask of "
-            f"{width}; or, if the cache holds the end of this prompt already, take it back first (cache.crop(-1))."
+            f"so new tokens would be hidden from themselves. Pass a mask of {width}; or, if the cache holds the end of "
+            "this prompt already, take it back first (cache.crop)."
         )
     return mask[:, :width]
 
@@ -124,11 +129,24 @@ def cache_findings(
     for layer in cache.layers:
         yield from _state_findings(layer, len(prompt.input_ids))
     yield from _room_findings(cache, prompt, target, stop_conditions)
-    others = sorted(set(prompt.inputs) - TEXT_INPUTS)
+    others = [
+        name
+        for name in sorted(set(prompt.inputs) - TEXT_INPUTS)
+        if _holds_tensors(prompt.inputs[name])
+    ]
     if cached and others:
         names = ", ".join(others)
         what = f"The cache holds {cached} slots, and {names} would follow them"
         yield Finding(what, names, "text", "Pass images and the like without a cache")
+
+
+def _holds_tensors(value: Any) -> bool:
+    """Tell whether an input is a tensor, or a container with one."""
+    if isinstance(value, dict):
+        return any(_holds_tensors(part) for part in value.values())
+    if isinstance(value, list | tuple):
+        return any(_holds_tensors(part) for part in value)
+    return isinstance(value, torch.Tensor)
 
 
 def _layer_findings(cache: Cache, template: list[Any], name: str) -> Iterator[Finding]:
@@ -139,20 +157,13 @@ def _layer_findings(cache: Cache, template: list[Any], name: str) -> Iterator[Fi
     if not kinds and recurrent:
         what = f"The cache was made without a config, but {name} keeps recurrent state"
         yield Finding(what, kinds, expected, "Pass DynamicCache(config=target.config)")
-    elif kinds and len(kinds) != len(expected) and not _can_grow(cache, template):
+    elif kinds and any(isinstance(layer, HOLDS_TEXT) for layer in template[len(kinds) :]):
         what = f"The cache has {len(kinds)} layers, but {name} has {len(expected)}"
         yield Finding(what, len(kinds), len(expected), "Pass a cache of this target")
     for index, (theirs, own) in enumerate(zip(cache.layers, template, strict=False)):
         if not _fits(theirs, own):
             what = f"Layer {index} of the cache is a {kinds[index]}, but {name} keeps a {expected[index]} there"
             yield Finding(what, kinds[index], expected[index], "Pass a cache of this target")
-
-
-def _can_grow(cache: Cache, template: list[Any]) -> bool:
-    """Tell whether a cache that makes its layers when used lacks only layers without keys of their own."""
-    grows = getattr(cache, "layer_class_to_replicate", None) is not None
-    rest = template[len(cache.layers) :]
-    return grows and not any(hasattr(layer, "update") for layer in rest)
 
 
 def _fits(theirs: Any, own: Any) -> bool:
@@ -239,8 +250,8 @@ class DraftContext:
         if rows != list(range(len(self.marks))):
             self.cache.select_rows(rows)
         device = self.hidden.device
-        last_known = torch.tensor(lengths, device=device)
-        ends = torch.where(last_known > 0, last_known + first, 0)
+        common = torch.tensor(lengths, device=device)
+        ends = torch.where(common > 0, first + common, 0)
         known = self.hidden[torch.tensor(rows, device=device), :last]
         hidden = pad(known, (0, marks.shape[1] - last), value=True)
         self.hidden = hidden | (torch.arange(marks.shape[1], device=device) >= ends[:, None])
@@ -291,26 +302,31 @@ def import_past_key_values(
     if cache is None or not slots:
         return 0
     target_state.cache.reserve(slots)
-    first = {}
     for ours, theirs in zip(target_state.cache.layers, cache.layers, strict=False):
         if isinstance(ours, SlotLayer):
             keys, values = held(theirs, slots)
             ours.lazy_initialization(keys, values)
-            first[ours] = slots - keys.shape[2]
-            ours.fill(first[ours], keys, values)
+            ours.fill(slots - keys.shape[2], keys, values)
     _import_states(cache, target_state)
     target_state.cache.num_prefilled = slots
-    layer = deepest(target_state.cache)
-    context = getattr(cache, "dflash", None)
+    _import_context(getattr(cache, "dflash", None), target_state, drafter, draft_state)
+    return slots
+
+
+def _import_context(
+    context: Any, target_state: TargetState, drafter: Drafter, draft_state: DraftState
+) -> None:
+    """Let the draft read what of `context` belongs to the target's keys, and hide all other cached slots from it."""
+    layer, slots = deepest(target_state.cache), target_state.cache.num_prefilled
     draft = drafter.draft
-    belongs = isinstance(context, DraftContext) and context.draft() is draft
-    if belongs and context.follow(_marks(layer, slots), first[layer]):
-        context.cache.move(draft.device, draft.dtype)
-        draft_state.cache = context.cache
-        draft_state.hide(context.hidden)
+    first = slots - layer.num_written
+    own = context if isinstance(context, DraftContext) and context.draft() is draft else None
+    if own is not None and own.follow(_marks(layer, slots), first):
+        own.cache.move(draft.device, draft.dtype)
+        draft_state.cache = own.cache
+        draft_state.hide(own.hidden)
     else:
         draft_state.hide(torch.ones(len(layer.keys), slots, dtype=torch.bool))
-    return slots
 
 
 def _import_states(cache: Cache, target_state: TargetState) -> None:
@@ -320,7 +336,7 @@ def _import_states(cache: Cache, target_state: TargetState) -> None:
 
 
 def held(layer: Any, slots: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what a layer of a cache with `slots` slots holds: keys and values of the last ones, `[B, H, N, D]`."""
+    """Return what a layer holds of the first `slots` slots: keys and values of the last ones, `[B, H, N, D]`."""
     keys, values = layer.keys, layer.values
     return keys[:, :, :slots], values[:, :, :slots]
 
@@ -355,11 +371,10 @@ def export_past_key_values(
         _run_again(state, output_ids)
     else:
         _complete(state, drafter, draft_state, output_ids)
-    # A cache made without a config makes its layers when used.
+    # A cache made without a config makes its layers when used, up to the last that has keys.
     if not cache.layers:
-        cache.layers.extend(
-            cache.layer_class_to_replicate() for _ in state.target_state.cache.layers
-        )
+        count = max(state.target_state.cache.slot_layers) + 1
+        cache.layers.extend(cache.layer_class_to_replicate() for _ in range(count))
     for ours, theirs in zip(state.target_state.cache.layers, cache.layers, strict=False):
         if isinstance(ours, SlotLayer):
             _export_keys(ours, theirs, slots)
@@ -373,11 +388,16 @@ def _context(
     state: DecodeState, drafter: Drafter, draft_state: DraftState, slots: int
 ) -> DraftContext | None:
     """Return the draft's context of the first slots; None where the draft was given none."""
-    if not all(layer.is_initialized for layer in draft_state.cache.slot_layers.values()):
+    if not _has_context(draft_state):
         return None
     marks = _marks(deepest(state.target_state.cache), slots).clone()
     hidden = pad_to(draft_state.padding_mask, slots)[:, :slots]
     return DraftContext(weakref.ref(drafter.draft), draft_state.cache, marks, hidden)
+
+
+def _has_context(draft_state: DraftState) -> bool:
+    """Tell whether the draft was given context; a proposer of one's own may have kept it."""
+    return all(layer.is_initialized for layer in draft_state.cache.slot_layers.values())
 
 
 def _export_keys(ours: SlotLayer, theirs: Any, slots: int) -> None:
@@ -441,7 +461,8 @@ def _complete(
         state.target_state.recurrent.record_inputs(snapshot, state.target.name)
         committed = [min(max(0, count - start), size) for count in missing]
         roll_back(state.target_state.recurrent, snapshot, committed, size)
-        drafter.cache_at(draft_state, features, slots)
+        if _has_context(draft_state):
+            drafter.cache_at(draft_state, features, slots)
 
 
 def _run_slots(state: DecodeState, output_ids: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:

@@ -169,12 +169,14 @@ class Target:
             slots `[B, N]`: consecutive in every row.
             positions `[B, N]` or `[3, B, N]`.
         """
-        length, end = ids.shape[1], int(slots.max()) + 1
+        length = ids.shape[1]
+        end = int(slots.max()) + 1
         state.cache.reserve(end)
         padding_mask = pad_to(state.padding_mask, state.cache.capacity)
         masks = BlockMasks(padding_mask, slots[:, 0], length)
         inputs = state.inputs_at(slots, ids, positions)
-        if state.recurrent.states and bool(state.padding_mask[:, end - length : end].any()):
+        padded = state.padding_mask[:, end - length : end].any()
+        if state.recurrent.states and bool(padded):
             # Our attention needs no mask; the target hides padding from its recurrent layers by this one.
             inputs["attention_mask"] = (~padding_mask[:, :end]).long()
         arguments = self._arguments(inputs, state.cache.at(slots), 1)
