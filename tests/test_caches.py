@@ -337,6 +337,26 @@ def test_the_draft_accepts_as_much_after_a_change_that_its_context_follows(tiny_
     assert committed(tiny_target, tiny_draft, text, cache) == committed(tiny_target, tiny_draft, text, None)
 
 
+def test_the_draft_has_context_of_the_padding_after_rows_that_ended_early(tiny_target, tiny_draft):
+    ids, mask = torch.stack([torch.arange(40, 60), torch.arange(50, 70)]), torch.ones(2, 20, dtype=torch.long)
+    whole, _ = turn(tiny_target, ids, mask, None, **LONG)
+    ends = {"eos_token_id": int(whole[0, 26]), "pad_token_id": 0, "max_new_tokens": 40}
+    cache = DynamicCache(config=tiny_target.config)
+    text = turn(tiny_target, ids, mask, cache, tiny_draft, **ends)
+    assert (text[0][0, 27:] == 0).all()
+    assert text[0].shape[1] > 40
+    assert committed(tiny_target, tiny_draft, text, cache) == committed(tiny_target, tiny_draft, text, None)
+
+
+def test_context_of_another_draft_is_not_used():
+    target, first, second = tiny_pair("qwen3")
+    cache = DynamicCache(config=target.config)
+    text = turn(target, tiny.prompt(20), torch.ones(1, 20, dtype=torch.long), cache, first)
+    turn(target, *longer(*text, tiny.prompt(4)), cache, second)
+    assert cache.dflash.draft() is second
+    assert cache.dflash.hidden[0, :31].all()
+
+
 def test_context_of_other_keys_is_hidden_from_the_draft(tiny_target, tiny_draft):
     """Cropped, and extended by plain `generate` to the length it had: the draft sees what both have in common."""
     ids, mask = torch.arange(40, 60)[None], torch.ones(1, 20, dtype=torch.long)
