@@ -348,6 +348,16 @@ def test_the_draft_has_context_of_the_padding_after_rows_that_ended_early(tiny_t
     assert committed(tiny_target, tiny_draft, text, cache) == committed(tiny_target, tiny_draft, text, None)
 
 
+def test_a_pickle_needs_nothing_of_ours():
+    target, draft, _ = tiny_pair("gemma3_text")
+    cache = DynamicCache(config=target.config)
+    turn(target, tiny.prompt(20), torch.ones(1, 20, dtype=torch.long), cache, draft)
+    pickled = pickle.dumps(cache)
+    assert b"dflash_hub" not in pickled
+    assert pickle.loads(pickled).dflash is None
+    assert cache.dflash is not None
+
+
 def test_context_of_another_draft_is_not_used():
     target, first, second = tiny_pair("qwen3")
     cache = DynamicCache(config=target.config)
