@@ -274,6 +274,19 @@ def test_later_turns_of_different_lengths_are_padded_as_in_plain_generate(family
     assert_same_content(kept[0][1], kept[1][1], max(PADS))
 
 
+@pytest.mark.parametrize("modes", [(True, False), (False, True)])
+def test_a_turn_in_inference_mode_may_be_followed_by_one_outside_and_the_other_way_round(modes):
+    target, draft, _ = tiny_pair("gemma3_text")
+    texts = []
+    for one in (None, draft):
+        cache, text = DynamicCache(config=target.config), (tiny.prompt(20), torch.ones(1, 20, dtype=torch.long))
+        for mode in modes:
+            with torch.inference_mode(mode):
+                text = longer(*turn(target, *text, cache, one), tiny.prompt(4))
+        texts.append(text[0])
+    assert torch.equal(*texts)
+
+
 def test_the_cache_of_another_model_of_the_same_shape_goes_on():
     target, other = tiny_pair("gemma3_text")[0], tiny.target("gemma3_text", seed=7)
     draft, given, texts = tiny_pair("gemma3_text")[1], tiny.batch(20, PADS), []
@@ -337,6 +350,22 @@ def test_the_draft_accepts_as_much_after_a_change_that_its_context_follows(tiny_
     text = turn(tiny_target, ids, mask, cache, tiny_draft, **LONG)
     cache, *text = CHANGES[change](cache, *text)
     assert committed(tiny_target, tiny_draft, text, cache) == committed(tiny_target, tiny_draft, text, None)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second device")
+def test_models_and_cache_may_move_to_another_device_between_two_turns(tiny_target, tiny_draft):
+    target, draft = copy.deepcopy(tiny_target), copy.deepcopy(tiny_draft)
+    cache = DynamicCache(config=target.config)
+    text = turn(target, torch.arange(40, 60)[None], torch.ones(1, 20, dtype=torch.long), cache, draft, **LONG)
+    expected = committed(target, draft, text, copy.deepcopy(cache))
+    target.cuda(), draft.cuda()
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys.cuda(), layer.values.cuda()
+    more = longer(*(part.cuda() for part in text), torch.arange(40, 45, device="cuda")[None])
+    statistics = DecodeStatistics()
+    ours, _ = turn(target, *more, cache, draft, statistics=statistics, **LONG)
+    assert torch.equal(ours, turn(target, *more, None, **LONG)[0])
+    assert statistics.committed == expected
 
 
 def test_the_draft_has_context_of_the_padding_after_rows_that_ended_early(tiny_target, tiny_draft):
