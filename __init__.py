@@ -20,10 +20,11 @@ from .layouts import read_layout
 if TYPE_CHECKING:
     from .generation_dflash import DecodeStatistics
     from .modeling_dflash import DFlashDraftModel, Qwen3DFlashDraftModel
-    from .modeling_dflash2 import DFlash2DraftModel
+    from .modeling_dflash2 import DFlash2DraftModel, Qwen3DFlash2DraftModel
     from .registry import (
         DFLASH_DRAFT_REGISTRY,
         DFlashDraftSpec,
+        build_target_layer_ids,
         dflash_generate,
         load_draft,
         register_dflash_draft,
@@ -34,12 +35,14 @@ if TYPE_CHECKING:
 _ON_DEMAND = {
     "DFlash2DraftModel": "modeling_dflash2",
     "DFlashDraftModel": "modeling_dflash",
+    "Qwen3DFlash2DraftModel": "modeling_dflash2",
     "Qwen3DFlashDraftModel": "modeling_dflash",
     "DFLASH_DRAFT_REGISTRY": "registry",
     "DFlashDraftSpec": "registry",
     "register_dflash_draft": "registry",
     "resolve_dflash_draft_spec": "registry",
     "DecodeStatistics": "generation_dflash",
+    "build_target_layer_ids": "registry",
     "dflash_generate": "registry",
     "load_draft": "registry",
 }
@@ -52,8 +55,10 @@ __all__ = [
     "DFlashDraftModel",
     "DFlashDraftSpec",
     "DecodeStatistics",
+    "Qwen3DFlash2DraftModel",
     "Qwen3DFlashDraftModel",
     "__version__",
+    "build_target_layer_ids",
     "dflash_generate",
     "load_draft",
     "register_dflash_draft",

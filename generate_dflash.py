@@ -27,6 +27,12 @@ from transformers.cache_utils import Cache
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.utils import ModelOutput
 
+from .acceptance_dflash import (
+    Acceptance,
+    BlockAcceptance,
+    StepwiseAcceptance,
+    foreign_objects,
+)
 from .compat_dflash import (
     attention_name,
     cache_field,
@@ -37,7 +43,8 @@ from .compat_dflash import (
 from .drafter_dflash import Drafter
 from .execution_dflash import CAPTURE, resolve_mode
 from .findings_dflash import raise_first
-from .generation_dflash import DecodeState, DecodeStatistics, Recorder, StepOutputs, decode, prefill
+from .generation_dflash import DecodeState, DecodeStatistics, Recorder, decode, prefill
+from .outputs_dflash import StepOutputs
 from .past_key_values_dflash import (
     cache_findings,
     export_past_key_values,
@@ -50,11 +57,18 @@ from .selfcheck_dflash import check_alone, circumstances
 from .sequences_dflash import Prompt, Sequences, StopConditions
 from .support_dflash import (
     base_model,
+    call_findings,
     check_options,
     draft_findings,
     warn_of_new_family,
 )
-from .target_dflash import Target, TargetState, is_recurrent
+from .target_dflash import (
+    LAYER_OUTPUTS,
+    Target,
+    TargetState,
+    attention_windows,
+    is_recurrent,
+)
 
 DRAFT_SAMPLING = ("greedy", "coupled")
 
@@ -129,20 +143,29 @@ class SpeculativeGenerate:
         """
         streamer = streamer or local_of_generate("streamer", sys._getframe(1))
         check_compatible(self.draft.config, model, strict)
-        check_options(generation_config, logits_processor, input_ids, inputs)
+        check_options(generation_config, input_ids, inputs)
+        synced_gpus = local_of_generate("synced_gpus", sys._getframe(1))
+        raise_first(call_findings(model, inputs, synced_gpus))
         _check_choice("draft_sampling", draft_sampling, DRAFT_SAMPLING)
         _check_choice("capture", capture, CAPTURE)
         _check_method("statistics", statistics, "add_cycle", "a DecodeStatistics()")
         _check_method("proposer", proposer, "__call__", "a function of the draft's proposer")
+        names = _requested_outputs(generation_config)
+        layer_outputs = tuple(name for name in names if name in LAYER_OUTPUTS)
         inputs = lay_out(input_ids, inputs, generation_config)
-        prompt = Prompt(input_ids, inputs, generation_config.return_dict_in_generate)
-        stop_conditions = StopConditions.from_criteria(stopping_criteria)
+        prompt = Prompt(input_ids, inputs, generation_config.return_dict_in_generate, layer_outputs)
         noise = PositionNoise() if generation_config.do_sample else None
+        sampler = Sampler(logits_processor, noise, coupled=draft_sampling == "coupled")
+        pad_token_id = padding_token(generation_config)
+        acceptance = choose_acceptance(sampler, stopping_criteria, input_ids, pad_token_id, names)
+        stop_conditions = StopConditions.from_criteria(stopping_criteria)
+        if acceptance.reasons:  # its own criteria end the text
+            stop_conditions = StopConditions(stop_conditions.max_length, are_all=False)
         request = DecodeRequest(
             prompt,
-            Sequences(input_ids, stop_conditions, padding_token(generation_config), streamer),
-            Sampler(logits_processor, noise, coupled=draft_sampling == "coupled"),
-            StepOutputs(_requested_outputs(generation_config), len(input_ids)),
+            Sequences(input_ids, stop_conditions, pad_token_id, streamer),
+            acceptance,
+            StepOutputs(names, len(input_ids), attention_windows(model)),
             resolve_mode(capture, model, is_recurrent(model)),
             proposer or own_proposer,
         )
@@ -164,6 +187,31 @@ class SpeculativeGenerate:
         return inspect.signature(SpeculativeGenerate.__call__.__get__(self))
 
 
+def choose_acceptance(
+    sampler: Sampler,
+    criteria: StoppingCriteriaList,
+    input_ids: torch.Tensor,
+    pad_token_id: int,
+    names: tuple[str, ...],
+) -> Acceptance:
+    """Return how tokens are accepted: by block, or step by step where an object or an output needs it.
+
+    Outputs of several rows do: those of a row that has ended are the outputs of its padding.
+
+    Args:
+        input_ids `[B, P]`.
+        names: of the outputs that are returned for every step.
+    """
+    pads_ended_rows = any(hasattr(one, "eos_token_id") for one in criteria)
+    reasons = foreign_objects(sampler.processors, criteria)
+    if pads_ended_rows and len(input_ids) > 1:
+        reasons += [f"output_{name}" for name in names]
+    if not reasons:
+        return BlockAcceptance(sampler)
+    padding = pad_token_id if pads_ended_rows else None
+    return StepwiseAcceptance(sampler, criteria, input_ids, padding, reasons)
+
+
 @dataclass
 class DecodeRequest:
     """One decode, as it was asked for.
@@ -175,7 +223,7 @@ class DecodeRequest:
 
     prompt: Prompt
     sequences: Sequences
-    sampler: Sampler
+    acceptance: Acceptance
     step_outputs: StepOutputs
     mode: str
     proposer: ProposerFactory = own_proposer
@@ -183,7 +231,7 @@ class DecodeRequest:
     def state(self, target: Target, target_state: TargetState) -> DecodeState:
         """Return the state of this decode, before the prefill."""
         return DecodeState(
-            target, target_state, self.prompt, self.sequences, self.sampler, self.step_outputs
+            target, target_state, self.prompt, self.sequences, self.acceptance, self.step_outputs
         )
 
     def output(self, cache: Cache | None) -> ModelOutput:
@@ -193,6 +241,8 @@ class DecodeRequest:
             sequences=self.sequences.output_ids(),
             scores=self.step_outputs.per_step("scores", longest),
             logits=self.step_outputs.per_step("logits", longest),
+            hidden_states=self.step_outputs.layers_per_step("hidden_states"),
+            attentions=self.step_outputs.layers_per_step("attentions"),
             **{cache_field(GenerateDecoderOnlyOutput): cache},
         )
 
@@ -223,6 +273,7 @@ class DecoderSession:
         prompt, mode = request.prompt, request.mode
         target, drafter = self.target, self.drafter
         recorder = Recorder(statistics, drafter.draft.device)
+        recorder.record_stepwise(request.acceptance.reasons)
         raise_first(cache_findings(prompt, target, request.sequences.stop_conditions))
         with self._locks.setdefault(target.model, threading.RLock()):
             self._check_alone(prompt)
@@ -231,7 +282,9 @@ class DecoderSession:
                 drafter.decoding(prompt.padding_mask, mode) as draft_state,
             ):
                 state = request.state(target, target_state)
-                proposer = request.proposer(ChainProposer(drafter, draft_state, request.sampler))
+                proposer = request.proposer(
+                    ChainProposer(drafter, draft_state, request.acceptance.sampler)
+                )
                 with recorder.phase("prefill"):
                     first_slot = import_past_key_values(
                         prompt.cache, target_state, drafter, draft_state
@@ -290,7 +343,12 @@ def _requested_outputs(config: GenerationConfig) -> tuple[str, ...]:
     """Return what a returned dict is to hold for every token."""
     if not config.return_dict_in_generate:
         return ()
-    asked = {"scores": config.output_scores, "logits": config.output_logits}
+    asked = {
+        "scores": config.output_scores,
+        "logits": config.output_logits,
+        "hidden_states": config.output_hidden_states,
+        "attentions": config.output_attentions,
+    }
     return tuple(name for name, wanted in asked.items() if wanted)
 
 
@@ -346,8 +404,8 @@ def spec_generate(
             input_ids,
             StopConditions(input_ids.shape[1] + max_new_tokens, ends, pads_ended_rows=True),
         ),
-        Sampler(warpers, PositionNoise() if sampled else None),
-        StepOutputs((), len(input_ids)),
+        BlockAcceptance(Sampler(warpers, PositionNoise() if sampled else None)),
+        StepOutputs((), len(input_ids), []),
         resolve_mode("auto", target, is_recurrent(target)),
     )
     with torch.no_grad():

@@ -15,12 +15,13 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .acceptance_dflash import Acceptance, Accepted
 from .cache_dflash import roll_back
-from .proposals_dflash import Proposal, Proposer, accept, paths
-from .sampling_dflash import Sampler
+from .outputs_dflash import StepOutputs
+from .proposals_dflash import Proposal, Proposer
 from .selfcheck_dflash import can_check_prompt, check_prompt
 from .sequences_dflash import Prompt, Sequences
-from .target_dflash import Target, TargetOutput, TargetState, gather_path
+from .target_dflash import Target, TargetOutput, TargetState
 
 
 @dataclass
@@ -41,6 +42,11 @@ class DecodeStatistics:
     """Everything else between the first token and the last: sampling, accepting, committing, streaming."""
     rollback_seconds: float = 0.0
     """Of the rest, taking rejected tokens back from recurrent layers."""
+    stepwise: list[str] = field(default_factory=list)
+    """Why tokens were accepted one by one: class names of processors and criteria that are not transformers' own
+    functions of text and scores, and outputs that a batch returns for every step. All rows of a batch then commit
+    equally many tokens in a cycle, so it takes longer. Empty if there was no such reason.
+    """
 
     @property
     def decode_seconds(self) -> float:
@@ -100,6 +106,14 @@ class Recorder:
             getattr(self.statistics, field_name) + now(self.device) - started,
         )
 
+    def record_stepwise(self, names: list[str]) -> None:
+        """Add the reasons to accept tokens one by one."""
+        if self.statistics is not None:
+            known = getattr(
+                self.statistics, "stepwise", []
+            )  # an object of the caller's may lack it
+            self.statistics.stepwise = list(dict.fromkeys([*known, *names]))
+
     def record_cycle(self, counts: list[tuple[int, int]], size: int) -> None:
         """Count a cycle, see `DecodeStatistics.add_cycle`."""
         if self.statistics is not None:
@@ -111,41 +125,6 @@ def now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-class StepOutputs:
-    """The scores or logits of every committed token, for those who asked `generate` for them.
-
-    Args:
-        names: of "scores" and "logits", those to collect.
-    """
-
-    def __init__(self, names: tuple[str, ...], rows: int):
-        self.collected: dict[str, list[list[torch.Tensor]]] = {}
-        for name in names:
-            self.collected[name] = [[] for _ in range(rows)]
-
-    def collect(self, scores: torch.Tensor, logits: torch.Tensor, counts: list[int]) -> None:
-        """Append the first `counts[row]` positions of each row of `scores, logits [B, Q, V]`, if collected."""
-        for name, values in (("scores", scores), ("logits", logits)):
-            for row, collected in enumerate(self.collected.get(name, [])):
-                committed = values[row, : counts[row]]
-                collected.extend(committed.clone().unbind())
-
-    def per_step(self, name: str, longest: int) -> tuple[torch.Tensor, ...] | None:
-        """Return `[B, V]` for each of the `longest` new slots, zeros where a row had ended; None if not collected."""
-        if name not in self.collected:
-            return None
-        rows = self.collected[name]
-        reference = max(rows, key=len)
-        steps = []
-        for step in range(min(len(reference), longest)):
-            empty = torch.zeros_like(reference[step])
-            steps.append(empty.repeat(len(rows), 1))
-            for row, collected in enumerate(rows):
-                if step < len(collected):
-                    steps[-1][row] = collected[step]
-        return tuple(steps)
 
 
 class DecodeState:
@@ -161,16 +140,16 @@ class DecodeState:
         target_state: TargetState,
         prompt: Prompt,
         sequences: Sequences,
-        sampler: Sampler,
+        acceptance: Acceptance,
         step_outputs: StepOutputs,
     ):
         self.target, self.target_state = target, target_state
         self.prompt, self.sequences = prompt, sequences
-        self.sampler, self.step_outputs = sampler, step_outputs
+        self.acceptance, self.step_outputs = acceptance, step_outputs
         self.slots = torch.full((len(prompt.input_ids),), prompt.width - 1, device=prompt.device)
         """`[B]`, the slot of each row's anchor."""
-        self.anchor = prompt.input_ids[:, -1:]
-        """`[B, 1]`, each row's last committed token."""
+        self.anchor = torch.zeros_like(self.slots)[:, None]
+        """`[B, 1]`, each row's last committed token. Nothing reads it before the prefill has committed one."""
         self.active = torch.ones_like(self.slots)
         """`[B]`, 1, or 0 where a row is finished."""
 
@@ -186,57 +165,29 @@ class DecodeState:
 
     def user_code(self) -> AbstractContextManager[None]:
         """Let processors, stopping criteria and streamers that are not transformers' own call the target inside."""
-        runs = (
-            self.sampler.reads_text
-            or self.sequences.streamer is not None
-            or self.sequences.stop_conditions.others
-        )
+        runs = self.acceptance.reasons or self.sequences.streamer is not None
         return self.target.attention.uninstalled() if runs else nullcontext()
 
-    def prefixes(self, proposal: Proposal) -> list[list[torch.Tensor]] | None:
-        """Return, for each row and position, the ids `[T]` up to and with it; None if no processor reads them."""
-        if not self.sampler.reads_text:
-            return None
-        if proposal.parents is None:
-            return self.sequences.chain_prefixes(proposal.tokens)
-        return self.sequences.tree_prefixes(proposal.tokens, paths(proposal.parents))
-
-    def commit(
-        self,
-        target_tokens: torch.Tensor,
-        accepted: torch.Tensor,
-        scores: torch.Tensor,
-        logits: torch.Tensor,
-    ) -> list[tuple[int, int]]:
-        """Append tokens to every row, and move each to its new anchor.
-
-        Args:
-            target_tokens `[B, Q]`, scores and logits `[B, Q, V]`: along the accepted path.
-            accepted `[B]`: drafted tokens that were accepted; one token more is committed.
-
-        Returns:
-            For each row, drafted tokens accepted and tokens committed.
+    def append_tokens(self, tokens: list[list[int]]) -> list[int]:
+        """Append each row's new tokens to its text, up to where it ends; return how many of them became text.
 
         Raises:
             ValueError: the target's logits are not numbers.
         """
-        # The cycle's one transfer to the host.
-        cycle_tokens = torch.cat([target_tokens, accepted[:, None]], dim=1)
-        cycle = cycle_tokens.tolist()
-        tokens = [row[: row[-1] + 1] for row in cycle]
         self._check_numbers(tokens)
-        counts = self.sequences.append_tokens(tokens)
-        self.step_outputs.collect(scores, logits, counts)
-        steps = (accepted + 1) * self.active
+        return self.sequences.append_tokens(tokens)
+
+    def commit(self, accepted: Accepted) -> None:
+        """Move each row to its new anchor, its last token."""
+        steps = (accepted.drafted + 1) * self.active
         # A row ended in this cycle: rows move by what became text only, and ended rows no more.
         if self.sequences.row_ended:
-            steps = torch.tensor(counts, device=steps.device)
+            steps = torch.tensor(accepted.committed, device=steps.device)
             self.active = torch.tensor(self.sequences.active, device=steps.device).long()
         self.slots = self.slots + steps
         steps = steps[:, None]
-        last = target_tokens.gather(1, (steps - 1).clamp_min(0))
+        last = accepted.tokens.gather(1, (steps - 1).clamp_min(0))
         self.anchor = torch.where(steps > 0, last, self.anchor)
-        return [(row[-1], count) for row, count in zip(cycle, counts, strict=True)]
 
     def _check_numbers(self, tokens: list[list[int]]) -> None:
         """Refuse the token -1, which stands for NaN logits, in a row that is not finished."""
@@ -269,11 +220,10 @@ def prefill(state: DecodeState, proposer: Proposer, first_slot: int, check_size:
             check_prompt(target, target_state, prompt, output)
             checked = True
         proposer.append_context(output.features, first)
+    state.step_outputs.collect_prompt(output)
     logits = output.logits[:, -1:].to(state.slots.device)
     with state.user_code():
-        prefixes = state.prefixes(Proposal(state.anchor))
-        target_tokens, scores = state.sampler.sample(logits, state.next_slots, None, prefixes)
-        state.commit(target_tokens, torch.zeros_like(state.slots), scores, logits)
+        state.commit(state.acceptance.accept(state, Proposal(state.anchor), logits))
     return checked
 
 
@@ -304,23 +254,21 @@ def decode(state: DecodeState, proposer: Proposer, recorder: Recorder) -> None:
     target, target_state = state.target, state.target_state
     while not state.sequences.finished:
         with recorder.phase("draft"):
-            proposal = proposer.propose(state).with_root(state.anchor)  # a tree for each row
+            proposal = state.acceptance.complete(proposer.propose(state))  # a tree for each row
+            proposal = proposal.with_root(state.anchor)
         with recorder.phase("verify"):
             target_state.cache.reserve(max(state.last_slots) + proposal.size)
             verified = target.verify(target_state, proposal.tokens, state.slots, proposal.ancestors)
         with recorder.phase("rest"), state.user_code():
-            prefixes = state.prefixes(proposal)
-            target_tokens, scores = state.sampler.sample(
-                verified.logits, state.next_slots, proposal.depths, prefixes
-            )
-            accepted, path = accept(proposal, target_tokens)  # how many tokens stay, and which
+            accepted = state.acceptance.accept(state, proposal, verified.logits)  # and append
             if proposal.parents is not None:
-                target_tokens, scores = target_tokens.gather(1, path), gather_path(scores, path)
-                verified = target.move_path(target_state, verified, state.slots, path)
-            # Before `state.commit` moves the slots: the features belong to the block at the old anchor.
+                verified = target.move_path(target_state, verified, state.slots, accepted.path)
+            # Before `state.commit` moves the slots: the block's outputs belong to the old anchor.
+            state.step_outputs.collect_layers(verified, accepted, state.slots)
             proposer.commit(verified.features, state.slots)
-            counts = state.commit(target_tokens, accepted, scores, verified.logits)
-            committed = [tokens for _, tokens in counts]
+            state.commit(accepted)
             with recorder.phase("rollback"):
-                roll_back(target_state.recurrent, verified.snapshot, committed, proposal.size)
-        recorder.record_cycle(counts, proposal.size)
+                roll_back(
+                    target_state.recurrent, verified.snapshot, accepted.committed, proposal.size
+                )
+        recorder.record_cycle(accepted.written, proposal.size)

@@ -22,6 +22,14 @@ MUSE = "MuseGlimmerAssistantModel"
 
 METRICS = ("accuracy", "acceptance_length")
 """The metrics that training reports for every draft; see `training.metrics.Metrics`."""
+SELECTOR_METRICS = (
+    "base_loss",
+    "selector_loss",
+    "base_accuracy",
+    "candidate_recall",
+    "selector_accuracy",
+)
+"""Those that it reports for a draft with a selector too."""
 
 
 @dataclass(frozen=True)
@@ -95,12 +103,15 @@ _ROWS = (
         demo_folder="draft2",
         head="selector",
         head_fields=("selector_rank", "selector_top_k"),
-        metrics=(*METRICS, "candidate_recall", "selector_accuracy"),
+        metrics=(*METRICS, *SELECTOR_METRICS),
     ),
 )
 
 KINDS: dict[str, DraftKind] = {kind.name: kind for kind in _ROWS}
 """The kinds by name. Where a checkpoint has drafts of several kinds, the later kind is preferred."""
+
+SECOND_KIND = DFlash2Config.model_type
+"""The kind whose class the reference implementation's registry calls `draft2_cls`."""
 
 DEMO_KIND = [kind.name for kind in _ROWS if kind.demo_folder][-1]
 """The kind that the demo shows."""

@@ -36,6 +36,7 @@ from .layouts_dflash import (
     list_of,
     model_type_of,
     modern_rope,
+    own_auto_map,
     refusal,
     rope_findings,
     rope_key_findings,
@@ -328,9 +329,7 @@ class _LayoutReader:
         fields["is_causal"] = self.is_causal(fields)
         fields["rope_parameters"] = self.rope(fields["head_dim"])
         self.check_widths(fields)
-        # In the hub layout auto_map names the code of the repository; AutoModel looks for it on the config.
-        auto_map = self.get("auto_map") or {}
-        fields["auto_map"] = auto_map if "AutoConfig" in auto_map else None
+        fields["auto_map"] = own_auto_map({"auto_map": self.get("auto_map")})
         return {name: value for name, value in fields.items() if value is not None}
 
     def keys(self) -> dict[str, tuple[str, ...]]:

@@ -459,10 +459,21 @@ def read_own_layout(
         theta = {"rope_theta": overrides["rope_theta"]}
         fields["rope_parameters"] = fields.get("rope_parameters", {}) | theta
     raise_first(_missing_findings(fields, kind))
-    # In the hub layout auto_map names the code of the repository; AutoModel looks for it on the config.
-    if "AutoConfig" in (config.get("auto_map") or {}):
-        fields["auto_map"] = config["auto_map"]
+    auto_map = own_auto_map(config)
+    if auto_map is not None:
+        fields["auto_map"] = auto_map
     return fields
+
+
+def own_auto_map(config: dict[str, Any]) -> dict[str, Any] | None:
+    """Return what `auto_map` says of the draft's own code, which AutoModel looks for on the config; None for engines.
+
+    Any other entry may name another repository's code, which a push must not pass on.
+    """
+    auto_map = config.get("auto_map") or {}
+    if "AutoConfig" not in auto_map:
+        return None
+    return {name: auto_map[name] for name in ("AutoConfig", "AutoModel") if name in auto_map}
 
 
 def _own_layout_findings(
@@ -532,6 +543,21 @@ def engines_layout(config: Any) -> dict[str, Any]:
     content.update(_engines_rope(config))
     content["dflash_config"] = _engines_nested(config, content)
     return content
+
+
+def engines_remarks(config: Any) -> list[str]:
+    """Return what engines that load the engines layout compute otherwise than here, a sentence each; [] for nothing.
+
+    Args:
+        config: the config of a draft of any kind.
+    """
+    scale = getattr(config, "input_embedding_scale", 1)
+    if scale == 1:
+        return []
+    return [
+        f"input_embedding_scale is {scale:g}, which SGLang (0.5.23) does not read: it runs this draft on unscaled "
+        "embeddings, so it accepts fewer tokens there. vLLM and llama.cpp read it."
+    ]
 
 
 def _engines_rare(config: Any) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from .cache_dflash import rewindable_cache
 from .compat_dflash import attention_name, cache_field, cache_name
 from .configuration_dflash import SLIDING, DFlashConfig
 from .generate_dflash import SpeculativeGenerate, spec_generate
-from .repository_dflash import RepositoryMixin
+from .repository_dflash import RepositoryMixin, own_config
 
 
 class DFlashRotaryEmbedding(Qwen3RotaryEmbedding):
@@ -146,7 +146,29 @@ class DFlashDraftModel(DFlashPreTrainedModel):
         """Decoding function for the target: `target.generate(..., custom_generate=draft.speculate)`."""
         return SpeculativeGenerate(self)
 
+    @property
+    def block_size(self) -> int:
+        """`config.block_size`, under the name of the reference implementation's attribute, as the next two."""
+        return self.config.block_size
+
+    @property
+    def mask_token_id(self) -> int:
+        return self.config.mask_token_id
+
+    @property
+    def target_layer_ids(self) -> list[int]:
+        return self.config.target_layer_ids
+
     def __init__(self, config: DFlashConfig):
+        """Build an untrained draft.
+
+        Args:
+            config: of this kind; or a `Qwen3Config` with a `dflash_config`, as the reference implementation takes it.
+
+        Raises:
+            ValueError: the config is another model's, or lacks a field.
+        """
+        config = own_config(self.config_class, config)
         super().__init__(config)
         self.fc = nn.Linear(config.fc_width, config.hidden_size, bias=False)
         self.hidden_norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)

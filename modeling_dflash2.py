@@ -135,7 +135,7 @@ class DFlash2DraftModel(DFlashDraftModel):
 
     def __init__(self, config: DFlash2Config):
         super().__init__(config)
-        self.candidate_selector = CandidateSelector(config)
+        self.candidate_selector = CandidateSelector(self.config)
         self.post_init()
 
     @torch.no_grad()
@@ -177,3 +177,6 @@ class DFlash2DraftModel(DFlashDraftModel):
     ) -> torch.Tensor:
         """Return the path that the selector chooses, `[B, Q - 1]`; for the arguments see `CandidateSelector.walk`."""
         return self.candidate_selector.walk(scores, states, anchor, pair_scale)
+
+
+Qwen3DFlash2DraftModel = DFlash2DraftModel

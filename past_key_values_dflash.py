@@ -68,6 +68,8 @@ def lay_out(input_ids: torch.Tensor, inputs: dict[str, Any], config: Any) -> dic
     Raises:
         ValueError: nothing follows, or the mask hides some slots and covers others than these.
     """
+    if inputs.get("inputs_embeds") is not None:
+        return inputs  # they come without a cache that holds anything
     cached, length = num_cached(cache_in(inputs)), input_ids.shape[1]
     mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
     covered = mask_length(config) if mask is None else mask.shape[1]
@@ -189,9 +191,8 @@ def _room_findings(
 ) -> Iterator[Finding]:
     """Refuse a text that outgrows a static cache: the prompt, or the whole where nothing but its length ends it."""
     needed, room = prompt.width, _room(cache, target)
-    open_ended = stop_conditions.token_ids or stop_conditions.others or stop_conditions.time_limits
-    if not open_ended:
-        needed = prompt.num_cached + stop_conditions.max_length - 1
+    if stop_conditions.is_length_alone:
+        needed = prompt.first_id_slot + stop_conditions.max_length - 1
     if needed > room:
         what = f"The text takes {needed} slots, but the cache has room for {room}"
         yield Finding(what, needed, room, "Pass one with a larger max_cache_len")
@@ -356,7 +357,7 @@ def export_past_key_values(
     if cache is None or not prompt.cache_is_wanted:
         return None
     output_ids = state.sequences.output_ids()
-    slots = prompt.num_cached + output_ids.shape[1] - 1
+    slots = prompt.width + state.sequences.longest - 1
     room = _room(cache, state.target)
     if slots > room:
         raise ValueError(
@@ -447,7 +448,7 @@ def _complete(
     Args:
         output_ids `[B, T]`.
     """
-    last = state.prompt.num_cached + output_ids.shape[1] - 1
+    last = state.prompt.first_id_slot + output_ids.shape[1] - 1
     missing = [max(0, last - slot) for slot in state.last_slots]
     begin = torch.tensor(state.last_slots, device=output_ids.device)[:, None]
     for start in range(0, max(missing), PREFILL_CHUNK):
@@ -464,7 +465,7 @@ def _complete(
 
 def _run_slots(state: DecodeState, output_ids: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
     """Run the text at `slots [B, N]`, its last token after the end of it, and return the features `[B, N, F]`."""
-    index = (slots - state.prompt.num_cached).clamp_max(output_ids.shape[1] - 1)
+    index = (slots - state.prompt.first_id_slot).clamp_max(output_ids.shape[1] - 1)
     ids = output_ids.gather(1, index)
     positions = state.prompt.position_offset + slots
     return state.target.prefill_chunk(state.target_state, ids, slots, positions).features
@@ -481,7 +482,7 @@ def _run_again(state: DecodeState, output_ids: torch.Tensor) -> None:
     target_state.cache.num_prefilled = cached
     for first, last in prompt.chunks(cached, recurrent=True):
         run_chunk(state, first, last, 1)
-    end = prompt.num_cached + output_ids.shape[1] - 1
+    end = prompt.first_id_slot + output_ids.shape[1] - 1
     for first in range(prompt.width, end, PREFILL_CHUNK):
         slots = torch.arange(first, min(first + PREFILL_CHUNK, end), device=output_ids.device)
         _run_slots(state, output_ids, slots.expand(len(output_ids), -1))

@@ -11,7 +11,7 @@ import json
 import sys
 import warnings
 import weakref
-from dataclasses import dataclass, field, replace
+from dataclasses import InitVar, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +19,35 @@ from transformers import PretrainedConfig
 
 from .checkpoints import Origin, TargetInfo, base_of_adapter, origin_of, out_of_cache
 from .compat_dflash import checkpoint_name, local_of_generate
-from .configuration_dflash import DFlashConfig
+from .configuration_dflash import DFlashConfig, build_target_layer_ids
 from .families import FAMILIES, families_of, siblings_of
 from .generate_dflash import SpeculativeGenerate
-from .kinds import KINDS, kind_named, kind_of
+from .kinds import KINDS, SECOND_KIND, kind_named, kind_of
 from .layouts import variant_of
 from .modeling_dflash import DFlashDraftModel, Qwen3DFlashDraftModel
 from .support_dflash import check_target
 
+# Field of a spec -> the class that it holds by default, and that any other must extend.
+_DRAFT_CLASSES: dict[str, type[DFlashDraftModel]] = {
+    "draft_cls": Qwen3DFlashDraftModel,
+    "draft2_cls": KINDS[SECOND_KIND].model_class,
+}
 # Families with indexer caches or compressed ones, and Kimi K3: their drafts load and can be published, but not decode.
 NOT_DECODED = frozenset({"deepseek_v4", "glm5_next_text", "glm_moe_dsa", "kimi_linear"})
 
 
 @dataclass(frozen=True)
 class DFlashDraftSpec:
-    """A draft and the target it was made for. Unknown fields are None.
+    """A draft and the target it was made for; or, without a repository, how to build one. Unknown fields are None.
+
+    Repository and class come first, in either order: `DFlashDraftSpec("org/draft")` names a published draft, and
+    `DFlashDraftSpec(Qwen3DFlashDraftModel)` the class of one that is yet to be built.
 
     Args:
-        repo_id: the draft's repository on the Hub, or a local folder.
+        first, second: `repo_id` and `draft_cls` in either order, or `draft_cls` and `draft2_cls`.
+        repo_id: the draft's repository on the Hub, or a local folder; None if `build` or `load(repo_id)` is to follow.
         draft_cls: the class that runs it, the model of one of the `KINDS`.
+        draft2_cls: the class that `build` uses for a draft of the `SECOND_KIND`.
         revision: the commit to load; None for the newest.
         subfolder: the folder in the repository that holds it.
         targets: checkpoints it was made for, as Hub ids.
@@ -50,8 +60,8 @@ class DFlashDraftSpec:
         details: all other entries of `drafts.json`.
     """
 
-    repo_id: str
-    draft_cls: type[DFlashDraftModel] = Qwen3DFlashDraftModel
+    first: InitVar[str | Path | type[DFlashDraftModel] | None] = None
+    second: InitVar[str | Path | type[DFlashDraftModel] | None] = None
     revision: str | None = None
     subfolder: str = ""
     targets: tuple[str, ...] = ()
@@ -64,13 +74,46 @@ class DFlashDraftSpec:
     unsupported: str | None = None
     note: str = ""
     details: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    repo_id: str | None = field(default=None, kw_only=True)
+    # Not given, they are set in __post_init__, which must tell a given class from a default.
+    draft_cls: type[DFlashDraftModel] = field(default=None, kw_only=True)  # type: ignore[assignment]
+    draft2_cls: type[DFlashDraftModel] = field(default=None, kw_only=True)  # type: ignore[assignment]
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, first: Any, second: Any) -> None:
+        for value in (first, second):
+            self._set_positional(value)
+        for name, default in _DRAFT_CLASSES.items():
+            if getattr(self, name) is None:
+                self._set(name, default)
+            _check_draft_class(name, getattr(self, name))
+        if self.repo_id is not None:
+            self._set("repo_id", _repository(self.repo_id))
         for name in ("targets", "architectures"):
             if not isinstance(getattr(self, name), tuple):
                 raise ValueError(
                     f"{name} is {getattr(self, name)!r}; it must be a tuple of names, such as ('org/model',)."
                 )
+
+    def _set_positional(self, value: Any) -> None:
+        """Set the field that an argument without a name is meant for, by its type.
+
+        Raises:
+            ValueError: the field has a value already.
+        """
+        if value is None:
+            return
+        name = "repo_id"
+        if isinstance(value, type):
+            name = "draft_cls" if self.draft_cls is None else "draft2_cls"
+        if getattr(self, name) is not None:
+            raise ValueError(
+                f"{name} is given twice, as {getattr(self, name)!r} and {value!r}; pass a repository and a class of a "
+                "draft, or two classes of drafts."
+            )
+        self._set(name, value)
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)  # the spec is frozen
 
     @property
     def target_state(self) -> str | None:
@@ -89,15 +132,32 @@ class DFlashDraftSpec:
         """Return whether its target has the same text part as targets of this architecture."""
         return any(architecture in siblings_of(known) for known in self.architectures)
 
-    def load(self, **from_pretrained_kwargs: Any) -> DFlashDraftModel:
+    @property
+    def name(self) -> str:
+        """The repository; without one, words for messages that name the class."""
+        return self.repo_id or f"a {self.draft_cls.__name__} to be built"
+
+    def load(
+        self, repo_id: str | Path | None = None, **from_pretrained_kwargs: Any
+    ) -> DFlashDraftModel:
         """Download the draft and load it with our class: no code of its repository runs, only safetensors are read.
 
-        Keywords go to `from_pretrained` (`dtype`, `device_map`, `cache_dir`, `token`, `block_size` ...).
+        Args:
+            repo_id: a repository or folder to load in place of the spec's own, at its newest commit.
+            from_pretrained_kwargs: of `from_pretrained` (`dtype`, `device_map`, `token`, `block_size` ...).
 
         Raises:
-            ValueError: this version cannot run the draft, or its config or weights are invalid.
+            ValueError: this version cannot run the draft, its config or weights are invalid, or no repository is known.
             OSError: there is no such draft, no access or no connection; or a download is damaged.
         """
+        if repo_id is not None and _repository(repo_id) != self.repo_id:
+            other = DFlashDraftSpec(repo_id, self.draft_cls, targets=self.targets)
+            return other.load(**from_pretrained_kwargs)
+        if self.repo_id is None:
+            raise ValueError(
+                "This DFlashDraftSpec names no repository to load. Pass one, spec.load('org/draft'), or build an "
+                "untrained draft, spec.build(target.config, mask_token_id=...)."
+            )
         self.check_supported()
         where = {"revision": self.revision, "subfolder": self.subfolder, "use_safetensors": True}
         draft = self.draft_cls.from_pretrained(self.repo_id, **(where | from_pretrained_kwargs))
@@ -116,7 +176,8 @@ class DFlashDraftSpec:
         Args:
             target_config: of the target, whole or its text part.
             variant: name of one of the `KINDS`; by default the kind of `draft_cls`.
-            overrides: fields of the draft's config; `mask_token_id` must be among them.
+            overrides: fields of the draft's config; `mask_token_id` must be among them. By default, its blocks are
+                bidirectional, sliding layers too, as in the reference implementation's recipe.
 
         Raises:
             ValueError: no `mask_token_id`, a field that does not exist, or one that does not fit the target.
@@ -130,7 +191,7 @@ class DFlashDraftSpec:
             raise ValueError(
                 f"target_config is {target_config!r}; pass the config of the target, `target.config`."
             )
-        draft_cls = self.draft_cls if variant is None else kind_named(variant).model_class
+        draft_cls = self._class_for(variant)
         config_cls: Any = draft_cls.config_class
         unknown = set(overrides) - {"rope_theta"} - set(config_cls.__dataclass_fields__)
         if unknown:
@@ -153,11 +214,25 @@ class DFlashDraftSpec:
         draft.card_known = {} if name is None or Path(name).exists() else {"base_model": name}
         return draft
 
+    def _class_for(self, variant: str | None) -> type[DFlashDraftModel]:
+        """Return the class of a fresh draft: the spec's own if it has one of that kind.
+
+        Raises:
+            ValueError: there is no such kind.
+        """
+        if variant is None:
+            return self.draft_cls
+        kind = kind_named(variant)
+        for own in (self.draft_cls, self.draft2_cls):
+            if kind_of(own.config_class) is kind:
+                return own
+        return kind.model_class
+
     def check_supported(self) -> None:
         """Raise a ValueError if this version cannot run the draft."""
         if self.unsupported:
             raise ValueError(
-                f"{self.repo_id} cannot be run by this version of dflash-hub: {self.unsupported}."
+                f"{self.name} cannot be run by this version of dflash-hub: {self.unsupported}."
             )
 
     def matches_shape(self, text_config: PretrainedConfig) -> bool:
@@ -167,6 +242,28 @@ class DFlashDraftSpec:
             text_config.hidden_size,
             text_config.num_hidden_layers,
             text_config.vocab_size,
+        )
+
+
+def _repository(name: Any) -> str:
+    """Return a repository's name or a folder as a string.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if not isinstance(name, str | Path):
+        raise ValueError(
+            f"repo_id is {name!r}; it must be a Hub id or a folder, such as 'org/draft'."
+        )
+    return str(name)
+
+
+def _check_draft_class(name: str, given: Any) -> None:
+    """Refuse anything but a class that can run the drafts of this field, `draft_cls` or `draft2_cls`."""
+    expected = _DRAFT_CLASSES[name]
+    if not isinstance(given, type) or not issubclass(given, expected):
+        raise ValueError(
+            f"{name} is {given!r}; it must be dflash_hub.{expected.__name__} or a class that extends it."
         )
 
 
@@ -181,9 +278,10 @@ def _shape_for(text: PretrainedConfig, overrides: dict[str, Any]) -> dict[str, A
     rope = getattr(text, "rope_parameters", None) or {}
     rope = rope.get("full_attention", rope)  # targets that rotate by layer type
     theta = rope.get("rope_theta", DFlashConfig.default_theta)
-    taps = overrides.get("target_layer_ids") or spread_taps(text.num_hidden_layers)
+    taps = overrides.get("target_layer_ids") or build_target_layer_ids(text.num_hidden_layers)
     return {
         "block_size": 16,
+        "is_causal": False,
         "target_layer_ids": taps,
         "num_target_layers": text.num_hidden_layers,
         "vocab_size": text.vocab_size,
@@ -207,23 +305,7 @@ def _dimension(text: PretrainedConfig, name: str) -> int | None:
     return value if isinstance(value, int) else None
 
 
-def spread_taps(num_target_layers: int, taps: int = 5) -> list[int]:
-    """Return `taps` layer ids spread evenly from the second layer to the third-last, as in z-lab/dflash.
-
-    Raises:
-        ValueError: the target is too shallow for that many.
-    """
-    first, last = 1, num_target_layers - 3
-    if taps < 2:
-        raise ValueError(
-            f"{taps} taps cannot be spread; name the layer yourself: target_layer_ids=[...]."
-        )
-    if last - first + 1 < taps:
-        raise ValueError(
-            f"The target has {num_target_layers} layers, too few to spread {taps} taps from the second to the "
-            "third-last; choose them yourself: target_layer_ids=[...]."
-        )
-    return [round(first + index * (last - first) / (taps - 1)) for index in range(taps)]
+spread_taps = build_target_layer_ids
 
 
 def _read_catalogue() -> list[DFlashDraftSpec]:
@@ -301,7 +383,7 @@ def register_dflash_draft(
     for name, known in registered.items():
         if known is not None and not _same_draft(known, spec) and not overwrite:
             raise ValueError(
-                f"{name} has a draft already, {known.repo_id}. Pass overwrite=True to replace it by {spec.repo_id}."
+                f"{name} has a draft already, {known.name}. Pass overwrite=True to replace it by {spec.name}."
             )
     architectures = next(
         (known.architectures for known in CATALOGUE if _same_draft(known, spec)), ()
@@ -349,7 +431,7 @@ def explain_resolution(
     if target is None:
         architecture = _registered(architectures or [])
         spec = DFLASH_DRAFT_REGISTRY[architecture]
-        return spec, f"It is the default for {architecture}; it was made for {spec.target}."
+        return spec, _reason_of_default(spec, architecture)
     name = target if isinstance(target, str) else _name_of(target)
     published = name and out_of_cache(name)
     made_for = drafts_for(published) if published else []
@@ -379,7 +461,9 @@ def _registered(names: list[str], family: tuple[str, ...] = ()) -> str:
     )
     if architecture is None:
         named = [
-            known for known, spec in DFLASH_DRAFT_REGISTRY.items() if known in spec.architectures
+            known
+            for known, spec in DFLASH_DRAFT_REGISTRY.items()
+            if not spec.architectures or known in spec.architectures
         ]
         raise ValueError(
             f"No DFlash draft is registered for {', '.join(dict.fromkeys(names))}. Supported architectures: "
@@ -388,14 +472,28 @@ def _registered(names: list[str], family: tuple[str, ...] = ()) -> str:
     return architecture
 
 
+def _reason_of_default(spec: DFlashDraftSpec, architecture: str) -> str:
+    """Return in a sentence why the default of an architecture was chosen, and what to do if it names no draft."""
+    if spec.repo_id is None:
+        return (
+            f"It is registered for {architecture} and names no repository: build a draft with it, or load one, "
+            "spec.load('org/draft')."
+        )
+    made_for = f"it was made for {spec.target}" if spec.target else "its target is not known"
+    return f"It is the default for {architecture}; {made_for}."
+
+
 def _by_shape(
     architecture: str, target: TargetInfo, origin: Origin | None
 ) -> tuple[DFlashDraftSpec, str]:
     """Return a draft whose own target has the shape of this one, and warn.
 
-    A draft of the checkpoint that the target was trained from comes first, then the architecture's default.
+    A draft of the checkpoint that the target was trained from comes first, then the architecture's default. A default
+    without a repository was registered to build drafts, which fit every shape.
     """
     default = DFLASH_DRAFT_REGISTRY[architecture]
+    if default.repo_id is None:
+        return default, _reason_of_default(default, architecture)
     name = target.name or "this target"
     candidates = drafts_for(origin.name) if origin else []
     candidates += [default, *(spec for spec in CATALOGUE if spec.serves(architecture))]

@@ -6,25 +6,39 @@ This file travels with every pushed draft, so that a draft loaded by remote code
 repository holds config.json, safetensors, the travelling files and a model card.
 """
 
-import hashlib
 import inspect
-import json
-import re
 import shutil
 import tempfile
 import time
+import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCard
-from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub import HfApi, ModelCard, hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    HTTPError,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
+from transformers.configuration_utils import PretrainedConfig
 from transformers.utils import logging
 
 from .compat_dflash import copy_loading_options, find_file
 from .configuration_dflash import EXTENSIONS, check_layout
 from .custom_generate_dflash import generate as custom_generate
-from .layouts_dflash import engines_layout
+from .layouts_dflash import engines_layout, engines_remarks
+from .weights_dflash import (
+    RENAMED,
+    check_no_mask_embedding,
+    check_stored,
+    check_tensors,
+    check_values,
+    verify_downloads,
+)
 
 TRAVELS_TOO = """
 import .dflash
@@ -36,11 +50,11 @@ logger = logging.get_logger(__name__)
 
 PLACEHOLDER = "your-name/your-draft"
 _PLAIN_CARD = f"---\nlibrary_name: transformers\n---\n# {PLACEHOLDER}\n\nA DFlash draft model.\n"
+LAYOUT_BRANCHES: dict[str, str | None] = {"hub": None, "engines": "engines"}
+"""The branch to which each layout is pushed; None is main."""
+_LOG_IN = "Log in with a token that may write there: hf auth login, or HF_TOKEN."
 # Files to delete at a push: transformers prefers one file over shards, so stale weights would load.
 STALE = ["*.safetensors", "*.safetensors.index.json", "pytorch_model*"]
-# The Muse assistant of transformers has the feature projection in a submodule.
-_RENAMED = {"^encoder.fc": "fc", "^encoder.output_norm_enc": "hidden_norm"}
-_TARGETS_OWN = {"embed_tokens.weight", "lm_head.weight"}
 
 
 class RepositoryMixin:
@@ -62,8 +76,8 @@ class RepositoryMixin:
         """Load as transformers does, from every layout that `DFlashConfig` reads; only safetensors are read.
 
         Raises:
-            ValueError: the checkpoint lacks tensors, or has unknown ones or ones of other shapes. Such a draft would
-                load, and draft nonsense.
+            ValueError: the checkpoint lacks tensors, or has unknown ones, or ones of other shapes or values than a
+                draft's. Such a draft would load, and draft nonsense.
             OSError: there is no such draft, no access or no connection; or a download is damaged.
         """
         wants_info = kwargs.pop("output_loading_info", False)
@@ -74,7 +88,8 @@ class RepositoryMixin:
         try:
             try:
                 config = _own_config(cls.config_class, config, name, kwargs)  # type: ignore[attr-defined]
-                defaults = {"use_safetensors": True, "key_mapping": _RENAMED}
+                config = check_stored(cls, config, name, where)
+                defaults = {"use_safetensors": True, "key_mapping": RENAMED}
                 defaults |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
                 model, info = super().from_pretrained(  # type: ignore[misc]
                     name, *model_args, config=config, **(defaults | kwargs)
@@ -87,6 +102,7 @@ class RepositoryMixin:
                 "(from_pretrained(..., force_download=True))."
             ) from error
         check_tensors(info, name)
+        check_values(model, name)
         model.card_source = (name, where)
         return (model, info) if wants_info else model
 
@@ -96,13 +112,14 @@ class RepositoryMixin:
         """Write a complete repository: config, weights, travelling files and model card. An existing card stays.
 
         Args:
-            layout: "hub", which transformers loads; or "engines", which vLLM, SGLang and others load.
+            layout: "hub", which transformers loads; or "engines", which vLLM, SGLang and others load. A UserWarning
+                names what one of them does not read.
             push_to_hub: push the draft too, to `repo_id` or the folder's name.
         """
         hub_keys = ("repo_id", "commit_message", "private", "create_pr", "revision", "token")
         hub_kwargs = {key: kwargs.pop(key) for key in hub_keys if key in kwargs}
         check_layout(layout)
-        # `save_original_format` would undo the renaming of `_RENAMED`
+        # `save_original_format` would undo the renaming of `RENAMED`
         super().save_pretrained(save_directory, save_original_format=False, **kwargs)  # type: ignore[misc]
         if not kwargs.get("is_main_process", True):
             return
@@ -110,6 +127,8 @@ class RepositoryMixin:
             self.config.save_pretrained(save_directory, layout=layout)  # type: ignore[attr-defined]
             for name in self.engines_files:
                 shutil.copyfile(Path(__file__).with_name(name), Path(save_directory) / name)
+            for remark in engines_remarks(self.config):  # type: ignore[attr-defined]
+                warnings.warn(remark, UserWarning, stacklevel=2)
         decoding = Path(save_directory) / "custom_generate" / "generate.py"
         decoding.parent.mkdir(exist_ok=True)
         shutil.copyfile(inspect.getfile(custom_generate), decoding)
@@ -132,26 +151,43 @@ class RepositoryMixin:
         create_pr: bool = False,
         max_shard_size: int | str = "50GB",
         tags: list[str] | None = None,
-        layout: str = "hub",
+        layouts: Iterable[str] | None = None,
+        layout: str | None = None,
     ) -> Any:
-        """Push a complete repository in one commit. The card on the Hub stays; missing metadata is added.
+        """Push a complete repository: the hub layout to main, and the engines layout to the branch `engines`.
 
-        The arguments are those of `PreTrainedModel.push_to_hub`, and `layout` as in `save_pretrained`. Set
-        `draft.card_metadata = {"base_model": ..., "license": ...}` before the first push.
+        The card on the Hub stays; missing metadata is added. Each layout is one commit. The arguments are those of
+        `PreTrainedModel.push_to_hub`, and these. Set `draft.card_metadata = {"base_model": ..., "license": ...}` before
+        the first push.
+
+        Args:
+            layouts: of "hub" and "engines", those to push; by default both. With `revision` or `create_pr`, which name
+                one branch, only the hub layout.
+            layout: the older keyword for one layout, pushed to main or to `revision`.
 
         Returns:
-            The Hub's `CommitInfo`; its `oid` is the commit to pin with `revision=`.
+            The Hub's `CommitInfo` of the first layout; its `oid` is the commit to pin with `revision=`.
+
+        Raises:
+            ValueError: the name, a layout, or `private=True` for a repository that is public.
+            RuntimeError: the Hub refused; the message says which branch is new.
         """
-        if check_layout(layout) == "engines":
-            engines_layout(self.config)  # type: ignore[attr-defined]  # raises before a repository is created
+        branches = choose_branches(layouts, layout, revision, create_pr)
+        if "engines" in branches:
+            check_for_engines(self.config)  # type: ignore[attr-defined]  # before a repository is created
         api = HfApi(token=token)
-        repo_id = make_repo(api, repo_id, private)
+        repo_id = make_repo(api, check_destination(api, repo_id, private), private)
+        card = card_on_hub(repo_id, token)
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, layout=layout, max_shard_size=max_shard_size)
-            (Path(folder) / "README.md").unlink()
-            self.write_card(folder, card_on_hub(repo_id, token), repo_id, tags=tags)
+            folders = []
+            for name, branch in branches.items():
+                path = Path(folder) / name
+                self.save_pretrained(path, layout=name, max_shard_size=max_shard_size)
+                (path / "README.md").unlink()
+                self.write_card(path, card, repo_id, tags=tags)
+                folders.append((path, branch))
             details = {"commit_message": commit_message, "commit_description": commit_description}
-            return upload(api, folder, repo_id, revision, create_pr=create_pr, **details)
+            return upload_all(api, repo_id, folders, create_pr=create_pr, **details)[0]
 
     def write_card(
         self,
@@ -183,11 +219,105 @@ class RepositoryMixin:
         name, where = self.card_source
         try:
             found: Path | None = Path(name) / "README.md"
+            if Path(name).exists() and not is_own_file(found, Path(name)):
+                return None
             if not Path(name).exists():
                 found = find_file(name, "README.md", local_files_only=not online, **where)
             return None if found is None else ModelCard(found.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
+
+
+def is_own_file(path: Path, folder: Path) -> bool:
+    """Tell whether a file is part of `folder`. In a folder of the Hub's cache, links into its own blobs are."""
+    if not path.is_symlink():
+        return path.is_file()
+    snapshots = folder.resolve().parent
+    blobs = snapshots.parent / "blobs"
+    return path.is_file() and snapshots.name == "snapshots" and path.resolve().parent == blobs
+
+
+def choose_branches(
+    layouts: Iterable[str] | None, layout: str | None, revision: str | None, create_pr: bool
+) -> dict[str, str | None]:
+    """Return the branch to which each layout is pushed; None is main.
+
+    Raises:
+        ValueError: an unknown layout, or several for one branch.
+    """
+    one_branch = layout is not None or revision is not None or create_pr
+    names = (layout,) if layout is not None else layouts
+    names = tuple(names or (("hub",) if one_branch else LAYOUT_BRANCHES))
+    for name in names:
+        check_layout(name)
+    if not one_branch:
+        return {name: LAYOUT_BRANCHES[name] for name in names}
+    if len(names) > 1:
+        raise ValueError(
+            f"layouts is {names}, but revision and create_pr name one branch: pass one layout with them, such as "
+            'layouts=("hub",).'
+        )
+    return {names[0]: revision}
+
+
+def check_for_engines(config: Any) -> None:
+    """Refuse a config that the engines layout cannot express.
+
+    Raises:
+        ValueError: saying what is missing, and how to push without that layout.
+    """
+    try:
+        engines_layout(config)
+    except ValueError as error:
+        raise ValueError(f'{error} Or push for transformers only: layouts=("hub",).') from error
+
+
+def check_destination(api: HfApi, repo_id: str, private: bool | None) -> str:
+    """Ask the Hub about a repository before anything is written, and return its full name.
+
+    Raises:
+        ValueError: no repository can have this name, or it exists and is public although `private` is asked for.
+        RuntimeError: the Hub cannot be reached, knows no such token, or lets it write nowhere or not there.
+    """
+    check_repo_id(repo_id)
+    try:
+        who = api.whoami()
+        owner = repo_id.split("/")[0] if "/" in repo_id else who["name"]
+        full_name = f"{owner}/{repo_id.split('/')[-1]}"
+        is_public = api.repo_exists(full_name) and not api.model_info(full_name).private
+    except (OSError, HTTPError) as error:
+        raise RuntimeError(
+            f"The Hub was asked about {repo_id} and refused: {error}\n{_LOG_IN}"
+        ) from error
+    owners = [who["name"], *(one["name"] for one in who.get("orgs") or ())]
+    if owner not in owners:
+        raise RuntimeError(
+            f"The token is of {who['name']}, who cannot write to {full_name}: {owner} is none of {', '.join(owners)}. "
+            "Push to one of those, or log in as another user: hf auth login, or HF_TOKEN."
+        )
+    if private and is_public:
+        raise ValueError(
+            f"{full_name} exists and is public, so its files would be public although private was asked for. Make the "
+            "repository private first (Settings on its page, or `hf repos settings NAME --private`), or push to "
+            "another name, or push without private."
+        )
+    return full_name
+
+
+def check_repo_id(repo_id: Any) -> None:
+    """Refuse what cannot be the name of a repository, by the Hub's own rules.
+
+    Raises:
+        ValueError: with the rule.
+    """
+    if not isinstance(repo_id, str):
+        raise ValueError(
+            f"A repository cannot be named {repo_id!r}: a name is text, such as me/draft."
+        )
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"A repository cannot be named {repo_id!r}: {error}") from error
 
 
 def make_repo(api: HfApi, repo_id: str, private: bool | None) -> str:
@@ -198,11 +328,33 @@ def make_repo(api: HfApi, repo_id: str, private: bool | None) -> str:
     """
     try:
         return api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    except OSError as error:
+    except (OSError, HTTPError) as error:
         raise RuntimeError(
-            f"The Hub did not allow {repo_id} to be created or written: {error}\nLog in with a token that may write "
-            "there: hf auth login, or HF_TOKEN."
+            f"The Hub did not allow {repo_id} to be created or written: {error}\n{_LOG_IN}"
         ) from error
+
+
+def upload_all(
+    api: HfApi, repo_id: str, folders: list[tuple[Path, str | None]], **commit: Any
+) -> list[Any]:
+    """Upload each folder to its branch, in one commit each, and return the commits.
+
+    Raises:
+        RuntimeError: the Hub did not take one; the message says which branches are new, and which are not.
+    """
+    done: list[Any] = []
+    for folder, branch in folders:
+        try:
+            done.append(upload(api, folder, repo_id, branch, **commit))
+        except RuntimeError as error:
+            if not done:
+                raise
+            names = [name or "main" for _, name in folders]
+            new = ", ".join(
+                f"{name} (commit {one.oid})" for name, one in zip(names, done, strict=False)
+            )
+            raise RuntimeError(f"{error}\nAlready new on the Hub: {new}.") from error
+    return done
 
 
 def upload(
@@ -219,7 +371,7 @@ def upload(
         return api.upload_folder(
             folder_path=folder, repo_id=repo_id, revision=revision, delete_patterns=STALE, **commit
         )
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, HTTPError) as error:
         raise RuntimeError(
             f"The Hub did not take the upload to {repo_id}: {error}\nThe branch {revision or 'main'} is as it was: a "
             "commit is whole or absent. Run the same again, with a token that may write there (hf auth login, or "
@@ -228,74 +380,37 @@ def upload(
 
 
 def card_on_hub(repo_id: str, token: Any = None) -> ModelCard | None:
-    """Return the current card of `repo_id`; None without one."""
-    try:
-        return ModelCard.load(repo_id, token=token)
-    except (EntryNotFoundError, RepositoryNotFoundError):
-        return None
-
-
-def check_tensors(info: dict[str, Any], name: Any) -> None:
-    """Refuse missing tensors, unknown ones, and ones of another shape, of which transformers only warns."""
-    wrong_shapes = []
-    for key, stored, ours in info["mismatched_keys"]:
-        wrong_shapes.append(f"{key}: {tuple(stored)} in the file, {tuple(ours)} here")
-    unknown = {key.removeprefix("model.") for key in info["unexpected_keys"]} - _TARGETS_OWN
-    unknown = {key for key in unknown if not key.endswith(("inv_freq", "original_inv_freq"))}
-    faults = {
-        "has tensors of other shapes than its config.json says": wrong_shapes,
-        "lacks tensors, which would be random": info["missing_keys"],
-        "has tensors that this model does not know (a reduced vocabulary, or another head?)": unknown,
-    }
-    for fault, keys in faults.items():
-        if keys:
-            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-            raise ValueError(
-                f"{name} {fault}: {', '.join(sorted(keys)[:3])}{more}. It would load and draft nonsense, so it is "
-                "refused."
-            )
-    if len(unknown) < len(info["unexpected_keys"]):
-        logger.warning_once(
-            f"{name} ships an embedding or a head; they are not used: a draft uses its target's."
-        )
-
-
-def check_no_mask_embedding(name: Any, where: dict[str, Any]) -> None:
-    """Refuse a draft with a mask embedding of its own; only an extra file shows it, no key of config.json."""
-    if find_file(name, "mask_embedding.pt", **where) is not None:
-        raise ValueError(
-            f"{name} uses a trained mask embedding (mask_embedding.pt), which this version of dflash-hub does not run; "
-            "it would load and draft nonsense, so it is refused."
-        )
-
-
-def verify_downloads(name: Any, where: dict[str, Any], started: float) -> None:
-    """Check the weights downloaded since `started` against their published SHA-256, their names in the Hub's cache.
+    """Return the current card of `repo_id`; None without one.
 
     Raises:
-        OSError: the bytes differ. The file is removed, so that the next load downloads it again.
+        ValueError: it cannot be read.
     """
-    for path in _weight_files(name, where):
-        blob = path.resolve()
-        published = re.fullmatch(r"[0-9a-f]{64}", blob.name)
-        if published is None or blob.stat().st_mtime < started - 1:
-            continue
-        actual = _sha256(blob)
-        if actual != blob.name:
-            blob.unlink()
-            path.unlink(missing_ok=True)
-            raise OSError(
-                f"{path.name} of {name} arrived damaged: its SHA-256 is {actual}, the published one {blob.name}. "
-                "The damaged file was removed; load again to download it again."
-            )
+    try:
+        path = hf_hub_download(repo_id, "README.md", token=token)
+    except (EntryNotFoundError, RepositoryNotFoundError):
+        return None
+    return read_card(Path(path), f"https://huggingface.co/{repo_id}/blob/main/README.md")
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(2**22):
-            digest.update(chunk)
-    return digest.hexdigest()
+def read_card(path: Path, name: str) -> ModelCard:
+    """Read a model card, which messages call `name`.
+
+    Raises:
+        ValueError: it is not UTF-8, or its metadata is no YAML that the Hub takes.
+    """
+    try:
+        return ModelCard(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{name} is not written in UTF-8 ({error.reason} at byte {error.start}). Save it as UTF-8, or move it away "
+            "to get a new card; nothing was changed."
+        ) from error
+    except Exception as error:  # a YAML reader and the Hub's client raise many kinds
+        first = " ".join(str(error).split())
+        raise ValueError(
+            f"The metadata of {name}, between its first two lines of ---, cannot be read: {first}. Correct it, or "
+            "move the file away to get a new card; nothing was changed."
+        ) from error
 
 
 def _where(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -304,42 +419,43 @@ def _where(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {name: kwargs[name] for name in names if name in kwargs}
 
 
-def _weight_files(name: Any, where: dict[str, Any]) -> list[Path]:
-    """Return the cached safetensors of a Hub repository; [] for a local folder, or where none is cached."""
-    if Path(name).exists():
-        return []
+def own_config(config_class: Any, config: Any) -> Any:
+    """Return the config of a draft that a model is built with: `config`, or what a Qwen3 config describes.
 
-    def cached(file: str) -> Path | None:
-        try:
-            return find_file(name, file, local_files_only=True, **where)
-        except OSError:
-            return None
-
-    names = {"model.safetensors"}
-    index = cached("model.safetensors.index.json")
-    if index is not None:
-        names |= set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    return [path for path in map(cached, sorted(names)) if path is not None]
+    Raises:
+        ValueError: the config is of another model than a draft, or lacks a field.
+    """
+    is_own = isinstance(config, config_class) or (
+        getattr(config, "model_type", None) == config_class.model_type
+    )
+    if is_own or not isinstance(config, PretrainedConfig):
+        return config
+    own = config_class.from_qwen3(config)
+    copy_loading_options(own, config)
+    return own
 
 
 def _own_config(config_class: Any, config: Any, name: Any, kwargs: dict[str, Any]) -> Any:
-    """Return `config`, or the draft's own config where an Auto class read the engines layout as a Qwen3 config.
+    """Return the config of the draft `name`, with the fields among `kwargs`, which are removed from there.
 
-    The file is then read again, since Qwen3's defaults fill the fields that it lacks. Keywords that the Auto class
-    consumed are values that differ from the file's, or from the default where the file has none. The other keywords
-    are removed from `kwargs`.
+    Where an Auto class read the engines layout as a Qwen3 config, the file is read again, since Qwen3's defaults fill
+    the fields that it lacks. Keywords that the Auto class consumed are values that differ from the file's, or from the
+    default where the file has none.
     """
     own_type = config_class.model_type
-    if getattr(config, "model_type", own_type) == own_type or isinstance(config, str | Path):
+    if isinstance(config, PretrainedConfig) and config.model_type == own_type:
         return config
-    raw, _ = config_class.get_config_dict(name, **_where(kwargs))
     fields = [*config_class.own_fields(), "rope_theta"]
+    options = _where(kwargs) | {"local_files_only": kwargs.get("local_files_only", False)}
+    given = {field: kwargs.pop(field) for field in fields if field in kwargs}
+    if not isinstance(config, PretrainedConfig):
+        return config_class.from_pretrained(name if config is None else config, **options, **given)
+    raw, _ = config_class.get_config_dict(name, **options)
     overrides = {}
     for field in set(fields) - {"layer_types", "rope_parameters"}:
         value = getattr(config, field, None)
         if value is not None and value != raw.get(field, getattr(type(config), field, None)):
             overrides[field] = value
-    overrides |= {field: kwargs.pop(field) for field in fields if field in kwargs}
-    own = config_class.from_dict(raw, **overrides)
+    own = config_class.from_dict(raw, **(overrides | given))
     copy_loading_options(own, config)
     return own

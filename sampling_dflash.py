@@ -11,6 +11,7 @@ Shapes: B rows, Q block positions, V vocabulary.
 """
 
 import math
+from typing import Any
 
 import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper
@@ -34,6 +35,32 @@ _POINTWISE = tuple(
     if hasattr(logits_process, name)
 )
 """Processors that look at one position's scores and at nothing else: a whole block goes through them at once."""
+
+_READING_TEXT = tuple(
+    getattr(logits_process, name)
+    for name in (
+        "MinLengthLogitsProcessor",
+        "MinNewTokensLengthLogitsProcessor",
+        "RepetitionPenaltyLogitsProcessor",
+        "EncoderRepetitionPenaltyLogitsProcessor",
+        "NoRepeatNGramLogitsProcessor",
+        "EncoderNoRepeatNGramLogitsProcessor",
+        "SequenceBiasLogitsProcessor",
+        "NoBadWordsLogitsProcessor",
+        "ForcedBOSTokenLogitsProcessor",
+        "ForcedEOSTokenLogitsProcessor",
+        "ExponentialDecayLengthPenalty",
+        "SuppressTokensAtBeginLogitsProcessor",
+        "WatermarkLogitsProcessor",
+    )
+    if hasattr(logits_process, name)
+)
+"""Processors that are functions of the text so far and of one position's scores: they may judge rejected tokens too."""
+
+
+def is_pure_processor(processor: Any) -> bool:
+    """Tell whether a processor is transformers' own and a function of text and scores. A subclass is neither."""
+    return type(processor) in _POINTWISE or type(processor) in _READING_TEXT
 
 
 class PositionNoise:
@@ -99,6 +126,15 @@ class Sampler:
             The tokens `[B, Q]`, -1 where logits are NaN, and the processed scores `[B, Q, V]`.
         """
         scores = self.process(logits, prefixes)
+        return self.draw(scores, first_slots, depths), scores
+
+    def draw(
+        self, scores: torch.Tensor, first_slots: list[int], depths: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Draw a token from each of the processed `scores [B, Q, V]`: `[B, Q]`, -1 where they are NaN.
+
+        The other arguments are those of `sample`.
+        """
         noisy = scores
         if self.noise is not None:
             noise = self.noise.block(first_slots, scores.shape[1], scores)
@@ -108,7 +144,7 @@ class Sampler:
                 noise = noise.gather(1, index.expand_as(noise))
             noisy = scores + noise
         best = noisy.max(dim=-1)
-        return best.indices.masked_fill_(best.values.isnan(), -1), scores
+        return best.indices.masked_fill_(best.values.isnan(), -1)
 
     def process(
         self, logits: torch.Tensor, prefixes: list[list[torch.Tensor]] | None

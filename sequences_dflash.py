@@ -17,8 +17,8 @@ from transformers import (
     EosTokenCriteria,
     MaxLengthCriteria,
     MaxTimeCriteria,
-    StoppingCriteria,
     StoppingCriteriaList,
+    StopStringCriteria,
 )
 
 from .compat_dflash import cache_in, made_by_user, without_cache
@@ -40,15 +40,21 @@ class Prompt:
         input_ids `[B, P]`: the prompt, or the part of it that follows what the cache holds.
         inputs: everything else that `generate` would hand to the target's forward.
         returns_cache: whether `generate` returns its cache.
+        layer_outputs: what every forward is asked for, see `target_dflash`.
     """
 
     def __init__(
-        self, input_ids: torch.Tensor, inputs: dict[str, Any], returns_cache: bool | None = False
+        self,
+        input_ids: torch.Tensor,
+        inputs: dict[str, Any],
+        returns_cache: bool | None = False,
+        layer_outputs: tuple[str, ...] = (),
     ):
         self.input_ids, self.device = input_ids, input_ids.device
         self.returns_cache = bool(returns_cache)
+        self.layer_outputs = layer_outputs
         # `generate` asks for the logits of the last position; a check of the prompt needs more.
-        ours = {"logits_to_keep"}
+        ours = {"logits_to_keep", "output_hidden_states", "output_attentions"}
         self.inputs = {
             name: value
             for name, value in without_cache(inputs).items()
@@ -57,13 +63,15 @@ class Prompt:
         self.cache = cache_in(inputs)
         mask = self.inputs.get("attention_mask")
         positions = self.inputs.get("position_ids")
-        lengths = [
-            tensor.shape[-1] for tensor in (input_ids, mask, positions) if tensor is not None
-        ]
-        self.width = max(lengths)
+        embeds = self.inputs.get("inputs_embeds")  # [B, P, D]
+        num_new = input_ids.shape[1] if embeds is None else embeds.shape[1]
+        lengths = [tensor.shape[-1] for tensor in (mask, positions) if tensor is not None]
+        self.width = max([num_new, *lengths])
         """Slots of the prompt, those that the cache holds included."""
-        self.num_cached = self.width - input_ids.shape[1]
-        """Slots before the first of `input_ids`, where the cache holds what they follow."""
+        self.num_cached = self.width - num_new
+        """Slots before the first new token, where the cache holds what follows."""
+        self.first_id_slot = self.width - input_ids.shape[1]
+        """Slot of the first of `input_ids`. Without ids, in a prompt of embeddings, that of the first new token."""
         shape = (input_ids.shape[0], self.width)
         padding = (
             torch.zeros(shape, dtype=torch.bool, device=self.device) if mask is None else mask == 0
@@ -93,8 +101,11 @@ class Prompt:
     def chunks(self, first: int, recurrent: bool) -> list[tuple[int, int]]:
         """Return the first and last slot of each part that goes through the target at once, from slot `first` on.
 
-        A prompt with more than text in it is one part, and so is padding that a recurrent target must be shown.
+        A prompt with more than text in it is one part, and so is padding that a recurrent target must be shown. So is
+        one whose hidden states or attentions are returned.
         """
+        if self.layer_outputs:
+            return [(first, self.width)]
         if first == 0 and (not self.is_plain or (recurrent and bool(self.padding_mask.any()))):
             return [(0, self.width)]
         starts = range(first, self.width, PREFILL_CHUNK)
@@ -120,25 +131,37 @@ class Prompt:
 class StopConditions:
     """When a row ends."""
 
-    max_length: int
+    max_length: int = UNLIMITED
     """Slots at most, the prompt's included."""
     token_ids: frozenset[int] = frozenset()
     pads_ended_rows: bool = False
     """Whether rows that have ended are padded. Without end tokens `generate` extends every row until all have ended."""
     time_limits: list[MaxTimeCriteria] = field(default_factory=list)
-    others: list[StoppingCriteria] = field(default_factory=list)
+    stop_strings: list[StopStringCriteria] = field(default_factory=list)
+    are_all: bool = True
+    """Whether nothing else ends a text; False where criteria are called step by step."""
 
     @classmethod
     def from_criteria(cls, criteria: StoppingCriteriaList) -> "StopConditions":
-        """Sort the criteria that `generate` prepared."""
+        """Sort the criteria that `generate` prepared; `is_pure_criterion` holds for each."""
         lengths = [one.max_length for one in criteria if isinstance(one, MaxLengthCriteria)]
         ends = [one for one in criteria if isinstance(one, EosTokenCriteria)]
         time_limits = [one for one in criteria if isinstance(one, MaxTimeCriteria)]
-        sorted_kinds = MaxLengthCriteria | EosTokenCriteria | MaxTimeCriteria
-        others = [one for one in criteria if not isinstance(one, sorted_kinds)]
+        stop_strings = [one for one in criteria if isinstance(one, StopStringCriteria)]
         ids = frozenset(token for one in ends for token in one.eos_token_id.flatten().tolist())
         pads_ended_rows = any(hasattr(one, "eos_token_id") for one in criteria)
-        return cls(min(lengths, default=UNLIMITED), ids, pads_ended_rows, time_limits, others)
+        return cls(min(lengths, default=UNLIMITED), ids, pads_ended_rows, time_limits, stop_strings)
+
+    @property
+    def is_length_alone(self) -> bool:
+        """Whether nothing but the length ends a text."""
+        return self.are_all and not (self.token_ids or self.stop_strings or self.time_limits)
+
+
+def is_pure_criterion(criterion: Any) -> bool:
+    """Tell whether a criterion is transformers' own and a function of the text, or of time. A subclass is neither."""
+    pure = (MaxLengthCriteria, EosTokenCriteria, MaxTimeCriteria, StopStringCriteria)
+    return type(criterion) in pure
 
 
 class Sequences:
@@ -221,10 +244,15 @@ class Sequences:
         """Tell whether this row ends with `token`, its last."""
         length = self.prompt.shape[1] + len(self.generated[row])
         ended = length >= self.stop_conditions.max_length or token in self.stop_conditions.token_ids
-        if not self.stop_conditions.others:
+        if ended or not self.stop_conditions.stop_strings:
             return ended
         text = self.text(row)[None]
-        return ended or any(bool(one(text, None).all()) for one in self.stop_conditions.others)
+        return any(bool(one(text, None).all()) for one in self.stop_conditions.stop_strings)
+
+    def end(self) -> None:
+        """End every row where it is."""
+        self.end_lengths = [len(tokens) for tokens in self.generated]
+        self.row_ended = True
 
     def text(self, row: int, tokens: torch.Tensor | None = None) -> torch.Tensor:
         """Return the ids of a row up to its last token, `[T]`; with `tokens [N]` after it, `[T + N]`.
@@ -311,7 +339,7 @@ class Sequences:
         for tokens in self.generated:
             padding = [self.pad_token_id] * (longest - len(tokens))
             rows.append((tokens + padding)[:longest])
-        generated = torch.tensor(rows, dtype=self.prompt.dtype, device=self.prompt.device).view(
+        generated = torch.tensor(rows, dtype=torch.long, device=self.prompt.device).view(
             len(rows), longest
         )
         return torch.cat([self.prompt, generated], dim=1)

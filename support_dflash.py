@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList
+from transformers import GenerationConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, StaticCache
 from transformers.utils import logging
 
 from .cache_dflash import RecurrentLayers
-from .compat_dflash import cache_in, cache_name, makes_own_cache, parameters
+from .compat_dflash import CACHE_NAMES, cache_in, cache_name, makes_own_cache, parameters
 from .findings_dflash import Finding, raise_first
 from .target_dflash import decoder_layers
 
@@ -319,7 +319,6 @@ def _rope_findings(text: Any) -> Iterator[Finding]:
 
 def check_options(
     config: GenerationConfig,
-    processors: LogitsProcessorList,
     input_ids: torch.Tensor,
     inputs: dict[str, Any],
 ) -> None:
@@ -332,22 +331,8 @@ def check_options(
     Raises:
         ValueError: saying what, why, and what to do.
     """
-    raise_first(processor_findings(processors))
     raise_first(config_findings(config))
     raise_first(input_findings(config, input_ids, inputs))
-
-
-def processor_findings(processors: LogitsProcessorList) -> Iterator[Finding]:
-    """Yield the processors that cannot judge the positions of a block."""
-    reasons = {
-        "SynthIDTextWatermarkLogitsProcessor": "it keeps state from one call to the next",
-        "UnbatchedClassifierFreeGuidanceLogitsProcessor": "guidance runs the target a second time for each token",
-    }
-    for processor in processors:
-        name = type(processor).__name__
-        if name in reasons:
-            what = f"{name} cannot be used with a draft: {reasons[name]}"
-            yield Finding(what, name, "processors of single positions or of texts", "Leave it out")
 
 
 def config_findings(config: GenerationConfig) -> Iterator[Finding]:
@@ -361,14 +346,13 @@ def config_findings(config: GenerationConfig) -> Iterator[Finding]:
         )
     if config.dola_layers:
         yield _option_finding("dola_layers", "DoLa takes its scores from two layers")
-    if config.output_attentions:
-        yield _option_finding(
-            "output_attentions", "attention over a block is not that of single tokens"
-        )
-    if config.output_hidden_states:
-        yield _option_finding(
-            "output_hidden_states", "of a block, only those of accepted tokens would count"
-        )
+    layers = config.output_hidden_states or config.output_attentions
+    if layers and config.return_dict_in_generate and config.use_cache is False:
+        why = "plain decoding then returns those of the whole text at every step"
+        yield _option_finding("hidden states or attentions without a cache", why)
+    if getattr(config, "constraints", None) or getattr(config, "force_words_ids", None):
+        why = "constraints are met by a search over beams"
+        yield _option_finding("constraints or force_words_ids", why)
 
 
 def input_findings(
@@ -383,16 +367,43 @@ def input_findings(
             f"The cache is a {kind}; with a draft only a DynamicCache or a StaticCache carries on"
         )
         yield Finding(what, kind, "a DynamicCache or a StaticCache", "Pass one, or no cache")
-    if inputs.get("inputs_embeds") is not None:
-        yield _option_finding("inputs_embeds", "the draft needs the token ids; pass input_ids")
+    embeds = inputs.get("inputs_embeds")
+    if embeds is not None and cache is not None and cache.get_seq_length():
+        why = "which slots the embeddings belong to is not known; pass input_ids"
+        yield _option_finding("inputs_embeds and a cache that is not empty", why)
     if implementation == "quantized" or "Quantized" in kind:
         why = "its keys are not those of plain decoding once a token was rejected"
         yield _option_finding("cache_implementation='quantized'", why)
     if "offloaded" in str(implementation) or getattr(cache, "offloading", False):
         yield _option_finding("an offloaded cache", "keys are kept on the target's device here")
-    if input_ids.shape[1] == 0:
+    if input_ids.shape[1] == 0 and embeds is None:
         what = f"input_ids has shape {tuple(input_ids.shape)}; a prompt needs at least one token"
         yield Finding(what, tuple(input_ids.shape), "[B, P] with P of 1 or more", "Give it one")
+
+
+_FORWARD_INPUTS = frozenset(
+    {
+        *("attention_mask", "position_ids", "token_type_ids", "inputs_embeds", "use_cache"),
+        *("logits_to_keep", "cache_position", "num_items_in_batch", *CACHE_NAMES),
+    }
+)
+"""What a text model's forward may be given besides ids; the `output_...` options too."""
+
+
+def call_findings(model: Any, inputs: dict[str, Any], synced_gpus: Any) -> Iterator[Finding]:
+    """Yield what a call asks for that no config names: other inputs of the target's forward, ranks in step.
+
+    With images, sound or video, the target's own preparation decides what its forward is given.
+    """
+    if synced_gpus:
+        why = "ranks would take their turns together, but each accepts other numbers of tokens"
+        yield _option_finding("synced_gpus", why)
+    if model.config.get_text_config(decoder=True) is not model.config:
+        return
+    for name, value in inputs.items():
+        if value is not None and name not in _FORWARD_INPUTS and not name.startswith("output_"):
+            why = "plain decoding gives it to the forward of every token, and a block has none"
+            yield _option_finding(name, why)
 
 
 def _option_finding(option: str, why: str) -> Finding:

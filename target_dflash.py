@@ -11,7 +11,7 @@ Shapes: B rows, N new positions, Q block positions, V vocabulary, F taps * targe
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,9 @@ from .execution_dflash import BlockRunner
 from .sequences_dflash import Prompt
 from .taps_dflash import FeatureTaps
 
+LAYER_OUTPUTS = ("hidden_states", "attentions")
+"""What a forward returns for every layer, if asked for with the keyword `output_<name>`."""
+
 
 @dataclass
 class TargetOutput:
@@ -33,10 +36,14 @@ class TargetOutput:
     Args:
         logits `[B, N, V]`.
         features `[B, N, F]`: the outputs of the tapped layers, side by side.
+        hidden_states: `[B, N, D]` of each layer, where they were asked for.
+        attentions: `[B, heads, N, slots]` of each layer with attention, where they were asked for.
     """
 
     logits: torch.Tensor
     features: torch.Tensor
+    hidden_states: tuple[torch.Tensor, ...] = ()
+    attentions: tuple[torch.Tensor, ...] = ()
 
     def part(self, first: int, last: int | None) -> "TargetOutput":
         """Return the positions from `first` to before `last`."""
@@ -52,7 +59,7 @@ class Verified(TargetOutput):
         snapshot: what takes the block back from recurrent layers.
     """
 
-    snapshot: Snapshot
+    snapshot: Snapshot = field(kw_only=True)
 
 
 @dataclass
@@ -61,10 +68,30 @@ class TargetState(BlockState):
 
     Args:
         position_offset `[B, 1]` or `[3, B, 1]`: position minus slot, for the slots after the prompt.
+        token_types `[B, P]`: of the prompt's slots; None if the target is given none. Later slots have the last one.
+        layer_outputs: of `LAYER_OUTPUTS`, those that every forward is asked for.
     """
 
     recurrent: RecurrentLayers
     position_offset: torch.Tensor
+    token_types: torch.Tensor | None = None
+    layer_outputs: tuple[str, ...] = ()
+
+    def inputs_at(
+        self, slots: torch.Tensor, ids: torch.Tensor, positions: torch.Tensor
+    ) -> dict[str, Any]:
+        """Return the inputs of a forward over `slots [B, N]`.
+
+        Args:
+            ids `[B, N]`.
+            positions `[B, N]` or `[3, B, N]`.
+        """
+        inputs: dict[str, Any] = {"input_ids": ids, "position_ids": positions}
+        inputs |= asking_for(self.layer_outputs)
+        if self.token_types is not None:
+            last = self.token_types.shape[1] - 1
+            inputs["token_type_ids"] = self.token_types.gather(1, slots.clamp_max(last))
+        return inputs
 
 
 class Target:
@@ -97,7 +124,14 @@ class Target:
             self.runner.using(mode),
             self.attention.installed(),
         ):
-            yield TargetState(cache, prompt.padding_mask, recurrent, prompt.position_offset)
+            yield TargetState(
+                cache,
+                prompt.padding_mask,
+                recurrent,
+                prompt.position_offset,
+                self._token_types(prompt),
+                prompt.layer_outputs,
+            )
 
     def prefill(
         self, state: TargetState, inputs: dict[str, Any], num_logits: int = 1
@@ -114,12 +148,13 @@ class Target:
         Raises:
             ValueError: the target did not cache the text, or gave the logits of other positions.
         """
-        length = inputs["input_ids"].shape[1]
+        length = num_tokens(inputs)
         state.cache.reserve(length)
-        arguments = self._arguments(without_cache(inputs), state.cache.at_start(), num_logits)
+        inputs = without_cache(inputs) | asking_for(state.layer_outputs)
+        arguments = self._arguments(inputs, state.cache.at_start(), num_logits)
         with self.attention.uninstalled():
-            logits = self.model(**arguments).logits
-        output = self._output(logits, length, num_logits)
+            found = self.model(**arguments)
+        output = self._output(found, length, num_logits)
         state.cache.check_written(length, self.name)
         state.cache.num_prefilled = length
         return output
@@ -139,24 +174,24 @@ class Target:
         state.cache.reserve(end)
         padding_mask = pad_to(state.padding_mask, state.cache.capacity)
         masks = BlockMasks(padding_mask, slots[:, 0], length)
-        inputs = {"input_ids": ids, "position_ids": positions}
+        inputs = state.inputs_at(slots, ids, positions)
         padded = state.padding_mask[:, end - length : end].any()
         if state.recurrent.states and bool(padded):
             # Our attention needs no mask; the target hides padding from its recurrent layers by this one.
             inputs["attention_mask"] = (~padding_mask[:, :end]).long()
         arguments = self._arguments(inputs, state.cache.at(slots), 1)
         with self.attention.under(masks):
-            logits = self.model(**arguments).logits
+            found = self.model(**arguments)
         self._check_block(state, length)
-        return self._output(logits, length, 1)
+        return self._output(found, length, 1)
 
     def plain_forward(self, inputs: dict[str, Any], cache: Any) -> TargetOutput:
         """Run a forward as plain `generate` does, over a cache of its own; all positions get logits."""
-        length = inputs["input_ids"].shape[1]
+        length = num_tokens(inputs)
         arguments = self._arguments(without_cache(inputs), cache, length)
         with self.attention.uninstalled():
-            logits = self.model(**arguments).logits
-        return self._output(logits, length, length)
+            found = self.model(**arguments)
+        return self._output(found, length, length)
 
     def verify(
         self,
@@ -182,16 +217,16 @@ class Target:
         masks = state.masks_for(slots, tokens.shape[1], self.attention)
         snapshot = state.recurrent.snapshot()
         with self.attention.under(masks):
-            logits, features = self.runner(
+            logits, *rest = self.runner(
                 state, tokens, slots, masks.chain if ancestors is None else ancestors
             )
         state.recurrent.record_inputs(snapshot, self.name)
-        return Verified(logits.to(slots.device), features, snapshot)
+        return Verified(logits.to(slots.device), *rest, snapshot=snapshot)
 
     def move_path(
         self, state: TargetState, verified: Verified, slots: torch.Tensor, path: torch.Tensor
     ) -> Verified:
-        """Move the accepted path of a tree, keys and values included, to the front of its block.
+        """Move the accepted path of a tree, its keys, values and features, to the front of its block.
 
         Args:
             slots `[B]`: of each row's anchor.
@@ -200,25 +235,33 @@ class Target:
         steps = torch.arange(path.shape[1], device=slots.device)
         first = slots[:, None]
         state.cache.copy_slots(first + path, first + steps)
-        logits = gather_path(verified.logits, path)
-        features = gather_path(verified.features, path)
-        return Verified(logits, features, verified.snapshot)
+        return replace(verified, features=gather_path(verified.features, path))
 
     def _run_block(
         self, state: TargetState, tokens: torch.Tensor, slots: torch.Tensor, ancestors: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return logits `[B, Q, V]` and features `[B, Q, F]`. What changes from cycle to cycle are the arguments."""
+    ) -> tuple[Any, ...]:
+        """Return the fields of `TargetOutput`, for a block. What changes from cycle to cycle are the arguments."""
         length = tokens.shape[1]
         masks = state.masks_for(slots, length, self.attention)
         masks.move(slots, ancestors)
         positions = state.position_offset + slots[:, None] + masks.depths
-        inputs = {"input_ids": tokens, "position_ids": positions}
-        view = state.cache.at(slots[:, None] + masks.offsets)
-        logits = self.model(**self._arguments(inputs, view, length)).logits
+        block_slots = slots[:, None] + masks.offsets
+        inputs = state.inputs_at(block_slots, tokens, positions)
+        found = self.model(**self._arguments(inputs, state.cache.at(block_slots), length))
         if not torch.compiler.is_compiling():
             self._check_block(state, length)
-        output = self._output(logits, length, length)
-        return output.logits, output.features
+        output = self._output(found, length, length)
+        return output.logits, output.features, output.hidden_states, output.attentions
+
+    def _token_types(self, prompt: Prompt) -> torch.Tensor | None:
+        """Return the token types by slot, `[B, P]`, for a target that takes text alone; else None.
+
+        Where they mark images, they count in the prompt only.
+        """
+        types = prompt.inputs.get("token_type_ids")
+        if types is None or self.text is not self.model.config:
+            return None
+        return nn.functional.pad(types, (prompt.width - types.shape[1], 0))
 
     def _check_block(self, state: TargetState, length: int) -> None:
         """Check that the forward wrote every slot, and that every layer used our attention; both only read counters."""
@@ -230,30 +273,40 @@ class Target:
         self.taps.clear()
         arguments = {**inputs, self.cache_name: cache, "use_cache": True, "return_dict": True}
         if self.takes_logits_to_keep:
-            arguments["logits_to_keep"] = self._logits_to_keep(
-                inputs["input_ids"].shape[1], num_logits
-            )
+            arguments["logits_to_keep"] = self._logits_to_keep(num_tokens(inputs), num_logits)
         return arguments
 
-    def _output(self, logits: torch.Tensor, length: int, num_logits: int) -> TargetOutput:
+    def _output(self, found: Any, length: int, num_logits: int) -> TargetOutput:
         """Return the logits `[B, num_logits, V]` of the last positions, and the features of all `length`.
 
         Raises:
             ValueError: the model gave the logits of other positions.
         """
         expected = num_logits if self.takes_logits_to_keep else length
-        found = logits.shape[1]
-        if found != expected:
+        given = found.logits.shape[1]
+        if given != expected:
             raise difference(
-                f"{self.name} gave logits of {found} positions where {expected} were asked for"
+                f"{self.name} gave logits of {given} positions where {expected} were asked for"
             )
-        return TargetOutput(logits[:, -num_logits:], self.taps.pop())
+        layers = [tuple(found.get(name) or ()) for name in LAYER_OUTPUTS]
+        return TargetOutput(found.logits[:, -num_logits:], self.taps.pop(), *layers)
 
     def _logits_to_keep(self, length: int, num_logits: int) -> Any:
         """Return 0 for all positions, else a tensor: given a number, some models skip positions in upper layers."""
         if num_logits == length:
             return 0
         return torch.arange(length - num_logits, length, device=self.model.device)
+
+
+def num_tokens(inputs: dict[str, Any]) -> int:
+    """Return how many tokens a forward gets, as ids `[B, N]` or as embeddings `[B, N, D]`."""
+    found = inputs.get("input_ids")
+    return (inputs["inputs_embeds"] if found is None else found).shape[1]
+
+
+def asking_for(layer_outputs: tuple[str, ...]) -> dict[str, bool]:
+    """Return the keywords that ask a forward for these of `LAYER_OUTPUTS`."""
+    return {f"output_{name}": True for name in layer_outputs}
 
 
 def gather_path(values: torch.Tensor, path: torch.Tensor) -> torch.Tensor:
@@ -274,6 +327,18 @@ def windows(text: Any) -> list[int | None]:
         if kind == "sliding_attention":
             found[layer] = text.sliding_window
     return found
+
+
+def attention_windows(model: Any) -> list[int | None]:
+    """Return the sliding window of each layer with attention, None where it sees everything."""
+    text = model.config.get_text_config(decoder=True)
+    found = windows(text)
+    kinds = getattr(text, "layer_types", None) or ["attention"] * len(found)
+    kept = []
+    for window, kind in zip(found, kinds, strict=True):
+        if "attention" in kind and kind != "linear_attention":
+            kept.append(window)
+    return kept
 
 
 def is_recurrent(model: Any) -> bool:

@@ -11,6 +11,8 @@ LOOP = (
     "generate",
     "sequences",
     "generation",
+    "acceptance",
+    "outputs",
     "proposals",
     "drafter",
     "target",

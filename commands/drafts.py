@@ -38,7 +38,7 @@ def drafts(
         block = str(spec.details.get("block_size") or "?")
         revision = (spec.revision or "newest")[:8]
         table.add_row(
-            spec.repo_id, made_for, "\n".join(spec.architectures), block, revision, _runs_here(spec)
+            spec.name, made_for, "\n".join(spec.architectures), block, revision, _runs_here(spec)
         )
     console.print(table)
 

@@ -81,7 +81,7 @@ def find_draft(model: Any, draft: str | None, revision: str | None) -> Any:
     if draft is not None:
         return load_draft(draft, revision=revision, dtype=model.dtype)
     spec, why = explain_resolution(model.config.architectures, model)
-    console.print(f"Draft: [bold]{spec.repo_id}[/bold]. {why}", style="dim")
+    console.print(f"Draft: [bold]{spec.name}[/bold]. {why}", style="dim")
     return spec.load(dtype=model.dtype)
 
 

@@ -3,13 +3,16 @@
 """`dflash-hub push`: publish a draft from a folder."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.syntax import Syntax
 
 from .shared import Token, console
+
+if TYPE_CHECKING:
+    from ..publishing import Plan, Published
 
 
 def push(
@@ -22,29 +25,49 @@ def push(
         str | None, typer.Option(help="License, such as apache-2.0, for the card.")
     ] = None,
     private: Annotated[bool, typer.Option(help="Create the repository as private.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, list the files, push nothing.")
+    ] = False,
     message: Annotated[str, typer.Option(help="Commit message.")] = "Upload DFlash draft",
     token: Token = None,
 ) -> None:
     """Check a draft in a fresh process and push it: the hub layout to main, the engines layout to branch engines."""
     from transformers.utils import logging
 
-    from ..publishing import PublishOptions, publish
+    from ..publishing import Published, PublishOptions, plan, publish
 
     logging.disable_progress_bar()
-    if not directory.is_dir():
-        raise ValueError(
-            f"{directory} is not a folder; pass the folder that holds the draft's config.json."
-        )
     metadata = {"base_model": base_model, "license": license}
     card = {key: value for key, value in metadata.items() if value}
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("Starting", total=None)
         options = PublishOptions(private=private or None, token=token, message=message, card=card)
-        done = publish(
+        run = plan if dry_run else publish
+        done = run(
             directory, repo, options, report=lambda step: progress.update(task, description=step)
         )
-        progress.update(task, description="Published", total=1, completed=1)
+        finished = "Checked" if dry_run else "Published"
+        progress.update(task, description=finished, total=1, completed=1)
+    for one in done.left_out:
+        console.print(f"Left out: {one}", highlight=False, soft_wrap=True)
+    if isinstance(done, Published):
+        _show_published(done)
+    else:
+        _show_plan(done)
+
+
+def _show_plan(done: "Plan") -> None:
+    """Print the files that would be pushed to each branch, with their sizes."""
+    for branch, files in done.files.items():
+        console.print(f"\n[bold]{done.repo_id}[/bold], branch {branch}: {len(files)} files")
+        for name, size in files.items():
+            console.print(f"  {size:>14,}  {name}", highlight=False, soft_wrap=True)
+    console.print("\nNothing was pushed.")
+
+
+def _show_published(done: "Published") -> None:
+    """Print the commits, and the code that loads the draft."""
     console.print(
         f"\n[bold]{done.repo_id}[/bold] is published: main at {done.commit[:8]}, engines at {done.engines_commit[:8]}."
     )

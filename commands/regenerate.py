@@ -55,6 +55,9 @@ def regenerate(
     """Replace a dataset's answers by the target's own, from a server or generated here. Resumable."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from ..training import require
+
+    require("datasets", "httpx", purpose="Regenerating answers")
     from ..training.data import load_rows
     from ..training.regenerate import GenerationSettings, InProcess, Server, check_columns
 

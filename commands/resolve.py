@@ -21,7 +21,7 @@ def resolve(target: Annotated[str, typer.Argument(help="Hub id or folder of the 
     table = Table(show_header=False, box=None, padding=(0, 2))
     table.add_row("target", target)
     folder = f", folder {spec.subfolder}" if spec.subfolder else ""
-    table.add_row("draft", f"[bold]{spec.repo_id}[/bold]{folder}")
+    table.add_row("draft", f"[bold]{spec.name}[/bold]{folder}")
     table.add_row("revision", spec.revision or "the newest (no commit is pinned)")
     table.add_row("class", spec.draft_cls.__name__)
     table.add_row("made for", ", ".join(spec.targets) or "not known")

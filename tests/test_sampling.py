@@ -58,7 +58,8 @@ def test_text_is_token_for_token_that_of_plain_sampling_with_the_same_noise(sett
     expected = sample(target, Plain(), 11, **asked)
     assert torch.equal(sample(target, draft.speculate, 11, **asked, **ours), expected)
     assert not torch.equal(sample(target, draft.speculate, 12, **asked), expected)
-    assert len(set(statistics.committed)) > 1
+    # Step by step, the whole batch commits as many tokens as its worst row, here often one.
+    assert len(set(statistics.committed)) > 1 or statistics.stepwise
 
 
 @pytest.mark.parametrize("family", ["gemma3_text", "qwen3_next"])
@@ -182,7 +183,7 @@ def test_three_tokens_are_distributed_as_generate_distributes_them(settings, mon
 
     assert excess(DRAWS) < 0
     for name, broken in (
-        ("dflash_hub.generation_dflash.accept", keep_everything),
+        ("dflash_hub.acceptance_dflash.accept", keep_everything),
         ("dflash_hub.generate_dflash.Sampler", DrawsAgain),
     ):
         with monkeypatch.context() as patch:

@@ -27,18 +27,16 @@ class SelectorLossInputs:
         gates `[N, R]`: A(a) * H(h) for each position.
         codebook `[V, R]`: B.
         top_k: candidates at each position.
-        weight: weight of the selector's cross-entropy beside the draft's.
     """
 
     gates: torch.Tensor
     codebook: torch.Tensor
     top_k: int
-    weight: float
 
     def head_chunk(
         self, logits: torch.Tensor, gates: torch.Tensor, labels: torch.Tensor
     ) -> HeadChunk:
-        """Return the weighted cross-entropy over the candidates, the best k tokens of `logits [n, V]`.
+        """Return the cross-entropy over the candidates, the best k tokens of `logits [n, V]`.
 
         The loss is 0 where the token of the text is not a candidate.
 
@@ -56,26 +54,20 @@ class SelectorLossInputs:
         is_candidate = is_label.any(-1)
         correct = is_label.gather(-1, scores.detach().argmax(-1, keepdim=True))[:, 0]
         losses = cross_entropy(scores, is_label.int().argmax(-1), reduction="none") * is_candidate
-        return HeadChunk(self.weight * losses, correct, is_candidate, candidates.flatten(), rows)
+        return HeadChunk(losses, correct, is_candidate, candidates.flatten(), rows)
 
 
-def selector_loss_inputs(
-    draft: Any, blocks: Blocks, states: torch.Tensor, weight: float
-) -> SelectorLossInputs:
-    """Return the inputs of the loss of `draft.candidate_selector`, for the draft's `states [N, H]`.
-
-    Args:
-        weight: weight of the selector's cross-entropy beside the draft's.
-    """
+def selector_loss_inputs(draft: Any, blocks: Blocks, states: torch.Tensor) -> SelectorLossInputs:
+    """Return the inputs of the loss of `draft.candidate_selector`, for the draft's `states [N, H]`."""
     selector = draft.candidate_selector
     before = blocks.tokens.roll(1, dims=-1)
     previous = before[blocks.block_loss_mask]  # [N], the token before each position
     states = states.to(selector.hidden_projection.weight.dtype)
     gates = selector.gates(states, previous[:, None])[:, 0]
-    return SelectorLossInputs(gates, selector.successor_codebook, selector.top_k, weight)
+    return SelectorLossInputs(gates, selector.successor_codebook, selector.top_k)
 
 
-HEADS: dict[str, Callable[[Any, Blocks, torch.Tensor, float], HeadLossInputs]] = {
+HEADS: dict[str, Callable[[Any, Blocks, torch.Tensor], HeadLossInputs]] = {
     "selector": selector_loss_inputs
 }
 """Functions that return the inputs of a head's loss, by the name of the head in the table of kinds."""

@@ -4,7 +4,8 @@
 
 The target's head is frozen. So the gradient of a chunk of states is known as soon as the chunk's logits are. It is
 taken in the forward, and the logits are freed before the next chunk's are made. The head is called as a module,
-so any kind of head works.
+so any kind of head works. The loss of a further head has a total and a gradient of its own, since it is divided by
+another sum of weights, which is known only after the last chunk.
 
 Shapes: N positions with a loss, n those of a chunk, H hidden size, V vocabulary, R width of a further head, m rows of
 its codebook.
@@ -26,7 +27,7 @@ class HeadChunk:
     """Hold what a further head of the draft computes for a chunk.
 
     Args:
-        losses `[n]`: added to those of the draft's logits.
+        losses `[n]`: of the head; 0 where the token of the text is no candidate.
         correct `[n]`: whether the head chooses the token of the text.
         is_candidate `[n]`: whether the token of the text is among those that the head chooses from.
         row_ids `[m]`: rows of the codebook that were used. The gradient of all other rows is zero.
@@ -87,13 +88,17 @@ class Loss:
     """Hold the loss of some positions.
 
     Args:
-        total: the weighted sum of losses, a float32 scalar.
+        total: the weighted sum of the losses of the draft's logits, a float32 scalar.
+        head_total: the same of the further head's losses; 0 without one.
         correct `[n]`: whether the draft proposes the token of the text, given the tokens before it in the text.
+        base_correct `[n]`: whether the draft's logits alone propose it.
         is_candidate `[n]`: whether the token of the text is a candidate of the further head; False without one.
     """
 
     total: torch.Tensor
+    head_total: torch.Tensor
     correct: torch.Tensor
+    base_correct: torch.Tensor
     is_candidate: torch.Tensor
 
 
@@ -108,13 +113,14 @@ def chunk_loss(
     """
     labels, weights = inputs.labels[part], inputs.weights[part]
     logits = inputs.head(states).float()
-    losses = _draft_losses(inputs, logits, part)
+    total = (_draft_losses(inputs, logits, part) * weights).sum()
+    base_correct = logits.detach().argmax(-1) == labels
     if inputs.further_head is None or gates is None:
-        correct = logits.detach().argmax(-1) == labels
-        return Loss((losses * weights).sum(), correct, torch.zeros_like(correct)), None
+        none = torch.zeros_like(base_correct)
+        return Loss(total, torch.zeros_like(total), base_correct, base_correct, none), None
     chunk = inputs.further_head.head_chunk(logits, gates, labels)
-    total = ((losses + chunk.losses) * weights).sum()
-    return Loss(total, chunk.correct, chunk.is_candidate), chunk
+    head_total = (chunk.losses * weights).sum()
+    return Loss(total, head_total, chunk.correct, base_correct, chunk.is_candidate), chunk
 
 
 def _draft_losses(inputs: LossInputs, logits: torch.Tensor, part: slice) -> torch.Tensor:
@@ -133,13 +139,13 @@ def _draft_losses(inputs: LossInputs, logits: torch.Tensor, part: slice) -> torc
 
 
 class _InChunks(torch.autograd.Function):
-    """Sum the loss over chunks; the gradient of each chunk is taken in the forward."""
+    """Sum the losses over chunks; the gradients of each chunk are taken in the forward."""
 
     @staticmethod
     def forward(
         ctx: Any, inputs: LossInputs, size: int, states: torch.Tensor, *head: torch.Tensor
     ) -> tuple:
-        """Return the total, `correct [N]` and `is_candidate [N]`.
+        """Return both totals, then `correct`, `base_correct` and `is_candidate`, each `[N]`.
 
         Args:
             size: positions of a chunk.
@@ -147,55 +153,82 @@ class _InChunks(torch.autograd.Function):
             head: gates `[N, R]` and codebook `[V, R]` of the further head; empty without one.
         """
         needs_grad, by_position = ctx.needs_input_grad[2], (states, *head[:1])
-        gradients = []
-        if needs_grad:
-            gradients = [
-                torch.zeros_like(tensor, dtype=torch.float32) for tensor in (states, *head)
-            ]
-        total = torch.zeros((), dtype=torch.float32, device=states.device)
-        correct = torch.zeros(len(states), dtype=torch.bool, device=states.device)
-        is_candidate = torch.zeros_like(correct)
+        gradients = _Gradients.zeros(states, head) if needs_grad else None
+        totals = torch.zeros(2, dtype=torch.float32, device=states.device)
+        flags = torch.zeros(3, len(states), dtype=torch.bool, device=states.device)
         for start in range(0, len(states), size):
             part = slice(start, start + size)
             leaves = [tensor[part].detach().requires_grad_(needs_grad) for tensor in by_position]
             with torch.set_grad_enabled(needs_grad):
                 loss, chunk = chunk_loss(inputs, leaves[0], part, *leaves[1:])
-            total += loss.total.detach()
-            correct[part], is_candidate[part] = loss.correct, loss.is_candidate
-            if needs_grad:
-                _add_gradients(gradients, part, loss.total, leaves, chunk)
-        ctx.save_for_backward(*gradients)
+            totals += torch.stack([loss.total, loss.head_total]).detach()
+            flags[:, part] = torch.stack([loss.correct, loss.base_correct, loss.is_candidate])
+            if gradients is not None:
+                gradients.add(part, loss, leaves, chunk)
+        ctx.save_for_backward(*([] if gradients is None else gradients.tensors()))
         ctx.dtypes = [tensor.dtype for tensor in (states, *head)]
-        ctx.mark_non_differentiable(correct, is_candidate)
-        return total, correct, is_candidate
+        outputs = [*totals.clone().unbind(), *flags.clone().unbind()]
+        ctx.mark_non_differentiable(*outputs[2:])
+        return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[Any, ...]:
-        """Scale the gradients that the forward took."""
-        scaled = [gradient * outer[0] for gradient in ctx.saved_tensors]
-        return None, None, *[one.to(dtype) for one, dtype in zip(scaled, ctx.dtypes, strict=True)]
+        """Scale the gradients that the forward took by those of the two totals."""
+        states, *of_head = ctx.saved_tensors
+        found = [gradient * outer[1] for gradient in of_head]
+        scaled = states * outer[0]
+        if found:
+            scaled = scaled + found[0]
+        gradients = [scaled, *found[1:]]
+        return (
+            None,
+            None,
+            *[one.to(dtype) for one, dtype in zip(gradients, ctx.dtypes, strict=True)],
+        )
 
 
-def _add_gradients(
-    gradients: list[torch.Tensor],
-    part: slice,
-    loss: torch.Tensor,
-    leaves: list[torch.Tensor],
-    chunk: HeadChunk | None,
-) -> None:
-    """Add the gradients of a chunk's `loss` to `gradients`, those of all positions.
+@dataclass(frozen=True)
+class _Gradients:
+    """Hold the gradients of all positions in float32.
 
     Args:
-        part: the positions of the chunk.
-        leaves: the states `[n, H]`, and the gates `[n, R]` where the draft has a further head.
-        chunk: what that head computed.
+        states `[N, H]`: of the total of the draft's logits.
+        of_head: of the further head's total, by the states `[N, H]`, the gates `[N, R]` and the codebook `[V, R]`;
+            empty without one.
     """
-    rows = [] if chunk is None else [chunk.rows]
-    found = torch.autograd.grad(loss, [*leaves, *rows])
-    for whole, gradient in zip(gradients[: len(leaves)], found[: len(leaves)], strict=True):
-        whole[part] = gradient
-    if chunk is not None:
-        gradients[-1].index_add_(0, chunk.row_ids, found[-1])
+
+    states: torch.Tensor
+    of_head: tuple[torch.Tensor, ...]
+
+    @classmethod
+    def zeros(cls, states: torch.Tensor, head: tuple[torch.Tensor, ...]) -> "_Gradients":
+        """Return zeros for `states [N, H]`, and for the tensors of the further head where there is one."""
+        zeros = [torch.zeros_like(tensor, dtype=torch.float32) for tensor in (states, *head)]
+        return cls(torch.zeros_like(zeros[0]), tuple(zeros if head else ()))
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Return all of them, the states' first."""
+        return [self.states, *self.of_head]
+
+    def add(
+        self, part: slice, loss: Loss, leaves: list[torch.Tensor], chunk: HeadChunk | None
+    ) -> None:
+        """Add those of a chunk.
+
+        Args:
+            part: the positions of the chunk.
+            leaves: the states `[n, H]`, and the gates `[n, R]` where the draft has a further head.
+            chunk: what that head computed.
+        """
+        (self.states[part],) = torch.autograd.grad(
+            loss.total, leaves[:1], retain_graph=chunk is not None
+        )
+        if chunk is None:
+            return
+        found = torch.autograd.grad(loss.head_total, [*leaves, chunk.rows])
+        for whole, gradient in zip(self.of_head[:2], found[:2], strict=True):
+            whole[part] = gradient
+        self.of_head[2].index_add_(0, chunk.row_ids, found[2])
 
 
 def weighted_loss(states: torch.Tensor, inputs: LossInputs, vocab_size: int) -> Loss:

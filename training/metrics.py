@@ -23,6 +23,8 @@ class Counts:
         reached: positions with a loss where all positions before them in the block are correct.
         accepted: those of them that are correct too.
         candidates: positions whose token is among the candidates of a selector.
+        base_correct: those where the draft's logits alone have the text's token; all that are correct, without a
+            selector.
     """
 
     total: torch.Tensor
@@ -30,10 +32,15 @@ class Counts:
     reached: torch.Tensor
     accepted: torch.Tensor
     candidates: torch.Tensor
+    base_correct: torch.Tensor
 
     @classmethod
     def of(
-        cls, block_loss_mask: torch.Tensor, correct: torch.Tensor, is_candidate: torch.Tensor
+        cls,
+        block_loss_mask: torch.Tensor,
+        correct: torch.Tensor,
+        is_candidate: torch.Tensor,
+        base_correct: torch.Tensor | None = None,
     ) -> "Counts":
         """Count in each row.
 
@@ -53,13 +60,14 @@ class Counts:
             block_loss_mask `[B, A, Q]`: positions with a loss.
             correct `[N]`: for those in order, whether the draft's token is the text's.
             is_candidate `[N]`: for those, whether the text's token is a candidate.
+            base_correct `[N]`: for those, whether the draft's logits alone have it; by default `correct`.
         """
-        correct_at, candidate_at = (
-            torch.zeros_like(block_loss_mask),
-            torch.zeros_like(block_loss_mask),
-        )
-        correct_at[block_loss_mask], candidate_at[block_loss_mask] = correct, is_candidate
-        has_loss, correct_at = block_loss_mask[..., 1:], correct_at[..., 1:]
+
+        def placed(flags: torch.Tensor) -> torch.Tensor:
+            """Return `[B, A, Q - 1]`: `flags [N]` at their positions, False elsewhere."""
+            return torch.zeros_like(block_loss_mask).masked_scatter(block_loss_mask, flags)[..., 1:]
+
+        has_loss, correct_at = block_loss_mask[..., 1:], placed(correct)
         accepted = correct_at.int().cumprod(-1).bool()
         reached = has_loss & torch.nn.functional.pad(accepted[..., :-1], (1, 0), value=True)
         return cls(
@@ -67,7 +75,8 @@ class Counts:
             correct=correct_at.sum(1),
             reached=reached.sum(1),
             accepted=accepted.sum(1),
-            candidates=candidate_at[..., 1:].sum(1),
+            candidates=placed(is_candidate).sum(1),
+            base_correct=placed(correct if base_correct is None else base_correct).sum(1),
         )
 
     def __add__(self, other: "Counts") -> "Counts":
@@ -84,8 +93,37 @@ class Counts:
 
 
 @dataclass(frozen=True)
+class LossSums:
+    """Hold weighted sums of losses, and of their weights. They add up over rows, steps and processes.
+
+    Args:
+        base: of the losses of the draft's logits.
+        weight: of the weights of their positions.
+        head: of the losses of a further head; 0 without one.
+        head_weight: of the weights of the positions whose token is a candidate of that head, its only ones.
+    """
+
+    base: torch.Tensor
+    weight: torch.Tensor
+    head: torch.Tensor
+    head_weight: torch.Tensor
+
+    def __add__(self, other: "LossSums") -> "LossSums":
+        theirs = other.tensors()
+        return LossSums(**{name: value + theirs[name] for name, value in self.tensors().items()})
+
+    def detached(self) -> "LossSums":
+        """Return the same without gradients."""
+        return LossSums(**{name: value.detach() for name, value in self.tensors().items()})
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return the sums by name. `LossSums(**tensors)` is the reverse."""
+        return dict(vars(self))
+
+
+@dataclass(frozen=True)
 class Metrics:
-    """Hold the shares that counts amount to.
+    """Hold the shares that counts amount to, and the means of losses.
 
     Args:
         accuracy: share of correct tokens over all positions.
@@ -93,6 +131,9 @@ class Metrics:
         acceptance_length: expected tokens per cycle, the target's own included.
         candidate_recall: share of positions whose token is among the selector's candidates; 0 without a selector.
         selector_accuracy: share of correct tokens over those positions; 0 without a selector.
+        base_accuracy: share of positions where the draft's logits alone have the text's token.
+        base_loss: mean loss of the draft's logits.
+        selector_loss: mean loss of the selector over the positions whose token is a candidate; 0 without a selector.
     """
 
     accuracy: float
@@ -100,10 +141,13 @@ class Metrics:
     acceptance_length: float
     candidate_recall: float
     selector_accuracy: float
+    base_accuracy: float
+    base_loss: float
+    selector_loss: float
 
     @classmethod
-    def of(cls, counts: Counts) -> "Metrics":
-        """Compute the metrics of `counts`, each `[Q - 1]`.
+    def of(cls, counts: Counts, sums: LossSums | None = None) -> "Metrics":
+        """Compute the metrics of `counts`, each `[Q - 1]`, and of the `sums`; without them the losses are 0.
 
         The expected acceptance length is 1 + the sum over k of the chance that positions 1 to k are all correct. In the
         example of `Counts.of`, it is 1 + 2/3 + 2/3 * 1/1 + 2/3 * 1/1 * 0/1 = 2.33. A position counts only where its
@@ -114,12 +158,18 @@ class Metrics:
         survival = (numbers["accepted"] / numbers["reached"].clamp_min(1)).cumprod(0)
         total, correct = float(numbers["total"].sum()), float(numbers["correct"].sum())
         candidates = float(numbers["candidates"].sum())
+        losses = dict.fromkeys(LossSums.__dataclass_fields__, 0.0)
+        if sums is not None:
+            losses = {name: float(value) for name, value in sums.tensors().items()}
         return cls(
             accuracy=_share(correct, total),
             by_position=tuple(by_position.tolist()),
             acceptance_length=1 + float(survival.sum()),
             candidate_recall=_share(candidates, total),
             selector_accuracy=_share(correct, candidates),
+            base_accuracy=_share(float(numbers["base_correct"].sum()), total),
+            base_loss=_share(losses["base"], losses["weight"]),
+            selector_loss=_share(losses["head"], losses["head_weight"]),
         )
 
     def as_log(self, names: Iterable[str]) -> dict[str, float]:

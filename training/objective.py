@@ -22,7 +22,7 @@ from ..target_dflash import decoder_layers, embed_noise
 from .blocks import Blocks, PackedBatch, default_gamma
 from .heads import HEADS
 from .loss import HeadLossInputs, Loss, LossInputs, weighted_loss
-from .metrics import Counts
+from .metrics import Counts, LossSums
 
 Span = tuple[int, int, int]
 """Row, first column and length of a document."""
@@ -35,7 +35,7 @@ class Recipe:
     Args:
         gamma: how slowly the weights fall inside a block; None for the published value.
         distillation: share of the divergence from the target's own distribution in the loss, 0 to 1.
-        selector_weight: weight of the selector's cross-entropy, for a draft with a selector.
+        selector_weight: weight of the selector's mean loss beside the draft's, for a draft with a selector.
         attention: "flex" (FlexAttention with a block mask), "dense", or "auto": flex on a GPU.
     """
 
@@ -169,12 +169,31 @@ class StepOutput:
     """Hold what a step computes.
 
     Args:
-        loss: the weighted sum of losses, to be divided by the sum of weights.
+        sums: of losses and their weights; gradients flow through the losses.
         counts: of correct tokens, for each row.
+        head_share: weight of a further head's mean loss beside the mean loss of the draft's logits.
     """
 
-    loss: torch.Tensor
+    sums: LossSums
     counts: Counts
+    head_share: float
+
+    @property
+    def loss(self) -> torch.Tensor:
+        """The sum of losses, to be divided by the sum of weights, where one process has the whole batch."""
+        return self.loss_among(torch.stack([self.sums.weight, self.sums.head_weight]))
+
+    def loss_among(self, weights: torch.Tensor) -> torch.Tensor:
+        """Return this process's sum of losses, to be divided by the sum of weights of all processes.
+
+        As in the reference implementation, a further head's loss is a mean over the positions whose token is among its
+        candidates. The mean of the draft's logits is over all positions.
+
+        Args:
+            weights `[2]`: the sum of weights of all positions, and of those with a candidate, over all processes.
+        """
+        scale = self.head_share * weights[0] / weights[1].clamp_min(1e-9)
+        return self.sums.base + scale * self.sums.head
 
 
 def _no_phase(name: str) -> AbstractContextManager[Any]:
@@ -227,9 +246,16 @@ class Objective:
             inputs = self.loss_inputs(unwrapped, blocks, states, target_output.last_hidden_state)
             with self.phase("loss"):
                 loss = self.loss(states, inputs, self.target.vocab_size)
-        return StepOutput(
-            loss.total, Counts.of(blocks.block_loss_mask, loss.correct, loss.is_candidate)
+        weights = inputs.weights
+        sums = LossSums(
+            base=loss.total,
+            weight=weights.sum(),
+            head=loss.head_total,
+            head_weight=(weights * loss.is_candidate).sum(),
         )
+        found = (loss.correct, loss.is_candidate, loss.base_correct)
+        counts = Counts.of(blocks.block_loss_mask, *found)
+        return StepOutput(sums, counts, self.recipe.selector_weight)
 
     def noise_embeds(self, blocks: Blocks) -> torch.Tensor:
         """Return the target's embeddings `[B, A * Q, H]` of each block's anchor and mask tokens."""
@@ -288,7 +314,7 @@ class Objective:
         further_head: HeadLossInputs | None = None
         head = kind_of(self.config).head
         if head is not None:
-            further_head = HEADS[head](draft, blocks, states, self.recipe.selector_weight)
+            further_head = HEADS[head](draft, blocks, states)
         return LossInputs(
             partial(self.target.draft_logits, draft),
             labels=blocks.tokens[mask],

@@ -144,14 +144,13 @@ def _fresh_fields(options: TrainOptions) -> dict[str, Any]:
     fields: dict[str, Any] = {
         "block_size": options.block_size,
         "num_hidden_layers": options.num_layers,
+        "is_causal": options.causal,
     }
     for name in HEAD_OPTIONS:
         if getattr(options, name) is not None:
             fields[name] = getattr(options, name)
     if options.target_layer_ids:
         fields["target_layer_ids"] = options.target_layer_ids
-    if options.causal or options.sliding_window:
-        fields["is_causal"] = options.causal
     if options.sliding_window:
         sliding = ["sliding_attention"] * (options.num_layers - 1)
         fields["layer_types"] = [*sliding, "full_attention"]

@@ -38,8 +38,8 @@ from ..kinds import kind_of
 from .arguments import DFlashTrainingArguments
 from .blocks import Blocks, draw_anchors
 from .data import Collator, DropReport, PreprocessConfig, columns_of, packed_batch, prepare
-from .metrics import Counts, Metrics
-from .objective import Objective
+from .metrics import Counts, LossSums, Metrics
+from .objective import Objective, StepOutput
 from .progress import write_progress
 
 EVALUATION = -1
@@ -108,7 +108,7 @@ class DFlashTrainer(Trainer):
         model.set_attn_implementation(
             "flex_attention" if self.objective.flex(args.device) else "sdpa"
         )
-        self._counts: Counts | None = None  # since the last line of the log
+        self._logged: tuple[Counts, LossSums] | None = None  # since the last line of the log
 
     def _prepared(self, rows: Any, name: str) -> Any:
         """Return packed rows; how many documents were left out goes into `self.reports[name]`."""
@@ -162,16 +162,28 @@ class DFlashTrainer(Trainer):
             weights = self._get_num_items_in_batch([inputs], output.loss.device)
         # Gradients are averaged over processes, but their sum is needed.
         loss = (
-            output.loss / torch.as_tensor(weights).clamp_min(1e-9) * self.accelerator.num_processes
+            self._loss_among_processes(output)
+            / torch.as_tensor(weights).clamp_min(1e-9)
+            * self.accelerator.num_processes
         )
         if not torch.isfinite(loss):
             raise ValueError(
                 f"The loss is {loss.item()} at step {self.state.global_step + 1}; the last checkpoint is from before. "
                 "Try a lower learning_rate or a longer warm-up, or bf16 in place of fp16."
             )
-        counts = output.counts.over_rows()
-        self._counts = counts if self._counts is None else self._counts + counts
+        counts, sums = output.counts.over_rows(), output.sums.detached()
+        if self._logged is None:
+            self._logged = counts, sums
+        else:
+            self._logged = self._logged[0] + counts, self._logged[1] + sums
         return (loss, counts) if return_outputs else loss
+
+    def _loss_among_processes(self, output: StepOutput) -> torch.Tensor:
+        """Return this process's sum of losses; a further head's needs the candidates of all processes."""
+        if self.kind.head is None or self.accelerator.num_processes == 1:
+            return output.loss
+        weights = torch.stack([output.sums.weight, output.sums.head_weight])
+        return output.loss_among(self.accelerator.reduce(weights))
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Return 0: they are not counted, since most of them are the target's."""
@@ -179,11 +191,11 @@ class DFlashTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as Trainer does; add accuracy and expected acceptance length since the last line to a loss."""
-        if "loss" in logs and self._counts is not None:
-            logs |= Metrics.of(Counts(**self.accelerator.reduce(self._counts.tensors()))).as_log(
-                self.kind.metrics
-            )
-            self._counts = None
+        if "loss" in logs and self._logged is not None:
+            counts, sums = (self.accelerator.reduce(part.tensors()) for part in self._logged)
+            metrics = Metrics.of(Counts(**counts), LossSums(**sums))
+            logs |= metrics.as_log(self.kind.metrics)
+            self._logged = None
         super().log(logs, start_time)
 
     # Saving ----------------------------------------------------------------------------------------------------
@@ -299,13 +311,13 @@ class DFlashTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[None, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """Return no loss, the `Counts` of each row as tensors `[B, Q - 1]`, and each row's loss and weight `[B]`.
+        """Return no loss, the `Counts` of each row as tensors `[B, Q - 1]`, and the `LossSums` of each row, `[B]`.
 
         All of these add up over rows. Rows are computed one by one, so the result does not depend on the batch.
         """
         tensors = dict(self._prepare_inputs(inputs))
         counts: dict[str, list[torch.Tensor]] = defaultdict(list)
-        sums: dict[str, list[torch.Tensor]] = {"loss": [], "weight": []}
+        sums: dict[str, list[torch.Tensor]] = defaultdict(list)
         for index in range(len(tensors["input_ids"])):
             row = {name: values[index : index + 1] for name, values in tensors.items()}
             blocks = self._blocks(row, EVALUATION)
@@ -313,8 +325,8 @@ class DFlashTrainer(Trainer):
                 output = self.objective(model, blocks)
             for name, values in output.counts.tensors().items():
                 counts[name].append(values)
-            sums["loss"].append(output.loss)
-            sums["weight"].append(blocks.weights(self.objective.gamma).sum())
+            for name, value in output.sums.tensors().items():
+                sums[name].append(value)
         joined = {name: torch.cat(rows) for name, rows in counts.items()}
         return None, joined, {name: torch.stack(rows) for name, rows in sums.items()}
 
@@ -323,19 +335,14 @@ class DFlashTrainer(Trainer):
         counts = Counts(
             **{name: torch.as_tensor(values) for name, values in prediction.predictions.items()}
         )
-        sums = {
-            name: float(torch.as_tensor(values).double().sum())
-            for name, values in prediction.label_ids.items()
-        }
-        metrics = Metrics.of(counts.over_rows())
+        rows = prediction.label_ids.items()
+        sums = {name: torch.as_tensor(values).double().sum() for name, values in rows}
+        metrics = Metrics.of(counts.over_rows(), LossSums(**sums))
         by_position = {
             f"accuracy_{k}": value for k, value in enumerate(metrics.by_position, start=1)
         }
-        return (
-            {"loss": sums["loss"] / max(sums["weight"], 1e-9)}
-            | metrics.as_log(self.kind.metrics)
-            | by_position
-        )
+        loss = metrics.base_loss + self.args.selector_loss_weight * metrics.selector_loss
+        return {"loss": loss} | metrics.as_log(self.kind.metrics) | by_position
 
     def evaluate(
         self,
