@@ -240,8 +240,9 @@ class SlotCache:
 
     def move(self, device: torch.device, dtype: torch.dtype) -> None:
         """Move every layer to a device and a dtype. What inference mode made is copied, to be written outside."""
+        inside = torch.is_inference_mode_enabled()
         for layer in self.slot_layers.values():
-            copy = layer.keys.is_inference() and not torch.is_inference_mode_enabled()
+            copy = layer.keys.is_inference() and not inside
             layer.keys = layer.keys.to(device, dtype, copy=copy)
             layer.values = layer.values.to(device, dtype, copy=copy)
             layer.device = device
