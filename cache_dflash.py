@@ -239,10 +239,12 @@ class SlotCache:
             layer.values = layer.values[rows]
 
     def move(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Move every layer to a device, and to a dtype."""
+        """Move every layer to a device and a dtype. What inference mode made is copied, to be written outside."""
+        inside = torch.is_inference_mode_enabled()
         for layer in self.slot_layers.values():
-            layer.keys = layer.keys.to(device, dtype)
-            layer.values = layer.values.to(device, dtype)
+            copy = layer.keys.is_inference() and not inside
+            layer.keys = layer.keys.to(device, dtype, copy=copy)
+            layer.values = layer.values.to(device, dtype, copy=copy)
             layer.device = device
             layer.dtype = dtype
 

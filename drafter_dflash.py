@@ -69,8 +69,10 @@ class DraftState(BlockState):
     def hide(self, hidden: torch.Tensor) -> None:
         """Hide those of the first slots that hold no context of this draft: `[B, L]`, True where it is missing."""
         num_slots = hidden.shape[1]
-        self.padding_mask = pad_to(self.padding_mask, num_slots).clone()
-        self.padding_mask[:, :num_slots] |= hidden.to(self.padding_mask.device)
+        padding_mask = pad_to(self.padding_mask, num_slots).clone()
+        hidden = hidden.to(padding_mask.device)
+        padding_mask[:, :num_slots] |= hidden
+        self.padding_mask = padding_mask
 
 
 class Drafter:

@@ -90,8 +90,6 @@ def lay_out(input_ids: torch.Tensor, inputs: dict[str, Any], config: Any) -> dic
 
 def _num_fed(length: int, cached: int) -> int:
     """Return how many of the prompt's last tokens plain `generate` feeds: those of `input_ids[:, cached - length:]`."""
-    if cached == length:
-        return length
     return length - cached if cached < length else 2 * length - cached
 
 

@@ -175,10 +175,11 @@ class Target:
         padding_mask = pad_to(state.padding_mask, state.cache.capacity)
         masks = BlockMasks(padding_mask, slots[:, 0], length)
         inputs = state.inputs_at(slots, ids, positions)
-        padded = state.padding_mask[:, end - length : end].any()
+        padding = padding_mask[:, :end]
+        padded = padding[:, -length:].any()
         if state.recurrent.states and bool(padded):
             # Our attention needs no mask; the target hides padding from its recurrent layers by this one.
-            inputs["attention_mask"] = (~padding_mask[:, :end]).long()
+            inputs["attention_mask"] = (~padding).long()
         arguments = self._arguments(inputs, state.cache.at(slots), 1)
         with self.attention.under(masks):
             found = self.model(**arguments)

@@ -147,12 +147,17 @@ def close(one, other):
     assert (one - other).abs().max() <= 1e-4 * one.abs().max()
 
 
+NEWER = pytest.mark.skipif(tiny.CACHE != "cache", reason="plain generate of this transformers fails, or differs")
 CASES = [
     *(("qwen3", "dynamic", 3, change) for change in CHANGES),
-    *(("qwen3", kind, 1, change) for kind, change in (("lazy", "crop"), ("static", "crop"), ("dynamic", "repeat"))),
-    *(("gemma3_text", "dynamic", 3, change) for change in ("pickle", "repeat", "gather")),
-    *(("gemma3_text", kind, 3, "crop") for kind in ("recording", "lazy")),
-    *(("mistral", kind, 1, "reorder") for kind in ("static", "recording")),
+    *(("qwen3", kind, 1, change) for kind, change in (("lazy", "crop"), ("dynamic", "repeat"))),
+    pytest.param("qwen3", "static", 1, "crop", marks=NEWER),
+    *(("gemma3_text", "dynamic", 3, change) for change in ("pickle", "repeat")),
+    pytest.param("gemma3_text", "dynamic", 3, "gather", marks=NEWER),
+    pytest.param("gemma3_text", "recording", 3, "crop", marks=NEWER),
+    pytest.param("mistral", "recording", 1, "reorder", marks=NEWER),
+    ("gemma3_text", "lazy", 3, "crop"),
+    ("mistral", "static", 1, "reorder"),
     *(("gpt_oss", "static", 3, change) for change in ("nothing", "deepcopy")),
     *(("lfm2", kind, 3, "reorder") for kind in ("dynamic", "static")),
     ("qwen3_next", "dynamic", 3, "pickle"),
@@ -162,8 +167,6 @@ CASES = [
 
 @pytest.mark.parametrize(("family", "kind", "rows", "change"), CASES)
 def test_a_changed_cache_goes_on_as_in_plain_generate(family, kind, rows, change):
-    if not hasattr(KINDS["static"](tiny_pair("qwen3")[0]).layers[0], "crop") and (kind, change) == ("static", "crop"):
-        pytest.skip("this transformers cannot crop a StaticCache")
     _, first, second = tiny_pair(family)
     plain, cache = conversation(family, kind, rows, change)
     ways = [(first, first), (first, None), (None, second), (first, second)]
@@ -203,10 +206,9 @@ def test_a_prompt_that_is_cached_as_a_whole_is_fed_again_as_plain_generate_feeds
     assert torch.equal(plain, ours)
 
 
+@NEWER
 def test_of_a_prompt_shorter_than_the_cache_the_end_is_fed_where_plain_generate_drops_its_mask():
     target = tiny_pair("qwen3")[0]
-    if not hasattr(target.generation_config, "_mask_length") and tiny.CACHE != "cache":
-        pytest.skip("this transformers hides the fed tokens from themselves")
     ids, mask = tiny.prompt(6), torch.ones(1, 6, dtype=torch.long)
     for cached in (6, 8, 11):
         plain, ours = both(
@@ -272,6 +274,19 @@ def test_later_turns_of_different_lengths_are_padded_as_in_plain_generate(family
     assert_same_content(kept[0][1], kept[1][1], max(PADS))
 
 
+@pytest.mark.parametrize("modes", [(True, False), (False, True)])
+def test_a_turn_in_inference_mode_may_be_followed_by_one_outside_and_the_other_way_round(modes):
+    target, draft, _ = tiny_pair("gemma3_text")
+    texts = []
+    for one in (None, draft):
+        cache, text = DynamicCache(config=target.config), (tiny.prompt(20), torch.ones(1, 20, dtype=torch.long))
+        for mode in modes:
+            with torch.inference_mode(mode):
+                text = longer(*turn(target, *text, cache, one), tiny.prompt(4))
+        texts.append(text[0])
+    assert torch.equal(*texts)
+
+
 def test_the_cache_of_another_model_of_the_same_shape_goes_on():
     target, other = tiny_pair("gemma3_text")[0], tiny.target("gemma3_text", seed=7)
     draft, given, texts = tiny_pair("gemma3_text")[1], tiny.batch(20, PADS), []
@@ -326,7 +341,7 @@ def committed(target, draft, text, cache):
     return statistics.committed
 
 
-@pytest.mark.parametrize("change", ["nothing", "deepcopy", "repeat", "select", "reorder", "crop", "cut"])
+@pytest.mark.parametrize("change", ["deepcopy", "repeat", "select", "reorder", "cut"])
 def test_the_draft_accepts_as_much_after_a_change_that_its_context_follows(tiny_target, tiny_draft, change):
     ids = torch.stack([torch.arange(40, 60), torch.arange(50, 70), torch.arange(44, 64)])
     mask = torch.ones_like(ids)
@@ -335,6 +350,52 @@ def test_the_draft_accepts_as_much_after_a_change_that_its_context_follows(tiny_
     text = turn(tiny_target, ids, mask, cache, tiny_draft, **LONG)
     cache, *text = CHANGES[change](cache, *text)
     assert committed(tiny_target, tiny_draft, text, cache) == committed(tiny_target, tiny_draft, text, None)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second device")
+def test_models_and_cache_may_move_to_another_device_between_two_turns(tiny_target, tiny_draft):
+    target, draft = copy.deepcopy(tiny_target), copy.deepcopy(tiny_draft)
+    cache = DynamicCache(config=target.config)
+    text = turn(target, torch.arange(40, 60)[None], torch.ones(1, 20, dtype=torch.long), cache, draft, **LONG)
+    expected = committed(target, draft, text, copy.deepcopy(cache))
+    target.cuda(), draft.cuda()
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys.cuda(), layer.values.cuda()
+    more = longer(*(part.cuda() for part in text), torch.arange(40, 45, device="cuda")[None])
+    statistics = DecodeStatistics()
+    ours, _ = turn(target, *more, cache, draft, statistics=statistics, **LONG)
+    assert torch.equal(ours, turn(target, *more, None, **LONG)[0])
+    assert statistics.committed == expected
+
+
+def test_the_draft_has_context_of_the_padding_after_rows_that_ended_early(tiny_target, tiny_draft):
+    ids, mask = torch.stack([torch.arange(40, 60), torch.arange(50, 70)]), torch.ones(2, 20, dtype=torch.long)
+    whole, _ = turn(tiny_target, ids, mask, None, **LONG)
+    ends = {"eos_token_id": int(whole[0, 26]), "pad_token_id": 0, "max_new_tokens": 40}
+    cache = DynamicCache(config=tiny_target.config)
+    text = turn(tiny_target, ids, mask, cache, tiny_draft, **ends)
+    assert (text[0][0, 27:] == 0).all()
+    assert text[0].shape[1] > 40
+    assert committed(tiny_target, tiny_draft, text, cache) == committed(tiny_target, tiny_draft, text, None)
+
+
+def test_a_pickle_needs_nothing_of_ours():
+    target, draft, _ = tiny_pair("gemma3_text")
+    cache = DynamicCache(config=target.config)
+    turn(target, tiny.prompt(20), torch.ones(1, 20, dtype=torch.long), cache, draft)
+    pickled = pickle.dumps(cache)
+    assert b"dflash_hub" not in pickled
+    assert pickle.loads(pickled).dflash is None
+    assert cache.dflash is not None
+
+
+def test_context_of_another_draft_is_not_used():
+    target, first, second = tiny_pair("qwen3")
+    cache = DynamicCache(config=target.config)
+    text = turn(target, tiny.prompt(20), torch.ones(1, 20, dtype=torch.long), cache, first)
+    turn(target, *longer(*text, tiny.prompt(4)), cache, second)
+    assert cache.dflash.draft() is second
+    assert cache.dflash.hidden[0, :31].all()
 
 
 def test_context_of_other_keys_is_hidden_from_the_draft(tiny_target, tiny_draft):
