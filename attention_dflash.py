@@ -154,6 +154,14 @@ def pad_to(padding_mask: torch.Tensor, num_slots: int) -> torch.Tensor:
     return pad(padding_mask, (0, max(0, num_slots - padding_mask.shape[1])))
 
 
+def configs_of(model: Any) -> list[Any]:
+    """Return the configs of a model and its parts that name an attention."""
+    configs = {
+        id(module.config): module.config for module in model.modules() if hasattr(module, "config")
+    }
+    return [config for config in configs.values() if names_attention(config)]
+
+
 class BlockAttention:
     """Attention over slots of a cache under `BlockMasks`, in place of a model's own attention function.
 
@@ -165,12 +173,7 @@ class BlockAttention:
     """
 
     def __init__(self, model: Any, layer_kinds: list[tuple[int | None, bool]]):
-        configs = {
-            id(module.config): module.config
-            for module in model.modules()
-            if hasattr(module, "config")
-        }
-        self.configs = [config for config in configs.values() if names_attention(config)]
+        self.configs = configs_of(model)
         self.layer_kinds = layer_kinds
         self.name = f"dflash_slots_{id(self):x}"
         self.original = attention_name(model.config.get_text_config(decoder=True))

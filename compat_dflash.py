@@ -8,8 +8,8 @@ be deleted. No other file uses a private name of transformers.
 
 import inspect
 import sys
-from collections.abc import Callable, MutableMapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -227,6 +227,91 @@ def set_slots_seen(layer: Any, slots: int) -> None:
     if not hasattr(layer, "cumulative_length"):
         raise difference(f"{type(layer).__name__} does not say how long its text is")
     layer.cumulative_length = slots
+
+
+# Weights that accelerate loads for each forward, adapters of PEFT ----------------------------------------------------
+
+
+def is_offloaded(module: Any) -> bool:
+    """Return whether weights of a module are on the meta device between its forwards."""
+    return any(parameter.is_meta for parameter in module.parameters())
+
+
+def loader_of(module: Any) -> Any:
+    """Return accelerate's hook on a module, which brings its weights and moves its inputs; None without one.
+
+    Checked with accelerate 1.15; delete when accelerate has a public name for it.
+    """
+    return getattr(module, "_hf_hook", None)
+
+
+def device_of(model: Any) -> torch.device:
+    """Return the device on which a model computes, also where its weights lie elsewhere between forwards."""
+    device = model.device
+    if device.type == "meta":
+        device = getattr(loader_of(model), "execution_device", None)
+        tensors = [*model.parameters(), *model.buffers()]
+        found = next((tensor.device for tensor in tensors if not tensor.is_meta), "cpu")
+        device = found if device is None else device
+    return torch.device(device)
+
+
+@contextmanager
+def loaded(module: Any) -> Iterator[None]:
+    """Keep the offloaded weights of a module in place inside the context."""
+    loader = loader_of(module) if is_offloaded(module) else None
+    if loader is not None:
+        loader.pre_forward(module)
+    try:
+        yield
+    finally:
+        if loader is not None:
+            loader.post_forward(module, None)
+
+
+def adapter_layers(model: Any) -> list[Any]:
+    """Return the modules by which PEFT replaced layers of a model.
+
+    Checked with peft 0.18 to 0.21; delete when transformers tells how a model's adapters are set.
+    """
+    return [module for module in model.modules() if hasattr(module, "merged_adapters")]
+
+
+def adapters_of_rows(model: Any) -> set[str]:
+    """Return the adapters among which each row has its own (`generate(adapter_names=...)`); none otherwise."""
+    names: set[str] = set()
+    for layer in adapter_layers(model):
+        for hook in layer._forward_pre_hooks.values():
+            names.update(getattr(hook, "keywords", {}).get("adapter_names") or ())
+    return names
+
+
+def adapters_in_use(wrapper: Any) -> list[Any]:
+    """Return the configs of the PEFT adapters that the next forward uses; none of a model without any.
+
+    Args:
+        wrapper: PEFT's own, or a model with adapters.
+    """
+    known = getattr(wrapper, "peft_config", None) or {}
+    layers = adapter_layers(wrapper) if known else []
+    names = adapters_of_rows(wrapper) if layers else set(known)
+    for layer in layers:
+        names.update(() if layer.disable_adapters else layer.active_adapters)
+    return [config for name, config in known.items() if name in names]
+
+
+def arrangement(model: Any) -> int:
+    """Return a number that changes where modules, adapters, hooks, training mode, or places of weights change."""
+    found: list[Any] = []
+    for module in model.modules():
+        hooks = (*module._forward_hooks, *module._forward_pre_hooks)
+        found.append((id(module), type(module), module.training, hooks))
+    for layer in adapter_layers(model):
+        active, merged = tuple(layer.active_adapters), tuple(layer.merged_adapters)
+        found.append((active, merged, bool(layer.disable_adapters)))
+    for weight in model.parameters():
+        found.append((weight.shape, weight.dtype, weight.device))
+    return hash(tuple(found))
 
 
 # Auto classes and configs --------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicCache
 
 from .attention_dflash import BlockAttention, BlockState
 from .cache_dflash import SlotCache
-from .execution_dflash import BlockRunner
+from .execution_dflash import BlockRunner, as_written
 from .target_dflash import embed_noise
 
 
@@ -84,7 +84,6 @@ class Drafter:
         self.draft, self.size = draft, draft.config.block_size
         self.embed, self.head = target.get_input_embeddings(), target.get_output_embeddings()
         # Weights of few bits have dtypes that are not those of their inputs.
-        self.head_device = next(self.head.parameters()).device
         self.head_dtype = target.dtype
         self.attention = BlockAttention(draft, layer_kinds(draft.config))
         self.no_masks = dict.fromkeys(draft.config.layer_types)
@@ -106,7 +105,7 @@ class Drafter:
         # The slot at which each row's text begins.
         first = (~padding_mask).int().argmax(dim=1, keepdim=True)
         cache = SlotCache(DynamicCache(config=self.draft.config))
-        with self.runner.using(mode), self.attention.installed():
+        with as_written(self.draft), self.runner.using(mode), self.attention.installed():
             yield DraftState(cache, padding_mask, -first, noise_ids)
 
     def cache_context(self, state: DraftState, features: torch.Tensor, first_slot: int) -> None:
@@ -201,12 +200,17 @@ class Drafter:
             state.cache.check_written(positions.shape[1], "the draft")
             layers = set(range(len(self.draft.layers)))
             self.attention.check_layers(layers, "the draft")
-        head_states = states.to(self.head_device, self.head_dtype)
+        head_states = states.to(self._head_device(), self.head_dtype)
         logits = self.draft.logits(head_states, self.head)
         tokens = self.draft.select_tokens(
             logits.to(slots.device), states, anchor.to(slots.device), 1.0
         )
         return DraftOutput(logits, states, tokens)
+
+    def _head_device(self) -> torch.device:
+        """Return where the head's weights are; the draft's device where a hook moves its inputs, or it shows none."""
+        weight = next(self.head.parameters(), None)
+        return self.draft.device if weight is None or weight.is_meta else weight.device
 
     def _to_draft(self, states: torch.Tensor) -> torch.Tensor:
         return states.to(self.draft.device, self.draft.dtype)

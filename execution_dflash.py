@@ -12,7 +12,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.utils import logging
+
+from .compat_dflash import is_offloaded
 
 logger = logging.get_logger(__name__)
 
@@ -23,14 +26,17 @@ CAPTURE = ("auto", "eager", "graphs", "compile", "off")
 def resolve_mode(capture: str, model: Any, recurrent: bool) -> str:
     """Return how blocks run: "auto" is CUDA graphs for dense targets on a GPU, and eager elsewhere.
 
-    A recurrent target's block changes its state, so it cannot be run twice to compare a capture with it.
+    A recurrent target's block changes its state, so it cannot be run twice to compare a capture with it. The weights
+    of an offloaded target are not in place between forwards.
     """
     asks = capture in ("graphs", "compile")
-    if recurrent and asks:
+    offloaded = is_offloaded(model)
+    if asks and (recurrent or offloaded):
+        kind = "recurrent state" if recurrent else "offloaded weights"
         logger.warning_once(
-            f"capture={capture!r} is not for targets with recurrent state; blocks run eagerly."
+            f"capture={capture!r} is not for targets with {kind}; blocks run eagerly."
         )
-    if recurrent:
+    if recurrent or offloaded:
         return "eager"
     if asks:
         return capture
@@ -38,6 +44,43 @@ def resolve_mode(capture: str, model: Any, recurrent: bool) -> str:
     if capture == "auto" and model.device.type == "cuda" and dense:
         return "graphs"
     return "eager"
+
+
+@contextmanager
+def as_written(model: nn.Module) -> Iterator[None]:
+    """Run a model's own code inside the context: not compiled, and without gradient checkpointing.
+
+    Compiled code skips what we count in Python. Checkpointed layers may drop the cache. Both are as before at the end.
+    """
+    changed = list(_detours(model))
+    before = [vars(module)[name] for module, name, _ in changed]
+    for module, name, value in changed:
+        vars(module)[name] = value
+    try:
+        yield
+    finally:
+        for (module, name, _), value in zip(changed, before, strict=True):
+            vars(module)[name] = value
+
+
+def _detours(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
+    """Yield each module whose own code would not run as written, the attribute to change, and what to set it to."""
+    for module in model.modules():
+        own = vars(module)
+        if own.get("gradient_checkpointing"):
+            yield module, "gradient_checkpointing", False
+        if own.get("_compiled_call_impl") is not None:
+            yield module, "_compiled_call_impl", None
+        original = uncompiled(own.get("forward"))
+        if original is not own.get("forward"):
+            yield module, "forward", original
+
+
+def uncompiled(function: Any) -> Any:
+    """Return what `torch.compile` was given to make `function`; a function that it did not make unchanged."""
+    while getattr(function, "_torchdynamo_orig_callable", None) is not None:
+        function = function._torchdynamo_orig_callable
+    return function
 
 
 class BlockRunner:

@@ -12,7 +12,8 @@ import inspect
 import sys
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +28,9 @@ from transformers.cache_utils import Cache
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.utils import ModelOutput
 
+from .attention_dflash import configs_of
 from .compat_dflash import (
+    arrangement,
     attention_name,
     cache_field,
     local_of_generate,
@@ -90,14 +93,15 @@ class SpeculativeGenerate:
 
     def session(self, model: Any) -> "DecoderSession":
         """Return a session for this target, the compiled one where it still fits."""
-        session = self.compiled_session
-        if (
-            session is not None
-            and session.target.model is model
-            and session.key == session_key(self.draft, model)
-        ):
-            return session
-        return DecoderSession(self.draft, model, self.checked.setdefault(model, set()))
+        with turns(self.draft, model):
+            session = self.compiled_session
+            if (
+                session is not None
+                and session.target.model is model
+                and session.key == session_key(self.draft, model)
+            ):
+                return session
+            return DecoderSession(self.draft, model, self.checked.setdefault(model, set()))
 
     def __call__(
         self,
@@ -202,8 +206,6 @@ class DecoderSession:
         checked: session keys and circumstances for which a self-check of this target has passed; it is added to.
     """
 
-    _locks: "weakref.WeakKeyDictionary[Any, threading.RLock]" = weakref.WeakKeyDictionary()
-
     def __init__(self, draft: Any, model: Any, checked: set):
         self.checked = checked
         self.target = Target(model, tuple(draft.config.target_layer_ids))
@@ -213,7 +215,7 @@ class DecoderSession:
     def decode(
         self, request: DecodeRequest, statistics: DecodeStatistics | None = None
     ) -> Cache | None:
-        """Decode to the end, one decode of a target at a time; both models are left as they were found.
+        """Decode to the end, in turns with others of this target or draft; both are left as they were found.
 
         Returns:
             The cache to return, if one was asked for.
@@ -221,7 +223,7 @@ class DecoderSession:
         prompt, mode = request.prompt, request.mode
         target, drafter = self.target, self.drafter
         recorder = Recorder(statistics, drafter.draft.device)
-        with self._locks.setdefault(target.model, threading.RLock()):
+        with turns(drafter.draft, target.model):
             self._check_alone(prompt)
             with (
                 target.decoding(prompt, mode) as target_state,
@@ -269,7 +271,26 @@ def session_key(draft: Any, model: Any) -> tuple:
         found.append(
             (one.dtype, one.device, attention_name(one.config.get_text_config(decoder=True)))
         )
-    return tuple(found)
+    return (*found, arrangement(model))
+
+
+_LOCKS: dict[int, "threading.RLock"] = {}
+"""Of each config that lives, by its id."""
+
+
+@contextmanager
+def turns(*models: Any) -> Iterator[None]:
+    """Wait until no other thread decodes with one of these models, or with one that shares a config with them.
+
+    A decode changes the attention that the configs name. All threads take the locks in one order.
+    """
+    configs = {id(config): config for model in models for config in configs_of(model)}
+    with ExitStack() as stack:
+        for key in sorted(configs):
+            if key not in _LOCKS and _LOCKS.setdefault(key, threading.RLock()):
+                weakref.finalize(configs[key], _LOCKS.pop, key, None)
+            stack.enter_context(_LOCKS[key])
+        yield
 
 
 def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from .checkpoints import Origin, TargetInfo, base_of_adapter, origin_of, out_of_cache
-from .compat_dflash import checkpoint_name, local_of_generate
+from .compat_dflash import checkpoint_name, device_of, local_of_generate
 from .configuration_dflash import DFlashConfig
 from .families import FAMILIES, families_of, siblings_of
 from .generate_dflash import SpeculativeGenerate
@@ -484,7 +484,7 @@ class _Resolved(SpeculativeGenerate):
         if model not in self.drafts:
             check_target(model)
             spec = resolve_dflash_draft_spec(model.config.architectures, target=model)
-            self.drafts[model] = spec.load(dtype=model.dtype).to(model.device).eval()
+            self.drafts[model] = spec.load(dtype=model.dtype).to(device_of(model)).eval()
         return self.drafts[model].speculate(model, input_ids, *args, streamer=streamer, **kwargs)
 
 

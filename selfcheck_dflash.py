@@ -17,15 +17,18 @@ Shapes: B rows, P prompt slots, T tokens of the text, N positions, Q block posit
 F taps * target hidden size.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.cache_utils import DynamicCache
 
 from .attention_dflash import BlockMasks
 from .cache_dflash import restore_states, roll_back, states_of
-from .compat_dflash import difference, visible_in_window
+from .compat_dflash import device_of, difference, adapters_of_rows, visible_in_window
 from .sequences_dflash import Prompt
 from .taps_dflash import TapWatch
 from .target_dflash import Target, TargetOutput, TargetState, Verified
@@ -56,9 +59,10 @@ def tolerance(model: Any) -> float:
     3.5e-4 in float32, 0.031 in float16, 0.088 in bfloat16; as in float16 where a GPU multiplies in TF32.
     """
     dtypes = [model.dtype if model.dtype.is_floating_point else torch.float32]
-    if torch.is_autocast_enabled(model.device.type):
-        dtypes.append(torch.get_autocast_dtype(model.device.type))
-    if model.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest":
+    device = device_of(model).type
+    if torch.is_autocast_enabled(device):
+        dtypes.append(torch.get_autocast_dtype(device))
+    if device == "cuda" and torch.get_float32_matmul_precision() != "highest":
         dtypes.append(torch.float16)  # whose epsilon is TF32's
     return max(torch.finfo(dtype).eps for dtype in dtypes) ** 0.5
 
@@ -123,7 +127,7 @@ def probe_ids(model: Any, length: int) -> torch.Tensor:
         if token not in special
     ]
     chosen = torch.randint(len(ordinary), (1, length), generator=generator)
-    return torch.tensor(ordinary)[chosen].to(model.device)
+    return torch.tensor(ordinary)[chosen]
 
 
 @dataclass
@@ -190,9 +194,14 @@ class Probe:
 
 
 def short_prompt(target: Target, length: int, like: Prompt) -> Prompt:
-    """Return the short text `[B, T]`: two rows where `like` has several, the second padded where `like` is."""
-    ids = probe_ids(target.model, length)
-    rows = torch.cat([ids, ids.roll(1, dims=1)]) if len(like.input_ids) > 1 else ids
+    """Return the short text `[B, T]`: two rows where `like` has several, the last padded where `like` is.
+
+    Where rows have adapters of their own, there are as many as `like` has.
+    """
+    ids = probe_ids(target.model, length).to(like.device)
+    several = len(like.input_ids) if adapters_of_rows(target.model) else 2
+    count = min(several, len(like.input_ids))
+    rows = torch.cat([ids.roll(row, dims=1) for row in range(count)])
     mask = torch.ones_like(rows)
     if bool(like.padding_mask.any()):
         mask[-1, :2] = 0
@@ -233,7 +242,7 @@ def compare(target: Target, size: int, like: Prompt) -> None:
     with target.decoding(prompt, "eager") as state:
         probe = Probe(target, state, prompt, before + size, size)
         cache, watch = probe.new_cache(), TapWatch(target.taps)
-        with watch.watching():
+        with watch.watching(), refusing_chance(target):
             own = probe.plain(cache)
         watch.check(own.features, target.model.get_decoder(), tolerance(target.model))
         started = target.prefill(state, prompt.model_inputs(target.model, before))
@@ -244,6 +253,45 @@ def compare(target: Target, size: int, like: Prompt) -> None:
             check_recurrence(probe, cache)
         else:
             check_agreement(probe, probe.as_block(), own, before)
+
+
+class ChanceWatch(TorchDispatchMode):
+    """Collects the operations of this thread that draw random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            names = (argument.name for argument in func._schema.arguments)
+            given = dict(zip(names, args, strict=False)) | kwargs
+            # Attention has this tag, and draws only with dropout.
+            if given.get("dropout_p", 0.0 if "attention" in str(func) else 1.0) > 0:
+                self.found.append(str(func))
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def refusing_chance(target: Target) -> Iterator[None]:
+    """Refuse a target in training mode whose forward inside draws random numbers, such as dropout.
+
+    Raises:
+        ValueError: naming the operation.
+    """
+    if not any(module.training for module in target.model.modules()):
+        yield
+        return
+    with ChanceWatch() as watch:
+        yield
+    if watch.found:
+        raise ValueError(
+            f"{target.name} is in training mode, and its forward draws random numbers ({watch.found[0]}), as dropout "
+            "does. So no two forwards agree, and a draft's text cannot be the target's own. Call `target.eval()`."
+        )
 
 
 def check_recurrence(probe: Probe, cache: Any) -> None:
