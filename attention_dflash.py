@@ -20,8 +20,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .cache_dflash import SlotCache
 from .compat_dflash import (
     attention_name,
+    configs_of,
     difference,
-    names_attention,
     own_eager,
     set_attention_name,
 )
@@ -152,14 +152,6 @@ class BlockMasks:
 def pad_to(padding_mask: torch.Tensor, num_slots: int) -> torch.Tensor:
     """Return `padding_mask [B, S]` with at least this many slots; the new ones are no padding."""
     return pad(padding_mask, (0, max(0, num_slots - padding_mask.shape[1])))
-
-
-def configs_of(model: Any) -> list[Any]:
-    """Return the configs of a model and its parts that name an attention."""
-    configs = {
-        id(module.config): module.config for module in model.modules() if hasattr(module, "config")
-    }
-    return [config for config in configs.values() if names_attention(config)]
 
 
 class BlockAttention:

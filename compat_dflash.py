@@ -184,6 +184,16 @@ def names_attention(config: Any) -> bool:
     return hasattr(config, "_attn_implementation_internal")
 
 
+def configs_of(model: Any) -> list[Any]:
+    """Return the configs of a model and its parts that name an attention."""
+    configs = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if config is not None and names_attention(config):
+            configs[id(config)] = config
+    return list(configs.values())
+
+
 def own_eager(module: Any) -> Callable:
     """Return the eager attention function of the file that defines `module`.
 
@@ -256,6 +266,19 @@ def device_of(model: Any) -> torch.device:
     return torch.device(device)
 
 
+def device_of_inputs(module: Any, default: torch.device) -> torch.device:
+    """Return where a module's weights are; `default` where a hook moves its inputs, or it shows no weights."""
+    weight = next(module.parameters(), None)
+    return default if weight is None or weight.is_meta else weight.device
+
+
+def dtype_of_inputs(module: Any, default: torch.dtype) -> torch.dtype:
+    """Return the dtype of a module's weights; `default` where they have few bits, unlike their inputs."""
+    weight = next(module.parameters(), None)
+    wide = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    return weight.dtype if weight is not None and weight.dtype in wide else default
+
+
 @contextmanager
 def loaded(module: Any) -> Iterator[None]:
     """Keep the offloaded weights of a module in place inside the context."""
@@ -295,17 +318,17 @@ def adapters_in_use(wrapper: Any) -> list[Any]:
     known = getattr(wrapper, "peft_config", None) or {}
     layers = adapter_layers(wrapper) if known else []
     names = adapters_of_rows(wrapper) if layers else set(known)
-    for layer in layers:
-        names.update(() if layer.disable_adapters else layer.active_adapters)
+    if not names:
+        for layer in layers:
+            names.update(() if layer.disable_adapters else layer.active_adapters)
     return [config for name, config in known.items() if name in names]
 
 
 def arrangement(model: Any) -> int:
-    """Return a number that changes where modules, adapters, hooks, training mode, or places of weights change."""
-    found: list[Any] = []
+    """Return a number that changes with a model's modules, its adapters, its training mode, and where weights lie."""
+    found: list[Any] = [frozenset(adapters_of_rows(model))]
     for module in model.modules():
-        hooks = (*module._forward_hooks, *module._forward_pre_hooks)
-        found.append((id(module), type(module), module.training, hooks))
+        found.append((id(module), type(module), module.training))
     for layer in adapter_layers(model):
         active, merged = tuple(layer.active_adapters), tuple(layer.merged_adapters)
         found.append((active, merged, bool(layer.disable_adapters)))

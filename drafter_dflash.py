@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicCache
 
 from .attention_dflash import BlockAttention, BlockState
 from .cache_dflash import SlotCache
+from .compat_dflash import device_of_inputs, dtype_of_inputs
 from .execution_dflash import BlockRunner, as_written
 from .target_dflash import embed_noise
 
@@ -83,8 +84,7 @@ class Drafter:
     def __init__(self, draft: Any, target: Any):
         self.draft, self.size = draft, draft.config.block_size
         self.embed, self.head = target.get_input_embeddings(), target.get_output_embeddings()
-        # Weights of few bits have dtypes that are not those of their inputs.
-        self.head_dtype = target.dtype
+        self.head_dtype = dtype_of_inputs(self.head, target.dtype)
         self.attention = BlockAttention(draft, layer_kinds(draft.config))
         self.no_masks = dict.fromkeys(draft.config.layer_types)
         self.runner = BlockRunner(
@@ -200,17 +200,13 @@ class Drafter:
             state.cache.check_written(positions.shape[1], "the draft")
             layers = set(range(len(self.draft.layers)))
             self.attention.check_layers(layers, "the draft")
-        head_states = states.to(self._head_device(), self.head_dtype)
+        head_device = device_of_inputs(self.head, states.device)
+        head_states = states.to(head_device, self.head_dtype)
         logits = self.draft.logits(head_states, self.head)
         tokens = self.draft.select_tokens(
             logits.to(slots.device), states, anchor.to(slots.device), 1.0
         )
         return DraftOutput(logits, states, tokens)
-
-    def _head_device(self) -> torch.device:
-        """Return where the head's weights are; the draft's device where a hook moves its inputs, or it shows none."""
-        weight = next(self.head.parameters(), None)
-        return self.draft.device if weight is None or weight.is_meta else weight.device
 
     def _to_draft(self, states: torch.Tensor) -> torch.Tensor:
         return states.to(self.draft.device, self.draft.dtype)

@@ -7,15 +7,17 @@ place. So it can be captured once and replayed. A capture is compared with the e
 What cannot be captured runs eagerly, after one warning.
 """
 
+import threading
+import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.utils import logging
 
-from .compat_dflash import is_offloaded
+from .compat_dflash import configs_of, is_offloaded
 
 logger = logging.get_logger(__name__)
 
@@ -44,6 +46,29 @@ def resolve_mode(capture: str, model: Any, recurrent: bool) -> str:
     if capture == "auto" and model.device.type == "cuda" and dense:
         return "graphs"
     return "eager"
+
+
+_LOCKS: dict[int, "threading.RLock"] = {}
+"""Of each config that lives, by its id."""
+
+
+@contextmanager
+def turns(*models: Any) -> Iterator[None]:
+    """Wait until no other thread decodes with one of these models, or with one that shares a config with them.
+
+    A decode changes the attention that the configs name. All threads take the locks in one order.
+    """
+    configs = {id(config): config for model in models for config in configs_of(model)}
+    with ExitStack() as stack:
+        for key in sorted(configs):
+            if key not in _LOCKS and _LOCKS.setdefault(key, threading.RLock()):
+                weakref.finalize(configs[key], _LOCKS.pop, key, None)
+            stack.enter_context(_LOCKS[key])
+        yield
+
+
+_STANCE = threading.RLock()
+"""Held while a compiled block runs: the compiler's stance is one for all threads."""
 
 
 @contextmanager
@@ -78,7 +103,8 @@ def _detours(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
 
 def uncompiled(function: Any) -> Any:
     """Return what `torch.compile` was given to make `function`; a function that it did not make unchanged."""
-    while getattr(function, "_torchdynamo_orig_callable", None) is not None:
+    # A function that wraps a compiled one has copies of its attributes, that of its id included.
+    while getattr(function, "_torchdynamo_wrapper_id", None) == id(function):
         function = function._torchdynamo_orig_callable
     return function
 
@@ -135,7 +161,10 @@ class BlockRunner:
     def _run_compiled(self, key: Any, state: Any, *inputs: torch.Tensor) -> Any:
         """Run compiled code; its guards cost a quarter of a call, so skip them while the key stays the same."""
         same, self.last_key = key == self.last_key, key
-        with torch.compiler.set_stance(skip_guard_eval_unsafe=same):
+        return self._compiled(same, state, *inputs)
+
+    def _compiled(self, skips_guards: bool, state: Any, *inputs: torch.Tensor) -> Any:
+        with _STANCE, torch.compiler.set_stance(skip_guard_eval_unsafe=skips_guards):
             return self.compiled(state, *inputs)
 
     def _capture_and_compare(self, state: Any, *inputs: torch.Tensor) -> Any:
@@ -159,7 +188,7 @@ class BlockRunner:
 
     def _capture(self, state: Any, inputs: tuple[torch.Tensor, ...]) -> Callable:
         if self.mode == "compile":
-            return lambda *tensors: self.compiled(state, *tensors)
+            return lambda *tensors: self._compiled(False, state, *tensors)
         return Graph(lambda *tensors: self.function(state, *tensors), inputs)
 
     def _run_eagerly(self, reason: str) -> None:

@@ -10,10 +10,8 @@ Shapes: B rows, P prompt tokens, T tokens of the longest text, V vocabulary.
 
 import inspect
 import sys
-import threading
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +26,6 @@ from transformers.cache_utils import Cache
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.utils import ModelOutput
 
-from .attention_dflash import configs_of
 from .compat_dflash import (
     arrangement,
     attention_name,
@@ -39,7 +36,7 @@ from .compat_dflash import (
     restore_tokenizer,
 )
 from .drafter_dflash import Drafter
-from .execution_dflash import CAPTURE, resolve_mode
+from .execution_dflash import CAPTURE, resolve_mode, turns
 from .findings_dflash import raise_first
 from .generation_dflash import DecodeState, DecodeStatistics, Recorder, StepOutputs, decode, prefill
 from .past_key_values_dflash import export_past_key_values, import_past_key_values
@@ -272,25 +269,6 @@ def session_key(draft: Any, model: Any) -> tuple:
             (one.dtype, one.device, attention_name(one.config.get_text_config(decoder=True)))
         )
     return (*found, arrangement(model))
-
-
-_LOCKS: dict[int, "threading.RLock"] = {}
-"""Of each config that lives, by its id."""
-
-
-@contextmanager
-def turns(*models: Any) -> Iterator[None]:
-    """Wait until no other thread decodes with one of these models, or with one that shares a config with them.
-
-    A decode changes the attention that the configs name. All threads take the locks in one order.
-    """
-    configs = {id(config): config for model in models for config in configs_of(model)}
-    with ExitStack() as stack:
-        for key in sorted(configs):
-            if key not in _LOCKS and _LOCKS.setdefault(key, threading.RLock()):
-                weakref.finalize(configs[key], _LOCKS.pop, key, None)
-            stack.enter_context(_LOCKS[key])
-        yield
 
 
 def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:

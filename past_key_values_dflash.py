@@ -55,10 +55,22 @@ def import_past_key_values(
     target_state.cache.num_prefilled = slots
     context = getattr(cache, "dflash", None)
     if context is not None and context.draft() is drafter.draft and context.num_slots == slots:
-        draft_state.cache = context.cache
+        draft_state.cache = writable(context.cache)
     else:
         draft_state.mask_context(slots)
     return slots
+
+
+def writable(cache: SlotCache) -> SlotCache:
+    """Return a cache whose buffers can be written now: those made in inference mode cannot be outside of it."""
+    for layer in cache.slot_layers.values():
+        if (
+            layer.is_initialized
+            and layer.keys.is_inference()
+            and not torch.is_inference_mode_enabled()
+        ):
+            layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
+    return cache
 
 
 def _import_keys(ours: SlotLayer, theirs: Any, slots: int) -> None:

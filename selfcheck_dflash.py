@@ -17,18 +17,15 @@ Shapes: B rows, P prompt slots, T tokens of the text, N positions, Q block posit
 F taps * target hidden size.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.cache_utils import DynamicCache
 
 from .attention_dflash import BlockMasks
 from .cache_dflash import restore_states, roll_back, states_of
-from .compat_dflash import device_of, difference, adapters_of_rows, visible_in_window
+from .compat_dflash import adapters_of_rows, device_of, difference, visible_in_window
 from .sequences_dflash import Prompt
 from .taps_dflash import TapWatch
 from .target_dflash import Target, TargetOutput, TargetState, Verified
@@ -241,8 +238,9 @@ def compare(target: Target, size: int, like: Prompt) -> None:
     prompt = short_prompt(target, before + size, like)
     with target.decoding(prompt, "eager") as state:
         probe = Probe(target, state, prompt, before + size, size)
+        check_chance(probe)
         cache, watch = probe.new_cache(), TapWatch(target.taps)
-        with watch.watching(), refusing_chance(target):
+        with watch.watching():
             own = probe.plain(cache)
         watch.check(own.features, target.model.get_decoder(), tolerance(target.model))
         started = target.prefill(state, prompt.model_inputs(target.model, before))
@@ -255,43 +253,31 @@ def compare(target: Target, size: int, like: Prompt) -> None:
             check_agreement(probe, probe.as_block(), own, before)
 
 
-class ChanceWatch(TorchDispatchMode):
-    """Collects the operations of this thread that draw random numbers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if torch.Tag.nondeterministic_seeded in func.tags:
-            names = (argument.name for argument in func._schema.arguments)
-            given = dict(zip(names, args, strict=False)) | kwargs
-            # Attention has this tag, and draws only with dropout.
-            if given.get("dropout_p", 0.0 if "attention" in str(func) else 1.0) > 0:
-                self.found.append(str(func))
-        return func(*args, **kwargs)
-
-
-@contextmanager
-def refusing_chance(target: Target) -> Iterator[None]:
-    """Refuse a target in training mode whose forward inside draws random numbers, such as dropout.
+def check_chance(probe: Probe) -> None:
+    """Refuse a target in training mode whose forward draws random numbers, as dropout does.
 
     Raises:
-        ValueError: naming the operation.
+        ValueError: saying so.
     """
+    target = probe.target
     if not any(module.training for module in target.model.modules()):
-        yield
         return
-    with ChanceWatch() as watch:
-        yield
-    if watch.found:
-        raise ValueError(
-            f"{target.name} is in training mode, and its forward draws random numbers ({watch.found[0]}), as dropout "
-            "does. So no two forwards agree, and a draft's text cannot be the target's own. Call `target.eval()`."
-        )
+    for _ in range(3):  # another thread may draw some meanwhile
+        before = random_states(target.model)
+        probe.plain(probe.new_cache())
+        if all(map(torch.equal, before, random_states(target.model))):
+            return
+    raise ValueError(
+        f"{target.name} is in training mode, and its forward draws random numbers, as dropout does. So no two "
+        "forwards agree, and no text can be compared with the target's own. Call `target.eval()`."
+    )
+
+
+def random_states(model: Any) -> list[torch.Tensor]:
+    """Return the states of the generators of random numbers on the CPU and on a model's CUDA devices."""
+    devices = {weight.device for weight in model.parameters()} | {device_of(model)}
+    ordered = sorted((device for device in devices if device.type == "cuda"), key=str)
+    return [torch.get_rng_state(), *map(torch.cuda.get_rng_state, ordered)]
 
 
 def check_recurrence(probe: Probe, cache: Any) -> None:
