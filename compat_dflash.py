@@ -337,6 +337,38 @@ def arrangement(model: Any) -> int:
     return hash(tuple(found))
 
 
+# Compiled code -------------------------------------------------------------------------------------------------------
+
+
+def detours(model: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, str, Any]]:
+    """Yield each module whose own code would not run as written, the attribute to change, and what to set it to.
+
+    Checked with torch 2.13 and 2.14; delete when one context turns off the compiler for one model.
+    """
+    for module in model.modules():
+        own = vars(module)
+        if own.get("gradient_checkpointing"):
+            yield module, "gradient_checkpointing", False
+        if own.get("_compiled_call_impl") is not None:
+            yield module, "_compiled_call_impl", None
+        original = uncompiled(own.get("forward"))
+        if original is not own.get("forward"):
+            yield module, "forward", original
+
+
+def uncompiled(function: Any) -> Any:
+    """Return what `torch.compile` was given to make `function`; a function that it did not make unchanged."""
+    # A function that wraps a compiled one has copies of its attributes, that of its id included.
+    while getattr(function, "_torchdynamo_wrapper_id", None) == id(function):
+        function = function._torchdynamo_orig_callable
+    return function
+
+
+def without_compiler(model: Any) -> Any:
+    """Return the model inside the wrapper of `torch.compile`; any other model as it is."""
+    return getattr(model, "_orig_mod", model)
+
+
 # Auto classes and configs --------------------------------------------------------------------------------------------
 
 

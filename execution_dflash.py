@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from .compat_dflash import configs_of, is_offloaded
+from .compat_dflash import configs_of, detours, is_offloaded
 
 logger = logging.get_logger(__name__)
 
@@ -77,7 +77,7 @@ def as_written(model: nn.Module) -> Iterator[None]:
 
     Compiled code skips what we count in Python. Checkpointed layers may drop the cache. Both are as before at the end.
     """
-    changed = list(_detours(model))
+    changed = list(detours(model))
     before = [vars(module)[name] for module, name, _ in changed]
     for module, name, value in changed:
         vars(module)[name] = value
@@ -86,27 +86,6 @@ def as_written(model: nn.Module) -> Iterator[None]:
     finally:
         for (module, name, _), value in zip(changed, before, strict=True):
             vars(module)[name] = value
-
-
-def _detours(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
-    """Yield each module whose own code would not run as written, the attribute to change, and what to set it to."""
-    for module in model.modules():
-        own = vars(module)
-        if own.get("gradient_checkpointing"):
-            yield module, "gradient_checkpointing", False
-        if own.get("_compiled_call_impl") is not None:
-            yield module, "_compiled_call_impl", None
-        original = uncompiled(own.get("forward"))
-        if original is not own.get("forward"):
-            yield module, "forward", original
-
-
-def uncompiled(function: Any) -> Any:
-    """Return what `torch.compile` was given to make `function`; a function that it did not make unchanged."""
-    # A function that wraps a compiled one has copies of its attributes, that of its id included.
-    while getattr(function, "_torchdynamo_wrapper_id", None) == id(function):
-        function = function._torchdynamo_orig_callable
-    return function
 
 
 class BlockRunner:

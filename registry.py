@@ -167,8 +167,9 @@ class DFlashDraftSpec:
         """
         ours = (self.hidden_size, self.num_target_layers)
         same_size = ours == (text_config.hidden_size, text_config.num_hidden_layers)
-        known = self.vocab_size is not None
-        return same_size and known and same_vocabulary(self.vocab_size, text_config.vocab_size)
+        if self.vocab_size is None:
+            return False
+        return same_size and same_vocabulary(self.vocab_size, text_config.vocab_size)
 
 
 def _shape_for(text: PretrainedConfig, overrides: dict[str, Any]) -> dict[str, Any]:

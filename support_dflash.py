@@ -23,6 +23,7 @@ from .compat_dflash import (
     loader_of,
     makes_own_cache,
     parameters,
+    without_compiler,
 )
 from .findings_dflash import Finding, raise_first
 from .target_dflash import decoder_layers, is_recurrent
@@ -159,7 +160,7 @@ _NOT_DECODED = "It is not decoded here: its text could come out wrong"
 
 def base_model(target: Any) -> Any:
     """Return the model inside the wrappers of PEFT and `torch.compile`, with its adapters; any other as it is."""
-    target = getattr(target, "_orig_mod", target)
+    target = without_compiler(target)
     return target.get_base_model() if hasattr(target, "get_base_model") else target
 
 

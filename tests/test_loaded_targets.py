@@ -121,6 +121,7 @@ def test_offloaded_targets_give_their_own_text(way, accelerate, tmp_path):
         assert torch.equal(text, expected)
 
 
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("family", ["gemma2", "qwen3_5_text"])
 def test_other_families_that_are_offloaded_too(family, accelerate):
     target = tiny.target(family)
@@ -129,6 +130,7 @@ def test_other_families_that_are_offloaded_too(family, accelerate):
     assert torch.equal(target.generate(**ASKED, custom_generate=draft.speculate), expected)
 
 
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("blocks", "part"), [(["Qwen3Model"], "embedding"), (["Linear"], None), ([], None)])
 def test_an_embedding_without_a_loader_of_its_own_is_refused_before_any_forward(blocks, part, accelerate):
     target = tiny.target("qwen3")
