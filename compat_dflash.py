@@ -297,7 +297,7 @@ def adapter_layers(model: Any) -> list[Any]:
 
     Checked with peft 0.18 to 0.21; delete when transformers tells how a model's adapters are set.
     """
-    return [module for module in model.modules() if hasattr(module, "merged_adapters")]
+    return [module for module in model.modules() if "merged_adapters" in vars(module)]
 
 
 def adapters_of_rows(model: Any) -> set[str]:

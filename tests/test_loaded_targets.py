@@ -153,6 +153,14 @@ def test_a_target_that_has_no_weights_at_all_is_refused_by_name():
         draft.spec_generate(target, PROMPT["input_ids"])
 
 
+@pytest.mark.quick
+def test_a_draft_without_its_weights_is_refused_by_name():
+    target = tiny.target("qwen3")
+    draft = tiny.draft(target).to("meta")
+    with pytest.raises(ValueError, match="Weights of the draft are on the meta device"):
+        target.generate(**ASKED, custom_generate=draft.speculate)
+
+
 # Vocabularies -------------------------------------------------------------------------------------------------------
 
 
