@@ -20,8 +20,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .cache_dflash import SlotCache
 from .compat_dflash import (
     attention_name,
+    configs_of,
     difference,
-    names_attention,
     own_eager,
     set_attention_name,
 )
@@ -168,12 +168,7 @@ class BlockAttention:
     """
 
     def __init__(self, model: Any, layer_kinds: list[tuple[int | None, bool]]):
-        configs = {
-            id(module.config): module.config
-            for module in model.modules()
-            if hasattr(module, "config")
-        }
-        self.configs = [config for config in configs.values() if names_attention(config)]
+        self.configs = configs_of(model)
         self.layer_kinds = layer_kinds
         self.name = f"dflash_slots_{id(self):x}"
         self.original = attention_name(model.config.get_text_config(decoder=True))

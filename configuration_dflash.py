@@ -60,6 +60,14 @@ class Extensions:
 EXTENSIONS = Extensions()
 
 
+def same_vocabulary(known: int, found: int) -> bool:
+    """Return whether `found` rows may be a vocabulary of `known` with rows added at its end, or padding taken away.
+
+    Tokens keep their ids then. A vocabulary that lacks more than a quarter of the rows is another one.
+    """
+    return 4 * found >= 3 * known
+
+
 class DFlashConfig(PretrainedConfig):
     """Configuration of a DFlash draft model.
 
@@ -243,6 +251,8 @@ class DFlashConfig(PretrainedConfig):
         fc_width = hidden_size * len(self.target_layer_ids)
         layers = self.num_target_layers or num_layers
         vocab = self.vocab_size or vocab_size
+        # A draft has neither embedding nor head: rows added at the end are nothing to it.
+        known = same_vocabulary(vocab, max(vocab_size, embedding_rows))
         advice = "Use the draft that was made for this target (`dflash-hub resolve` finds it)"
         checks = (
             (hidden_size == self.hidden_size, "hidden_size", self.hidden_size, f"{hidden_size}"),
@@ -250,7 +260,7 @@ class DFlashConfig(PretrainedConfig):
             (layers == num_layers, "num_target_layers", layers, f"{num_layers} layers"),
             (tap < num_layers, "last tapped layer", tap, f"{num_layers} layers, counted from 0"),
             (mask < embedding_rows, "mask_token_id", mask, f"{embedding_rows} embedding rows"),
-            (vocab in (vocab_size, embedding_rows), "vocab_size", vocab, f"{vocab_size}"),
+            (known, "vocab_size", vocab, f"{vocab_size}"),
         )
         for fits, name, found, expected in checks:
             if not fits:

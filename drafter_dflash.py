@@ -18,7 +18,8 @@ from transformers.cache_utils import DynamicCache
 
 from .attention_dflash import BlockAttention, BlockState, pad_to
 from .cache_dflash import SlotCache
-from .execution_dflash import BlockRunner
+from .compat_dflash import device_of_inputs, dtype_of_inputs, is_offloaded
+from .execution_dflash import BlockRunner, as_written
 from .target_dflash import embed_noise
 
 
@@ -81,14 +82,19 @@ class Drafter:
     Args:
         draft: the draft model.
         target: whose embeddings and head it uses.
+
+    Raises:
+        ValueError: the draft has no weights in place.
     """
 
     def __init__(self, draft: Any, target: Any):
+        if is_offloaded(draft):
+            raise ValueError(
+                "Weights of the draft are on the meta device; it runs in every cycle, so load it onto one device."
+            )
         self.draft, self.size = draft, draft.config.block_size
         self.embed, self.head = target.get_input_embeddings(), target.get_output_embeddings()
-        # Weights of few bits have dtypes that are not those of their inputs.
-        self.head_device = next(self.head.parameters()).device
-        self.head_dtype = target.dtype
+        self.head_dtype = dtype_of_inputs(self.head, target.dtype)
         self.attention = BlockAttention(draft, layer_kinds(draft.config))
         self.no_masks = dict.fromkeys(draft.config.layer_types)
         self.runner = BlockRunner(
@@ -109,7 +115,7 @@ class Drafter:
         # The slot at which each row's text begins.
         first = (~padding_mask).int().argmax(dim=1, keepdim=True)
         cache = SlotCache(DynamicCache(config=self.draft.config))
-        with self.runner.using(mode), self.attention.installed():
+        with as_written(self.draft), self.runner.using(mode), self.attention.installed():
             yield DraftState(cache, padding_mask, -first, noise_ids)
 
     def cache_context(self, state: DraftState, features: torch.Tensor, first_slot: int) -> None:
@@ -207,7 +213,8 @@ class Drafter:
             state.cache.check_written(positions.shape[1], "the draft")
             layers = set(range(len(self.draft.layers)))
             self.attention.check_layers(layers, "the draft")
-        head_states = states.to(self.head_device, self.head_dtype)
+        head_device = device_of_inputs(self.head, states.device)
+        head_states = states.to(head_device, self.head_dtype)
         logits = self.draft.logits(head_states, self.head)
         tokens = self.draft.select_tokens(
             logits.to(slots.device), states, anchor.to(slots.device), 1.0

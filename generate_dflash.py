@@ -10,7 +10,6 @@ Shapes: B rows, P prompt tokens, T tokens of the longest text, V vocabulary.
 
 import inspect
 import sys
-import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ from .acceptance_dflash import (
     foreign_objects,
 )
 from .compat_dflash import (
+    arrangement,
     attention_name,
     cache_field,
     local_of_generate,
@@ -41,7 +41,7 @@ from .compat_dflash import (
     restore_tokenizer,
 )
 from .drafter_dflash import Drafter
-from .execution_dflash import CAPTURE, resolve_mode
+from .execution_dflash import CAPTURE, resolve_mode, turns
 from .findings_dflash import raise_first
 from .generation_dflash import DecodeState, DecodeStatistics, Recorder, decode, prefill
 from .outputs_dflash import StepOutputs
@@ -107,14 +107,15 @@ class SpeculativeGenerate:
 
     def session(self, model: Any) -> "DecoderSession":
         """Return a session for this target, the compiled one where it still fits."""
-        session = self.compiled_session
-        if (
-            session is not None
-            and session.target.model is model
-            and session.key == session_key(self.draft, model)
-        ):
-            return session
-        return DecoderSession(self.draft, model, self.checked.setdefault(model, set()))
+        with turns(self.draft, model):
+            session = self.compiled_session
+            if (
+                session is not None
+                and session.target.model is model
+                and session.key == session_key(self.draft, model)
+            ):
+                return session
+            return DecoderSession(self.draft, model, self.checked.setdefault(model, set()))
 
     def __call__(
         self,
@@ -254,8 +255,6 @@ class DecoderSession:
         checked: session keys and circumstances for which a self-check of this target has passed; it is added to.
     """
 
-    _locks: "weakref.WeakKeyDictionary[Any, threading.RLock]" = weakref.WeakKeyDictionary()
-
     def __init__(self, draft: Any, model: Any, checked: set):
         self.checked = checked
         self.target = Target(model, tuple(draft.config.target_layer_ids))
@@ -265,7 +264,7 @@ class DecoderSession:
     def decode(
         self, request: DecodeRequest, statistics: DecodeStatistics | None = None
     ) -> Cache | None:
-        """Decode to the end, one decode of a target at a time; both models are left as they were found.
+        """Decode to the end, in turns with others of this target or draft; both are left as they were found.
 
         Returns:
             The cache to return, if one was asked for.
@@ -275,7 +274,7 @@ class DecoderSession:
         recorder = Recorder(statistics, drafter.draft.device)
         recorder.record_stepwise(request.acceptance.reasons)
         raise_first(cache_findings(prompt, target, request.sequences.stop_conditions))
-        with self._locks.setdefault(target.model, threading.RLock()):
+        with turns(drafter.draft, target.model):
             self._check_alone(prompt)
             with (
                 target.decoding(prompt, mode) as target_state,
@@ -325,7 +324,7 @@ def session_key(draft: Any, model: Any) -> tuple:
         found.append(
             (one.dtype, one.device, attention_name(one.config.get_text_config(decoder=True)))
         )
-    return tuple(found)
+    return (*found, arrangement(model))
 
 
 def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:

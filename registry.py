@@ -18,8 +18,8 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from .checkpoints import Origin, TargetInfo, base_of_adapter, origin_of, out_of_cache
-from .compat_dflash import checkpoint_name, local_of_generate
-from .configuration_dflash import DFlashConfig, build_target_layer_ids
+from .compat_dflash import checkpoint_name, device_of, local_of_generate
+from .configuration_dflash import DFlashConfig, build_target_layer_ids, same_vocabulary
 from .families import FAMILIES, families_of, siblings_of
 from .generate_dflash import SpeculativeGenerate
 from .kinds import KINDS, SECOND_KIND, kind_named, kind_of
@@ -236,13 +236,15 @@ class DFlashDraftSpec:
             )
 
     def matches_shape(self, text_config: PretrainedConfig) -> bool:
-        """Return whether a target with this text config has the shape of the draft's own; False if that is unknown."""
-        ours = (self.hidden_size, self.num_target_layers, self.vocab_size)
-        return ours == (
-            text_config.hidden_size,
-            text_config.num_hidden_layers,
-            text_config.vocab_size,
-        )
+        """Return whether a target with this text config has the shape of the draft's own; False if that is unknown.
+
+        Rows added at the end of the vocabulary, as for new tokens or padding, are no other shape.
+        """
+        ours = (self.hidden_size, self.num_target_layers)
+        same_size = ours == (text_config.hidden_size, text_config.num_hidden_layers)
+        if self.vocab_size is None:
+            return False
+        return same_size and same_vocabulary(self.vocab_size, text_config.vocab_size)
 
 
 def _repository(name: Any) -> str:
@@ -488,8 +490,9 @@ def _by_shape(
 ) -> tuple[DFlashDraftSpec, str]:
     """Return a draft whose own target has the shape of this one, and warn.
 
-    A draft of the checkpoint that the target was trained from comes first, then the architecture's default. A default
-    without a repository was registered to build drafts, which fit every shape.
+    The vocabulary nearest in size comes first. Among equals, a draft of the checkpoint that the target was trained from
+    does, then the architecture's default. A default without a repository was registered to build drafts, which fit
+    every shape.
     """
     default = DFLASH_DRAFT_REGISTRY[architecture]
     if default.repo_id is None:
@@ -498,9 +501,8 @@ def _by_shape(
     candidates = drafts_for(origin.name) if origin else []
     candidates += [default, *(spec for spec in CATALOGUE if spec.serves(architecture))]
     text = target.config.get_text_config(decoder=True)
-    usable = (spec for spec in candidates if spec.matches_shape(text) and not spec.unsupported)
-    spec = next(usable, None)
-    if spec is None:
+    usable = [spec for spec in candidates if spec.matches_shape(text) and not spec.unsupported]
+    if not usable:
         raise ValueError(
             f"The catalogue does not know {name}, and no draft for {architecture} fits its shape (hidden_size "
             f"{text.hidden_size}, {text.num_hidden_layers} layers, vocab_size {text.vocab_size}); the default, "
@@ -508,9 +510,13 @@ def _by_shape(
             f"{default.num_target_layers} layers, vocab_size {default.vocab_size}). Train one with spec.build(), or "
             "name a draft yourself."
         )
+    spec = min(usable, key=lambda spec: abs((spec.vocab_size or 0) - text.vocab_size))
+    rows = ""
+    if spec.vocab_size != text.vocab_size:
+        rows = f", but {spec.vocab_size} tokens where this one has {text.vocab_size}"
     reason = (
         f"The catalogue does not know {name}; {spec.repo_id} was made for {spec.target}, which has the same "
-        "architecture and shape. The text stays exact, but acceptance may be low: measure it."
+        f"architecture and shape{rows}. The text stays exact, but acceptance may be low: measure it."
     )
     warnings.warn(reason, UserWarning, stacklevel=4)
     return spec, reason
@@ -582,7 +588,7 @@ class _Resolved(SpeculativeGenerate):
         if model not in self.drafts:
             check_target(model)
             spec = resolve_dflash_draft_spec(model.config.architectures, target=model)
-            self.drafts[model] = spec.load(dtype=model.dtype).to(model.device).eval()
+            self.drafts[model] = spec.load(dtype=model.dtype).to(device_of(model)).eval()
         return self.drafts[model].speculate(model, input_ids, *args, streamer=streamer, **kwargs)
 
 

@@ -15,7 +15,17 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache, StaticCache
 from transformers.utils import logging
 
 from .cache_dflash import RecurrentLayers
-from .compat_dflash import CACHE_NAMES, cache_in, cache_name, makes_own_cache, parameters
+from .compat_dflash import (
+    CACHE_NAMES,
+    adapters_in_use,
+    cache_in,
+    cache_name,
+    is_offloaded,
+    loader_of,
+    makes_own_cache,
+    parameters,
+    without_compiler,
+)
 from .findings_dflash import Finding, raise_first
 from .target_dflash import decoder_layers
 
@@ -150,7 +160,8 @@ _NOT_DECODED = "It is not decoded here: its text could come out wrong"
 
 
 def base_model(target: Any) -> Any:
-    """Return the model inside a PEFT wrapper, with its adapters in place; any other model as it is."""
+    """Return the model inside the wrappers of PEFT and `torch.compile`, with its adapters; any other as it is."""
+    target = without_compiler(target)
     return target.get_base_model() if hasattr(target, "get_base_model") else target
 
 
@@ -192,6 +203,7 @@ def target_findings(target: Any, strict: bool = False) -> Iterator[Finding]:
         return
     yield from _adapter_findings(target)
     target = base_model(target)
+    yield from _offload_findings(target)
     text = target.config.get_text_config(decoder=True)
     yield from _rope_findings(text)
     yield from _state_findings(text)
@@ -245,7 +257,7 @@ def _adapter_findings(target: Any) -> Iterator[Finding]:
     """Refuse PEFT methods that depend on the prompt; adapters inside the layers that are always on are fine."""
     # PEFT puts its own method there
     wrapper = getattr(target.prepare_inputs_for_generation, "__self__", target)
-    for config in (getattr(wrapper, "peft_config", None) or {}).values():
+    for config in adapters_in_use(wrapper):
         kind = config.peft_type.value
         if config.is_prompt_learning:
             what = (
@@ -262,6 +274,20 @@ def _adapter_findings(target: Any) -> Iterator[Finding]:
                 "forward, so a block does not get the weights that plain decoding gets"
             )
             yield Finding(what, invocation, "adapters that are always on", "Leave out that adapter")
+
+
+def _offload_findings(target: Any) -> Iterator[Finding]:
+    """Refuse an embedding or head that the draft cannot use: without weights, which no hook of its own brings."""
+    parts = {"embedding": target.get_input_embeddings(), "head": target.get_output_embeddings()}
+    for part, module in parts.items():
+        if is_offloaded(module) and loader_of(module) is None:
+            what = (
+                f"The {part} of {type(target).__name__} is on the meta device, and only a larger part of the model "
+                "loads its weights, if any does; but a draft uses it alone"
+            )
+            expected = "weights, or a hook of its own that brings them"
+            advice = "Load the target with its embedding and head on a device, by device_map"
+            yield Finding(what, "meta", expected, advice)
 
 
 def _forward_findings(target: Any) -> Iterator[Finding]:

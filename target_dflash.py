@@ -20,8 +20,8 @@ from transformers.cache_utils import DynamicCache, LinearAttentionLayer
 
 from .attention_dflash import BlockAttention, BlockMasks, BlockState, pad_to
 from .cache_dflash import RecurrentLayers, SlotCache, Snapshot
-from .compat_dflash import cache_name, difference, parameters, without_cache
-from .execution_dflash import BlockRunner
+from .compat_dflash import cache_name, difference, loaded, parameters, without_cache
+from .execution_dflash import BlockRunner, as_written
 from .sequences_dflash import Prompt
 from .taps_dflash import FeatureTaps
 
@@ -119,6 +119,7 @@ class Target:
         cache = SlotCache(DynamicCache(config=self.text))
         recurrent = RecurrentLayers(cache.layers, self.layers)
         with (
+            as_written(self.model),
             self.taps.collecting(),
             recurrent.recording(),
             self.runner.using(mode),
@@ -296,7 +297,7 @@ class Target:
         """Return 0 for all positions, else a tensor: given a number, some models skip positions in upper layers."""
         if num_logits == length:
             return 0
-        return torch.arange(length - num_logits, length, device=self.model.device)
+        return torch.arange(length - num_logits, length)  # on the CPU, it indexes on every device
 
 
 def num_tokens(inputs: dict[str, Any]) -> int:
@@ -374,6 +375,7 @@ def decoder_layers(target: Any) -> nn.ModuleList:
 
 def embed_noise(embed: Any, ids: torch.Tensor) -> torch.Tensor:
     """Embed `ids [B, Q]`, without a norm inside the embedding, as drafts are trained: `[B, Q, H]`."""
-    if getattr(embed, "embed_norm", None) is not None:
-        return nn.functional.embedding(ids, embed.weight)
-    return embed(ids)
+    if getattr(embed, "embed_norm", None) is None:
+        return embed(ids)
+    with loaded(embed):
+        return nn.functional.embedding(ids.to(embed.weight.device), embed.weight)

@@ -18,7 +18,6 @@ from transformers import (
 
 import tiny
 from dflash_hub import DecodeStatistics
-from dflash_hub.compat_dflash import cache_in
 from paths import TINY
 
 
