@@ -219,7 +219,7 @@ class RepositoryMixin:
         name, where = self.card_source
         try:
             found: Path | None = Path(name) / "README.md"
-            if Path(name).exists() and not is_own_file(found, Path(name)):
+            if Path(name).exists() and not is_own_file(Path(name) / "README.md", Path(name)):
                 return None
             if not Path(name).exists():
                 found = find_file(name, "README.md", local_files_only=not online, **where)
