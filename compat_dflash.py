@@ -114,15 +114,33 @@ def padding_token(config: Any) -> int:
     return 0 if found is None else int(found)
 
 
+def _module(frame: Any) -> str:
+    return "" if frame is None else str(frame.f_globals.get("__name__"))
+
+
+def _beyond_ours(frame: Any) -> Any:
+    """Return the first frame from this one upwards that is neither of these files nor of `inspect`."""
+    ours = f"{__name__.rpartition('.')[0]}."
+    while frame is not None:
+        if frame.f_code.co_filename != inspect.__file__ and not _module(frame).startswith(ours):
+            break
+        frame = frame.f_back
+    return frame
+
+
 def local_of_generate(name: str, frame: Any) -> Any:
-    """Return a local variable of a frame of transformers' `generate`, which drops it; None for any other frame.
+    """Return a local variable of transformers' `generate`, which drops it; None where that is not the caller.
+
+    Args:
+        frame: that of a function that `generate` calls, by way of other functions of these files or directly.
 
     Checked with 5.15.1 to 5.24.0; delete when `generate` passes streamer and tokenizer to a decoding function.
 
     Raises:
         RuntimeError: `generate` has no such variable, so the user's argument would be lost silently.
     """
-    module = "" if frame is None else str(frame.f_globals.get("__name__"))
+    frame = _beyond_ours(frame)
+    module = _module(frame)
     if not module.startswith("transformers."):
         return None
     if module != GENERATE or name not in frame.f_code.co_varnames + frame.f_code.co_cellvars:
@@ -133,23 +151,36 @@ def local_of_generate(name: str, frame: Any) -> Any:
     return frame.f_locals.get(name)
 
 
-def restore_tokenizer(frame: Any) -> None:
-    """Put the tokenizer, which stop strings need, back into the keywords of `generate`.
-
-    Checked with 5.15.1 to 5.24.0. They take it out for every decoding function that is passed to them; delete when
-    they do not.
+def read_by_generate(frame: Any) -> bool:
+    """Return whether it is transformers' `generate` that reads an attribute.
 
     Args:
-        frame: the frame that reads the signature of the decoding function; may be inside the standard library.
+        frame: the frame that reads it; may be inside the standard library.
     """
-    while frame is not None and frame.f_code.co_filename == inspect.__file__:
-        frame = frame.f_back
+    return _module(_beyond_ours(frame)) == GENERATE
+
+
+def dropped_arguments(frame: Any) -> dict[str, Any]:
+    """Return the arguments that `generate` drops while it reads a signature; put the tokenizer back.
+
+    Checked with 5.15.1 to 5.24.0. They take these out for every decoding function that is passed to them; delete when
+    they do not.
+    """
+    frame = _beyond_ours(frame)
     if frame is None or frame.f_code.co_name != "_extract_generation_mode_kwargs":
-        return
-    prepared = local_of_generate("generation_mode_kwargs", frame)
-    arguments = local_of_generate("kwargs", frame)
-    if "tokenizer" in (prepared or {}):
-        arguments["tokenizer"] = prepared["tokenizer"]
+        return {}
+    dropped = local_of_generate("generation_mode_kwargs", frame) or {}
+    if "tokenizer" in dropped:
+        local_of_generate("kwargs", frame)["tokenizer"] = dropped["tokenizer"]
+    return dropped
+
+
+def read_by_assisted_generation(frame: Any) -> bool:
+    """Return whether it is transformers' own assisted generation that reads an attribute.
+
+    Checked with 5.15.1 to 5.24.0; delete when it asks an assistant whether it can generate.
+    """
+    return _module(frame) == "transformers.generation.candidate_generator"
 
 
 def makes_own_cache(model: Any) -> bool:

@@ -28,7 +28,15 @@ if Version(transformers.__version__) < Version(OLDEST_TRANSFORMERS):
 from huggingface_hub.errors import StrictDataclassFieldValidationError  # noqa: E402 (after the clearer message)
 from transformers.configuration_utils import PretrainedConfig  # noqa: E402
 
-from .findings_dflash import ONE_SENTENCE, Finding, must, raise_first  # noqa: E402
+from .findings_dflash import (  # noqa: E402
+    LOADING,
+    ONE_SENTENCE,
+    SAVING,
+    Finding,
+    explained_for,
+    must,
+    raise_first,
+)
 from .layouts_dflash import (  # noqa: E402
     DRAFT_LAYOUTS,
     FIELDS,
@@ -308,6 +316,7 @@ class DFlashConfig(PretrainedConfig):
         return cls.from_dict(cls._dict_from_json_file(json_file))
 
     @classmethod
+    @explained_for("pretrained_model_name_or_path", "read", LOADING)
     def get_config_dict(
         cls, pretrained_model_name_or_path: Any, **kwargs: Any
     ) -> tuple[dict, dict]:
@@ -396,6 +405,7 @@ class DFlashConfig(PretrainedConfig):
         """Return the hub layout: the typed fields, and the version of dflash-hub that wrote them."""
         return super().to_dict() | {"dflash_hub_version": __version__}
 
+    @explained_for("save_directory", "written", SAVING)
     def save_pretrained(
         self, save_directory: Any, push_to_hub: bool = False, layout: str = "hub", **kwargs: Any
     ):

@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicCache
 
 from .attention_dflash import BlockAttention, BlockState, pad_to
 from .cache_dflash import SlotCache
-from .compat_dflash import device_of_inputs, dtype_of_inputs, is_offloaded
+from .compat_dflash import device_of_inputs, dtype_of_inputs
 from .execution_dflash import BlockRunner, as_written
 from .target_dflash import embed_noise
 
@@ -82,16 +82,9 @@ class Drafter:
     Args:
         draft: the draft model.
         target: whose embeddings and head it uses.
-
-    Raises:
-        ValueError: the draft has no weights in place.
     """
 
     def __init__(self, draft: Any, target: Any):
-        if is_offloaded(draft):
-            raise ValueError(
-                "Weights of the draft are on the meta device; it runs in every cycle, so load it onto one device."
-            )
         self.draft, self.size = draft, draft.config.block_size
         self.embed, self.head = target.get_input_embeddings(), target.get_output_embeddings()
         self.head_dtype = dtype_of_inputs(self.head, target.dtype)

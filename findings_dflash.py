@@ -2,10 +2,14 @@
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
 """Define a finding: one reason why a file, a draft, a target or an option is refused.
 
-This file travels with every pushed draft. Checks yield findings; loading and decoding raise the first one.
+This file travels with every pushed draft. Checks yield findings; loading and decoding raise the first one. Errors of
+other libraries are raised again, with what was asked and what to do.
 """
 
-from collections.abc import Iterable
+import functools
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,3 +51,79 @@ def raise_first(findings: Iterable[Finding]) -> None:
     """
     for finding in findings:
         raise finding.error()
+
+
+def check_path(argument: str, value: Any) -> None:
+    """Refuse what is neither a name nor a path; libraries take a number for an open file.
+
+    Raises:
+        ValueError: with the argument.
+    """
+    if not isinstance(value, str | os.PathLike) or not str(value):
+        raise ValueError(
+            f"{argument} is {value!r}; it must be a folder or the name of a repository."
+        )
+
+
+@contextmanager
+def explained(asked: str, advice: str) -> Iterator[None]:
+    """Raise an error of another library again, between what was asked and what to do.
+
+    Raises:
+        OSError, ImportError, RuntimeError: the error was one.
+        ValueError: it was any other.
+    """
+    try:
+        yield
+    except Exception as error:
+        if _is_ours(error) or type(error).__name__ == "OutOfMemoryError":
+            raise
+        known = (OSError, ImportError, RuntimeError)
+        kind = next((kind for kind in known if isinstance(error, kind)), ValueError)
+        raise kind(f"{asked}: {error or type(error).__name__}\n{advice}") from error
+
+
+def explained_for(argument: str, verb: str, advice: str) -> Callable[[Callable], Callable]:
+    """Return a decorator: `explained` for a function whose first argument is a path or the name of a repository.
+
+    Args:
+        argument: its name.
+        verb: what the function does with it, as in "org/draft could not be loaded".
+    """
+
+    def decorate(function: Callable) -> Callable:
+        is_method = next(iter(_names(function))) in ("self", "cls")
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            given = args[is_method:]
+            value = given[0] if given else kwargs.get(argument)
+            check_path(argument, value)
+            with explained(f"{value} could not be {verb}", advice):
+                return function(*args, **kwargs)
+
+        return call
+
+    return decorate
+
+
+def _names(function: Callable) -> tuple[str, ...]:
+    """Return the names of the positional arguments."""
+    return function.__code__.co_varnames
+
+
+def _is_ours(error: Exception) -> bool:
+    """Return whether a check of ours raised this error; a warning counts too."""
+    checks = (ValueError, OSError, TypeError, RuntimeError, ImportError)
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    module = "" if trace is None else str(trace.tb_frame.f_globals.get("__name__"))
+    ours = module.startswith(f"{__name__.rpartition('.')[0]}.")
+    return isinstance(error, Warning) or (ours and isinstance(error, checks))
+
+
+LOADING = "Check name, revision and connection. For a private or gated repository, log in: hf auth login, or HF_TOKEN."
+SAVING = "Pass a folder that can be written, and options as in PreTrainedModel.save_pretrained."
+PUSHING = "Nothing was pushed. Pass the options as in PreTrainedModel.push_to_hub."
+"""What to do after an error of another library."""

@@ -8,7 +8,6 @@ meaning with a draft are refused (`support_dflash`).
 Shapes: B rows, P prompt tokens, T tokens of the longest text, V vocabulary.
 """
 
-import inspect
 import sys
 import weakref
 from collections.abc import Callable
@@ -32,18 +31,20 @@ from .acceptance_dflash import (
     StepwiseAcceptance,
     foreign_objects,
 )
+from .calls_dflash import Signature, also_for_users, check_ids, check_loaded
 from .compat_dflash import (
     arrangement,
     attention_name,
     cache_field,
+    is_offloaded,
     local_of_generate,
     padding_token,
-    restore_tokenizer,
 )
 from .drafter_dflash import Drafter
 from .execution_dflash import CAPTURE, resolve_mode, turns
 from .findings_dflash import raise_first
 from .generation_dflash import DecodeState, DecodeStatistics, Recorder, decode, prefill
+from .layouts_dflash import shown
 from .outputs_dflash import StepOutputs
 from .past_key_values_dflash import (
     cache_findings,
@@ -56,10 +57,13 @@ from .sampling_dflash import PositionNoise, Sampler
 from .selfcheck_dflash import check_alone, circumstances
 from .sequences_dflash import Prompt, Sequences, StopConditions
 from .support_dflash import (
+    IGNORED,
     base_model,
     call_findings,
+    check_arguments,
     check_options,
     draft_findings,
+    warn_of_length,
     warn_of_new_family,
 )
 from .target_dflash import (
@@ -71,6 +75,11 @@ from .target_dflash import (
 )
 
 DRAFT_SAMPLING = ("greedy", "coupled")
+STATISTICS = (
+    "add_cycle",
+    *("prefill_seconds", "draft_seconds", "verify_seconds", "rest_seconds", "rollback_seconds"),
+)
+PROPOSER = ("append_context", "propose", "commit")
 
 ProposerFactory = Callable[[ChainProposer], Proposer]
 """Makes the proposer of a decode from the draft's own."""
@@ -117,6 +126,7 @@ class SpeculativeGenerate:
                 return session
             return DecoderSession(self.draft, model, self.checked.setdefault(model, set()))
 
+    @also_for_users
     def __call__(
         self,
         model: Any,
@@ -135,6 +145,8 @@ class SpeculativeGenerate:
     ) -> torch.Tensor | ModelOutput:
         """Decode `input_ids [B, P]`. `generate` reads the names of these arguments, `tokenizer` among them.
 
+        Called by users, `draft.speculate(target, input_ids, max_new_tokens=64)` is `target.generate` with this draft.
+
         Returns:
             What `generate` returns: `[B, T]`, or a dict with `sequences`.
 
@@ -142,19 +154,24 @@ class SpeculativeGenerate:
             ValueError: the draft does not fit the target, the target cannot be decoded exactly, or an option has no
                 meaning with a draft.
         """
-        streamer = streamer or local_of_generate("streamer", sys._getframe(1))
+        frame = sys._getframe(1)
+        streamer = streamer or local_of_generate("streamer", frame)
+        _check_choice("strict", strict, (True, False))
         check_compatible(self.draft.config, model, strict)
+        asked = {name: local_of_generate(name, frame) for name in IGNORED}
+        check_arguments(self.draft, asked, local_of_generate("kwargs", frame) or {})
         check_options(generation_config, input_ids, inputs)
-        synced_gpus = local_of_generate("synced_gpus", sys._getframe(1))
+        synced_gpus = local_of_generate("synced_gpus", frame)
         raise_first(call_findings(model, inputs, synced_gpus))
         _check_choice("draft_sampling", draft_sampling, DRAFT_SAMPLING)
         _check_choice("capture", capture, CAPTURE)
-        _check_method("statistics", statistics, "add_cycle", "a DecodeStatistics()")
-        _check_method("proposer", proposer, "__call__", "a function of the draft's proposer")
+        _check_object("statistics", statistics, STATISTICS, "a DecodeStatistics()")
+        _check_function("proposer", proposer, "a function of the draft's proposer")
         names = _requested_outputs(generation_config)
         layer_outputs = tuple(name for name in names if name in LAYER_OUTPUTS)
         inputs = lay_out(input_ids, inputs, generation_config)
         prompt = Prompt(input_ids, inputs, generation_config.return_dict_in_generate, layer_outputs)
+        warn_of_length(model, prompt.width + generation_config.max_length - input_ids.shape[1])
         noise = PositionNoise() if generation_config.do_sample else None
         sampler = Sampler(logits_processor, noise, coupled=draft_sampling == "coupled")
         pad_token_id = padding_token(generation_config)
@@ -177,15 +194,7 @@ class SpeculativeGenerate:
             return request.sequences.output_ids()
         return request.output(cache)
 
-    @property
-    def __signature__(self) -> inspect.Signature:
-        """The signature that `generate` reads to learn which of its arguments it may pass.
-
-        Workaround: `generate` pops `tokenizer` before it reads this signature and then discards it, so stop strings
-        would fail. While it reads, `tokenizer` is put back among its arguments.
-        """
-        restore_tokenizer(sys._getframe(1))
-        return inspect.signature(SpeculativeGenerate.__call__.__get__(self))
+    __signature__ = Signature(__call__)
 
 
 def choose_acceptance(
@@ -253,9 +262,16 @@ class DecoderSession:
 
     Args:
         checked: session keys and circumstances for which a self-check of this target has passed; it is added to.
+
+    Raises:
+        ValueError: the draft has no weights in place.
     """
 
     def __init__(self, draft: Any, model: Any, checked: set):
+        if is_offloaded(draft):
+            raise ValueError(
+                "Weights of the draft are on the meta device; it runs in every cycle, so load it onto one device."
+            )
         self.checked = checked
         self.target = Target(model, tuple(draft.config.target_layer_ids))
         self.drafter = Drafter(draft, model)
@@ -284,6 +300,7 @@ class DecoderSession:
                 proposer = request.proposer(
                     ChainProposer(drafter, draft_state, request.acceptance.sampler)
                 )
+                _check_object("what proposer= returned", proposer, PROPOSER, "a Proposer")
                 with recorder.phase("prefill"):
                     first_slot = import_past_key_values(
                         prompt.cache, target_state, drafter, draft_state
@@ -327,15 +344,26 @@ def session_key(draft: Any, model: Any) -> tuple:
     return (*found, arrangement(model))
 
 
-def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(known)}.")
+def _check_choice(name: str, value: Any, known: tuple) -> None:
+    if type(value) is not type(known[0]) or value not in known:
+        choices = ", ".join(map(str, known))
+        raise ValueError(f"{name} is {shown(value)}; it must be one of {choices}.")
 
 
-def _check_method(name: str, value: Any, method: str, expected: str) -> None:
-    """Refuse a keyword that lacks the method by which it is used, before the prefill."""
-    if value is not None and not hasattr(value, method):
-        raise ValueError(f"{name} is {value!r}; it must be {expected}.")
+def _check_object(name: str, value: Any, members: tuple[str, ...], expected: str) -> None:
+    """Refuse what lacks the members by which it is used, and a class in the place of an object."""
+    if value is None:
+        return
+    if isinstance(value, type):
+        raise ValueError(f"{name} is the class {value.__name__}; pass an object: {expected}.")
+    for member in members:
+        if not hasattr(value, member):
+            raise ValueError(f"{name} is {shown(value)}; it must be {expected}.")
+
+
+def _check_function(name: str, value: Any, expected: str) -> None:
+    if value is not None and not callable(value):
+        raise ValueError(f"{name} is {shown(value)}; it must be {expected}.")
 
 
 def _requested_outputs(config: GenerationConfig) -> tuple[str, ...]:
@@ -395,6 +423,7 @@ def spec_generate(
     target = base_model(target)
     if max_new_tokens == 0:
         return input_ids
+    warn_of_length(target, input_ids.shape[1] + max_new_tokens)
     sampled = temperature > 0
     warpers = LogitsProcessorList([TemperatureLogitsWarper(float(temperature))] if sampled else [])
     request = DecodeRequest(
@@ -428,16 +457,13 @@ def _token_ids(tokens: Any) -> tuple[int, ...]:
 def _check_arguments(
     target: Any, input_ids: torch.Tensor, max_new_tokens: int, temperature: float
 ) -> None:
-    if not hasattr(target, "get_output_embeddings"):
-        raise ValueError(f"target is {target!r}; pass the loaded model, not its name.")
-    if not isinstance(input_ids, torch.Tensor) or input_ids.is_floating_point():
+    check_loaded("target", target)
+    check_ids(input_ids)
+    rows = target.get_input_embeddings().weight.shape[0]
+    if input_ids.min() < 0 or input_ids.max() >= rows:
         raise ValueError(
-            f"input_ids is {type(input_ids).__name__}; pass a tensor of token ids, [B, P]."
-        )
-    if input_ids.ndim != 2 or input_ids.numel() == 0:
-        shape = tuple(input_ids.shape)
-        raise ValueError(
-            f"input_ids has shape {shape}; decoding takes rows of at least one token, [B, P]."
+            f"input_ids has ids from {input_ids.min()} to {input_ids.max()}; the target has {rows} tokens. Use its own "
+            "tokenizer."
         )
     if not isinstance(max_new_tokens, int) or max_new_tokens < 0:
         raise ValueError(f"max_new_tokens is {max_new_tokens!r}; it must be an int, 0 or more.")

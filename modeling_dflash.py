@@ -9,12 +9,14 @@ positions of the block. After DFlash (arXiv 2602.06036) and its reference implem
 Shapes: B batch, C context tokens new in this call, Q block positions, K all keys a layer sees (past + C + Q).
 """
 
+import sys
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -30,9 +32,16 @@ from transformers.models.qwen3.modeling_qwen3 import (
 
 from .attention_dflash import visible
 from .cache_dflash import rewindable_cache
-from .compat_dflash import attention_name, cache_field, cache_name
+from .calls_dflash import Signature
+from .compat_dflash import (
+    attention_name,
+    cache_field,
+    cache_name,
+    read_by_assisted_generation,
+)
 from .configuration_dflash import SLIDING, DFlashConfig
 from .generate_dflash import SpeculativeGenerate, spec_generate
+from .layouts_dflash import shown
 from .repository_dflash import RepositoryMixin, own_config
 
 
@@ -140,6 +149,8 @@ class DFlashDraftModel(DFlashPreTrainedModel):
 
     spec_generate = spec_generate
     layer_class = DFlashDecoderLayer
+    # What `generate` reads of a draft that is passed as `custom_generate`.
+    __signature__ = Signature(SpeculativeGenerate.__call__)
 
     @cached_property
     def speculate(self) -> SpeculativeGenerate:
@@ -168,6 +179,8 @@ class DFlashDraftModel(DFlashPreTrainedModel):
         Raises:
             ValueError: the config is another model's, or lacks a field.
         """
+        if not isinstance(config, PretrainedConfig):
+            raise ValueError(f"config is {shown(config)}; pass a {self.config_class.__name__}.")
         config = own_config(self.config_class, config)
         super().__init__(config)
         self.fc = nn.Linear(config.fc_width, config.hidden_size, bias=False)
@@ -179,6 +192,28 @@ class DFlashDraftModel(DFlashPreTrainedModel):
         self.rotary_emb = DFlashRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run `forward`; with a target as the first argument, decode: `target.generate(..., custom_generate=draft)`."""
+        if args and isinstance(args[0], nn.Module):
+            return self.speculate(*args, **kwargs)
+        return super().__call__(*args, **kwargs)
+
+    @property
+    def generation_config(self) -> Any:
+        """Refuse to be an assistant of transformers' own assisted generation, which reads this first.
+
+        Raises:
+            ValueError: with what to pass instead.
+            AttributeError: anybody else asks; a draft has none.
+        """
+        if read_by_assisted_generation(sys._getframe(1)):
+            raise ValueError(
+                f"assistant_model is a {type(self).__name__}, which proposes blocks and cannot generate by itself. "
+                "Pass it as custom_generate=draft.speculate; or add speculation_type='dflash' for transformers' own "
+                "loop, where it knows that."
+            )
+        raise AttributeError("generation_config")
 
     def forward(
         self,
@@ -214,6 +249,8 @@ class DFlashDraftModel(DFlashPreTrainedModel):
         if cache is not None and past_key_values is not None:
             raise ValueError("cache and past_key_values name the same thing; pass one of them.")
         cache = past_key_values if cache is None else cache
+        if cache is not None and not isinstance(cache, Cache):
+            raise ValueError(f"cache is {shown(cache)}; pass a DynamicCache, or None.")
         noise_embeds = self.scale_embeds(noise_embeds)
         if use_cache and cache is None:
             cache = rewindable_cache(self.config)
@@ -222,6 +259,7 @@ class DFlashDraftModel(DFlashPreTrainedModel):
             past = cache.get_seq_length() if cache is not None else 0
             end = past + context_length + block_length
             position_ids = torch.arange(past, end, device=noise_embeds.device)[None]
+        _check_tensor("position_ids", position_ids, (2,), "[B, C + Q]")
         self._check_positions(position_ids, context_length, block_length)
         masks = self._masks(attention_mask, position_ids, noise_embeds, cache)
         features = self.hidden_norm(self.fc(context_hidden_states))  # [B, C, H]
@@ -278,6 +316,9 @@ class DFlashDraftModel(DFlashPreTrainedModel):
     def _check_inputs(
         self, noise_embeds: torch.Tensor, context_hidden_states: torch.Tensor
     ) -> None:
+        given = {"noise_embeds": noise_embeds, "context_hidden_states": context_hidden_states}
+        for name, tensor in given.items():
+            _check_tensor(name, tensor, (3,), "[B, N, width]")
         taps, width = len(self.config.target_layer_ids), self.config.target_hidden_size
         if context_hidden_states.shape[-1] != self.config.fc_width:
             raise ValueError(
@@ -316,8 +357,15 @@ class DFlashDraftModel(DFlashPreTrainedModel):
             masks_by_kind = {}
             for kind in kinds:
                 key = kind if kind in attention_mask else kind[0]
+                if key not in attention_mask:
+                    raise ValueError(
+                        f"attention_mask has the keys {shown(list(attention_mask))}; it needs one for layers of the "
+                        f"type {key!r}."
+                    )
                 masks_by_kind[kind] = attention_mask[key]
             return masks_by_kind
+        if attention_mask is not None:
+            _check_tensor("attention_mask", attention_mask, (2, 4), "[B, N] or a 4D mask")
         if attention_mask is not None and attention_mask.ndim == 4:
             return dict.fromkeys(kinds, attention_mask)
         padding = self._padding(attention_mask, position_ids, cache)
@@ -365,6 +413,18 @@ class DFlashDraftModel(DFlashPreTrainedModel):
             return visible[:, None]
         zero = torch.zeros((), dtype=self.dtype, device=block.device)
         return zero.where(visible[:, None], torch.finfo(self.dtype).min)
+
+
+def _check_tensor(name: str, value: Any, dimensions: tuple[int, ...], shape: str) -> None:
+    """Refuse what is no tensor, or one of another number of dimensions.
+
+    Raises:
+        ValueError: with the argument, and its shape or value.
+    """
+    if not isinstance(value, torch.Tensor):
+        raise ValueError(f"{name} is {shown(value)}; pass a tensor, {shape}.")
+    if value.ndim not in dimensions:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}; pass {shape}.")
 
 
 def visible_keys(

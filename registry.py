@@ -8,7 +8,6 @@ shape, so a match by these alone comes with a warning.
 """
 
 import json
-import sys
 import warnings
 import weakref
 from dataclasses import InitVar, dataclass, field, replace
@@ -17,13 +16,16 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from .calls_dflash import PREPARED, Signature, check_direct_call
 from .checkpoints import Origin, TargetInfo, base_of_adapter, origin_of, out_of_cache
-from .compat_dflash import checkpoint_name, device_of, local_of_generate
+from .compat_dflash import checkpoint_name, device_of
 from .configuration_dflash import DFlashConfig, build_target_layer_ids, same_vocabulary
 from .families import FAMILIES, families_of, siblings_of
+from .findings_dflash import LOADING, explained, explained_for
 from .generate_dflash import SpeculativeGenerate
 from .kinds import KINDS, SECOND_KIND, kind_named, kind_of
 from .layouts import variant_of
+from .layouts_dflash import shown
 from .modeling_dflash import DFlashDraftModel, Qwen3DFlashDraftModel
 from .support_dflash import check_target
 
@@ -240,6 +242,8 @@ class DFlashDraftSpec:
 
         Rows added at the end of the vocabulary, as for new tokens or padding, are no other shape.
         """
+        if not isinstance(text_config, PretrainedConfig):
+            raise ValueError(f"text_config is {text_config!r}; pass a config, `target.config`.")
         ours = (self.hidden_size, self.num_target_layers)
         same_size = ours == (text_config.hidden_size, text_config.num_hidden_layers)
         if self.vocab_size is None:
@@ -347,6 +351,10 @@ def _default_for(architecture: str) -> DFlashDraftSpec:
 
 def drafts_for(target: str) -> list[DFlashDraftSpec]:
     """Return the drafts made for a checkpoint, by its Hub id: supported ones first, and among them the later kind."""
+    if not isinstance(target, str):
+        raise ValueError(
+            f"target is {target!r}; pass the Hub id of a checkpoint, such as 'org/model'."
+        )
     name = target.casefold()
     made_for = [spec for spec in CATALOGUE if name in map(str.casefold, spec.targets)]
     order = list(KINDS)
@@ -425,6 +433,18 @@ def explain_resolution(
 ) -> tuple[DFlashDraftSpec, str]:
     """Return the draft as `resolve_dflash_draft_spec` does, and the reason in a sentence."""
     target = str(target) if isinstance(target, Path) else target
+    if isinstance(target, type) or target == "":
+        raise ValueError(f"target is {target!r}; pass a Hub id, a folder, a config or a model.")
+    if not isinstance(target, str):
+        return _explain(architectures, target)
+    with explained(f"The config of the target {target} could not be read", LOADING):
+        return _explain(architectures, target)
+
+
+def _explain(
+    architectures: list[str] | None, target: str | PretrainedConfig | Any | None
+) -> tuple[DFlashDraftSpec, str]:
+    """Return the draft and the reason for a target, whose folder as a string."""
     if isinstance(target, str):
         check_folder(target)
     if not isinstance(target, str | PretrainedConfig | None) and not hasattr(target, "config"):
@@ -441,7 +461,7 @@ def explain_resolution(
         made_for[0].check_supported()
         return made_for[0], f"It was made for {published}."
     if isinstance(target, str) and (base := base_of_adapter(target)):
-        spec, reason = explain_resolution(architectures, base)
+        spec, reason = _explain(architectures, base)
         return spec, f"{target} is an adapter for {base}. {reason}"
     known = TargetInfo(name, None if isinstance(target, str) else getattr(target, "config", target))
     origin = origin_of(known, CATALOGUE)
@@ -556,6 +576,7 @@ def check_folder(name: Any) -> None:
         )
 
 
+@explained_for("name", "loaded", LOADING)
 def load_draft(name: str | Path, **from_pretrained_kwargs: Any) -> DFlashDraftModel:
     """Load a draft of any kind and layout, from the Hub or a folder; no code of its repository runs.
 
@@ -575,27 +596,71 @@ def load_draft(name: str | Path, **from_pretrained_kwargs: Any) -> DFlashDraftMo
 
 
 class _Resolved(SpeculativeGenerate):
-    """A decoding function that finds and loads the draft of each target once."""
+    """A decoding function that finds and loads the draft of each target once.
 
-    def __init__(self) -> None:
+    Args:
+        draft: the draft to decode with; None for each target's own.
+    """
+
+    __signature__ = Signature(SpeculativeGenerate.__call__, "draft")
+
+    def __init__(self, draft: Any = None) -> None:
         super().__init__(None)
-        self.drafts: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+        self.named = draft
+        self.drafts: weakref.WeakKeyDictionary[Any, dict] = weakref.WeakKeyDictionary()
+        """For each target, its drafts by what names them."""
 
-    def __call__(
-        self, model: Any, input_ids: Any, *args: Any, streamer: Any = None, **kwargs: Any
-    ) -> Any:
-        streamer = streamer or local_of_generate("streamer", sys._getframe(1))
-        if model not in self.drafts:
+    def __reduce__(self) -> tuple:
+        return _Resolved, (self.named,)
+
+    def __call__(self, model: Any = None, *args: Any, draft: Any = None, **kwargs: Any) -> Any:
+        """Decode with `draft`, or the target's own; without a target, return a function that decodes with `draft`.
+
+        Args:
+            model: the target.
+            args, kwargs: as in `SpeculativeGenerate`.
+            draft: a loaded draft, a `DFlashDraftSpec`, a Hub id or a folder.
+        """
+        draft = self.named if draft is None else draft
+        if model is None and draft is not None and not args and not kwargs:
+            function = _Resolved(draft)
+            function.drafts = self.drafts
+            return function
+        if not kwargs.keys() >= PREPARED:
+            check_direct_call(model, args, kwargs)
+            return model.generate(*args, custom_generate=self, draft=draft, **kwargs)
+        return self._draft_for(model, draft).speculate(model, *args, **kwargs)
+
+    def _draft_for(self, model: Any, draft: Any) -> Any:
+        """Return the draft, loaded once for each target on its device and in its dtype."""
+        if hasattr(draft, "speculate"):  # also one that was loaded by its repository's code
+            return draft
+        if not isinstance(draft, str | Path | DFlashDraftSpec | None):
+            raise ValueError(
+                f"draft is {shown(draft)}; pass a loaded draft, a DFlashDraftSpec, a Hub id or a folder."
+            )
+        loaded = self.drafts.setdefault(model, {})
+        draft = str(draft) if isinstance(draft, Path) else draft
+        if draft not in loaded:
             check_target(model)
-            spec = resolve_dflash_draft_spec(model.config.architectures, target=model)
-            self.drafts[model] = spec.load(dtype=model.dtype).to(device_of(model)).eval()
-        return self.drafts[model].speculate(model, input_ids, *args, streamer=streamer, **kwargs)
+            loaded[draft] = _load_for(model, draft).to(device_of(model)).eval()
+        return loaded[draft]
+
+
+def _load_for(model: Any, draft: str | DFlashDraftSpec | None) -> DFlashDraftModel:
+    """Load a draft in the dtype of its target: this one, or the one that the catalogue knows."""
+    if draft is None:
+        draft = resolve_dflash_draft_spec(model.config.architectures, target=model)
+    if isinstance(draft, DFlashDraftSpec):
+        return draft.load(dtype=model.dtype)
+    return load_draft(draft, dtype=model.dtype)
 
 
 dflash_generate = _Resolved()
 """Decoding function for `target.generate(**inputs, custom_generate=dflash_generate)`.
 
-The target's own draft is resolved and loaded once.
+The target's own draft is resolved and loaded once. `draft=` names another: beside `custom_generate`, or in
+`custom_generate=dflash_generate(draft=...)`.
 
 Raises:
     ValueError: no draft is known for this target, or as in `DFlashDraftModel.speculate`.

@@ -30,6 +30,7 @@ from transformers.utils import logging
 from .compat_dflash import copy_loading_options, find_file
 from .configuration_dflash import EXTENSIONS, check_layout
 from .custom_generate_dflash import generate as custom_generate
+from .findings_dflash import LOADING, PUSHING, SAVING, check_path, explained_for
 from .layouts_dflash import engines_layout, engines_remarks
 from .weights_dflash import (
     RENAMED,
@@ -70,6 +71,7 @@ class RepositoryMixin:
     card_source: tuple[Any, dict[str, Any]] | None = None
 
     @classmethod
+    @explained_for("pretrained_model_name_or_path", "loaded", LOADING)
     def from_pretrained(
         cls, pretrained_model_name_or_path: Any, *model_args: Any, config: Any = None, **kwargs: Any
     ):
@@ -82,6 +84,8 @@ class RepositoryMixin:
         """
         wants_info = kwargs.pop("output_loading_info", False)
         name = pretrained_model_name_or_path
+        if config is not None and not isinstance(config, PretrainedConfig):
+            check_path("config", config)
         where = _where(kwargs)
         check_no_mask_embedding(name, where)
         started = time.time()
@@ -106,6 +110,7 @@ class RepositoryMixin:
         model.card_source = (name, where)
         return (model, info) if wants_info else model
 
+    @explained_for("save_directory", "written", SAVING)
     def save_pretrained(
         self, save_directory: Any, layout: str = "hub", push_to_hub: bool = False, **kwargs: Any
     ) -> None:
@@ -139,6 +144,7 @@ class RepositoryMixin:
             repo_id = hub_kwargs.pop("repo_id", Path(save_directory).name)
             self.push_to_hub(repo_id, layout=layout, **hub_kwargs)
 
+    @explained_for("repo_id", "pushed", PUSHING)
     def push_to_hub(
         self,
         repo_id: str,

@@ -245,6 +245,18 @@ def warn_of_new_family(target: Any) -> None:
         )
 
 
+def warn_of_length(target: Any, length: int) -> None:
+    """Warn before the first token if a text of `length` tokens would end beyond the target's positions."""
+    text = target.config.get_text_config(decoder=True)
+    positions = getattr(text, "max_position_embeddings", None)
+    if positions is not None and length > positions:
+        logger.warning_once(
+            f"The text may become {length:,} tokens long, prompt included, but this {text.model_type} was made for "
+            f"{positions:,} (max_position_embeddings). What is written beyond them may be nonsense, or fail. Pass a "
+            "smaller max_new_tokens=."
+        )
+
+
 def _raised_by(check: Callable[[], Any]) -> Iterator[Finding]:
     """Yield the ValueError of a check as a finding."""
     try:
@@ -361,6 +373,53 @@ def check_options(
     raise_first(input_findings(config, input_ids, inputs))
 
 
+IGNORED = ("assistant_model", "synced_gpus")
+"""Arguments that `generate` drops for every decoding function."""
+
+_OF_ASSISTANTS = (
+    *("num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold"),
+    *("assistant_lookbehind", "target_lookbehind", "assistant_ensemble_weight"),
+    *("max_matching_ngram_size", "is_assistant", "continuous_batching_config"),
+)
+"""Keywords that only another way of decoding reads."""
+
+
+def check_arguments(draft: Any, asked: dict[str, Any], keywords: dict[str, Any]) -> None:
+    """Refuse arguments of `generate` that it would ignore beside a draft.
+
+    Args:
+        asked: the values of `IGNORED`; the draft itself may be the assistant.
+        keywords: the other keywords that `generate` was called with.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    raise_first(argument_findings(draft, asked, keywords))
+
+
+def argument_findings(
+    draft: Any, asked: dict[str, Any], keywords: dict[str, Any]
+) -> Iterator[Finding]:
+    """Yield the arguments that `generate` ignores beside a draft; the same as for `check_arguments`."""
+    if asked["assistant_model"] not in (None, draft):
+        yield _option_finding("assistant_model", "the draft proposes the tokens")
+    if asked["synced_gpus"]:
+        yield _option_finding("synced_gpus", "each process accepts other numbers of tokens")
+    for name in _OF_ASSISTANTS:
+        if keywords.get(name) is not None:
+            why = "it belongs to another way of decoding; a draft's block has its own size"
+            yield _option_finding(name, why)
+
+
+_OTHER_WAYS = {
+    "prompt_lookup_num_tokens": "the draft proposes the tokens, not the prompt",
+    "assistant_early_exit": "the draft proposes the tokens, not early layers of the target",
+    "force_words_ids": "words are forced by a search with beams",
+    "constraints": "constraints are met by a search with beams",
+}
+"""Settings that choose another way of decoding, and why they have no meaning with a draft."""
+
+
 def config_findings(config: GenerationConfig) -> Iterator[Finding]:
     """Yield the settings of a generation config that have no meaning with a draft."""
     if (config.num_beams or 1) > 1:
@@ -376,9 +435,18 @@ def config_findings(config: GenerationConfig) -> Iterator[Finding]:
     if layers and config.return_dict_in_generate and config.use_cache is False:
         why = "plain decoding then returns those of the whole text at every step"
         yield _option_finding("hidden states or attentions without a cache", why)
-    if getattr(config, "constraints", None) or getattr(config, "force_words_ids", None):
-        why = "constraints are met by a search over beams"
-        yield _option_finding("constraints or force_words_ids", why)
+    for name, why in _OTHER_WAYS.items():
+        if getattr(config, name, None) is not None:
+            yield _option_finding(name, why)
+    if (getattr(config, "num_beam_groups", None) or 1) > 1:
+        yield _option_finding("num_beam_groups above 1", "groups are groups of beams")
+    if getattr(config, "diversity_penalty", None):
+        yield _option_finding("diversity_penalty", "it compares groups of beams")
+    if getattr(config, "use_mtp", None):
+        yield _option_finding("use_mtp", "the draft proposes the tokens, not heads of the target")
+    if getattr(config, "speculation_type", None) not in (None, "dflash"):
+        why = "this draft is a DFlash draft, and decodes in its own loop"
+        yield _option_finding(f"speculation_type={config.speculation_type!r}", why)
 
 
 def input_findings(

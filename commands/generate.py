@@ -47,6 +47,7 @@ def generate(
     model = load_target(target, dtype).to(device).eval()
     draft_model = find_draft(model, draft, draft_revision).to(device).eval()
     row = encode(tokenizer, prompt, chat).to(device)
+    max_new_tokens = fitting(model, row, max_new_tokens)
     warm_up(draft_model, model, row, capture)
     result = compare(
         draft_model, model, row, max_new_tokens, TextStreamer(tokenizer, skip_prompt=True), capture
@@ -83,6 +84,30 @@ def find_draft(model: Any, draft: str | None, revision: str | None) -> Any:
     spec, why = explain_resolution(model.config.architectures, model)
     console.print(f"Draft: [bold]{spec.name}[/bold]. {why}", style="dim")
     return spec.load(dtype=model.dtype)
+
+
+def fitting(model: Any, row: Any, max_new_tokens: int) -> int:
+    """Return how many tokens to generate after `row [1, P]`: as many as asked for, or up to the target's last position.
+
+    Raises:
+        ValueError: the prompt alone fills the positions.
+    """
+    from ..evaluation import positions_left
+
+    room, prompt = positions_left(model, row), row.shape[1]
+    if room is None or max_new_tokens <= room:
+        return max_new_tokens
+    if room < 1:
+        raise ValueError(
+            f"The prompt has {prompt:,} tokens, but the target was made for texts of {prompt + room:,}. Shorten it."
+        )
+    console.print(
+        f"--max-new-tokens is {max_new_tokens:,}, but the target was made for texts of {prompt + room:,} tokens, and "
+        f"the prompt has {prompt:,}: generation stops after {room:,} new tokens.",
+        style="yellow",
+        soft_wrap=True,
+    )
+    return room
 
 
 def encode(tokenizer: Any, prompt: str, chat: bool) -> Any:

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
+from ..calls_dflash import check_ids, check_loaded
 from ..generation_dflash import DecodeStatistics, now
+from ..layouts_dflash import shown
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,10 @@ def compare(
         streamer: receives the tokens of the run with DFlash.
         capture: how forwards run, as in `target.generate(..., custom_generate=draft.speculate, capture=...)`.
     """
+    if not hasattr(draft, "speculate") or isinstance(draft, type):
+        raise ValueError(f"draft is {shown(draft)}; pass a loaded draft, load_draft(...).")
+    if streamer is not None and not hasattr(streamer, "put"):
+        raise ValueError(f"streamer is {shown(streamer)}; pass a TextStreamer.")
     statistics = DecodeStatistics()
     generate_kwargs = {
         "custom_generate": draft.speculate,
@@ -98,7 +104,10 @@ def compare(
 
 def warm_up(draft: Any, target: Any, input_ids: torch.Tensor, capture: str = "auto") -> None:
     """Generate a short text both ways, so that one-time costs do not count in later timings."""
-    new_tokens = 4 * draft.config.block_size
+    size = getattr(getattr(draft, "config", None), "block_size", 1)  # `compare` checks the draft
+    new_tokens = 4 * size
+    if room := positions_left(target, input_ids):
+        new_tokens = min(new_tokens, room)
     for _ in range(3 if capture == "compile" else 1):
         compare(draft, target, input_ids, new_tokens, capture=capture)
 
@@ -107,6 +116,10 @@ def greedy(
     target: Any, input_ids: torch.Tensor, max_new_tokens: int, **generate_kwargs: Any
 ) -> torch.Tensor:
     """Generate greedily from `input_ids [1, P]`, without penalties of the generation config; return `[1, P + new]`."""
+    check_loaded("target", target)
+    check_ids(input_ids)
+    if type(max_new_tokens) is not int or max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens!r}; it must be an int, 1 or more.")
     plain = {
         "do_sample": False,
         "num_beams": 1,
@@ -127,14 +140,25 @@ def greedy(
 
 def stop_token_ids(target: Any) -> tuple[int, ...]:
     """Return the end tokens of the target's generation config."""
+    check_loaded("target", target)
     eos = target.generation_config.eos_token_id
     if eos is None:
         return ()
     return (eos,) if isinstance(eos, int) else tuple(eos)
 
 
+def positions_left(target: Any, input_ids: torch.Tensor) -> int | None:
+    """Return how many tokens fit after `input_ids [1, P]` into the target's positions; None if it names none."""
+    check_loaded("target", target)
+    check_ids(input_ids)
+    text = target.config.get_text_config(decoder=True)
+    positions = getattr(text, "max_position_embeddings", None)
+    return None if positions is None else positions - input_ids.shape[1]
+
+
 def _timed(target: Any, run: Callable[[], Any]) -> tuple[Any, float]:
     """Return the result of `run` and the seconds it took."""
+    check_loaded("target", target)
     started = now(target.device)
     result = run()
     return result, now(target.device) - started

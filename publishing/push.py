@@ -16,6 +16,7 @@ from typing import Any
 
 from huggingface_hub import HfApi, ModelCard
 
+from ..findings_dflash import check_path
 from ..modeling_dflash import DFlashDraftModel
 from ..registry import load_draft
 from ..repository_dflash import (
@@ -102,7 +103,7 @@ def publish(
             weights after staging, or the repository is public although a private one was asked for.
         RuntimeError: a push failed; the message says which commits are on the Hub now.
     """
-    options = options or PublishOptions()
+    options = _options(options)
     api = HfApi(token=options.token)
     with _staged(api, directory, repo_id, options, report) as (draft, folders, found, repo_id):
         repo_id = make_repo(api, repo_id, options.private)
@@ -126,7 +127,7 @@ def plan(
 
     It raises what `publish` raises.
     """
-    options = options or PublishOptions()
+    options = _options(options)
     api = HfApi(token=options.token)
     with _staged(api, directory, repo_id, options, report) as (_, folders, found, repo_id):
         files = {}
@@ -139,6 +140,14 @@ def plan(
         return Plan(repo_id, files, found.left_out)
 
 
+def _options(options: PublishOptions | None) -> PublishOptions:
+    """Return the options, or those that stand for None."""
+    options = PublishOptions() if options is None else options
+    if not isinstance(options, PublishOptions):
+        raise ValueError(f"options is {options!r}; pass a PublishOptions.")
+    return options
+
+
 @contextmanager
 def _staged(
     api: HfApi,
@@ -148,6 +157,7 @@ def _staged(
     report: Callable[[str], None],
 ) -> Iterator[tuple[DFlashDraftModel, list[tuple[Path, str | None]], Contents, str]]:
     """Ask about the destination, stage and check both layouts, and yield them with their branches while they exist."""
+    check_path("directory", directory)
     directory = Path(directory)
     if not directory.is_dir():
         raise ValueError(

