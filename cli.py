@@ -17,6 +17,7 @@ from .commands.regenerate import regenerate
 from .commands.resolve import resolve
 from .commands.train import train
 from .commands.version import version
+from .commands.words import in_flags
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__
@@ -45,5 +46,17 @@ def main() -> None:
     try:
         app()
     except (ValueError, OSError, RuntimeError, ImportError) as error:
-        Console(stderr=True).print(f"[red]Error:[/red] {escape(str(error))}", soft_wrap=True)
+        message = in_flags(str(error), _options(sys.argv[1:]))
+        Console(stderr=True).print(f"[red]Error:[/red] {escape(message)}", soft_wrap=True)
         sys.exit(1)
+
+
+def _options(words: list[str]) -> list[str]:
+    """Return the names of the options of the command that was called."""
+    if words[:1] == ["train"]:
+        from .commands.training_run import option_names
+
+        return option_names()
+    command = typer.main.get_command(app)
+    called = getattr(command, "commands", {}).get(next(iter(words), ""))
+    return [option.name for option in getattr(called, "params", ())]

@@ -83,12 +83,15 @@ def explained(asked: str, advice: str) -> Iterator[None]:
         raise kind(f"{asked}: {error or type(error).__name__}\n{advice}") from error
 
 
-def explained_for(argument: str, verb: str, advice: str) -> Callable[[Callable], Callable]:
+def explained_for(
+    argument: str, verb: str, advice: str, check: Callable[[str, Any], None] | None = check_path
+) -> Callable[[Callable], Callable]:
     """Return a decorator: `explained` for a function whose first argument is a path or the name of a repository.
 
     Args:
         argument: its name.
         verb: what the function does with it, as in "org/draft could not be loaded".
+        check: called with the name and the value; None if the function checks it.
     """
 
     def decorate(function: Callable) -> Callable:
@@ -98,7 +101,8 @@ def explained_for(argument: str, verb: str, advice: str) -> Callable[[Callable],
         def call(*args: Any, **kwargs: Any) -> Any:
             given = args[is_method:]
             value = given[0] if given else kwargs.get(argument)
-            check_path(argument, value)
+            if check is not None:
+                check(argument, value)
             with explained(f"{value} could not be {verb}", advice):
                 return function(*args, **kwargs)
 
@@ -123,7 +127,7 @@ def _is_ours(error: Exception) -> bool:
     return isinstance(error, Warning) or (ours and isinstance(error, checks))
 
 
-LOADING = "Check name, revision and connection. For a private or gated repository, log in: hf auth login, or HF_TOKEN."
+LOADING = "Check name, revision and connection. For a private or gated one, log in: hf auth login, or HF_TOKEN."
 SAVING = "Pass a folder that can be written, and options as in PreTrainedModel.save_pretrained."
 PUSHING = "Nothing was pushed. Pass the options as in PreTrainedModel.push_to_hub."
 """What to do after an error of another library."""

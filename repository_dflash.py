@@ -144,7 +144,7 @@ class RepositoryMixin:
             repo_id = hub_kwargs.pop("repo_id", Path(save_directory).name)
             self.push_to_hub(repo_id, layout=layout, **hub_kwargs)
 
-    @explained_for("repo_id", "pushed", PUSHING)
+    @explained_for("repo_id", "pushed", PUSHING, check=None)
     def push_to_hub(
         self,
         repo_id: str,

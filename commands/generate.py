@@ -6,7 +6,15 @@ from typing import Annotated, Any
 
 import typer
 
-from .shared import Capture, NewTokens, Target, console, fail_differing, show_speed
+from .shared import (
+    Capture,
+    NewTokens,
+    Target,
+    console,
+    fail_differing,
+    load_tokenizer,
+    show_speed,
+)
 
 
 def generate(
@@ -36,14 +44,14 @@ def generate(
 ) -> None:
     """Generate greedily and stream the output, then run the target alone and compare speed."""
     import torch
-    from transformers import AutoTokenizer, TextStreamer
+    from transformers import TextStreamer
 
     from ..evaluation import compare, warm_up
-    from ..registry import check_folder
 
-    check_folder(target)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = AutoTokenizer.from_pretrained(target)
+    check_dtype(dtype)
+    check_device(device)
+    tokenizer = load_tokenizer(target)
     model = load_target(target, dtype).to(device).eval()
     draft_model = find_draft(model, draft, draft_revision).to(device).eval()
     row = encode(tokenizer, prompt, chat).to(device)
@@ -67,12 +75,44 @@ def load_target(name: str, dtype: str) -> Any:
     """Load the target's text model, or its image-and-text model where transformers has no text model for it."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+    from ..findings_dflash import LOADING, explained
+
+    with explained(f"The target {name} could not be loaded", LOADING):
+        try:
+            return AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        except ValueError as error:
+            if "Unrecognized configuration class" not in str(error):
+                raise
+        return AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
+
+
+def check_dtype(dtype: str) -> None:
+    """Refuse what is no name of a dtype of torch.
+
+    Raises:
+        ValueError: naming the flag.
+    """
+    import torch
+
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(
+            f"--dtype is {dtype!r}; it must be auto, or a dtype of torch such as float32 or bfloat16."
+        )
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that this machine does not have.
+
+    Raises:
+        ValueError: naming the flag.
+    """
+    import torch
+
     try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-    except ValueError as error:
-        if "Unrecognized configuration class" not in str(error):
-            raise
-    return AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device is {device!r}, which cannot be used here: {reason}") from error
 
 
 def find_draft(model: Any, draft: str | None, revision: str | None) -> Any:

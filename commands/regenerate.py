@@ -16,7 +16,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from .shared import NewTokens, Target, console
+from .generate import load_target
+from .shared import NewTokens, Target, console, load_tokenizer
 
 if TYPE_CHECKING:
     from ..training.regenerate import AnswerFn
@@ -53,15 +54,15 @@ def regenerate(
     streaming: Annotated[bool, typer.Option(help="Stream the dataset.")] = False,
 ) -> None:
     """Replace a dataset's answers by the target's own, from a server or generated here. Resumable."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     from ..training import require
 
     require("datasets", "httpx", purpose="Regenerating answers")
     from ..training.data import load_rows
     from ..training.regenerate import GenerationSettings, InProcess, Server, check_columns
 
-    tokenizer = AutoTokenizer.from_pretrained(target)
+    if output.is_dir():
+        raise ValueError(f"--output is the folder {output}; pass a file in it, such as data.jsonl.")
+    tokenizer = load_tokenizer(target)
     settings = GenerationSettings(max_new_tokens, temperature, prompt_tokens)
     rows = load_rows(data, data_name, data_split, streaming)
     rows = rows if limit is None else rows.take(limit)
@@ -69,7 +70,7 @@ def regenerate(
     if server is not None:
         answer: AnswerFn = Server(server, tokenizer, settings, model)
     else:
-        target_model = AutoModelForCausalLM.from_pretrained(target, dtype="auto")
+        target_model = load_target(target, dtype="auto")
         answer = InProcess(target_model, tokenizer, settings)
     done, failed = regenerate_with_progress(rows, output, answer, workers if server else 1)
     console.print(f"[bold]{output}[/bold] holds {done:,} rows.")

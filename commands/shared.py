@@ -2,7 +2,7 @@
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
 """Share the console, options and the table of speeds between commands."""
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -24,6 +24,23 @@ Capture = Annotated[
         help="Execution mode: auto, eager, graphs (CUDA) or compile (about 30 s warm-up)."
     ),
 ]
+
+
+def load_tokenizer(target: str) -> Any:
+    """Load the tokenizer of a target.
+
+    Raises:
+        ValueError, OSError: there is none; naming the target.
+    """
+    from transformers import AutoTokenizer
+
+    from ..findings_dflash import LOADING, check_path, explained
+    from ..registry import check_folder
+
+    check_path("--target", target)
+    check_folder(target)
+    with explained(f"The tokenizer of the target {target} could not be loaded", LOADING):
+        return AutoTokenizer.from_pretrained(target)
 
 
 def show_speed(result: "Comparison") -> None:

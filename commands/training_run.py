@@ -3,7 +3,7 @@
 """Run `dflash-hub train`: read the options, set up the run, train, save and publish."""
 
 import tempfile
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -61,6 +61,11 @@ def _expand_push_to_hub(argv: list[str]) -> list[str]:
         if is_push and following[:1] not in ("", "-") and following not in ("True", "False"):
             expanded += ["True", "--hub_model_id"]
     return expanded
+
+
+def option_names() -> list[str]:
+    """Return the names of all options."""
+    return [one.name for kind in (TrainOptions, DFlashTrainingArguments) for one in fields(kind)]
 
 
 def print_data_reports(trainer: DFlashTrainer) -> None:

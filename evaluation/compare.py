@@ -79,7 +79,7 @@ def compare(
     """
     if not hasattr(draft, "speculate") or isinstance(draft, type):
         raise ValueError(f"draft is {shown(draft)}; pass a loaded draft, load_draft(...).")
-    if streamer is not None and not hasattr(streamer, "put"):
+    if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
         raise ValueError(f"streamer is {shown(streamer)}; pass a TextStreamer.")
     statistics = DecodeStatistics()
     generate_kwargs = {

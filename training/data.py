@@ -18,6 +18,7 @@ import torch
 from jinja2 import TemplateError
 
 from ..configuration_dflash import __version__
+from ..findings_dflash import explained_for
 from .blocks import PackedBatch
 
 COLUMNS = ("messages", "text", "input_ids")
@@ -62,6 +63,7 @@ class DropReport:
         return f"{self.used:,} documents" + (f"; left out: {', '.join(reasons)}" if reasons else "")
 
 
+@explained_for("data", "read", "Pass a file, a folder or a dataset on the Hub that exists.")
 def load_rows(
     data: str, name: str | None = None, split: str = "train", streaming: bool = False
 ) -> Any:

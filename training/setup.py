@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
+from ..findings_dflash import LOADING, check_path, explained
 from ..kinds import KINDS
-from ..registry import DFlashDraftSpec, load_draft
+from ..registry import DFlashDraftSpec, check_folder, load_draft
 from .arguments import DFlashTrainingArguments
 from .data import load_rows
 from .trainer import DFlashTrainer
@@ -96,10 +97,13 @@ class TrainOptions:
 def build(options: TrainOptions, args: DFlashTrainingArguments) -> DFlashTrainer:
     """Load everything, check the options, the pair and the data, and return the trainer."""
     trust = {"trust_remote_code": options.trust_remote_code}
-    tokenizer = AutoTokenizer.from_pretrained(options.target, **trust)
-    target = AutoModelForCausalLM.from_pretrained(
-        options.target, dtype=options.target_dtype, **trust
-    )
+    check_path("target", options.target)
+    check_folder(options.target)
+    with explained(f"The target {options.target} could not be loaded", LOADING):
+        tokenizer = AutoTokenizer.from_pretrained(options.target, **trust)
+        target = AutoModelForCausalLM.from_pretrained(
+            options.target, dtype=options.target_dtype, **trust
+        )
     set_seed(args.seed)  # before the draft, whose fresh weights are random
     draft = make_draft(options, target, tokenizer)
     if not Path(options.target).exists():
