@@ -20,8 +20,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .cache_dflash import SlotCache
 from .compat_dflash import (
     attention_name,
+    configs_of,
     difference,
-    names_attention,
     own_eager,
     set_attention_name,
 )
@@ -65,7 +65,7 @@ class BlockMasks:
     slides, near the far end of the window. Only those slots are written again.
 
     Args:
-        padding_mask `[B, S]`: True at slots of padding, which only themselves may see.
+        padding_mask `[B, S]`: True at slots of padding, which no other slot may see.
         slots `[B]`: of the first token of each row's block.
         size: Q. The block starts as a chain; `move` makes it any tree of that size.
         kinds: masks to build at once. A block that is captured must find them in place.
@@ -145,8 +145,11 @@ class BlockMasks:
             lineage = self.ancestors.gather(2, index)
             written = torch.where(in_block[:, None], lineage, written)
         padding = self.padding_mask.gather(1, where)[:, None]
+        seen = seen & written & ~padding
+        # A token of padding sees what precedes it, and only itself if that is nothing.
         itself = offset[:, None] == self.offsets[:, None]
-        return (seen & written & ~padding) | itself
+        alone = ~seen.any(dim=-1, keepdim=True)
+        return seen | (itself & alone)
 
 
 def pad_to(padding_mask: torch.Tensor, num_slots: int) -> torch.Tensor:
@@ -165,12 +168,7 @@ class BlockAttention:
     """
 
     def __init__(self, model: Any, layer_kinds: list[tuple[int | None, bool]]):
-        configs = {
-            id(module.config): module.config
-            for module in model.modules()
-            if hasattr(module, "config")
-        }
-        self.configs = [config for config in configs.values() if names_attention(config)]
+        self.configs = configs_of(model)
         self.layer_kinds = layer_kinds
         self.name = f"dflash_slots_{id(self):x}"
         self.original = attention_name(model.config.get_text_config(decoder=True))

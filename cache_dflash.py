@@ -232,6 +232,22 @@ class SlotCache:
         first = rows[:, None] * self.capacity
         return (slots + first).flatten()
 
+    def select_rows(self, rows: list[int]) -> None:
+        """Make the rows of every layer these ones, which may repeat."""
+        for layer in self.slot_layers.values():
+            layer.keys = layer.keys[rows]
+            layer.values = layer.values[rows]
+
+    def move(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Move every layer to a device and a dtype. What inference mode made is copied, to be written outside."""
+        inside = torch.is_inference_mode_enabled()
+        for layer in self.slot_layers.values():
+            copy = layer.keys.is_inference() and not inside
+            layer.keys = layer.keys.to(device, dtype, copy=copy)
+            layer.values = layer.values.to(device, dtype, copy=copy)
+            layer.device = device
+            layer.dtype = dtype
+
     def copy_slots(self, source: torch.Tensor, destination: torch.Tensor) -> None:
         """Copy the slots `source [B, M]` to `destination [B, M]` in every layer."""
         for layer in self.slot_layers.values():

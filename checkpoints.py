@@ -20,6 +20,9 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import cached_file
 from yaml import YAMLError
 
+from .configuration_dflash import same_vocabulary
+from .repository_dflash import check_repo_id
+
 _QUANTISED = (
     r"awq|gptq(?:v2)?|gguf|hqq|eetq|aqlm|vptq|spqr|exl[23]|mlx|dwq|bnb|bitsandbytes|torchao|auto-?round|marlin|nf4"
     r"|u?int[2-8]|w\d+a\d+|[2-8][-_]?bits?|i?q\d(?:_[0-9a-z]{1,3}){0,2}|[\d.]+bpw"
@@ -221,9 +224,10 @@ def _shape_matches(spec: CatalogueRow, config: PretrainedConfig) -> bool | None:
     pairs = (
         (spec.hidden_size, getattr(text, "hidden_size", None)),
         (spec.num_target_layers, getattr(text, "num_hidden_layers", None)),
-        (spec.vocab_size, getattr(text, "vocab_size", None)),
     )
     known = [ours == theirs for ours, theirs in pairs if ours is not None]
+    if spec.vocab_size is not None:
+        known.append(same_vocabulary(spec.vocab_size, getattr(text, "vocab_size", None) or 0))
     return all(known) if known else None
 
 
@@ -252,8 +256,17 @@ def read_card(name: str, online: bool) -> Card | None:
         return None
     named = data.get("base_model")
     named = named if isinstance(named, list) else [named]
-    bases = tuple(base for base in named if isinstance(base, str))
+    bases = tuple(base for base in named if _is_hub_id(base))
     return Card(bases, _relation(data, bases)) if bases else None
+
+
+def _is_hub_id(name: Any) -> bool:
+    """Tell whether a card's entry can be the name of a repository; anything else would stand in our messages."""
+    try:
+        check_repo_id(name)
+    except ValueError:
+        return False
+    return True
 
 
 def _relation(data: dict[str, Any], bases: tuple[str, ...]) -> str | None:

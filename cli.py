@@ -57,6 +57,6 @@ def _options(words: list[str]) -> list[str]:
         from .commands.training_run import option_names
 
         return option_names()
-    commands = getattr(typer.main.get_command(app), "commands", {})
-    called = commands.get("".join(words[:1]))
+    command = typer.main.get_command(app)
+    called = getattr(command, "commands", {}).get(next(iter(words), ""))
     return [option.name for option in getattr(called, "params", ())]

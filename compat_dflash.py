@@ -8,8 +8,8 @@ be deleted. No other file uses a private name of transformers.
 
 import inspect
 import sys
-from collections.abc import Callable, MutableMapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -215,6 +215,16 @@ def names_attention(config: Any) -> bool:
     return hasattr(config, "_attn_implementation_internal")
 
 
+def configs_of(model: Any) -> list[Any]:
+    """Return the configs of a model and its parts that name an attention."""
+    configs = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if config is not None and names_attention(config):
+            configs[id(config)] = config
+    return list(configs.values())
+
+
 def own_eager(module: Any) -> Callable:
     """Return the eager attention function of the file that defines `module`.
 
@@ -247,8 +257,16 @@ def visible_in_window(
 # Cache layers --------------------------------------------------------------------------------------------------------
 
 
+def mask_length(config: Any) -> int | None:
+    """Return the length of the mask that `generate` dropped, since it hides nothing; None where it dropped none.
+
+    Checked with 5.15.1, which drops none, and 5.24.0; delete when a decoding function gets the mask.
+    """
+    return getattr(config, "_mask_length", None)
+
+
 def set_slots_seen(layer: Any, slots: int) -> None:
-    """Set the number of tokens that a sliding layer of a `DynamicCache` has seen; it stores only the last ones.
+    """Set the number of tokens that a sliding or static layer of a cache has seen; it may store only the last ones.
 
     Checked with 5.15.1 to 5.24.0; delete when such a layer can be built from its keys and the length.
 
@@ -257,7 +275,142 @@ def set_slots_seen(layer: Any, slots: int) -> None:
     """
     if not hasattr(layer, "cumulative_length"):
         raise difference(f"{type(layer).__name__} does not say how long its text is")
-    layer.cumulative_length = slots
+    if isinstance(layer.cumulative_length, int):
+        layer.cumulative_length = slots
+        return
+    layer.cumulative_length.fill_(slots)
+    if hasattr(layer, "cumulative_length_int"):
+        layer.cumulative_length_int = slots
+
+
+# Weights that accelerate loads for each forward, adapters of PEFT ----------------------------------------------------
+
+
+def is_offloaded(module: Any) -> bool:
+    """Return whether weights of a module are on the meta device between its forwards."""
+    return any(parameter.is_meta for parameter in module.parameters())
+
+
+def loader_of(module: Any) -> Any:
+    """Return accelerate's hook on a module, which brings its weights and moves its inputs; None without one.
+
+    Checked with accelerate 1.15; delete when accelerate has a public name for it.
+    """
+    return getattr(module, "_hf_hook", None)
+
+
+def device_of(model: Any) -> torch.device:
+    """Return the device on which a model computes, also where its weights lie elsewhere between forwards."""
+    device = model.device
+    if device.type == "meta":
+        device = getattr(loader_of(model), "execution_device", None)
+        tensors = [*model.parameters(), *model.buffers()]
+        found = next((tensor.device for tensor in tensors if not tensor.is_meta), "cpu")
+        device = found if device is None else device
+    return torch.device(device)
+
+
+def device_of_inputs(module: Any, default: torch.device) -> torch.device:
+    """Return where a module's weights are; `default` where a hook moves its inputs, or it shows no weights."""
+    weight = next(module.parameters(), None)
+    return default if weight is None or weight.is_meta else weight.device
+
+
+def dtype_of_inputs(module: Any, default: torch.dtype) -> torch.dtype:
+    """Return the dtype of a module's weights; `default` where they have few bits, unlike their inputs."""
+    weight = next(module.parameters(), None)
+    wide = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    return weight.dtype if weight is not None and weight.dtype in wide else default
+
+
+@contextmanager
+def loaded(module: Any) -> Iterator[None]:
+    """Keep the offloaded weights of a module in place inside the context."""
+    loader = loader_of(module) if is_offloaded(module) else None
+    if loader is not None:
+        loader.pre_forward(module)
+    try:
+        yield
+    finally:
+        if loader is not None:
+            loader.post_forward(module, None)
+
+
+def adapter_layers(model: Any) -> list[Any]:
+    """Return the modules by which PEFT replaced layers of a model.
+
+    Checked with peft 0.18 to 0.21; delete when transformers tells how a model's adapters are set.
+    """
+    return [module for module in model.modules() if "merged_adapters" in vars(module)]
+
+
+def adapters_of_rows(model: Any) -> set[str]:
+    """Return the adapters among which each row has its own (`generate(adapter_names=...)`); none otherwise."""
+    names: set[str] = set()
+    for layer in adapter_layers(model):
+        for hook in layer._forward_pre_hooks.values():
+            names.update(getattr(hook, "keywords", {}).get("adapter_names") or ())
+    return names
+
+
+def adapters_in_use(wrapper: Any) -> list[Any]:
+    """Return the configs of the PEFT adapters that the next forward uses; none of a model without any.
+
+    Args:
+        wrapper: PEFT's own, or a model with adapters.
+    """
+    known = getattr(wrapper, "peft_config", None) or {}
+    layers = adapter_layers(wrapper) if known else []
+    names = adapters_of_rows(wrapper) if layers else set(known)
+    if not names:
+        for layer in layers:
+            names.update(() if layer.disable_adapters else layer.active_adapters)
+    return [config for name, config in known.items() if name in names]
+
+
+def arrangement(model: Any) -> int:
+    """Return a number that changes with a model's modules, its adapters, its training mode, and where weights lie."""
+    found: list[Any] = [frozenset(adapters_of_rows(model))]
+    for module in model.modules():
+        found.append((id(module), type(module), module.training))
+    for layer in adapter_layers(model):
+        active, merged = tuple(layer.active_adapters), tuple(layer.merged_adapters)
+        found.append((active, merged, bool(layer.disable_adapters)))
+    for weight in model.parameters():
+        found.append((weight.shape, weight.dtype, weight.device))
+    return hash(tuple(found))
+
+
+# Compiled code -------------------------------------------------------------------------------------------------------
+
+
+def detours(model: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, str, Any]]:
+    """Yield each module whose own code would not run as written, the attribute to change, and what to set it to.
+
+    Checked with torch 2.13 and 2.14; delete when one context turns off the compiler for one model.
+    """
+    for module in model.modules():
+        own = vars(module)
+        if own.get("gradient_checkpointing"):
+            yield module, "gradient_checkpointing", False
+        if own.get("_compiled_call_impl") is not None:
+            yield module, "_compiled_call_impl", None
+        original = uncompiled(own.get("forward"))
+        if original is not own.get("forward"):
+            yield module, "forward", original
+
+
+def uncompiled(function: Any) -> Any:
+    """Return what `torch.compile` was given to make `function`; a function that it did not make unchanged."""
+    # A function that wraps a compiled one has copies of its attributes, that of its id included.
+    while getattr(function, "_torchdynamo_wrapper_id", None) == id(function):
+        function = function._torchdynamo_orig_callable
+    return function
+
+
+def without_compiler(model: Any) -> Any:
+    """Return the model inside the wrapper of `torch.compile`; any other model as it is."""
+    return getattr(model, "_orig_mod", model)
 
 
 # Auto classes and configs --------------------------------------------------------------------------------------------

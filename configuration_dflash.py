@@ -68,6 +68,14 @@ class Extensions:
 EXTENSIONS = Extensions()
 
 
+def same_vocabulary(known: int, found: int) -> bool:
+    """Return whether `found` rows may be a vocabulary of `known` with rows added at its end, or padding taken away.
+
+    Tokens keep their ids then. A vocabulary that lacks more than a quarter of the rows is another one.
+    """
+    return 4 * found >= 3 * known
+
+
 class DFlashConfig(PretrainedConfig):
     """Configuration of a DFlash draft model.
 
@@ -251,6 +259,8 @@ class DFlashConfig(PretrainedConfig):
         fc_width = hidden_size * len(self.target_layer_ids)
         layers = self.num_target_layers or num_layers
         vocab = self.vocab_size or vocab_size
+        # A draft has neither embedding nor head: rows added at the end are nothing to it.
+        known = same_vocabulary(vocab, max(vocab_size, embedding_rows))
         advice = "Use the draft that was made for this target (`dflash-hub resolve` finds it)"
         checks = (
             (hidden_size == self.hidden_size, "hidden_size", self.hidden_size, f"{hidden_size}"),
@@ -258,7 +268,7 @@ class DFlashConfig(PretrainedConfig):
             (layers == num_layers, "num_target_layers", layers, f"{num_layers} layers"),
             (tap < num_layers, "last tapped layer", tap, f"{num_layers} layers, counted from 0"),
             (mask < embedding_rows, "mask_token_id", mask, f"{embedding_rows} embedding rows"),
-            (vocab in (vocab_size, embedding_rows), "vocab_size", vocab, f"{vocab_size}"),
+            (known, "vocab_size", vocab, f"{vocab_size}"),
         )
         for fits, name, found, expected in checks:
             if not fits:
@@ -296,6 +306,7 @@ class DFlashConfig(PretrainedConfig):
             ) from None
         if content == {}:
             raise ValueError(f"{json_file} is {{}}; it must be a dict of fields.")
+        _check_no_key_twice(json_file)
         check_content(content).pop("configuration_files", None)
         return content
 
@@ -415,6 +426,27 @@ class DFlashConfig(PretrainedConfig):
         """Return whether two configs describe the same draft, wherever each was read from."""
         same_kind = getattr(other, "model_type", None) == self.model_type
         return same_kind and _content(self) == _content(other)
+
+
+def _check_no_key_twice(json_file: Any) -> None:
+    """Refuse a file in which a key stands twice with different values: readers would take different ones.
+
+    Raises:
+        ValueError: naming the key and both values.
+    """
+
+    def collect(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in found and found[key] != value:
+                raise ValueError(
+                    f"{json_file} contradicts itself about {key}: it is {shown(found[key])} and, further down, "
+                    f"{shown(value)}. Correct the file."
+                )
+            found[key] = value
+        return found
+
+    json.loads(Path(json_file).read_text(encoding="utf-8"), object_pairs_hook=collect)
 
 
 def _is_targets(architecture: str) -> bool:

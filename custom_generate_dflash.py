@@ -43,10 +43,13 @@ def _draft(repository: str, model: Any, hub: dict[str, Any]) -> Any:
     commit = Path(__file__).parents[1].name
     if not Path(repository).is_dir():
         hub = hub | {"revision": commit}
-    key = (repository, commit, model.device, model.dtype)
+    tensors = (*model.parameters(), *model.buffers())
+    # Offloaded weights are on the meta device.
+    device = next((tensor.device for tensor in tensors if not tensor.is_meta), "cpu")
+    key = (repository, commit, device, model.dtype)
     if key not in _DRAFTS:
         loaded = AutoModel.from_pretrained(
             repository, dtype=model.dtype, trust_remote_code=True, **hub
         )
-        _DRAFTS[key] = loaded.to(model.device).eval()
+        _DRAFTS[key] = loaded.to(device).eval()
     return _DRAFTS[key]

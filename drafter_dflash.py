@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from transformers.cache_utils import DynamicCache
 
-from .attention_dflash import BlockAttention, BlockState
+from .attention_dflash import BlockAttention, BlockState, pad_to
 from .cache_dflash import SlotCache
-from .execution_dflash import BlockRunner
+from .compat_dflash import device_of_inputs, dtype_of_inputs
+from .execution_dflash import BlockRunner, as_written
 from .target_dflash import embed_noise
 
 
@@ -66,10 +67,13 @@ class DraftState(BlockState):
         """Return the positions in each row's text of `slots [B, N]`."""
         return (slots + self.position_offset).clamp_min(0)
 
-    def mask_context(self, num_slots: int) -> None:
-        """Hide the first slots, which were cached without this draft and hold no context of it."""
-        self.padding_mask = self.padding_mask.clone()
-        self.padding_mask[:, :num_slots] = True
+    def hide(self, hidden: torch.Tensor) -> None:
+        """Hide those of the first slots that hold no context of this draft: `[B, L]`, True where it is missing."""
+        num_slots = hidden.shape[1]
+        padding_mask = pad_to(self.padding_mask, num_slots).clone()
+        hidden = hidden.to(padding_mask.device)
+        padding_mask[:, :num_slots] |= hidden
+        self.padding_mask = padding_mask
 
 
 class Drafter:
@@ -83,9 +87,7 @@ class Drafter:
     def __init__(self, draft: Any, target: Any):
         self.draft, self.size = draft, draft.config.block_size
         self.embed, self.head = target.get_input_embeddings(), target.get_output_embeddings()
-        # Weights of few bits have dtypes that are not those of their inputs.
-        self.head_device = next(self.head.parameters()).device
-        self.head_dtype = target.dtype
+        self.head_dtype = dtype_of_inputs(self.head, target.dtype)
         self.attention = BlockAttention(draft, layer_kinds(draft.config))
         self.no_masks = dict.fromkeys(draft.config.layer_types)
         self.runner = BlockRunner(
@@ -106,14 +108,14 @@ class Drafter:
         # The slot at which each row's text begins.
         first = (~padding_mask).int().argmax(dim=1, keepdim=True)
         cache = SlotCache(DynamicCache(config=self.draft.config))
-        with self.runner.using(mode), self.attention.installed():
+        with as_written(self.draft), self.runner.using(mode), self.attention.installed():
             yield DraftState(cache, padding_mask, -first, noise_ids)
 
     def cache_context(self, state: DraftState, features: torch.Tensor, first_slot: int) -> None:
         """Cache the context features `[B, N, F]` of the slots from `first_slot` on, the same in every row."""
         last_slot = first_slot + features.shape[1]
         slots = torch.arange(first_slot, last_slot, device=self.draft.device)
-        self._update_cache(state, features, slots.expand(len(features), -1))
+        self.cache_at(state, features, slots.expand(len(features), -1))
 
     def set_pending(self, state: DraftState, features: torch.Tensor, slots: torch.Tensor) -> None:
         """Let context features `[B, N, F]` from `slots [B]` on reach the draft with its next block."""
@@ -125,9 +127,12 @@ class Drafter:
         if state.pending is not None:
             features, first = state.pending.features, state.pending.slots
             steps = torch.arange(features.shape[1], device=self.draft.device)
-            self._update_cache(state, features, first[:, None] + steps)
+            self.cache_at(state, features, first[:, None] + steps)
+            state.pending = None
 
-    def _update_cache(self, state: DraftState, features: torch.Tensor, slots: torch.Tensor) -> None:
+    def cache_at(self, state: DraftState, features: torch.Tensor, slots: torch.Tensor) -> None:
+        """Cache the context features `[B, N, F]` of `slots [B, N]`."""
+        slots = slots.to(self.draft.device)
         state.cache.reserve(int(slots.max()) + 1)
         self.draft.extend_cache(
             self._to_draft(features), state.positions(slots), state.cache.at(slots)
@@ -201,7 +206,8 @@ class Drafter:
             state.cache.check_written(positions.shape[1], "the draft")
             layers = set(range(len(self.draft.layers)))
             self.attention.check_layers(layers, "the draft")
-        head_states = states.to(self.head_device, self.head_dtype)
+        head_device = device_of_inputs(self.head, states.device)
+        head_states = states.to(head_device, self.head_dtype)
         logits = self.draft.logits(head_states, self.head)
         tokens = self.draft.select_tokens(
             logits.to(slots.device), states, anchor.to(slots.device), 1.0

@@ -7,12 +7,17 @@ place. So it can be captured once and replayed. A capture is compared with the e
 What cannot be captured runs eagerly, after one warning.
 """
 
+import threading
+import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.utils import logging
+
+from .compat_dflash import configs_of, detours, is_offloaded
 
 logger = logging.get_logger(__name__)
 
@@ -23,14 +28,17 @@ CAPTURE = ("auto", "eager", "graphs", "compile", "off")
 def resolve_mode(capture: str, model: Any, recurrent: bool) -> str:
     """Return how blocks run: "auto" is CUDA graphs for dense targets on a GPU, and eager elsewhere.
 
-    A recurrent target's block changes its state, so it cannot be run twice to compare a capture with it.
+    A recurrent target's block changes its state, so it cannot be run twice to compare a capture with it. The weights
+    of an offloaded target are not in place between forwards.
     """
     asks = capture in ("graphs", "compile")
-    if recurrent and asks:
+    offloaded = is_offloaded(model)
+    if asks and (recurrent or offloaded):
+        kind = "recurrent state" if recurrent else "offloaded weights"
         logger.warning_once(
-            f"capture={capture!r} is not for targets with recurrent state; blocks run eagerly."
+            f"capture={capture!r} is not for targets with {kind}; blocks run eagerly."
         )
-    if recurrent:
+    if recurrent or offloaded:
         return "eager"
     if asks:
         return capture
@@ -38,6 +46,46 @@ def resolve_mode(capture: str, model: Any, recurrent: bool) -> str:
     if capture == "auto" and model.device.type == "cuda" and dense:
         return "graphs"
     return "eager"
+
+
+_LOCKS: dict[int, "threading.RLock"] = {}
+"""Of each config that lives, by its id."""
+
+
+@contextmanager
+def turns(*models: Any) -> Iterator[None]:
+    """Wait until no other thread decodes with one of these models, or with one that shares a config with them.
+
+    A decode changes the attention that the configs name. All threads take the locks in one order.
+    """
+    configs = {id(config): config for model in models for config in configs_of(model)}
+    with ExitStack() as stack:
+        for key in sorted(configs):
+            if key not in _LOCKS and _LOCKS.setdefault(key, threading.RLock()):
+                weakref.finalize(configs[key], _LOCKS.pop, key, None)
+            stack.enter_context(_LOCKS[key])
+        yield
+
+
+_STANCE = threading.RLock()
+"""Held while a compiled block runs: the compiler's stance is one for all threads."""
+
+
+@contextmanager
+def as_written(model: nn.Module) -> Iterator[None]:
+    """Run a model's own code inside the context: not compiled, and without gradient checkpointing.
+
+    Compiled code skips what we count in Python. Checkpointed layers may drop the cache. Both are as before at the end.
+    """
+    changed = list(detours(model))
+    before = [vars(module)[name] for module, name, _ in changed]
+    for module, name, value in changed:
+        vars(module)[name] = value
+    try:
+        yield
+    finally:
+        for (module, name, _), value in zip(changed, before, strict=True):
+            vars(module)[name] = value
 
 
 class BlockRunner:
@@ -92,7 +140,10 @@ class BlockRunner:
     def _run_compiled(self, key: Any, state: Any, *inputs: torch.Tensor) -> Any:
         """Run compiled code; its guards cost a quarter of a call, so skip them while the key stays the same."""
         same, self.last_key = key == self.last_key, key
-        with torch.compiler.set_stance(skip_guard_eval_unsafe=same):
+        return self._compiled(same, state, *inputs)
+
+    def _compiled(self, skips_guards: bool, state: Any, *inputs: torch.Tensor) -> Any:
+        with _STANCE, torch.compiler.set_stance(skip_guard_eval_unsafe=skips_guards):
             return self.compiled(state, *inputs)
 
     def _capture_and_compare(self, state: Any, *inputs: torch.Tensor) -> Any:
@@ -116,7 +167,7 @@ class BlockRunner:
 
     def _capture(self, state: Any, inputs: tuple[torch.Tensor, ...]) -> Callable:
         if self.mode == "compile":
-            return lambda *tensors: self.compiled(state, *tensors)
+            return lambda *tensors: self._compiled(False, state, *tensors)
         return Graph(lambda *tensors: self.function(state, *tensors), inputs)
 
     def _run_eagerly(self, reason: str) -> None:

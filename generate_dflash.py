@@ -9,7 +9,6 @@ Shapes: B rows, P prompt tokens, T tokens of the longest text, V vocabulary.
 """
 
 import sys
-import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,19 +33,25 @@ from .acceptance_dflash import (
 )
 from .calls_dflash import Signature, also_for_users, check_ids, check_loaded
 from .compat_dflash import (
+    arrangement,
     attention_name,
     cache_field,
+    is_offloaded,
     local_of_generate,
-    made_by_user,
     padding_token,
 )
 from .drafter_dflash import Drafter
-from .execution_dflash import CAPTURE, resolve_mode
+from .execution_dflash import CAPTURE, resolve_mode, turns
 from .findings_dflash import raise_first
 from .generation_dflash import DecodeState, DecodeStatistics, Recorder, decode, prefill
 from .layouts_dflash import shown
 from .outputs_dflash import StepOutputs
-from .past_key_values_dflash import export_past_key_values, import_past_key_values
+from .past_key_values_dflash import (
+    cache_findings,
+    export_past_key_values,
+    import_past_key_values,
+    lay_out,
+)
 from .proposals_dflash import ChainProposer, Proposer
 from .sampling_dflash import PositionNoise, Sampler
 from .selfcheck_dflash import check_alone, circumstances
@@ -54,8 +59,8 @@ from .sequences_dflash import Prompt, Sequences, StopConditions
 from .support_dflash import (
     IGNORED,
     base_model,
+    call_findings,
     check_arguments,
-    check_batch_cache,
     check_options,
     draft_findings,
     warn_of_length,
@@ -111,14 +116,15 @@ class SpeculativeGenerate:
 
     def session(self, model: Any) -> "DecoderSession":
         """Return a session for this target, the compiled one where it still fits."""
-        session = self.compiled_session
-        if (
-            session is not None
-            and session.target.model is model
-            and session.key == session_key(self.draft, model)
-        ):
-            return session
-        return DecoderSession(self.draft, model, self.checked.setdefault(model, set()))
+        with turns(self.draft, model):
+            session = self.compiled_session
+            if (
+                session is not None
+                and session.target.model is model
+                and session.key == session_key(self.draft, model)
+            ):
+                return session
+            return DecoderSession(self.draft, model, self.checked.setdefault(model, set()))
 
     @also_for_users
     def __call__(
@@ -155,23 +161,24 @@ class SpeculativeGenerate:
         asked = {name: local_of_generate(name, frame) for name in IGNORED}
         check_arguments(self.draft, asked, local_of_generate("kwargs", frame) or {})
         check_options(generation_config, input_ids, inputs)
+        synced_gpus = local_of_generate("synced_gpus", frame)
+        raise_first(call_findings(model, inputs, synced_gpus))
         _check_choice("draft_sampling", draft_sampling, DRAFT_SAMPLING)
         _check_choice("capture", capture, CAPTURE)
         _check_object("statistics", statistics, STATISTICS, "a DecodeStatistics()")
         _check_function("proposer", proposer, "a function of the draft's proposer")
         names = _requested_outputs(generation_config)
         layer_outputs = tuple(name for name in names if name in LAYER_OUTPUTS)
+        inputs = lay_out(input_ids, inputs, generation_config)
         prompt = Prompt(input_ids, inputs, generation_config.return_dict_in_generate, layer_outputs)
-        if len(input_ids) > 1 and made_by_user(prompt.cache, unmarked=False):
-            check_batch_cache(model)
         warn_of_length(model, prompt.width + generation_config.max_length - input_ids.shape[1])
         noise = PositionNoise() if generation_config.do_sample else None
         sampler = Sampler(logits_processor, noise, coupled=draft_sampling == "coupled")
         pad_token_id = padding_token(generation_config)
         acceptance = choose_acceptance(sampler, stopping_criteria, input_ids, pad_token_id, names)
-        stop_conditions = StopConditions()
-        if not acceptance.reasons:
-            stop_conditions = StopConditions.from_criteria(stopping_criteria)
+        stop_conditions = StopConditions.from_criteria(stopping_criteria)
+        if acceptance.reasons:  # its own criteria end the text
+            stop_conditions = StopConditions(stop_conditions.max_length, are_all=False)
         request = DecodeRequest(
             prompt,
             Sequences(input_ids, stop_conditions, pad_token_id, streamer),
@@ -255,11 +262,16 @@ class DecoderSession:
 
     Args:
         checked: session keys and circumstances for which a self-check of this target has passed; it is added to.
+
+    Raises:
+        ValueError: the draft has no weights in place.
     """
 
-    _locks: "weakref.WeakKeyDictionary[Any, threading.RLock]" = weakref.WeakKeyDictionary()
-
     def __init__(self, draft: Any, model: Any, checked: set):
+        if is_offloaded(draft):
+            raise ValueError(
+                "Weights of the draft are on the meta device; it runs in every cycle, so load it onto one device."
+            )
         self.checked = checked
         self.target = Target(model, tuple(draft.config.target_layer_ids))
         self.drafter = Drafter(draft, model)
@@ -268,7 +280,7 @@ class DecoderSession:
     def decode(
         self, request: DecodeRequest, statistics: DecodeStatistics | None = None
     ) -> Cache | None:
-        """Decode to the end, one decode of a target at a time; both models are left as they were found.
+        """Decode to the end, in turns with others of this target or draft; both are left as they were found.
 
         Returns:
             The cache to return, if one was asked for.
@@ -277,7 +289,8 @@ class DecoderSession:
         target, drafter = self.target, self.drafter
         recorder = Recorder(statistics, drafter.draft.device)
         recorder.record_stepwise(request.acceptance.reasons)
-        with self._locks.setdefault(target.model, threading.RLock()):
+        raise_first(cache_findings(prompt, target, request.sequences.stop_conditions))
+        with turns(drafter.draft, target.model):
             self._check_alone(prompt)
             with (
                 target.decoding(prompt, mode) as target_state,
@@ -328,7 +341,7 @@ def session_key(draft: Any, model: Any) -> tuple:
         found.append(
             (one.dtype, one.device, attention_name(one.config.get_text_config(decoder=True)))
         )
-    return tuple(found)
+    return (*found, arrangement(model))
 
 
 def _check_choice(name: str, value: Any, known: tuple) -> None:

@@ -110,6 +110,9 @@ _ROWS = (
 KINDS: dict[str, DraftKind] = {kind.name: kind for kind in _ROWS}
 """The kinds by name. Where a checkpoint has drafts of several kinds, the later kind is preferred."""
 
+SECOND_KIND = DFlash2Config.model_type
+"""The kind whose class the reference implementation's registry calls `draft2_cls`."""
+
 DEMO_KIND = [kind.name for kind in _ROWS if kind.demo_folder][-1]
 """The kind that the demo shows."""
 

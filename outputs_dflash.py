@@ -43,8 +43,8 @@ class StepOutputs:
         """Append the first `counts[row]` positions of each row of `scores, logits [B, Q, V]`, if collected."""
         for name, values in (("scores", scores), ("logits", logits)):
             for row, collected in enumerate(self.collected.get(name, [])):
-                committed = values[row, : counts[row]]
-                collected.extend(committed.clone().unbind())
+                committed = values[row, : counts[row]].to(torch.float32, copy=True)
+                collected.extend(committed.unbind())
 
     def collect_step(self, scores: torch.Tensor, logits: torch.Tensor) -> None:
         """Append a step of the whole batch, `scores, logits [B, V]`, if collected."""
@@ -100,6 +100,8 @@ class StepOutputs:
 
         A sliding layer shows the slots of its window only.
         """
+        if not layers:  # an attention function that gives no weights
+            return [()] * len(path)
         if len(layers) != len(self.windows):
             raise difference(
                 f"The target gave attentions of {len(layers)} layers where {len(self.windows)} have attention"

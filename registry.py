@@ -18,19 +18,22 @@ from transformers import PretrainedConfig
 
 from .calls_dflash import PREPARED, Signature, check_direct_call
 from .checkpoints import Origin, TargetInfo, base_of_adapter, origin_of, out_of_cache
-from .compat_dflash import checkpoint_name
-from .configuration_dflash import DFlashConfig, build_target_layer_ids
+from .compat_dflash import checkpoint_name, device_of
+from .configuration_dflash import DFlashConfig, build_target_layer_ids, same_vocabulary
 from .families import FAMILIES, families_of, siblings_of
 from .findings_dflash import LOADING, explained, explained_for
 from .generate_dflash import SpeculativeGenerate
-from .kinds import KINDS, kind_named, kind_of
+from .kinds import KINDS, SECOND_KIND, kind_named, kind_of
 from .layouts import variant_of
 from .layouts_dflash import shown
 from .modeling_dflash import DFlashDraftModel, Qwen3DFlashDraftModel
-from .modeling_dflash2 import DFlash2DraftModel
 from .support_dflash import check_target
 
-_DRAFT_CLASSES = {"draft_cls": Qwen3DFlashDraftModel, "draft2_cls": DFlash2DraftModel}
+# Field of a spec -> the class that it holds by default, and that any other must extend.
+_DRAFT_CLASSES: dict[str, type[DFlashDraftModel]] = {
+    "draft_cls": Qwen3DFlashDraftModel,
+    "draft2_cls": KINDS[SECOND_KIND].model_class,
+}
 # Families with indexer caches or compressed ones, and Kimi K3: their drafts load and can be published, but not decode.
 NOT_DECODED = frozenset({"deepseek_v4", "glm5_next_text", "glm_moe_dsa", "kimi_linear"})
 
@@ -46,7 +49,7 @@ class DFlashDraftSpec:
         first, second: `repo_id` and `draft_cls` in either order, or `draft_cls` and `draft2_cls`.
         repo_id: the draft's repository on the Hub, or a local folder; None if `build` or `load(repo_id)` is to follow.
         draft_cls: the class that runs it, the model of one of the `KINDS`.
-        draft2_cls: the class that `build` uses for a DFlash 2 draft.
+        draft2_cls: the class that `build` uses for a draft of the `SECOND_KIND`.
         revision: the commit to load; None for the newest.
         subfolder: the folder in the repository that holds it.
         targets: checkpoints it was made for, as Hub ids.
@@ -82,7 +85,8 @@ class DFlashDraftSpec:
         for value in (first, second):
             self._set_positional(value)
         for name, default in _DRAFT_CLASSES.items():
-            self._set(name, getattr(self, name) or default)
+            if getattr(self, name) is None:
+                self._set(name, default)
             _check_draft_class(name, getattr(self, name))
         if self.repo_id is not None:
             self._set("repo_id", _repository(self.repo_id))
@@ -234,15 +238,17 @@ class DFlashDraftSpec:
             )
 
     def matches_shape(self, text_config: PretrainedConfig) -> bool:
-        """Return whether a target with this text config has the shape of the draft's own; False if that is unknown."""
+        """Return whether a target with this text config has the shape of the draft's own; False if that is unknown.
+
+        Rows added at the end of the vocabulary, as for new tokens or padding, are no other shape.
+        """
         if not isinstance(text_config, PretrainedConfig):
             raise ValueError(f"text_config is {text_config!r}; pass a config, `target.config`.")
-        ours = (self.hidden_size, self.num_target_layers, self.vocab_size)
-        return ours == (
-            text_config.hidden_size,
-            text_config.num_hidden_layers,
-            text_config.vocab_size,
-        )
+        ours = (self.hidden_size, self.num_target_layers)
+        same_size = ours == (text_config.hidden_size, text_config.num_hidden_layers)
+        if self.vocab_size is None:
+            return False
+        return same_size and same_vocabulary(self.vocab_size, text_config.vocab_size)
 
 
 def _repository(name: Any) -> str:
@@ -504,8 +510,9 @@ def _by_shape(
 ) -> tuple[DFlashDraftSpec, str]:
     """Return a draft whose own target has the shape of this one, and warn.
 
-    A draft of the checkpoint that the target was trained from comes first, then the architecture's default. A default
-    without a repository was registered to build drafts, which fit every shape.
+    The vocabulary nearest in size comes first. Among equals, a draft of the checkpoint that the target was trained from
+    does, then the architecture's default. A default without a repository was registered to build drafts, which fit
+    every shape.
     """
     default = DFLASH_DRAFT_REGISTRY[architecture]
     if default.repo_id is None:
@@ -514,9 +521,8 @@ def _by_shape(
     candidates = drafts_for(origin.name) if origin else []
     candidates += [default, *(spec for spec in CATALOGUE if spec.serves(architecture))]
     text = target.config.get_text_config(decoder=True)
-    usable = (spec for spec in candidates if spec.matches_shape(text) and not spec.unsupported)
-    spec = next(usable, None)
-    if spec is None:
+    usable = [spec for spec in candidates if spec.matches_shape(text) and not spec.unsupported]
+    if not usable:
         raise ValueError(
             f"The catalogue does not know {name}, and no draft for {architecture} fits its shape (hidden_size "
             f"{text.hidden_size}, {text.num_hidden_layers} layers, vocab_size {text.vocab_size}); the default, "
@@ -524,9 +530,13 @@ def _by_shape(
             f"{default.num_target_layers} layers, vocab_size {default.vocab_size}). Train one with spec.build(), or "
             "name a draft yourself."
         )
+    spec = min(usable, key=lambda spec: abs((spec.vocab_size or 0) - text.vocab_size))
+    rows = ""
+    if spec.vocab_size != text.vocab_size:
+        rows = f", but {spec.vocab_size} tokens where this one has {text.vocab_size}"
     reason = (
         f"The catalogue does not know {name}; {spec.repo_id} was made for {spec.target}, which has the same "
-        "architecture and shape. The text stays exact, but acceptance may be low: measure it."
+        f"architecture and shape{rows}. The text stays exact, but acceptance may be low: measure it."
     )
     warnings.warn(reason, UserWarning, stacklevel=4)
     return spec, reason
@@ -633,7 +643,7 @@ class _Resolved(SpeculativeGenerate):
         draft = str(draft) if isinstance(draft, Path) else draft
         if draft not in loaded:
             check_target(model)
-            loaded[draft] = _load_for(model, draft).to(model.device).eval()
+            loaded[draft] = _load_for(model, draft).to(device_of(model)).eval()
         return loaded[draft]
 
 

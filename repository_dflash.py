@@ -6,11 +6,7 @@ This file travels with every pushed draft, so that a draft loaded by remote code
 repository holds config.json, safetensors, the travelling files and a model card.
 """
 
-import copy
-import hashlib
 import inspect
-import json
-import re
 import shutil
 import tempfile
 import time
@@ -27,7 +23,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers.configuration_utils import PretrainedConfig
 from transformers.utils import logging
 
@@ -35,7 +31,15 @@ from .compat_dflash import copy_loading_options, find_file
 from .configuration_dflash import EXTENSIONS, check_layout
 from .custom_generate_dflash import generate as custom_generate
 from .findings_dflash import LOADING, PUSHING, SAVING, check_path, explained_for
-from .layouts_dflash import engines_layout, engines_remarks, shown
+from .layouts_dflash import engines_layout, engines_remarks
+from .weights_dflash import (
+    RENAMED,
+    check_no_mask_embedding,
+    check_stored,
+    check_tensors,
+    check_values,
+    verify_downloads,
+)
 
 TRAVELS_TOO = """
 import .dflash
@@ -52,9 +56,6 @@ LAYOUT_BRANCHES: dict[str, str | None] = {"hub": None, "engines": "engines"}
 _LOG_IN = "Log in with a token that may write there: hf auth login, or HF_TOKEN."
 # Files to delete at a push: transformers prefers one file over shards, so stale weights would load.
 STALE = ["*.safetensors", "*.safetensors.index.json", "pytorch_model*"]
-# The Muse assistant of transformers has the feature projection in a submodule.
-_RENAMED = {"^encoder.fc": "fc", "^encoder.output_norm_enc": "hidden_norm"}
-_TARGETS_OWN = {"embed_tokens.weight", "lm_head.weight"}
 
 
 class RepositoryMixin:
@@ -77,8 +78,8 @@ class RepositoryMixin:
         """Load as transformers does, from every layout that `DFlashConfig` reads; only safetensors are read.
 
         Raises:
-            ValueError: the checkpoint lacks tensors, or has unknown ones or ones of other shapes. Such a draft would
-                load, and draft nonsense.
+            ValueError: the checkpoint lacks tensors, or has unknown ones, or ones of other shapes or values than a
+                draft's. Such a draft would load, and draft nonsense.
             OSError: there is no such draft, no access or no connection; or a download is damaged.
         """
         wants_info = kwargs.pop("output_loading_info", False)
@@ -90,10 +91,9 @@ class RepositoryMixin:
         started = time.time()
         try:
             try:
-                config_class = cls.config_class  # type: ignore[attr-defined]
-                config = _own_config(config_class, config, name, kwargs)
-                config = _without_unused_quantization(config_class, config, name, kwargs)
-                defaults = {"use_safetensors": True, "key_mapping": _RENAMED}
+                config = _own_config(cls.config_class, config, name, kwargs)  # type: ignore[attr-defined]
+                config = check_stored(cls, config, name, where)
+                defaults = {"use_safetensors": True, "key_mapping": RENAMED}
                 defaults |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
                 model, info = super().from_pretrained(  # type: ignore[misc]
                     name, *model_args, config=config, **(defaults | kwargs)
@@ -106,6 +106,7 @@ class RepositoryMixin:
                 "(from_pretrained(..., force_download=True))."
             ) from error
         check_tensors(info, name)
+        check_values(model, name)
         model.card_source = (name, where)
         return (model, info) if wants_info else model
 
@@ -123,7 +124,7 @@ class RepositoryMixin:
         hub_keys = ("repo_id", "commit_message", "private", "create_pr", "revision", "token")
         hub_kwargs = {key: kwargs.pop(key) for key in hub_keys if key in kwargs}
         check_layout(layout)
-        # `save_original_format` would undo the renaming of `_RENAMED`
+        # `save_original_format` would undo the renaming of `RENAMED`
         super().save_pretrained(save_directory, save_original_format=False, **kwargs)  # type: ignore[misc]
         if not kwargs.get("is_main_process", True):
             return
@@ -224,7 +225,7 @@ class RepositoryMixin:
         name, where = self.card_source
         try:
             found: Path | None = Path(name) / "README.md"
-            if Path(name).exists() and not is_own_file(found, Path(name)):
+            if Path(name).exists() and not is_own_file(Path(name) / "README.md", Path(name)):
                 return None
             if not Path(name).exists():
                 found = find_file(name, "README.md", local_files_only=not online, **where)
@@ -418,131 +419,10 @@ def read_card(path: Path, name: str) -> ModelCard:
         ) from error
 
 
-def check_tensors(info: dict[str, Any], name: Any) -> None:
-    """Refuse missing tensors, unknown ones, and ones of another shape, of which transformers only warns."""
-    wrong_shapes = []
-    for key, stored, ours in info["mismatched_keys"]:
-        wrong_shapes.append(f"{key}: {tuple(stored)} in the file, {tuple(ours)} here")
-    unknown = {key.removeprefix("model.") for key in info["unexpected_keys"]} - _TARGETS_OWN
-    unknown = {key for key in unknown if not key.endswith(("inv_freq", "original_inv_freq"))}
-    faults = {
-        "has tensors of other shapes than its config.json says": wrong_shapes,
-        "lacks tensors, which would be random": info["missing_keys"],
-        "has tensors that this model does not know (a reduced vocabulary, or another head?)": unknown,
-    }
-    for fault, keys in faults.items():
-        if keys:
-            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-            raise ValueError(
-                f"{name} {fault}: {', '.join(sorted(keys)[:3])}{more}. It would load and draft nonsense, so it is "
-                "refused."
-            )
-    if len(unknown) < len(info["unexpected_keys"]):
-        logger.warning_once(
-            f"{name} ships an embedding or a head; they are not used: a draft uses its target's."
-        )
-
-
-def check_no_mask_embedding(name: Any, where: dict[str, Any]) -> None:
-    """Refuse a draft with a mask embedding of its own; only an extra file shows it, no key of config.json."""
-    if find_file(name, "mask_embedding.pt", **where) is not None:
-        raise ValueError(
-            f"{name} uses a trained mask embedding (mask_embedding.pt), which this version of dflash-hub does not run; "
-            "it would load and draft nonsense, so it is refused."
-        )
-
-
-def verify_downloads(name: Any, where: dict[str, Any], started: float) -> None:
-    """Check the weights downloaded since `started` against their published SHA-256, their names in the Hub's cache.
-
-    Raises:
-        OSError: the bytes differ. The file is removed, so that the next load downloads it again.
-    """
-    for path in _weight_files(name, where):
-        blob = path.resolve()
-        published = re.fullmatch(r"[0-9a-f]{64}", blob.name)
-        if published is None or blob.stat().st_mtime < started - 1:
-            continue
-        actual = _sha256(blob)
-        if actual != blob.name:
-            blob.unlink()
-            path.unlink(missing_ok=True)
-            raise OSError(
-                f"{path.name} of {name} arrived damaged: its SHA-256 is {actual}, the published one {blob.name}. "
-                "The damaged file was removed; load again to download it again."
-            )
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(2**22):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def _where(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return the keywords that choose the files of a repository."""
     names = ("cache_dir", "revision", "subfolder", "token")
     return {name: kwargs[name] for name in names if name in kwargs}
-
-
-def _weight_files(name: Any, where: dict[str, Any]) -> list[Path]:
-    """Return the cached safetensors of a Hub repository; [] for a local folder, or where none is cached."""
-    if Path(name).exists():
-        return []
-
-    def cached(file: str) -> Path | None:
-        try:
-            return find_file(name, file, local_files_only=True, **where)
-        except OSError:
-            return None
-
-    names = {"model.safetensors"}
-    index = cached("model.safetensors.index.json")
-    if index is not None:
-        names |= set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    return [path for path in map(cached, sorted(names)) if path is not None]
-
-
-def _without_unused_quantization(
-    config_class: Any, config: Any, name: Any, kwargs: dict[str, Any]
-) -> Any:
-    """Return a config without its `quantization_config` if no tensor of the draft is quantised, and warn of that.
-
-    Such a config was copied from that of a quantised target. Any other config is returned unchanged, also None, for
-    which transformers reads the file. Fields among `kwargs` are removed if the file is read here.
-    """
-    where = _where(kwargs) | {"local_files_only": kwargs.get("local_files_only", False)}
-    if isinstance(config, PretrainedConfig):
-        raw = {"quantization_config": getattr(config, "quantization_config", None)}
-    else:
-        raw, _ = config_class.get_config_dict(name if config is None else config, **where)
-    quantization = raw.get("quantization_config")
-    if quantization is None or not _is_plain(name, where):
-        return config
-    warnings.warn(
-        f"The config.json of {name} has quantization_config ({shown(quantization)}), but none of its tensors is "
-        "quantised. It is ignored; it seems to be copied from the target's.",
-        UserWarning,
-        stacklevel=3,
-    )
-    if isinstance(config, PretrainedConfig):
-        config = copy.deepcopy(config)
-        del config.quantization_config
-        return config
-    names = {*config_class.own_fields(), "rope_theta"} & set(kwargs)
-    overrides = {field: kwargs.pop(field) for field in names}
-    return config_class.from_dict(raw | {"quantization_config": None}, **overrides)
-
-
-def _is_plain(name: Any, where: dict[str, Any]) -> bool:
-    """Return whether every tensor of a draft is a plain float; False if it has no safetensors."""
-    dtypes = set()
-    for path in _stored_files(name, where):
-        with safe_open(path, framework="pt") as file:
-            dtypes |= {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118 (no mapping)
-    return bool(dtypes) and dtypes <= {"F64", "F32", "F16", "BF16"}
 
 
 def own_config(config_class: Any, config: Any) -> Any:
@@ -561,37 +441,27 @@ def own_config(config_class: Any, config: Any) -> Any:
     return own
 
 
-def _stored_files(name: Any, where: dict[str, Any]) -> list[Path]:
-    """Return the safetensors of a draft, downloaded if necessary; [] if it has none."""
-    whole = find_file(name, "model.safetensors", **where)
-    if whole is not None:
-        return [whole]
-    index = find_file(name, "model.safetensors.index.json", **where)
-    if index is None:
-        return []
-    shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    found = (find_file(name, shard, **where) for shard in sorted(shards))
-    return [path for path in found if path is not None]
-
-
 def _own_config(config_class: Any, config: Any, name: Any, kwargs: dict[str, Any]) -> Any:
-    """Return `config`, or the draft's own config where an Auto class read the engines layout as a Qwen3 config.
+    """Return the config of the draft `name`, with the fields among `kwargs`, which are removed from there.
 
-    The file is then read again, since Qwen3's defaults fill the fields that it lacks. Keywords that the Auto class
-    consumed are values that differ from the file's, or from the default where the file has none. The other keywords
-    are removed from `kwargs`.
+    Where an Auto class read the engines layout as a Qwen3 config, the file is read again, since Qwen3's defaults fill
+    the fields that it lacks. Keywords that the Auto class consumed are values that differ from the file's, or from the
+    default where the file has none.
     """
     own_type = config_class.model_type
-    if getattr(config, "model_type", own_type) == own_type or isinstance(config, str | Path):
+    if isinstance(config, PretrainedConfig) and config.model_type == own_type:
         return config
-    raw, _ = config_class.get_config_dict(name, **_where(kwargs))
     fields = [*config_class.own_fields(), "rope_theta"]
+    options = _where(kwargs) | {"local_files_only": kwargs.get("local_files_only", False)}
+    given = {field: kwargs.pop(field) for field in fields if field in kwargs}
+    if not isinstance(config, PretrainedConfig):
+        return config_class.from_pretrained(name if config is None else config, **options, **given)
+    raw, _ = config_class.get_config_dict(name, **options)
     overrides = {}
     for field in set(fields) - {"layer_types", "rope_parameters"}:
         value = getattr(config, field, None)
         if value is not None and value != raw.get(field, getattr(type(config), field, None)):
             overrides[field] = value
-    overrides |= {field: kwargs.pop(field) for field in fields if field in kwargs}
-    own = config_class.from_dict(raw, **overrides)
+    own = config_class.from_dict(raw, **(overrides | given))
     copy_loading_options(own, config)
     return own

@@ -25,7 +25,7 @@ from transformers.cache_utils import DynamicCache
 
 from .attention_dflash import BlockMasks
 from .cache_dflash import restore_states, roll_back, states_of
-from .compat_dflash import difference, visible_in_window
+from .compat_dflash import adapters_of_rows, device_of, difference, visible_in_window
 from .sequences_dflash import Prompt
 from .taps_dflash import TapWatch
 from .target_dflash import Target, TargetOutput, TargetState, Verified
@@ -56,9 +56,10 @@ def tolerance(model: Any) -> float:
     3.5e-4 in float32, 0.031 in float16, 0.088 in bfloat16; as in float16 where a GPU multiplies in TF32.
     """
     dtypes = [model.dtype if model.dtype.is_floating_point else torch.float32]
-    if torch.is_autocast_enabled(model.device.type):
-        dtypes.append(torch.get_autocast_dtype(model.device.type))
-    if model.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest":
+    device = device_of(model).type
+    if torch.is_autocast_enabled(device):
+        dtypes.append(torch.get_autocast_dtype(device))
+    if device == "cuda" and torch.get_float32_matmul_precision() != "highest":
         dtypes.append(torch.float16)  # whose epsilon is TF32's
     return max(torch.finfo(dtype).eps for dtype in dtypes) ** 0.5
 
@@ -123,7 +124,7 @@ def probe_ids(model: Any, length: int) -> torch.Tensor:
         if token not in special
     ]
     chosen = torch.randint(len(ordinary), (1, length), generator=generator)
-    return torch.tensor(ordinary)[chosen].to(model.device)
+    return torch.tensor(ordinary)[chosen]
 
 
 @dataclass
@@ -190,9 +191,14 @@ class Probe:
 
 
 def short_prompt(target: Target, length: int, like: Prompt) -> Prompt:
-    """Return the short text `[B, T]`: two rows where `like` has several, the second padded where `like` is."""
-    ids = probe_ids(target.model, length)
-    rows = torch.cat([ids, ids.roll(1, dims=1)]) if len(like.input_ids) > 1 else ids
+    """Return the short text `[B, T]`: two rows where `like` has several, the last padded where `like` is.
+
+    Where rows have adapters of their own, there are as many as `like` has.
+    """
+    ids = probe_ids(target.model, length).to(like.device)
+    several = len(like.input_ids) if adapters_of_rows(target.model) else 2
+    count = min(several, len(like.input_ids))
+    rows = torch.cat([ids.roll(row, dims=1) for row in range(count)])
     mask = torch.ones_like(rows)
     if bool(like.padding_mask.any()):
         mask[-1, :2] = 0
@@ -232,6 +238,7 @@ def compare(target: Target, size: int, like: Prompt) -> None:
     prompt = short_prompt(target, before + size, like)
     with target.decoding(prompt, "eager") as state:
         probe = Probe(target, state, prompt, before + size, size)
+        check_chance(probe)
         cache, watch = probe.new_cache(), TapWatch(target.taps)
         with watch.watching():
             own = probe.plain(cache)
@@ -244,6 +251,33 @@ def compare(target: Target, size: int, like: Prompt) -> None:
             check_recurrence(probe, cache)
         else:
             check_agreement(probe, probe.as_block(), own, before)
+
+
+def check_chance(probe: Probe) -> None:
+    """Refuse a target in training mode whose forward draws random numbers, as dropout does.
+
+    Raises:
+        ValueError: saying so.
+    """
+    target = probe.target
+    if not any(module.training for module in target.model.modules()):
+        return
+    for _ in range(3):  # another thread may draw some meanwhile
+        before = random_states(target.model)
+        probe.plain(probe.new_cache())
+        if all(map(torch.equal, before, random_states(target.model))):
+            return
+    raise ValueError(
+        f"{target.name} is in training mode, and its forward draws random numbers, as dropout does. So no two "
+        "forwards agree, and no text can be compared with the target's own. Call `target.eval()`."
+    )
+
+
+def random_states(model: Any) -> list[torch.Tensor]:
+    """Return the states of the generators of random numbers on the CPU and on a model's CUDA devices."""
+    devices = {weight.device for weight in model.parameters()} | {device_of(model)}
+    ordered = sorted((device for device in devices if device.type == "cuda"), key=str)
+    return [torch.get_rng_state(), *map(torch.cuda.get_rng_state, ordered)]
 
 
 def check_recurrence(probe: Probe, cache: Any) -> None:

@@ -69,7 +69,9 @@ class Prompt:
         self.width = max([num_new, *lengths])
         """Slots of the prompt, those that the cache holds included."""
         self.num_cached = self.width - num_new
-        """Slots before the first of `input_ids`, where the cache holds what they follow."""
+        """Slots before the first new token, where the cache holds what follows."""
+        self.first_id_slot = self.width - input_ids.shape[1]
+        """Slot of the first of `input_ids`. Without ids, in a prompt of embeddings, that of the first new token."""
         shape = (input_ids.shape[0], self.width)
         padding = (
             torch.zeros(shape, dtype=torch.bool, device=self.device) if mask is None else mask == 0
@@ -136,6 +138,8 @@ class StopConditions:
     """Whether rows that have ended are padded. Without end tokens `generate` extends every row until all have ended."""
     time_limits: list[MaxTimeCriteria] = field(default_factory=list)
     stop_strings: list[StopStringCriteria] = field(default_factory=list)
+    are_all: bool = True
+    """Whether nothing else ends a text; False where criteria are called step by step."""
 
     @classmethod
     def from_criteria(cls, criteria: StoppingCriteriaList) -> "StopConditions":
@@ -147,6 +151,11 @@ class StopConditions:
         ids = frozenset(token for one in ends for token in one.eos_token_id.flatten().tolist())
         pads_ended_rows = any(hasattr(one, "eos_token_id") for one in criteria)
         return cls(min(lengths, default=UNLIMITED), ids, pads_ended_rows, time_limits, stop_strings)
+
+    @property
+    def is_length_alone(self) -> bool:
+        """Whether nothing but the length ends a text."""
+        return self.are_all and not (self.token_ids or self.stop_strings or self.time_limits)
 
 
 def is_pure_criterion(criterion: Any) -> bool:
@@ -330,7 +339,7 @@ class Sequences:
         for tokens in self.generated:
             padding = [self.pad_token_id] * (longest - len(tokens))
             rows.append((tokens + padding)[:longest])
-        generated = torch.tensor(rows, dtype=self.prompt.dtype, device=self.prompt.device).view(
+        generated = torch.tensor(rows, dtype=torch.long, device=self.prompt.device).view(
             len(rows), longest
         )
         return torch.cat([self.prompt, generated], dim=1)

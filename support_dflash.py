@@ -11,13 +11,23 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig
-from transformers.cache_utils import CacheLayerMixin, DynamicCache
+from transformers.cache_utils import CacheLayerMixin, DynamicCache, StaticCache
 from transformers.utils import logging
 
 from .cache_dflash import RecurrentLayers
-from .compat_dflash import cache_in, cache_name, makes_own_cache, parameters
+from .compat_dflash import (
+    CACHE_NAMES,
+    adapters_in_use,
+    cache_in,
+    cache_name,
+    is_offloaded,
+    loader_of,
+    makes_own_cache,
+    parameters,
+    without_compiler,
+)
 from .findings_dflash import Finding, raise_first
-from .target_dflash import decoder_layers, is_recurrent
+from .target_dflash import decoder_layers
 
 logger = logging.get_logger(__name__)
 
@@ -150,7 +160,8 @@ _NOT_DECODED = "It is not decoded here: its text could come out wrong"
 
 
 def base_model(target: Any) -> Any:
-    """Return the model inside a PEFT wrapper, with its adapters in place; any other model as it is."""
+    """Return the model inside the wrappers of PEFT and `torch.compile`, with its adapters; any other as it is."""
+    target = without_compiler(target)
     return target.get_base_model() if hasattr(target, "get_base_model") else target
 
 
@@ -192,6 +203,7 @@ def target_findings(target: Any, strict: bool = False) -> Iterator[Finding]:
         return
     yield from _adapter_findings(target)
     target = base_model(target)
+    yield from _offload_findings(target)
     text = target.config.get_text_config(decoder=True)
     yield from _rope_findings(text)
     yield from _state_findings(text)
@@ -257,7 +269,7 @@ def _adapter_findings(target: Any) -> Iterator[Finding]:
     """Refuse PEFT methods that depend on the prompt; adapters inside the layers that are always on are fine."""
     # PEFT puts its own method there
     wrapper = getattr(target.prepare_inputs_for_generation, "__self__", target)
-    for config in (getattr(wrapper, "peft_config", None) or {}).values():
+    for config in adapters_in_use(wrapper):
         kind = config.peft_type.value
         if config.is_prompt_learning:
             what = (
@@ -274,6 +286,20 @@ def _adapter_findings(target: Any) -> Iterator[Finding]:
                 "forward, so a block does not get the weights that plain decoding gets"
             )
             yield Finding(what, invocation, "adapters that are always on", "Leave out that adapter")
+
+
+def _offload_findings(target: Any) -> Iterator[Finding]:
+    """Refuse an embedding or head that the draft cannot use: without weights, which no hook of its own brings."""
+    parts = {"embedding": target.get_input_embeddings(), "head": target.get_output_embeddings()}
+    for part, module in parts.items():
+        if is_offloaded(module) and loader_of(module) is None:
+            what = (
+                f"The {part} of {type(target).__name__} is on the meta device, and only a larger part of the model "
+                "loads its weights, if any does; but a draft uses it alone"
+            )
+            expected = "weights, or a hook of its own that brings them"
+            advice = "Load the target with its embedding and head on a device, by device_map"
+            yield Finding(what, "meta", expected, advice)
 
 
 def _forward_findings(target: Any) -> Iterator[Finding]:
@@ -390,7 +416,6 @@ _OTHER_WAYS = {
     "assistant_early_exit": "the draft proposes the tokens, not early layers of the target",
     "force_words_ids": "words are forced by a search with beams",
     "constraints": "constraints are met by a search with beams",
-    "compile_config": "capture='compile' compiles the blocks",
 }
 """Settings that choose another way of decoding, and why they have no meaning with a draft."""
 
@@ -406,6 +431,10 @@ def config_findings(config: GenerationConfig) -> Iterator[Finding]:
         )
     if config.dola_layers:
         yield _option_finding("dola_layers", "DoLa takes its scores from two layers")
+    layers = config.output_hidden_states or config.output_attentions
+    if layers and config.return_dict_in_generate and config.use_cache is False:
+        why = "plain decoding then returns those of the whole text at every step"
+        yield _option_finding("hidden states or attentions without a cache", why)
     for name, why in _OTHER_WAYS.items():
         if getattr(config, name, None) is not None:
             yield _option_finding(name, why)
@@ -426,9 +455,12 @@ def input_findings(
     """Yield the inputs, caches included, that have no meaning with a draft."""
     cache = cache_in(inputs)
     kind, implementation = type(cache).__name__, config.cache_implementation
-    if cache is not None and not isinstance(cache, DynamicCache) and implementation is None:
-        what = f"The cache is a {kind}; with a draft only a DynamicCache carries on"
-        yield Finding(what, kind, "a DynamicCache", "Pass one, or no cache")
+    known = cache is None or isinstance(cache, DynamicCache | StaticCache)
+    if not known and implementation is None:
+        what = (
+            f"The cache is a {kind}; with a draft only a DynamicCache or a StaticCache carries on"
+        )
+        yield Finding(what, kind, "a DynamicCache or a StaticCache", "Pass one, or no cache")
     embeds = inputs.get("inputs_embeds")
     if embeds is not None and cache is not None and cache.get_seq_length():
         why = "which slots the embeddings belong to is not known; pass input_ids"
@@ -443,19 +475,31 @@ def input_findings(
         yield Finding(what, tuple(input_ids.shape), "[B, P] with P of 1 or more", "Give it one")
 
 
+_FORWARD_INPUTS = frozenset(
+    {
+        *("attention_mask", "position_ids", "token_type_ids", "inputs_embeds", "use_cache"),
+        *("logits_to_keep", "cache_position", "num_items_in_batch", *CACHE_NAMES),
+    }
+)
+"""What a text model's forward may be given besides ids; the `output_...` options too."""
+
+
+def call_findings(model: Any, inputs: dict[str, Any], synced_gpus: Any) -> Iterator[Finding]:
+    """Yield what a call asks for that no config names: other inputs of the target's forward, ranks in step.
+
+    With images, sound or video, the target's own preparation decides what its forward is given.
+    """
+    if synced_gpus:
+        why = "ranks would take their turns together, but each accepts other numbers of tokens"
+        yield _option_finding("synced_gpus", why)
+    if model.config.get_text_config(decoder=True) is not model.config:
+        return
+    for name, value in inputs.items():
+        if value is not None and name not in _FORWARD_INPUTS and not name.startswith("output_"):
+            why = "plain decoding gives it to the forward of every token, and a block has none"
+            yield _option_finding(name, why)
+
+
 def _option_finding(option: str, why: str) -> Finding:
     what = f"A draft cannot be used with {option}: {why}"
     return Finding(what, option, f"generate without {option}", "Leave one of the two out")
-
-
-def check_batch_cache(model: Any) -> None:
-    """Refuse to leave the state of several rows, which end at different slots, in one cache.
-
-    Raises:
-        ValueError: the target keeps recurrent state.
-    """
-    if is_recurrent(model):
-        raise ValueError(
-            f"{type(model).__name__} keeps recurrent state, and rows of a batch may end at different slots, so their "
-            "cache cannot be continued. Leave the cache out, or give one row at a time."
-        )

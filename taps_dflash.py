@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .compat_dflash import difference
+from .compat_dflash import difference, loaded
 
 
 class FeatureTaps:
@@ -179,9 +179,10 @@ def without_norm_weights(tap: torch.Tensor, norms: list[Any]) -> Iterator[torch.
     """Yield `tap [T, D]` as it is, and with the weights of each norm divided out of it."""
     yield tap
     for norm in norms:
-        weight = norm.weight.detach().float().to(tap.device)
-        bias = getattr(norm, "bias", None)
-        shifted = tap if bias is None else tap - bias.detach().float().to(tap.device)
+        with loaded(norm):
+            weight = norm.weight.detach().float().to(tap.device)
+            bias = getattr(norm, "bias", None)
+            shifted = tap if bias is None else tap - bias.detach().float().to(tap.device)
         for factor in (weight, 1 + weight):  # some families store the weight less one
             if bool((factor.abs() > 1e-3).all()):
                 yield shifted / factor

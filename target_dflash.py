@@ -20,8 +20,8 @@ from transformers.cache_utils import DynamicCache, LinearAttentionLayer
 
 from .attention_dflash import BlockAttention, BlockMasks, BlockState, pad_to
 from .cache_dflash import RecurrentLayers, SlotCache, Snapshot
-from .compat_dflash import cache_name, difference, parameters, without_cache
-from .execution_dflash import BlockRunner
+from .compat_dflash import cache_name, difference, loaded, parameters, without_cache
+from .execution_dflash import BlockRunner, as_written
 from .sequences_dflash import Prompt
 from .taps_dflash import FeatureTaps
 
@@ -68,12 +68,30 @@ class TargetState(BlockState):
 
     Args:
         position_offset `[B, 1]` or `[3, B, 1]`: position minus slot, for the slots after the prompt.
+        token_types `[B, P]`: of the prompt's slots; None if the target is given none. Later slots have the last one.
         layer_outputs: of `LAYER_OUTPUTS`, those that every forward is asked for.
     """
 
     recurrent: RecurrentLayers
     position_offset: torch.Tensor
+    token_types: torch.Tensor | None = None
     layer_outputs: tuple[str, ...] = ()
+
+    def inputs_at(
+        self, slots: torch.Tensor, ids: torch.Tensor, positions: torch.Tensor
+    ) -> dict[str, Any]:
+        """Return the inputs of a forward over `slots [B, N]`.
+
+        Args:
+            ids `[B, N]`.
+            positions `[B, N]` or `[3, B, N]`.
+        """
+        inputs: dict[str, Any] = {"input_ids": ids, "position_ids": positions}
+        inputs |= asking_for(self.layer_outputs)
+        if self.token_types is not None:
+            last = self.token_types.shape[1] - 1
+            inputs["token_type_ids"] = self.token_types.gather(1, slots.clamp_max(last))
+        return inputs
 
 
 class Target:
@@ -101,6 +119,7 @@ class Target:
         cache = SlotCache(DynamicCache(config=self.text))
         recurrent = RecurrentLayers(cache.layers, self.layers)
         with (
+            as_written(self.model),
             self.taps.collecting(),
             recurrent.recording(),
             self.runner.using(mode),
@@ -111,6 +130,7 @@ class Target:
                 prompt.padding_mask,
                 recurrent,
                 prompt.position_offset,
+                self._token_types(prompt),
                 prompt.layer_outputs,
             )
 
@@ -147,15 +167,20 @@ class Target:
 
         Args:
             ids `[B, N]`.
-            slots `[B, N]`: the same in every row.
+            slots `[B, N]`: consecutive in every row.
             positions `[B, N]` or `[3, B, N]`.
         """
         length = ids.shape[1]
-        state.cache.reserve(int(slots[0, -1]) + 1)
+        end = int(slots.max()) + 1
+        state.cache.reserve(end)
         padding_mask = pad_to(state.padding_mask, state.cache.capacity)
         masks = BlockMasks(padding_mask, slots[:, 0], length)
-        inputs: dict[str, Any] = {"input_ids": ids, "position_ids": positions}
-        inputs |= asking_for(state.layer_outputs)
+        inputs = state.inputs_at(slots, ids, positions)
+        padding = padding_mask[:, :end]
+        padded = padding[:, -length:].any()
+        if state.recurrent.states and bool(padded):
+            # Our attention needs no mask; the target hides padding from its recurrent layers by this one.
+            inputs["attention_mask"] = (~padding).long()
         arguments = self._arguments(inputs, state.cache.at(slots), 1)
         with self.attention.under(masks):
             found = self.model(**arguments)
@@ -222,14 +247,23 @@ class Target:
         masks = state.masks_for(slots, length, self.attention)
         masks.move(slots, ancestors)
         positions = state.position_offset + slots[:, None] + masks.depths
-        inputs: dict[str, Any] = {"input_ids": tokens, "position_ids": positions}
-        inputs |= asking_for(state.layer_outputs)
-        view = state.cache.at(slots[:, None] + masks.offsets)
-        found = self.model(**self._arguments(inputs, view, length))
+        block_slots = slots[:, None] + masks.offsets
+        inputs = state.inputs_at(block_slots, tokens, positions)
+        found = self.model(**self._arguments(inputs, state.cache.at(block_slots), length))
         if not torch.compiler.is_compiling():
             self._check_block(state, length)
         output = self._output(found, length, length)
         return output.logits, output.features, output.hidden_states, output.attentions
+
+    def _token_types(self, prompt: Prompt) -> torch.Tensor | None:
+        """Return the token types by slot, `[B, P]`, for a target that takes text alone; else None.
+
+        Where they mark images, they count in the prompt only.
+        """
+        types = prompt.inputs.get("token_type_ids")
+        if types is None or self.text is not self.model.config:
+            return None
+        return nn.functional.pad(types, (prompt.width - types.shape[1], 0))
 
     def _check_block(self, state: TargetState, length: int) -> None:
         """Check that the forward wrote every slot, and that every layer used our attention; both only read counters."""
@@ -263,7 +297,7 @@ class Target:
         """Return 0 for all positions, else a tensor: given a number, some models skip positions in upper layers."""
         if num_logits == length:
             return 0
-        return torch.arange(length - num_logits, length, device=self.model.device)
+        return torch.arange(length - num_logits, length)  # on the CPU, it indexes on every device
 
 
 def num_tokens(inputs: dict[str, Any]) -> int:
@@ -341,6 +375,7 @@ def decoder_layers(target: Any) -> nn.ModuleList:
 
 def embed_noise(embed: Any, ids: torch.Tensor) -> torch.Tensor:
     """Embed `ids [B, Q]`, without a norm inside the embedding, as drafts are trained: `[B, Q, H]`."""
-    if getattr(embed, "embed_norm", None) is not None:
-        return nn.functional.embedding(ids, embed.weight)
-    return embed(ids)
+    if getattr(embed, "embed_norm", None) is None:
+        return embed(ids)
+    with loaded(embed):
+        return nn.functional.embedding(ids.to(embed.weight.device), embed.weight)

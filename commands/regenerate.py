@@ -54,6 +54,9 @@ def regenerate(
     streaming: Annotated[bool, typer.Option(help="Stream the dataset.")] = False,
 ) -> None:
     """Replace a dataset's answers by the target's own, from a server or generated here. Resumable."""
+    from ..training import require
+
+    require("datasets", "httpx", purpose="Regenerating answers")
     from ..training.data import load_rows
     from ..training.regenerate import GenerationSettings, InProcess, Server, check_columns
 

@@ -6,6 +6,7 @@ import warnings
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from .shared import console
@@ -19,14 +20,14 @@ def resolve(target: Annotated[str, typer.Argument(help="Hub id or folder of the 
         warnings.simplefilter("ignore", UserWarning)  # the reason is printed below
         spec, why = explain_resolution(target=target)
     table = Table(show_header=False, box=None, padding=(0, 2))
-    table.add_row("target", target)
+    table.add_row("target", escape(target))
     folder = f", folder {spec.subfolder}" if spec.subfolder else ""
     table.add_row("draft", f"[bold]{spec.name}[/bold]{folder}")
     table.add_row("revision", spec.revision or "the newest (no commit is pinned)")
     table.add_row("class", spec.draft_cls.__name__)
     table.add_row("made for", ", ".join(spec.targets) or "not known")
     table.add_row("architectures", ", ".join(spec.architectures) or "not known")
-    table.add_row("why", why)
+    table.add_row("why", escape(why))
     if spec.target_state:
         table.add_row("decodes", f"no: {spec.target_state}")
     if spec.note:

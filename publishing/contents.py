@@ -5,6 +5,7 @@
 Config, weights and code are written anew from the loaded draft. Everything else in the folder stays at home.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,7 +75,7 @@ def _is_picture(path: Path) -> bool:
 
 def _left_out(path: Path, folder: Path) -> list[LeftOut]:
     """Return why this file is not published; nothing for those that are written anew."""
-    if path.name in _REWRITTEN or path.name.endswith((".safetensors", "dflash.py", "dflash2.py")):
+    if path.name in _REWRITTEN or re.search(r"\.safetensors$|dflash\d*\.py$", path.name):
         return []
     if path.is_symlink() and not is_own_file(path, folder):
         return [LeftOut(path.name, _LINK)]

@@ -113,7 +113,8 @@ def publish(
             draft.write_card(path, card, repo_id)
         report("Pushing the hub layout to main, the engines layout to engines")
         commits = upload_all(api, repo_id, folders, commit_message=options.message)
-    return Published(repo_id, *(commit.oid for commit in commits), left_out=found.left_out)
+    main, engines = (commit.oid for commit in commits)
+    return Published(repo_id, main, engines, found.left_out)
 
 
 def plan(

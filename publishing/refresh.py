@@ -33,7 +33,8 @@ from ..configuration_dflash import __version__
 from ..kinds import KINDS
 from ..layouts_dflash import engines_layout
 from ..modeling_dflash import DFlashDraftModel
-from ..repository_dflash import check_repo_id, custom_generate, verify_downloads
+from ..repository_dflash import check_repo_id, custom_generate
+from ..weights_dflash import verify_downloads
 from .probe import digest
 from .push import ENGINES_BRANCH, check_same_tensors, hub_files, load_apart
 

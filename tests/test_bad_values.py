@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, CompileConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import dflash_hub
@@ -223,7 +223,6 @@ def test_the_original_error_is_the_cause_and_the_sentence_says_what_to_do():
         ("max_matching_ngram_size", 2),
         ("is_assistant", True),
         ("speculation_type", "other"),
-        ("compile_config", CompileConfig()),
     ],
 )
 def test_what_generate_would_ignore_beside_a_draft_is_refused_by_name(pair, argument, value):

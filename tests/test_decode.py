@@ -375,7 +375,7 @@ def test_a_draft_for_another_target_is_refused_with_both_numbers(fields, message
         ({"stop_token_ids": [None]}, r"stop_token_ids is \[None\]"),
         ({"stop_token_ids": "</s>"}, "stop_token_ids is '</s>'"),
         ({"input_ids": [[1, 2]]}, "input_ids is list; pass a tensor"),
-        ({"target": "Qwen/Qwen3-4B"}, "target is 'Qwen/Qwen3-4B'; pass the loaded model"),
+        ({"target": "Qwen/Qwen3-4B"}, "target is 'Qwen/Qwen3-4B'; pass the loaded target"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"temperature": 1e-40}, "temperature is 1e-40"),
     ],

@@ -389,6 +389,32 @@ def test_training_reports_recall_and_selector_accuracy_and_learns_every_part(tmp
     assert digests(load_draft(tmp_path / "saved")) == after
 
 
+def test_the_held_out_loss_does_not_depend_on_the_batch_and_is_the_sum_of_its_parts(tmp_path):
+    import training_run
+
+    found = []
+    for size in (1, 5):
+        trainer = training_run.trainer(tmp_path, tiny.SECOND, per_device_eval_batch_size=size, selector_loss_weight=0.5)
+        found.append(trainer.evaluate(trainer.train_dataset))
+    for key in ("eval_loss", "eval_base_loss", "eval_selector_loss", "eval_base_accuracy"):
+        assert found[0][key] == pytest.approx(found[1][key], rel=1e-5)
+        assert found[0][key] > 0
+    assert found[0]["eval_loss"] == pytest.approx(found[0]["eval_base_loss"] + 0.5 * found[0]["eval_selector_loss"])
+
+
+def test_a_batch_of_several_in_a_step_has_its_own_mean_of_the_selector(tmp_path):
+    """Its loss is that of the batch alone, times its share of the weights of the step."""
+    import training_run
+
+    trainer = training_run.trainer(tmp_path, tiny.SECOND, gradient_accumulation_steps=2)
+    first, second, *_ = trainer.get_train_dataloader()
+    whole = trainer._get_num_items_in_batch([first, second], torch.device("cpu"))
+    share = trainer._get_num_items_in_batch([first], torch.device("cpu")) / whole
+    assert 0 < share < 1
+    of_step = trainer.compute_loss(trainer.model, first, num_items_in_batch=whole)
+    torch.testing.assert_close(of_step, trainer.compute_loss(trainer.model, first) * share)
+
+
 @pytest.mark.parametrize("options", [{"bf16": True}, {"distillation": 0.5}, {"selector_loss_weight": 0.0}], ids=str)
 def test_options_of_the_trainer_hold_for_it_too(tmp_path, options):
     import training_run

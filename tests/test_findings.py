@@ -123,10 +123,10 @@ def test_findings_of_a_target_come_before_those_of_the_fit():
     target = tiny.target("llama")
     draft = tiny.draft(target)
     assert list(draft_findings(draft.config, target)) == []
-    draft.config.num_target_layers, draft.config.vocab_size = 900, 7
+    draft.config.num_target_layers, draft.config.vocab_size = 900, 70
     target.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
     found = list(draft_findings(draft.config, target))
-    assert [finding.found for finding in found] == ["dynamic", 900, 7]
+    assert [finding.found for finding in found] == ["dynamic", 900, 70]
     assert str(found[1]).startswith("This draft does not fit this target: num_target_layers is 900 in the draft, but")
     with pytest.raises(ValueError, match="rotary embeddings of type dynamic"):
         target.generate(tiny.prompt(4), max_new_tokens=4, custom_generate=draft.speculate)

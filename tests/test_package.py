@@ -46,7 +46,7 @@ def test_the_travelling_files_are_these():
     names = (
         "acceptance_ attention_ cache_ calls_ compat_ configuration_ custom_generate_ drafter_ execution_ findings_ "
         "generate_ generation_ layouts_ modeling_ outputs_ past_key_values_ proposals_ repository_ sampling_ "
-        "selfcheck_ sequences_ support_ taps_ target_"
+        "selfcheck_ sequences_ support_ taps_ target_ weights_"
     )
     second = {"dflash2.py", "configuration_dflash2.py", "modeling_dflash2.py"}
     first = {"dflash.py", *(f"{name}dflash.py" for name in names.split())}

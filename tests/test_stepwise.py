@@ -102,7 +102,7 @@ def test_a_recording_processor_and_criterion_see_the_calls_of_plain_generate(fam
     for name in ("scores", "logits"):
         for step, (mine, theirs) in enumerate(zip(ours[name], plain[name], strict=True)):
             torch.testing.assert_close(mine, theirs, atol=2e-3, rtol=1e-3, msg=f"{name} of step {step}")
-    assert statistics.stepwise == ["RecordingProcessor", "RecordingCriterion"]
+    assert statistics.stepwise[:2] == ["RecordingProcessor", "RecordingCriterion"]
     assert 1 < statistics.acceptance_length < 5
     assert plain.sequences.unique().numel() > 3
 

@@ -147,3 +147,29 @@ def test_regenerated_text_trains(data, tmp_path):
     assert "own.jsonl holds 4 rows" in output.replace("\n", "")
     train(str(tmp_path / "own.jsonl"), tmp_path / "draft", *SHAPE)
     assert (tmp_path / "draft" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("missing", "statement", "complaint"),
+    [
+        ("accelerate", "from dflash_hub.training import DFlashTrainer", "Training needs accelerate"),
+        ("matplotlib", "from dflash_hub.training import DFlashTrainer", "Training needs matplotlib"),
+        ("httpx_is_not_asked_for", "from dflash_hub.training import DFlashTrainer", None),
+        ("accelerate", "import dflash_hub.training.regenerate", None),
+        (
+            "datasets",
+            "import dflash_hub.cli as c; sys.argv = ['x', 'regenerate', *COMMON]; c.main()",
+            "Regenerating answers needs datasets",
+        ),
+    ],
+)
+def test_each_command_asks_for_its_own_extras_only(fresh_process, missing, statement, complaint):
+    code = f"""
+    import importlib.util, sys
+    found = importlib.util.find_spec
+    importlib.util.find_spec = lambda name, *args: None if name == {missing!r} else found(name, *args)
+    COMMON = ["--target", "x", "--data", "y", "--output", "z"]
+    {statement}
+    """
+    output = fresh_process(code, block=False, fails=complaint is not None)
+    assert complaint is None or complaint in output

@@ -1,5 +1,6 @@
 """Runs of the trainer: what learns, what is saved, and what happens when a run is interrupted, split or spoiled."""
 
+import pickle
 import textwrap
 
 import pytest
@@ -35,6 +36,22 @@ def test_a_checkpoint_that_was_not_written_whole_is_passed_over(tmp_path, train_
     state = tmp_path / "checkpoint-8" / "trainer_state.json"
     state.write_text(state.read_text()[:100])
     assert last_checkpoint(tmp_path).name == "checkpoint-4"
+
+
+@pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_pickle_in_a_checkpoint_is_not_executed_on_resuming(tmp_path, file):
+    training_run.trainer(tmp_path, save_strategy="steps", save_steps=2, max_steps=2).train()
+    trace = tmp_path / "unpickled"
+
+    class Bomb:
+        def __reduce__(self):
+            return open, (str(trace), "w")
+
+    torch.save({"state": Bomb()}, tmp_path / "checkpoint-2" / file)
+    again = training_run.trainer(tmp_path, save_strategy="steps", save_steps=2, max_steps=4)
+    with pytest.raises(pickle.UnpicklingError):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert not trace.exists()
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp2"])

@@ -3,16 +3,37 @@
 """Train a draft for your own target. Needs `pip install "dflash-hub[train]"`."""
 
 from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
-_MISSING = [
-    name for name in ("accelerate", "datasets", "matplotlib", "httpx") if find_spec(name) is None
-]
-if _MISSING:
-    raise ImportError(
-        f"Training needs {', '.join(_MISSING)}, not installed here: pip install 'dflash-hub[train]'"
-    )
+if TYPE_CHECKING:
+    from .arguments import DFlashTrainingArguments
+    from .trainer import DFlashTrainer
 
-from .arguments import DFlashTrainingArguments  # noqa: E402 (after the check above, because its message is clearer)
-from .trainer import DFlashTrainer  # noqa: E402
+__all__ = ["DFlashTrainer", "DFlashTrainingArguments", "require"]
 
-__all__ = ["DFlashTrainer", "DFlashTrainingArguments"]
+
+def require(*modules: str, purpose: str) -> None:
+    """Check that these modules can be imported.
+
+    Raises:
+        ImportError: naming those that are missing, and the extra that installs them.
+    """
+    missing = [name for name in modules if find_spec(name) is None]
+    if missing:
+        raise ImportError(
+            f"{purpose} needs {', '.join(missing)}, not installed here: pip install 'dflash-hub[train]'"
+        )
+
+
+def __getattr__(name: str) -> Any:
+    """Import the trainer when it is asked for: regenerating answers needs less than training."""
+    if name not in ("DFlashTrainer", "DFlashTrainingArguments"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    require("accelerate", "datasets", "matplotlib", purpose="Training")
+    from . import arguments, trainer
+
+    found = {
+        "DFlashTrainer": trainer.DFlashTrainer,
+        "DFlashTrainingArguments": arguments.DFlashTrainingArguments,
+    }
+    return found[name]

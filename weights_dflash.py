@@ -1,0 +1,280 @@
+# Copyright 2026 the dflash-hub authors.
+# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+"""Check the weights of a draft: their files, names, shapes, types and values.
+
+This file travels with every pushed draft. A draft with wrong weights loads, and drafts nonsense. Names and shapes are
+compared with the config before a tensor is read, so that no config makes a model of a size that no file fills.
+"""
+
+import copy
+import hashlib
+import json
+import re
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers.utils import logging
+
+from .compat_dflash import find_file
+from .layouts_dflash import shown
+
+logger = logging.get_logger(__name__)
+
+# The Muse assistant of transformers has the feature projection in a submodule.
+RENAMED = {"^encoder.fc": "fc", "^encoder.output_norm_enc": "hidden_norm"}
+"""Patterns of the names of tensors -> what replaces them."""
+_TARGETS_OWN = {"embed_tokens.weight", "lm_head.weight"}
+_FLOATS = {"F64", "F32", "F16", "BF16"}
+_ZERO_WHEN_FRESH = ("kernel", "codebook")  # parts that add nothing before they are trained
+_NONSENSE = "It would load and draft nonsense, so it is refused."
+_WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+# Before the weights are read ------------------------------------------------------------------------------------------
+
+
+def check_stored(model_class: Any, config: Any, name: Any, where: dict[str, Any]) -> Any:
+    """Compare names, shapes and types of the stored tensors with a config, before a tensor is read.
+
+    Weights that are quantised are checked once they are loaded. A draft without safetensors is left to transformers.
+
+    Args:
+        where: the keywords that choose the files of a repository.
+
+    Returns:
+        The config; without its `quantization_config`, and with a warning, if no tensor is quantised. Such a config
+        was copied from that of a quantised target.
+
+    Raises:
+        ValueError: they differ, or the index of the shards names no files of this draft.
+    """
+    stored = _headers(stored_files(name, where))
+    if not stored:
+        return config
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        if {dtype for dtype, _ in stored.values()} - _FLOATS:
+            return config
+        warnings.warn(
+            f"The config.json of {name} has quantization_config ({shown(quantization)}), but none of its tensors is "
+            "quantised. It is ignored; it seems to be copied from the target's.",
+            UserWarning,
+            stacklevel=3,
+        )
+        config = copy.deepcopy(config)
+        del config.quantization_config
+    _compare(stored, _expected_shapes(model_class, config), name)
+    return config
+
+
+def stored_files(name: Any, where: dict[str, Any]) -> list[Path]:
+    """Return the safetensors of a draft, downloaded if necessary; [] if it has none.
+
+    Raises:
+        ValueError: the index of the shards names no files of this draft.
+    """
+    whole = find_file(name, _WHOLE, **where)
+    if whole is not None:
+        return [whole]
+    index = find_file(name, _INDEX, **where)
+    if index is None:
+        return []
+    found = (find_file(name, shard, **where) for shard in shards_in(index))
+    return [path for path in found if path is not None]
+
+
+def shards_in(index: Path) -> list[str]:
+    """Return the names of the shards that an index names.
+
+    Raises:
+        ValueError: it is no index, or names files elsewhere.
+    """
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        shards = sorted(names)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"{index} is no index of shards, a dict with the dict weight_map; copy or download it again."
+        ) from error
+    for shard in shards:
+        if not isinstance(shard, str) or not re.fullmatch(r"[\w.-]+\.safetensors", shard):
+            raise ValueError(
+                f"{index} names the file {shown(shard)}, which is not a safetensors file beside it, so it is refused."
+            )
+    return shards
+
+
+def _headers(files: Iterable[Path]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return the type and the shape of every tensor in these files, from their headers."""
+    found = {}
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 (no mapping)
+                tensor = file.get_slice(key)
+                found[key] = (tensor.get_dtype(), tuple(tensor.get_shape()))
+    return found
+
+
+def _expected_shapes(model_class: Any, config: Any) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor that a model of this config stores. Nothing is allocated."""
+    with torch.device("meta"):
+        model = model_class(copy.deepcopy(config))
+    return {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+
+
+def _compare(
+    stored: dict[str, tuple[str, tuple[int, ...]]], expected: dict[str, tuple[int, ...]], name: Any
+) -> None:
+    """Refuse stored tensors that are not those of the model, by name, shape or type."""
+    found = {}
+    wrong_shapes, no_floats = [], []
+    for key, (dtype, shape) in stored.items():
+        key = key.removeprefix("model.")
+        for pattern, ours in RENAMED.items():
+            key = re.sub(pattern, ours, key)
+        found[key] = shape
+        if key in expected and shape != expected[key]:
+            wrong_shapes.append(f"{key}: {shape} in the file, {expected[key]} here")
+        if key in expected and dtype not in _FLOATS:
+            no_floats.append(f"{key} ({dtype})")
+    _refuse(
+        name,
+        {
+            "has tensors of other shapes than its config.json says": wrong_shapes,
+            "lacks tensors, which would be random": expected.keys() - found.keys(),
+            "has tensors that this model does not know (a reduced vocabulary, or another head?)": (
+                _unknown(found.keys() - expected.keys())
+            ),
+            "has tensors that are no floats": no_floats,
+        },
+    )
+
+
+def _unknown(keys: Iterable[str]) -> set[str]:
+    """Return `keys` without those of tensors that a draft may ship and never uses."""
+    names = {key.removeprefix("model.") for key in keys} - _TARGETS_OWN
+    return {key for key in names if not key.endswith(("inv_freq", "original_inv_freq"))}
+
+
+def _refuse(name: Any, faults: dict[str, Any]) -> None:
+    """Raise a ValueError for the first of `faults` (what is wrong -> keys) that has any keys."""
+    for fault, keys in faults.items():
+        if keys:
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            raise ValueError(f"{name} {fault}: {', '.join(sorted(keys)[:3])}{more}. {_NONSENSE}")
+
+
+def check_no_mask_embedding(name: Any, where: dict[str, Any]) -> None:
+    """Refuse a draft with a mask embedding of its own; only an extra file shows it, no key of config.json."""
+    if find_file(name, "mask_embedding.pt", **where) is not None:
+        raise ValueError(
+            f"{name} uses a trained mask embedding (mask_embedding.pt), which this version of dflash-hub does not run; "
+            "it would load and draft nonsense, so it is refused."
+        )
+
+
+def verify_downloads(name: Any, where: dict[str, Any], started: float) -> None:
+    """Check the weights downloaded since `started` against their published SHA-256, their names in the Hub's cache.
+
+    Raises:
+        OSError: the bytes differ. The file is removed, so that the next load downloads it again.
+    """
+    for path in _weight_files(name, where):
+        blob = path.resolve()
+        published = re.fullmatch(r"[0-9a-f]{64}", blob.name)
+        if published is None or blob.stat().st_mtime < started - 1:
+            continue
+        actual = _sha256(blob)
+        if actual != blob.name:
+            blob.unlink()
+            path.unlink(missing_ok=True)
+            raise OSError(
+                f"{path.name} of {name} arrived damaged: its SHA-256 is {actual}, the published one {blob.name}. "
+                "The damaged file was removed; load again to download it again."
+            )
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(2**22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _weight_files(name: Any, where: dict[str, Any]) -> list[Path]:
+    """Return the cached safetensors of a Hub repository; [] for a local folder, or where none is cached."""
+    if Path(name).exists():
+        return []
+
+    def cached(file: str) -> Path | None:
+        try:
+            return find_file(name, file, local_files_only=True, **where)
+        except OSError:
+            return None
+
+    names = {_WHOLE}
+    index = cached(_INDEX)
+    if index is not None:
+        names.update(shards_in(index))
+    return [path for path in map(cached, sorted(names)) if path is not None]
+
+
+# Once they are loaded -------------------------------------------------------------------------------------------------
+
+
+def check_tensors(info: dict[str, Any], name: Any) -> None:
+    """Refuse missing tensors, unknown ones, and ones of another shape, of which transformers only warns.
+
+    Args:
+        info: what `from_pretrained(..., output_loading_info=True)` returns.
+    """
+    wrong_shapes = []
+    for key, stored, ours in info["mismatched_keys"]:
+        wrong_shapes.append(f"{key}: {tuple(stored)} in the file, {tuple(ours)} here")
+    unknown = _unknown(info["unexpected_keys"])
+    _refuse(
+        name,
+        {
+            "has tensors of other shapes than its config.json says": wrong_shapes,
+            "lacks tensors, which would be random": info["missing_keys"],
+            "has tensors that this model does not know (a reduced vocabulary, or another head?)": unknown,
+        },
+    )
+    if len(unknown) < len(info["unexpected_keys"]):
+        logger.warning_once(
+            f"{name} ships an embedding or a head; they are not used: a draft uses its target's."
+        )
+
+
+def _is_zero_when_fresh(key: str) -> bool:
+    return any(part in key for part in _ZERO_WHEN_FRESH)
+
+
+@torch.no_grad()
+def check_values(model: Any, name: Any) -> None:
+    """Refuse weights that are not finite, or all zero; warn of single matrices that are all zero."""
+    not_finite, zero = [], []
+    others = 0
+    for key, tensor in model.named_parameters():
+        if tensor.device.type == "meta" or not tensor.is_floating_point() or not tensor.numel():
+            continue
+        low, high = tensor.aminmax()
+        if not bool(low.isfinite() & high.isfinite()):
+            not_finite.append(key)
+        elif tensor.ndim > 1 and not bool(low.abs() + high.abs()):
+            zero.append(key)
+        else:
+            others += tensor.ndim > 1
+    _refuse(name, {"has weights that are NaN or infinite": not_finite})
+    if zero and not others:
+        raise ValueError(f"All weights of {name} are zero. {_NONSENSE}")
+    zero = [key for key in zero if not _is_zero_when_fresh(key)]
+    if zero:
+        logger.warning(
+            f"{name} has weights that are all zero: {', '.join(zero[:3])}. Was it trained?"
+        )
