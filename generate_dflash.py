@@ -55,7 +55,7 @@ from .past_key_values_dflash import (
 from .proposals_dflash import ChainProposer, Proposer
 from .sampling_dflash import PositionNoise, Sampler
 from .selfcheck_dflash import check_alone, circumstances
-from .sequences_dflash import Prompt, Sequences, StopConditions
+from .sequences_dflash import UNLIMITED, Prompt, Sequences, StopConditions
 from .support_dflash import (
     IGNORED,
     base_model,
@@ -244,6 +244,15 @@ class DecodeRequest:
             target, target_state, self.prompt, self.sequences, self.acceptance, self.step_outputs
         )
 
+    @property
+    def last_slot(self) -> torch.Tensor | None:
+        """The slot of the last token that plain decoding would feed, a tensor; None if nothing limits the length."""
+        limit = self.sequences.stop_conditions.max_length
+        if limit >= UNLIMITED:
+            return None
+        last = self.prompt.first_id_slot + limit - 2
+        return torch.tensor(max(last, self.prompt.width - 1), device=self.prompt.device)
+
     def output(self, cache: Cache | None) -> ModelOutput:
         """Return the dict that `generate` returns."""
         longest = self.sequences.longest
@@ -296,6 +305,7 @@ class DecoderSession:
                 target.decoding(prompt, mode) as target_state,
                 drafter.decoding(prompt.padding_mask, mode) as draft_state,
             ):
+                target_state.last_slot = request.last_slot
                 state = request.state(target, target_state)
                 proposer = request.proposer(
                     ChainProposer(drafter, draft_state, request.acceptance.sampler)

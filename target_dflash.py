@@ -70,12 +70,15 @@ class TargetState(BlockState):
         position_offset `[B, 1]` or `[3, B, 1]`: position minus slot, for the slots after the prompt.
         token_types `[B, P]`: of the prompt's slots; None if the target is given none. Later slots have the last one.
         layer_outputs: of `LAYER_OUTPUTS`, those that every forward is asked for.
+        last_slot: a tensor, of the last token that plain decoding would feed. Blocks look beyond it, where a target
+            that learned its positions has none; None without an end.
     """
 
     recurrent: RecurrentLayers
     position_offset: torch.Tensor
     token_types: torch.Tensor | None = None
     layer_outputs: tuple[str, ...] = ()
+    last_slot: torch.Tensor | None = None
 
     def inputs_at(
         self, slots: torch.Tensor, ids: torch.Tensor, positions: torch.Tensor
@@ -246,7 +249,12 @@ class Target:
         length = tokens.shape[1]
         masks = state.masks_for(slots, length, self.attention)
         masks.move(slots, ancestors)
-        positions = state.position_offset + slots[:, None] + masks.depths
+        text_slots = slots[:, None] + masks.depths
+        if (
+            state.last_slot is not None
+        ):  # what lies beyond is never committed, so its position is free
+            text_slots = torch.minimum(text_slots, state.last_slot)
+        positions = state.position_offset + text_slots
         block_slots = slots[:, None] + masks.offsets
         inputs = state.inputs_at(block_slots, tokens, positions)
         found = self.model(**self._arguments(inputs, state.cache.at(block_slots), length))

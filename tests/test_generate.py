@@ -8,6 +8,8 @@ import threading
 import pytest
 import torch
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     AutoTokenizer,
     DynamicCache,
     GenerationConfig,
@@ -380,3 +382,19 @@ def test_what_cannot_be_captured_runs_as_it_is_and_says_so(pair, fault, monkeypa
     assert torch.equal(plain, ours)
     assert len(said) == 2
     assert "capture='graphs'" in said[0]
+
+
+@pytest.mark.parametrize("capture", ["eager", "compile"])
+@pytest.mark.parametrize(("new", "rows"), [(24, 1), (26, 1), (27, 1), (26, 3)])
+def test_a_target_that_learned_its_positions_writes_to_the_last_of_them(new, rows, capture, monkeypatch):
+    """A block looks beyond the end of the text, where there is no position."""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    config = AutoConfig.for_model("gpt2", n_embd=32, n_head=4, n_layer=4, n_positions=32, vocab_size=12)
+    torch.manual_seed(0)
+    target = tiny.scaled(AutoModelForCausalLM.from_config(config).eval(), "gpt2")
+    inputs = tiny.batch(6, (0, 2, 1)[:rows])
+    asked = inputs | {"max_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+    plain = target.generate(**asked)
+    ours = target.generate(**asked, custom_generate=tiny.draft(target).speculate, capture=capture)
+    assert torch.equal(ours, plain)
+    assert plain.shape[1] == 6 + new
