@@ -250,9 +250,8 @@ class Target:
         masks = state.masks_for(slots, length, self.attention)
         masks.move(slots, ancestors)
         text_slots = slots[:, None] + masks.depths
-        if (
-            state.last_slot is not None
-        ):  # what lies beyond is never committed, so its position is free
+        # What lies beyond is never committed, so its position is free.
+        if state.last_slot is not None:
             text_slots = torch.minimum(text_slots, state.last_slot)
         positions = state.position_offset + text_slots
         block_slots = slots[:, None] + masks.offsets
