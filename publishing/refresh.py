@@ -46,8 +46,8 @@ _CODE_VERSION = re.compile(rb"^__version__ = \"([^\"]*)\"", re.MULTILINE)
 _IMPORT = re.compile(rb"^\s*(?:from\s+\.(\w+)\s+import|import\s+\.(\w+)\s*$)", re.MULTILINE)
 # Config keys that loading adds or changes, or that a refresh updates.
 _BOOKKEEPING = {_VERSION_KEY, "auto_map", "transformers_version", "_name_or_path"}
-# A failed request: without a connection, huggingface_hub passes the HTTP client's own errors on.
-_HUB_ERRORS = (OSError, RuntimeError, HTTPError)
+# A failed request: the HTTP client's own errors, and an answer that is cut short, which is no JSON.
+_HUB_ERRORS = (OSError, RuntimeError, HTTPError, json.JSONDecodeError)
 
 
 @dataclass
@@ -395,7 +395,8 @@ def _commit(
         on_hub = _on_hub_now(done, found.branch)
         if isinstance(error, HfHubHTTPError) and error.response.status_code == 412:
             raise RuntimeError(
-                f"{repo_id} (branch {found.branch}) moved after it was read: somebody else pushed to it. {on_hub} "
+                f"{repo_id} (branch {found.branch}) moved after it was read: somebody else pushed to it, or "
+                f"the answer to this push was lost. {on_hub} "
                 "Run the same again; it reads the new state of the branch."
             ) from error
         raise RuntimeError(
