@@ -304,7 +304,7 @@ def _on_hub(name: str, file: str) -> bool:
 
 
 def _warn(name: str, file: str, error: Exception) -> None:
-    """Warn that the Hub failed, so that a copy known by its card, or an adapter, may get the draft of another target."""
+    """Warn that the Hub failed: a copy that its card names, or an adapter, may get the draft of another target."""
     warnings.warn(
         f"The Hub did not send {file} of {name}, so the draft is chosen without it: {error}\nRun the same again to "
         "choose with it.",

@@ -381,10 +381,14 @@ def upload(
     Raises:
         RuntimeError: the Hub did not take it, or somebody else pushed meanwhile; the message says what the branch is.
     """
+    branch = revision or "main"
     start, is_new = None, False
     try:
-        if not commit.get("create_pr"):
-            start, is_new = _start(api, repo_id, revision)
+        if not commit.get("create_pr") and not branch.startswith("refs/"):
+            heads = _heads(api, repo_id)
+            start, is_new = heads.get(branch, heads.get("main")), branch not in heads
+        if is_new:
+            api.create_branch(repo_id, branch=branch, exist_ok=True)
         return api.upload_folder(
             folder_path=folder,
             repo_id=repo_id,
@@ -394,20 +398,11 @@ def upload(
             **commit,
         )
     except _HUB_ERRORS as error:
-        state = _branch_after_failure(api, repo_id, revision or "main", start, is_new)
+        state = _branch_after_failure(api, repo_id, branch, start, is_new)
         raise RuntimeError(
             f"The Hub did not take the upload to {repo_id}: {error}\n{state} Run the same again, with a token that may "
             "write there (hf auth login, or HF_TOKEN); files that arrived are not sent twice."
         ) from error
-
-
-def _start(api: HfApi, repo_id: str, branch: str | None) -> tuple[str | None, bool]:
-    """Return the commit that a branch is at, and whether it was created here, from main."""
-    heads = _heads(api, repo_id)
-    if branch is None or branch in heads:
-        return heads.get(branch or "main"), False
-    api.create_branch(repo_id, branch=branch, exist_ok=True)
-    return heads.get("main"), True
 
 
 def _heads(api: HfApi, repo_id: str) -> dict[str, str]:
@@ -430,8 +425,8 @@ def _branch_after_failure(
             api.delete_branch(repo_id, branch=branch)
     except _HUB_ERRORS as error:
         return (
-            f"The branch {branch} could not be asked about ({error}): it is the old one or the new one, for a commit is "
-            "whole or absent."
+            f"The branch {branch} could not be asked about ({error}). It is the old one or the new one, for a commit "
+            "is whole or absent."
         )
     return f"The branch {branch} is as it was: a commit is whole or absent."
 

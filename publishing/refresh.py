@@ -392,7 +392,8 @@ def _commit(
             parent_commit=found.commit,
         )
     except _HUB_ERRORS as error:
-        on_hub = _on_hub_now(done, found.branch)
+        answered = isinstance(error, HfHubHTTPError)
+        on_hub = _on_hub_now(done, found.branch, answered)
         if isinstance(error, HfHubHTTPError) and error.response.status_code == 412:
             raise RuntimeError(
                 f"{repo_id} (branch {found.branch}) moved after it was read: somebody else pushed to it, or "
@@ -413,8 +414,13 @@ def _operation(change: FileChange) -> CommitOperationAdd | CommitOperationDelete
     return CommitOperationAdd(change.path, change.new)
 
 
-def _on_hub_now(done: dict[str, str], failed: str) -> str:
+def _on_hub_now(done: dict[str, str], failed: str, answered: bool) -> str:
     """Return a sentence that lists the branches with the new code, after a failure."""
+    if not answered:
+        known = ", ".join(
+            f"{branch} is new (commit {commit[:8]})" for branch, commit in done.items()
+        )
+        return f"On the Hub now: {known or 'no other branch is new'}; {failed} is the old one or the new one, whole."
     if not done:
         return "Nothing was pushed: all is as it was."
     updated = "".join(f"{branch} is new (commit {commit[:8]}), " for branch, commit in done.items())

@@ -87,10 +87,10 @@ class Repo:
 class Fault:
     """What the server does wrong in answer to a request.
 
-    kind: "status" answers with `status`; "reset" resets the connection before the request is served, "lost" after it;
-    "refuse" reads half of an upload and answers 403. "cut" breaks off in the middle of the body; "short" and "long" send
-    a body of another length, with a Content-Length to match; "flip" changes its last byte; "trickle" sends it a byte at a
-    time. "redirect" names the same path on another host. "meanwhile" calls `meanwhile` and then serves the request.
+    kind: "status" answers with `status`. "reset" resets the connection before the request is served, "lost" after it.
+    "refuse" reads half of an upload and answers 403. "redirect" names the same path on another host. "cut" breaks off
+    in the middle of the body. "short" and "long" send a body of another length, with a Content-Length to match. "flip"
+    changes its last byte, and "trickle" sends it a byte at a time. "meanwhile" calls `meanwhile`, then serves.
     """
 
     kind: str = "status"
