@@ -12,10 +12,11 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.errors import (
     HFValidationError,
     HTTPError,
@@ -389,12 +390,12 @@ def upload(
             start, is_new = heads.get(branch, heads.get("main")), branch not in heads
         if is_new:
             api.create_branch(repo_id, branch=branch, exist_ok=True)
-        return api.upload_folder(
-            folder_path=folder,
-            repo_id=repo_id,
+        there = api.list_repo_files(repo_id, revision=start or revision)
+        return api.create_commit(
+            repo_id,
+            _operations(Path(folder), there),
             revision=revision,
             parent_commit=start,
-            delete_patterns=STALE,
             **commit,
         )
     except _HUB_ERRORS as error:
@@ -403,6 +404,19 @@ def upload(
             f"The Hub did not take the upload to {repo_id}: {error}\n{state} Run the same again, with a token that may "
             "write there (hf auth login, or HF_TOKEN); files that arrived are not sent twice."
         ) from error
+
+
+def _operations(folder: Path, there: list[str]) -> list[Any]:
+    """Return what one commit does: it adds the files of `folder`, and deletes stale ones among those that are `there`.
+
+    `HfApi.upload_folder` may make several commits of it, between which the branch would be neither old nor new.
+    """
+    files = {
+        path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()
+    }
+    added = [CommitOperationAdd(name, path) for name, path in sorted(files.items())]
+    stale = [name for name in there if any(fnmatch(name, pattern) for pattern in STALE)]
+    return [*added, *(CommitOperationDelete(name) for name in stale if name not in files)]
 
 
 def _heads(api: HfApi, repo_id: str) -> dict[str, str]:

@@ -115,6 +115,7 @@ class HubState:
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # head and body are two writes; the second would wait 40 ms for an answer
     state: HubState
 
     # ---- plumbing -------------------------------------------------------------------------------
