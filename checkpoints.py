@@ -8,6 +8,7 @@ a sibling such as Qwen3-4B-Base beside Qwen3-4B.
 
 import json
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,11 +16,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.repocard import metadata_load
 from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import cached_file
 from yaml import YAMLError
 
+from .compat_dflash import is_unreachable
 from .configuration_dflash import same_vocabulary
 from .repository_dflash import check_repo_id
 
@@ -290,6 +293,9 @@ def _file_of(name: str, file: str, online: bool = True) -> Path | None:
     offline = not (online and _on_hub(name, file))
     try:
         found = cached_file(name, file, local_files_only=offline, **silent)
+    except HTTPError as error:
+        _warn(name, file, error)
+        return None
     except (OSError, ValueError):  # no such repository, or not a valid name of one
         return None
     return Path(found) if found else None
@@ -301,8 +307,20 @@ def _on_hub(name: str, file: str) -> bool:
         return HfApi().file_exists(name, file)
     except (
         Exception
-    ):  # the HTTP library, and so the error, differs between versions of huggingface_hub
+    ) as error:  # the HTTP library, and so the error, differs between versions of huggingface_hub
+        if not isinstance(error, HFValidationError) and not is_unreachable(error):
+            _warn(name, file, error)
         return False
+
+
+def _warn(name: str, file: str, error: Exception) -> None:
+    """Warn that the Hub failed: a copy that its card names, or an adapter, may get the draft of another target."""
+    warnings.warn(
+        f"The Hub did not send {file} of {name}, so the draft is chosen without it: {error}\nRun the same again to "
+        "choose with it.",
+        UserWarning,
+        stacklevel=2,
+    )
 
 
 def _text_in(file: Path, key: str) -> str | None:

@@ -7,6 +7,7 @@ be deleted. No other file uses a private name of transformers.
 """
 
 import inspect
+import re
 import sys
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager, suppress
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import LocalEntryNotFoundError
 from packaging.version import Version
 from transformers import AutoModel, masking_utils
 from transformers.utils import cached_file
@@ -450,11 +452,45 @@ def copy_loading_options(config: Any, other: Any) -> None:
 
 
 def find_file(name: Any, file: str, **where: Any) -> Path | None:
-    """Return a file of a repository or folder, downloaded if necessary; None if it is missing or cannot be reached.
+    """Return a file of a repository or folder, downloaded if necessary; None if it is missing.
 
+    Without a connection it is missing if it is not in the cache. A Hub that fails may have it, so that is an error.
     Checked with 5.15.1 to 5.24.0; delete when `cached_file` has public arguments for that.
+
+    Raises:
+        OSError: the Hub answers with an error or breaks off.
     """
-    reasons = ("missing_entries", "connection_errors")
-    silent = {f"_raise_exceptions_for_{reason}": False for reason in reasons}
-    found = cached_file(name, file, **where, **silent)
+    try:
+        found = cached_file(name, file, **where)
+    except OSError as error:
+        cause = error.__cause__
+        if isinstance(cause, LocalEntryNotFoundError):
+            if is_unreachable(cause.__cause__):
+                return None
+            raise OSError(f"The Hub did not send {file} of {name}: {cause.__cause__}") from error
+        if cause is not None:
+            raise
+        # a missing file, or a damaged download, which raises again
+        found = cached_file(name, file, **where, _raise_exceptions_for_missing_entries=False)
     return None if found is None else Path(found)
+
+
+def is_unreachable(error: BaseException | None) -> bool:
+    """Return whether no connection to the Hub was made; None stands for a lookup in the cache alone."""
+    names = ("OfflineModeIsEnabled", "ConnectError", "ConnectTimeout")  # of httpx or httpx2
+    return error is None or type(error).__name__ in names
+
+
+def pinned(name: Any, where: dict[str, Any], local_files_only: bool = False) -> dict[str, Any]:
+    """Return `where` with the commit that its revision names now, so that all files of a load are of one commit.
+
+    A folder has no commits. Without config.json, `where` stays, and the loader says what is missing.
+
+    Args:
+        where: the keywords that choose the files of a repository.
+    """
+    if Path(name).is_dir():
+        return where
+    config = find_file(name, "config.json", local_files_only=local_files_only, **where)
+    commit = re.search(r"[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]", str(config))
+    return where if commit is None else where | {"revision": commit[1]}

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from huggingface_hub.errors import HTTPError
+
 ONE_SENTENCE = "{what}; {advice}."
 """A form of a finding's message."""
 
@@ -70,7 +72,7 @@ def explained(asked: str, advice: str) -> Iterator[None]:
     """Raise an error of another library again, between what was asked and what to do.
 
     Raises:
-        OSError, ImportError, RuntimeError: the error was one.
+        OSError, ImportError, RuntimeError: the error was one; a request that failed is an OSError.
         ValueError: it was any other.
     """
     try:
@@ -78,8 +80,12 @@ def explained(asked: str, advice: str) -> Iterator[None]:
     except Exception as error:
         if _is_ours(error) or type(error).__name__ == "OutOfMemoryError":
             raise
-        known = (OSError, ImportError, RuntimeError)
-        kind = next((kind for kind in known if isinstance(error, kind)), ValueError)
+        known = {
+            OSError: (OSError, HTTPError),
+            ImportError: ImportError,
+            RuntimeError: RuntimeError,
+        }
+        kind = next((kind for kind, those in known.items() if isinstance(error, those)), ValueError)
         raise kind(f"{asked}: {error or type(error).__name__}\n{advice}") from error
 
 
@@ -127,7 +133,10 @@ def _is_ours(error: Exception) -> bool:
     return isinstance(error, Warning) or (ours and isinstance(error, checks))
 
 
-LOADING = "Check name, revision and connection. For a private or gated one, log in: hf auth login, or HF_TOKEN."
+LOADING = (
+    "Check name, revision and connection, and run the same again. For a private or gated repository, log in: "
+    "hf auth login, or HF_TOKEN."
+)
 SAVING = "Pass a folder that can be written, and options as in PreTrainedModel.save_pretrained."
 PUSHING = "Nothing was pushed. Pass the options as in PreTrainedModel.push_to_hub."
 """What to do after an error of another library."""

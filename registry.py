@@ -18,7 +18,7 @@ from transformers import PretrainedConfig
 
 from .calls_dflash import PREPARED, Signature, check_direct_call
 from .checkpoints import Origin, TargetInfo, base_of_adapter, origin_of, out_of_cache
-from .compat_dflash import checkpoint_name, device_of
+from .compat_dflash import checkpoint_name, device_of, pinned
 from .configuration_dflash import DFlashConfig, build_target_layer_ids, same_vocabulary
 from .families import FAMILIES, families_of, siblings_of
 from .findings_dflash import LOADING, explained, explained_for
@@ -591,6 +591,10 @@ def load_draft(name: str | Path, **from_pretrained_kwargs: Any) -> DFlashDraftMo
     check_folder(name)
     names = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "force_download")
     where = {key: value for key, value in from_pretrained_kwargs.items() if key in names}
+    files = {key: value for key, value in where.items() if not key.endswith(("only", "download"))}
+    commit = pinned(name, files, where.get("local_files_only", False)).get("revision")
+    if commit is not None:  # the kind and the weights are of one commit
+        where["revision"] = from_pretrained_kwargs["revision"] = commit
     content, _ = DFlashConfig.get_config_dict(name, **where)
     return KINDS[variant_of(content)].model_class.from_pretrained(name, **from_pretrained_kwargs)
 

@@ -12,14 +12,15 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCard, hf_hub_download
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.errors import (
-    EntryNotFoundError,
     HFValidationError,
     HTTPError,
+    RemoteEntryNotFoundError,
     RepositoryNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
@@ -27,7 +28,7 @@ from safetensors import SafetensorError
 from transformers.configuration_utils import PretrainedConfig
 from transformers.utils import logging
 
-from .compat_dflash import copy_loading_options, find_file
+from .compat_dflash import copy_loading_options, find_file, pinned
 from .configuration_dflash import EXTENSIONS, check_layout
 from .custom_generate_dflash import generate as custom_generate
 from .findings_dflash import LOADING, PUSHING, SAVING, check_path, explained_for
@@ -54,6 +55,8 @@ _PLAIN_CARD = f"---\nlibrary_name: transformers\n---\n# {PLACEHOLDER}\n\nA DFlas
 LAYOUT_BRANCHES: dict[str, str | None] = {"hub": None, "engines": "engines"}
 """The branch to which each layout is pushed; None is main."""
 _LOG_IN = "Log in with a token that may write there: hf auth login, or HF_TOKEN."
+# A failed request: the HTTP client's own errors, and an answer that is cut short, which is no JSON.
+_HUB_ERRORS = (OSError, RuntimeError, ValueError, HTTPError)
 # Files to delete at a push: transformers prefers one file over shards, so stale weights would load.
 STALE = ["*.safetensors", "*.safetensors.index.json", "pytorch_model*"]
 
@@ -86,9 +89,12 @@ class RepositoryMixin:
         name = pretrained_model_name_or_path
         if config is not None and not isinstance(config, PretrainedConfig):
             check_path("config", config)
-        where = _where(kwargs)
-        check_no_mask_embedding(name, where)
+        # transformers before 5.16 names the commit of the config that an Auto class has read
+        asked = _where(kwargs) | {"revision": kwargs.get("_commit_hash") or kwargs.get("revision")}
         started = time.time()
+        where = pinned(name, asked, kwargs.get("local_files_only", False))
+        kwargs["revision"] = where["revision"]
+        check_no_mask_embedding(name, where)
         try:
             try:
                 config = _own_config(cls.config_class, config, name, kwargs)  # type: ignore[attr-defined]
@@ -182,8 +188,9 @@ class RepositoryMixin:
         if "engines" in branches:
             check_for_engines(self.config)  # type: ignore[attr-defined]  # before a repository is created
         api = HfApi(token=token)
-        repo_id = make_repo(api, check_destination(api, repo_id, private), private)
-        card = card_on_hub(repo_id, token)
+        repo_id = check_destination(api, repo_id, private)
+        card = card_on_hub(api, repo_id)
+        repo_id = make_repo(api, repo_id, private)
         with tempfile.TemporaryDirectory() as folder:
             folders = []
             for name, branch in branches.items():
@@ -282,7 +289,8 @@ def check_destination(api: HfApi, repo_id: str, private: bool | None) -> str:
     """Ask the Hub about a repository before anything is written, and return its full name.
 
     Raises:
-        ValueError: no repository can have this name, or it exists and is public although `private` is asked for.
+        ValueError: no repository can have this name, it was renamed, or it exists and is public although `private` is
+            asked for.
         RuntimeError: the Hub cannot be reached, knows no such token, or lets it write nowhere or not there.
     """
     check_repo_id(repo_id)
@@ -290,10 +298,10 @@ def check_destination(api: HfApi, repo_id: str, private: bool | None) -> str:
         who = api.whoami()
         owner = repo_id.split("/")[0] if "/" in repo_id else who["name"]
         full_name = f"{owner}/{repo_id.split('/')[-1]}"
-        is_public = api.repo_exists(full_name) and not api.model_info(full_name).private
-    except (OSError, HTTPError) as error:
+        found = api.model_info(full_name) if api.repo_exists(full_name) else None
+    except _HUB_ERRORS as error:
         raise RuntimeError(
-            f"The Hub was asked about {repo_id} and refused: {error}\n{_LOG_IN}"
+            f"The Hub was asked about {repo_id} and refused: {error}\nNothing was pushed. Run the same again. {_LOG_IN}"
         ) from error
     owners = [who["name"], *(one["name"] for one in who.get("orgs") or ())]
     if owner not in owners:
@@ -301,7 +309,9 @@ def check_destination(api: HfApi, repo_id: str, private: bool | None) -> str:
             f"The token is of {who['name']}, who cannot write to {full_name}: {owner} is none of {', '.join(owners)}. "
             "Push to one of those, or log in as another user: hf auth login, or HF_TOKEN."
         )
-    if private and is_public:
+    if found is not None and found.id != full_name:
+        raise ValueError(f"{full_name} was renamed to {found.id}; push to that name.")
+    if private and found is not None and not found.private:
         raise ValueError(
             f"{full_name} exists and is public, so its files would be public although private was asked for. Make the "
             "repository private first (Settings on its page, or `hf repos settings NAME --private`), or push to "
@@ -334,9 +344,10 @@ def make_repo(api: HfApi, repo_id: str, private: bool | None) -> str:
     """
     try:
         return api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    except (OSError, HTTPError) as error:
+    except _HUB_ERRORS as error:
         raise RuntimeError(
-            f"The Hub did not allow {repo_id} to be created or written: {error}\n{_LOG_IN}"
+            f"The Hub did not allow {repo_id} to be created or written: {error}\nNothing was pushed. Run the same "
+            f"again. {_LOG_IN}"
         ) from error
 
 
@@ -369,32 +380,89 @@ def upload(
     """Upload `folder` in one commit, to a branch that is created if missing; older weights there are deleted.
 
     Raises:
-        RuntimeError: the Hub did not take it. Nothing of it is visible there: a commit is whole or absent.
+        RuntimeError: the Hub did not take it, or somebody else pushed meanwhile; the message says what the branch is.
     """
+    branch = revision or "main"
+    start, is_new = None, False
     try:
-        if revision is not None and not commit.get("create_pr"):
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        return api.upload_folder(
-            folder_path=folder, repo_id=repo_id, revision=revision, delete_patterns=STALE, **commit
+        if not commit.get("create_pr") and not branch.startswith("refs/"):
+            heads = _heads(api, repo_id)
+            start, is_new = heads.get(branch, heads.get("main")), branch not in heads
+        if is_new:
+            api.create_branch(repo_id, branch=branch, exist_ok=True)
+        there = api.list_repo_files(repo_id, revision=start or revision)
+        return api.create_commit(
+            repo_id,
+            _operations(Path(folder), there),
+            revision=revision,
+            parent_commit=start,
+            **commit,
         )
-    except (OSError, RuntimeError, HTTPError) as error:
+    except _HUB_ERRORS as error:
+        state = _branch_after_failure(api, repo_id, branch, start, is_new)
         raise RuntimeError(
-            f"The Hub did not take the upload to {repo_id}: {error}\nThe branch {revision or 'main'} is as it was: a "
-            "commit is whole or absent. Run the same again, with a token that may write there (hf auth login, or "
-            "HF_TOKEN); files that arrived are not sent twice."
+            f"The Hub did not take the upload to {repo_id}: {error}\n{state} Run the same again, with a token that may "
+            "write there (hf auth login, or HF_TOKEN); files that arrived are not sent twice."
         ) from error
 
 
-def card_on_hub(repo_id: str, token: Any = None) -> ModelCard | None:
+def _operations(folder: Path, there: list[str]) -> list[Any]:
+    """Return what one commit does: it adds the files of `folder`, and deletes stale ones among those that are `there`.
+
+    `HfApi.upload_folder` may make several commits of it, between which the branch would be neither old nor new.
+    """
+    files = {
+        path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()
+    }
+    added = [CommitOperationAdd(name, path) for name, path in sorted(files.items())]
+    stale = [name for name in there if any(fnmatch(name, pattern) for pattern in STALE)]
+    return [*added, *(CommitOperationDelete(name) for name in stale if name not in files)]
+
+
+def _heads(api: HfApi, repo_id: str) -> dict[str, str]:
+    """Return the newest commit of each branch."""
+    return {ref.name: ref.target_commit for ref in api.list_repo_refs(repo_id).branches}
+
+
+def _branch_after_failure(
+    api: HfApi, repo_id: str, branch: str, start: str | None, is_new: bool
+) -> str:
+    """Say what a branch is after a failed upload; a branch without a commit of its own is removed again."""
+    try:
+        head = _heads(api, repo_id).get(branch)
+        if start is not None and head not in (None, start):
+            return (
+                f"The branch {branch} moved meanwhile and is at commit {head}: somebody else pushed to it, or the "
+                "answer to this push was lost."
+            )
+        if is_new and head is not None:
+            api.delete_branch(repo_id, branch=branch)
+    except _HUB_ERRORS as error:
+        return (
+            f"The branch {branch} could not be asked about ({error}). It is the old one or the new one, for a commit "
+            "is whole or absent."
+        )
+    return f"The branch {branch} is as it was: a commit is whole or absent."
+
+
+def card_on_hub(api: HfApi, repo_id: str) -> ModelCard | None:
     """Return the current card of `repo_id`; None without one.
 
     Raises:
         ValueError: it cannot be read.
+        RuntimeError: the Hub did not send it.
     """
     try:
-        path = hf_hub_download(repo_id, "README.md", token=token)
-    except (EntryNotFoundError, RepositoryNotFoundError):
+        # of this commit, since for a branch an older copy in the cache would stand in
+        commit = api.model_info(repo_id).sha
+        path = api.hf_hub_download(repo_id, "README.md", revision=commit)
+    except (RemoteEntryNotFoundError, RepositoryNotFoundError):
         return None
+    except _HUB_ERRORS as error:
+        raise RuntimeError(
+            f"The card of {repo_id} could not be read from the Hub: {error}\nNothing was pushed, so that it is not "
+            "replaced. Run the same again."
+        ) from error
     return read_card(Path(path), f"https://huggingface.co/{repo_id}/blob/main/README.md")
 
 

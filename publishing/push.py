@@ -106,8 +106,8 @@ def publish(
     options = _options(options)
     api = HfApi(token=options.token)
     with _staged(api, directory, repo_id, options, report) as (draft, folders, found, repo_id):
+        card = _existing_card(found, api, repo_id)
         repo_id = make_repo(api, repo_id, options.private)
-        card = _existing_card(found, repo_id, options.token)
         for path, _ in folders:
             (path / "README.md").unlink()
             draft.write_card(path, card, repo_id)
@@ -236,8 +236,8 @@ def check_same_tensors(folder: Path, loaded: dict[str, str], expected: dict[str,
         )
 
 
-def _existing_card(found: Contents, repo_id: str, token: str | None) -> ModelCard | None:
+def _existing_card(found: Contents, api: HfApi, repo_id: str) -> ModelCard | None:
     """Return the card to complete: the folder's if a person wrote it, else the Hub's, else the folder's, else None."""
     if found.card is not None and PLACEHOLDER not in found.card.text:
         return found.card
-    return card_on_hub(repo_id, token) or found.card
+    return card_on_hub(api, repo_id) or found.card

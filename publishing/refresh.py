@@ -46,8 +46,8 @@ _CODE_VERSION = re.compile(rb"^__version__ = \"([^\"]*)\"", re.MULTILINE)
 _IMPORT = re.compile(rb"^\s*(?:from\s+\.(\w+)\s+import|import\s+\.(\w+)\s*$)", re.MULTILINE)
 # Config keys that loading adds or changes, or that a refresh updates.
 _BOOKKEEPING = {_VERSION_KEY, "auto_map", "transformers_version", "_name_or_path"}
-# A failed request: without a connection, huggingface_hub passes the HTTP client's own errors on.
-_HUB_ERRORS = (OSError, RuntimeError, HTTPError)
+# A failed request: the HTTP client's own errors, and an answer that is cut short, which is no JSON.
+_HUB_ERRORS = (OSError, RuntimeError, HTTPError, json.JSONDecodeError)
 
 
 @dataclass
@@ -392,10 +392,12 @@ def _commit(
             parent_commit=found.commit,
         )
     except _HUB_ERRORS as error:
-        on_hub = _on_hub_now(done, found.branch)
+        answered = isinstance(error, HfHubHTTPError)
+        on_hub = _on_hub_now(done, found.branch, answered)
         if isinstance(error, HfHubHTTPError) and error.response.status_code == 412:
             raise RuntimeError(
-                f"{repo_id} (branch {found.branch}) moved after it was read: somebody else pushed to it. {on_hub} "
+                f"{repo_id} (branch {found.branch}) moved after it was read: somebody else pushed to it, or "
+                f"the answer to this push was lost. {on_hub} "
                 "Run the same again; it reads the new state of the branch."
             ) from error
         raise RuntimeError(
@@ -412,8 +414,13 @@ def _operation(change: FileChange) -> CommitOperationAdd | CommitOperationDelete
     return CommitOperationAdd(change.path, change.new)
 
 
-def _on_hub_now(done: dict[str, str], failed: str) -> str:
+def _on_hub_now(done: dict[str, str], failed: str, answered: bool) -> str:
     """Return a sentence that lists the branches with the new code, after a failure."""
+    if not answered:
+        known = ", ".join(
+            f"{branch} is new (commit {commit[:8]})" for branch, commit in done.items()
+        )
+        return f"On the Hub now: {known or 'no other branch is new'}; {failed} is the old one or the new one, whole."
     if not done:
         return "Nothing was pushed: all is as it was."
     updated = "".join(f"{branch} is new (commit {commit[:8]}), " for branch, commit in done.items())

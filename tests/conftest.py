@@ -51,7 +51,7 @@ def pytest_configure(config):
 @pytest.fixture
 def hub():
     """The Hub, empty."""
-    for store in (HUB.state.repos, HUB.state.lfs, HUB.state.log, HUB.state.fail):
+    for store in (HUB.state.repos, HUB.state.lfs, HUB.state.log, HUB.state.fail, HUB.state.renamed):
         store.clear()
     return HUB
 

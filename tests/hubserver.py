@@ -14,12 +14,16 @@ from __future__ import annotations
 import base64
 import fnmatch
 import hashlib
+import io
 import json
 import re
+import socket
+import struct
 import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -79,6 +83,24 @@ class Repo:
         return None
 
 
+@dataclass
+class Fault:
+    """What the server does wrong in answer to a request.
+
+    kind: "status" answers with `status`. "reset" resets the connection before the request is served, "lost" after it.
+    "refuse" reads half of an upload and answers 403. "redirect" names the same path on another host. "cut" breaks off
+    in the middle of the body. "short" and "long" send a body of another length, with a Content-Length to match. "flip"
+    changes its last byte, and "trickle" sends it a byte at a time. "meanwhile" calls `meanwhile`, then serves.
+    """
+
+    kind: str = "status"
+    status: int = 500
+    times: float = float("inf")  # how many requests it strikes
+    retry_after: int | None = None
+    meanwhile: Callable[[], object] = lambda: None
+    struck: int = 0
+
+
 class HubState:
     def __init__(self, tokens=("hf_test",), user="tester"):
         self.lock = threading.RLock()
@@ -87,11 +109,13 @@ class HubState:
         self.tokens, self.user = set(tokens), user
         self.cdn_url = ""
         self.log: list[dict] = []  # every request: method, path, status, body keys
-        self.fail: dict[str, int] = {}  # regex on "METHOD path" -> status to inject
+        self.fail: dict[str, int | Fault] = {}  # regex on "METHOD path" -> status or fault to inject
+        self.renamed: dict[str, str] = {}  # repository -> its new name
 
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # head and body are two writes; the second would wait 40 ms for an answer
     state: HubState
 
     # ---- plumbing -------------------------------------------------------------------------------
@@ -113,7 +137,10 @@ class Handler(BaseHTTPRequestHandler):
             data, ctype = json.dumps(obj).encode(), "application/json; charset=utf-8"
         else:
             data, ctype = data or b"", "application/octet-stream"
-        headers = dict(headers or {})
+        headers, data = dict(headers or {}), self._spoil(data)
+        if self._fault and self._fault.kind == "lost":
+            self._rec["status"] = status
+            return self._reset()
         self.send_response(status)
         self.send_header("Content-Type", headers.pop("Content-Type", ctype))
         self.send_header("Content-Length", headers.pop("Content-Length", str(len(data))))
@@ -121,9 +148,60 @@ class Handler(BaseHTTPRequestHandler):
         for k, v in headers.items():
             self.send_header(k, v)
         self.end_headers()
-        if not head and self.command != "HEAD":
-            self.wfile.write(data)
         self._rec["status"] = status
+        if not head and self.command != "HEAD":
+            self._write(data)
+
+    def _spoil(self, data: bytes) -> bytes:
+        """The body as the fault leaves it."""
+        kind = self._fault.kind if self._fault and self.command == "GET" and data else ""
+        changes = {
+            "short": lambda: data[: len(data) // 2],
+            "long": lambda: data + b"more",
+            "flip": lambda: data[:-1] + bytes([data[-1] ^ 1]),
+        }
+        return changes[kind]() if kind in changes else data
+
+    def _write(self, data: bytes):
+        kind = self._fault.kind if self._fault else ""
+        if kind == "cut":
+            self.wfile.write(data[: len(data) // 2])
+            self._reset()
+        elif kind == "trickle":
+            for at in range(len(data)):
+                self.wfile.write(data[at : at + 1])
+        else:
+            self.wfile.write(data)
+
+    def _reset(self):
+        self.wfile.flush()
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.connection.close()
+        self.close_connection = True
+        self.wfile = io.BytesIO()
+
+    def _strike(self, path: str) -> Fault | None:
+        """The fault for this request, if one is left."""
+        for pattern, fault in list(self.state.fail.items()):
+            if re.search(pattern, f"{self.command} {path}"):
+                fault = fault if isinstance(fault, Fault) else Fault(status=fault)
+                if fault.struck < fault.times:
+                    fault.struck += 1
+                    return fault
+        return None
+
+    def _misbehave(self, fault: Fault) -> bool:
+        """Whether the fault has answered the request already."""
+        if fault.kind == "reset":
+            self._reset()
+        elif fault.kind == "status":
+            after = {} if fault.retry_after is None else {"Retry-After": str(fault.retry_after)}
+            self.err(fault.status, None, "injected failure", headers=after)
+        elif fault.kind == "redirect" and self._rec["origin"] == "hub":
+            self.send(307, data=b"", headers={"Location": self.state.cdn_url + self.path})
+        else:
+            return False
+        return True
 
     def err(self, status, code=None, message="error", **extra):
         h = {"X-Error-Message": message}
@@ -149,6 +227,11 @@ class Handler(BaseHTTPRequestHandler):
         u = urlsplit(self.path)
         self.q = {k: v[-1] for k, v in parse_qs(u.query).items()}
         path = u.path
+        self._fault = self._strike(path)
+        if self._fault and self._fault.kind == "refuse":
+            self.rfile.read(int(self.headers.get("Content-Length") or 0) // 2)
+            self._rec, self.close_connection = {}, True
+            return self.err(403, None, "refused half-way")
         body = self._body()
         self._rec = {
             "method": self.command,
@@ -161,10 +244,14 @@ class Handler(BaseHTTPRequestHandler):
         if body and len(body) < 200_000 and "json" in (self.headers.get("Content-Type") or ""):
             self._rec["body"] = body.decode("utf-8", "replace")[:600]
         self.state.log.append(self._rec)
+        if self._fault:
+            self._fault.meanwhile()
         with self.state.lock:
-            for pat, status in list(self.state.fail.items()):
-                if re.search(pat, f"{self.command} {path}"):
-                    return self.err(status, None, "injected failure")
+            if self._fault and self._misbehave(self._fault):
+                return
+            for old, new in self.state.renamed.items():
+                if f"/{old}/" in f"{path}/":
+                    return self.send(307, data=b"", headers={"Location": self.path.replace(old, new)})
             try:
                 self.route(self.command, path, body)
             except Exception as e:  # pragma: no cover
