@@ -264,20 +264,16 @@ class DFlashTrainer(Trainer):
         Raises:
             OSError: it could not be written; says which checkpoint is complete and how to resume from it.
         """
-        try:
-            super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            incomplete = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            if last_checkpoint(self.args.output_dir) != incomplete:
-                shutil.rmtree(incomplete, ignore_errors=True)
-            complete = last_checkpoint(self.args.output_dir)
-            advice = "There is no earlier one."
-            if complete is not None:
-                advice = f"The last complete one is {complete}: make room, and resume from it "
-                advice += "(--resume-from-checkpoint true)."
-            raise OSError(
-                f"The checkpoint of step {self.state.global_step} could not be written: {error}\n{advice}"
-            ) from error
+        incomplete = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        with explain_failed_write(
+            f"The checkpoint of step {self.state.global_step} could not be written", self.args
+        ):
+            try:
+                super()._save_checkpoint(model, trial)
+            except (OSError, RuntimeError, SafetensorError):
+                if last_checkpoint(self.args.output_dir) != incomplete:
+                    shutil.rmtree(incomplete, ignore_errors=True)
+                raise
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Use the card that was saved with the draft as the repository's."""
@@ -420,6 +416,24 @@ def _is_complete(checkpoint: Path) -> bool:
         )
     except (OSError, ValueError):
         return False
+
+
+@contextmanager
+def explain_failed_write(what: str, args: DFlashTrainingArguments) -> Iterator[None]:
+    """Write in this context: if it fails, the error says which checkpoint is complete.
+
+    Raises:
+        OSError: something could not be written; has the option that resumes.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        complete = last_checkpoint(args.output_dir)
+        advice = "There is no complete checkpoint."
+        if complete is not None:
+            advice = f"The last complete one is {complete}: make room, and resume from it "
+            advice += "(--resume-from-checkpoint true)."
+        raise OSError(f"{what}: {error}\n{advice}") from error
 
 
 @contextmanager
