@@ -6,6 +6,7 @@ This file travels with every pushed draft. Checks yield findings; loading and de
 other libraries are raised again, with what was asked and what to do.
 """
 
+import errno
 import functools
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -15,6 +16,8 @@ from typing import Any
 
 from huggingface_hub.errors import HTTPError
 
+_OF_FOLDERS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT)
+"""Errors of a folder, or of a disk: neither name nor connection is at fault."""
 ONE_SENTENCE = "{what}; {advice}."
 """A form of a finding's message."""
 
@@ -80,6 +83,8 @@ def explained(asked: str, advice: str) -> Iterator[None]:
     except Exception as error:
         if _is_ours(error) or type(error).__name__ == "OutOfMemoryError":
             raise
+        if isinstance(error, OSError) and error.errno in _OF_FOLDERS:
+            advice = FOLDERS
         known = {
             OSError: (OSError, HTTPError),
             ImportError: ImportError,
@@ -138,5 +143,6 @@ LOADING = (
     "hf auth login, or HF_TOKEN."
 )
 SAVING = "Pass a folder that can be written, and options as in PreTrainedModel.save_pretrained."
+FOLDERS = "Pass a folder that can be read and written, with room left. Downloads go to HF_HOME, or to cache_dir=."
 PUSHING = "Nothing was pushed. Pass the options as in PreTrainedModel.push_to_hub."
 """What to do after an error of another library."""

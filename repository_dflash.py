@@ -6,12 +6,16 @@ This file travels with every pushed draft, so that a draft loaded by remote code
 repository holds config.json, safetensors, the travelling files and a model card.
 """
 
+import functools
 import inspect
+import os
+import re
 import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -131,24 +135,37 @@ class RepositoryMixin:
         hub_kwargs = {key: kwargs.pop(key) for key in hub_keys if key in kwargs}
         check_layout(layout)
         # `save_original_format` would undo the renaming of `RENAMED`
-        super().save_pretrained(save_directory, save_original_format=False, **kwargs)  # type: ignore[misc]
+        save = functools.partial(super().save_pretrained, save_original_format=False, **kwargs)  # type: ignore[misc]
         if not kwargs.get("is_main_process", True):
+            save(save_directory)
             return
-        if layout == "engines":
-            self.config.save_pretrained(save_directory, layout=layout)  # type: ignore[attr-defined]
-            for name in self.engines_files:
-                shutil.copyfile(Path(__file__).with_name(name), Path(save_directory) / name)
-            for remark in engines_remarks(self.config):  # type: ignore[attr-defined]
-                warnings.warn(remark, UserWarning, stacklevel=2)
-        decoding = Path(save_directory) / "custom_generate" / "generate.py"
-        decoding.parent.mkdir(exist_ok=True)
-        shutil.copyfile(inspect.getfile(custom_generate), decoding)
         existing = Path(save_directory) / "README.md"
         card = ModelCard(existing.read_text(encoding="utf-8")) if existing.exists() else None
-        self.write_card(save_directory, card)
+        is_shared = kwargs.get("distributed_checkpoint")  # every process writes files of its own
+        with (
+            nullcontext(Path(save_directory))
+            if is_shared
+            else written_whole(save_directory) as folder
+        ):
+            save(folder)
+            self._write_code(folder, layout)
+            self.write_card(folder, card)
+        if layout == "engines":
+            for remark in engines_remarks(self.config):  # type: ignore[attr-defined]
+                warnings.warn(remark, UserWarning, stacklevel=2)
         if push_to_hub:
             repo_id = hub_kwargs.pop("repo_id", Path(save_directory).name)
             self.push_to_hub(repo_id, layout=layout, **hub_kwargs)
+
+    def _write_code(self, folder: Path, layout: str) -> None:
+        """Write the travelling files that transformers does not, and the config of the engines layout."""
+        if layout == "engines":
+            self.config.save_pretrained(folder, layout=layout)  # type: ignore[attr-defined]
+            for name in self.engines_files:
+                shutil.copyfile(Path(__file__).with_name(name), folder / name)
+        decoding = folder / "custom_generate" / "generate.py"
+        decoding.parent.mkdir(exist_ok=True)
+        shutil.copyfile(inspect.getfile(custom_generate), decoding)
 
     @explained_for("repo_id", "pushed", PUSHING, check=None)
     def push_to_hub(
@@ -195,9 +212,10 @@ class RepositoryMixin:
             folders = []
             for name, branch in branches.items():
                 path = Path(folder) / name
-                self.save_pretrained(path, layout=name, max_shard_size=max_shard_size)
-                (path / "README.md").unlink()
-                self.write_card(path, card, repo_id, tags=tags)
+                with staging(name):
+                    self.save_pretrained(path, layout=name, max_shard_size=max_shard_size)
+                    (path / "README.md").unlink()
+                    self.write_card(path, card, repo_id, tags=tags)
                 folders.append((path, branch))
             details = {"commit_message": commit_message, "commit_description": commit_description}
             return upload_all(api, repo_id, folders, create_pr=create_pr, **details)[0]
@@ -239,6 +257,68 @@ class RepositoryMixin:
             return None if found is None else ModelCard(found.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
+
+
+@contextmanager
+def staging(layout: str) -> Iterator[None]:
+    """Write a layout for a push in this context, into a temporary folder.
+
+    Raises:
+        OSError: it could not be written; says which layout, and where such folders are made.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"The {layout} layout could not be staged: {error}\nNothing was pushed. Staging needs room for two copies "
+            f"of the draft in {tempfile.gettempdir()}; TMPDIR chooses another folder."
+        ) from error
+
+
+@contextmanager
+def written_whole(directory: Any) -> Iterator[Path]:
+    """Yield a folder to write a draft into; its files replace those of `directory` once all of them are written.
+
+    Raises:
+        OSError: they could not be written; `directory` holds what it held.
+    """
+    partial = Path(directory) / "_partial"  # Trainer pushes no name with _
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+    try:
+        try:
+            partial.mkdir(parents=True)
+            yield partial
+        except (OSError, SafetensorError) as error:
+            raise OSError(
+                f"{directory} could not be written: {error}\nWhat it held is as it was. Make room, or pass a folder "
+                "that can be written."
+            ) from error
+        _move(partial, Path(directory))
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _move(source: Path, folder: Path) -> None:
+    """Move the files of a draft into `folder`, in place of an older draft.
+
+    The older config goes first and the new one comes last: without one, nothing loads. So a process that is killed here
+    leaves no draft of two halves.
+    """
+    new = sorted(path.relative_to(source) for path in source.rglob("*") if path.is_file())
+    names = {path.name for path in new}
+    series = {_series(name) for name in names if ".safetensors" in name}
+    (folder / "config.json").unlink(missing_ok=True)
+    for path in folder.glob("*.safetensors*"):
+        if _series(path.name) in series and path.name not in names:
+            path.unlink()
+    for path in sorted(new, key=lambda path: path.name == "config.json"):
+        (folder / path).parent.mkdir(exist_ok=True)
+        os.replace(source / path, folder / path)
+
+
+def _series(name: str) -> str:
+    """Return the name that a file of weights would have if it were the only one."""
+    return re.sub(r"-\d{5}-of-\d{5}|\.index\.json$", "", name)
 
 
 def is_own_file(path: Path, folder: Path) -> bool:

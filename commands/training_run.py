@@ -12,7 +12,7 @@ from transformers import HfArgumentParser
 from ..publishing import PublishOptions, publish
 from ..training import DFlashTrainer, DFlashTrainingArguments
 from ..training.setup import TrainOptions, build
-from ..training.trainer import explain_failed_push
+from ..training.trainer import explain_failed_push, explain_failed_write, sole_trainer
 from .dry_run import dry_run
 from .shared import console
 
@@ -42,14 +42,20 @@ def train(argv: list[str]) -> None:
             args = replace(
                 args, output_dir=scratch, push_to_hub=False, report_to="none", eval_strategy="no"
             )
-        trainer = build(options, args)
-        if not options.streaming:
-            print_data_reports(trainer)
-        if options.dry_run:
-            dry_run(trainer, Path(scratch))
-            return
-        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-        finish(trainer, options)
+        with sole_trainer(args):
+            _run(options, args)
+
+
+def _run(options: TrainOptions, args: DFlashTrainingArguments) -> None:
+    """Set up the run, and train or make the dry run."""
+    trainer = build(options, args)
+    if not options.streaming:
+        print_data_reports(trainer)
+    if options.dry_run:
+        dry_run(trainer, Path(str(args.output_dir)))
+        return
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    finish(trainer, options)
 
 
 def _expand_push_to_hub(argv: list[str]) -> list[str]:
@@ -75,9 +81,15 @@ def print_data_reports(trainer: DFlashTrainer) -> None:
 
 
 def finish(trainer: DFlashTrainer, options: TrainOptions) -> None:
-    """Save the draft, and publish it if the options say so."""
+    """Save the draft, and publish it if the options say so.
+
+    Raises:
+        OSError: it could not be saved; says which checkpoint is complete and how to resume from it.
+        RuntimeError: it could not be pushed; it is saved.
+    """
     folder, repo = trainer.args.output_dir, trainer.args.hub_model_id
-    trainer.save_model(folder, _internal_call=True)
+    with explain_failed_write(f"The trained draft could not be saved in {folder}", trainer.args):
+        trainer.save_model(folder, _internal_call=True)
     if not trainer.is_world_process_zero():
         return
     if options.streaming:

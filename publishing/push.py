@@ -25,6 +25,7 @@ from ..repository_dflash import (
     card_on_hub,
     check_destination,
     make_repo,
+    staging,
     upload_all,
 )
 from .contents import Contents, LeftOut, contents
@@ -173,9 +174,10 @@ def _staged(
         for layout, branch in LAYOUT_BRANCHES.items():
             path = Path(folder) / layout
             report(f"Staging and checking the {layout} layout")
-            stage(draft, path, layout, options.card)
-            for picture in found.pictures:  # the card may show them
-                shutil.copyfile(picture, path / picture.name, follow_symlinks=False)
+            with staging(layout):
+                stage(draft, path, layout, options.card)
+                for picture in found.pictures:  # the card may show them
+                    shutil.copyfile(picture, path / picture.name, follow_symlinks=False)
             check_staged(draft, path)
             folders.append((path, branch))
         yield draft, folders, found, repo_id

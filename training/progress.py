@@ -2,6 +2,7 @@
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
 """Report a training run: draw a plot and write a section of the model card at every checkpoint."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,9 @@ def write_progress(
         before = before.replace(_UNMEASURED, _MEASURED)
     written = section(history, run_summary, has_plot)
     card.text = f"{before.rstrip()}\n\n{written}\n{following}"
-    card.save(path)
+    partial = folder / "_README.md"  # a full disk leaves the older card
+    card.save(partial)
+    os.replace(partial, path)
 
 
 def _around_section(text: str) -> tuple[str, str]:

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import httpx
 import torch
 
 from .data import columns_of, without_none
+from .locks import sole_writer
 
 ROW = "row"
 """The column with the number of the source row."""
@@ -214,24 +216,40 @@ def regenerate(
         How many rows `path` holds, and the error of each row that failed; another run tries those again.
 
     Raises:
+        ValueError: another run writes `path`, or it was not written by `regenerate`.
         RuntimeError: many rows in succession failed; `path` holds those that were answered.
+        OSError: a row could not be written; `path` holds those that were.
     """
+    with sole_writer(path, path.with_name(f"{path.name}.lock"), "--output"):
+        return _regenerate(rows, path, answer, workers, report)
+
+
+def _regenerate(
+    rows: Iterable[dict[str, Any]],
+    path: Path,
+    answer: AnswerFn,
+    workers: int,
+    report: Callable[[int, int], None],
+) -> tuple[int, list[str]]:
+    """Do what `regenerate` does, while no other run writes `path`."""
     done = finished_rows(path)
     failed: list[str] = []
     consecutive_failures = 0
-    path.parent.mkdir(parents=True, exist_ok=True)
     missing = ((number, row) for number, row in enumerate(rows) if number not in done)
     pool = ThreadPoolExecutor(workers)
     try:
-        with path.open("ab") as file:
+        with path.open("ab", buffering=0) as file:
             for number, outcome in _in_flight(pool, answer, missing, 2 * workers):
                 error = outcome.exception()
                 if error is None:
-                    file.write(
-                        json.dumps({ROW: number} | outcome.result(), ensure_ascii=False).encode()
-                        + b"\n"
-                    )
-                    file.flush()
+                    line = json.dumps({ROW: number} | outcome.result(), ensure_ascii=False)
+                    try:
+                        _append(file, line.encode() + b"\n")
+                    except OSError as cause:
+                        raise OSError(
+                            f"Row {number} could not be written to {path}: {cause}. It holds {len(done)} whole rows; "
+                            "make room, and the same command resumes from there."
+                        ) from cause
                     done.add(number)
                     consecutive_failures = 0
                 else:
@@ -246,6 +264,21 @@ def regenerate(
     finally:
         pool.shutdown(cancel_futures=True)
     return len(done), failed
+
+
+def _append(file: FileIO, line: bytes) -> None:
+    """Append a line to an unbuffered file; nothing of it stays if it cannot be written whole.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    start, written = file.tell(), 0
+    try:
+        while written < len(line):
+            written += file.write(line[written:])
+    except BaseException:
+        file.truncate(start)
+        raise
 
 
 def _in_flight(

@@ -19,7 +19,7 @@ import re
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from ..kinds import kind_of
 from .arguments import DFlashTrainingArguments
 from .blocks import Blocks, draw_anchors
 from .data import Collator, DropReport, PreprocessConfig, columns_of, packed_batch, prepare
+from .locks import sole_writer
 from .metrics import Counts, LossSums, Metrics
 from .objective import Objective, StepOutput
 from .progress import write_progress
@@ -204,8 +205,14 @@ class DFlashTrainer(Trainer):
         """Train as Trainer does; True resumes from the last complete checkpoint.
 
         Raises:
-            ValueError: there is no checkpoint to resume from, or those of an earlier run would be overwritten.
+            ValueError: another run writes the folder, there is no checkpoint to resume from, or those of an earlier run
+                would be overwritten.
         """
+        with sole_trainer(self.args):
+            return super().train(self._checkpoint_to_resume(resume_from_checkpoint), **kwargs)
+
+    def _checkpoint_to_resume(self, resume_from_checkpoint: str | bool | None) -> str | None:
+        """Return the folder of the checkpoint to resume from, or None."""
         found = last_checkpoint(self.args.output_dir)
         if resume_from_checkpoint in (True, "true", "True") and found is None:
             raise ValueError(
@@ -217,8 +224,8 @@ class DFlashTrainer(Trainer):
                 "output_dir."
             )
         if resume_from_checkpoint in (True, "true", "True"):
-            resume_from_checkpoint = str(found)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+            return str(found)
+        return str(resume_from_checkpoint) if resume_from_checkpoint else None
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Save a complete repository, with a plot and a card that show how the run went."""
@@ -257,20 +264,16 @@ class DFlashTrainer(Trainer):
         Raises:
             OSError: it could not be written; says which checkpoint is complete and how to resume from it.
         """
-        try:
-            super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            incomplete = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            if last_checkpoint(self.args.output_dir) != incomplete:
-                shutil.rmtree(incomplete, ignore_errors=True)
-            complete = last_checkpoint(self.args.output_dir)
-            advice = "There is no earlier one."
-            if complete is not None:
-                advice = f"The last complete one is {complete}: make room, and resume from it "
-                advice += "(--resume-from-checkpoint true)."
-            raise OSError(
-                f"The checkpoint of step {self.state.global_step} could not be written: {error}\n{advice}"
-            ) from error
+        incomplete = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        with explain_failed_write(
+            f"The checkpoint of step {self.state.global_step} could not be written", self.args
+        ):
+            try:
+                super()._save_checkpoint(model, trial)
+            except (OSError, RuntimeError, SafetensorError):
+                if last_checkpoint(self.args.output_dir) != incomplete:
+                    shutil.rmtree(incomplete, ignore_errors=True)
+                raise
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Use the card that was saved with the draft as the repository's."""
@@ -385,6 +388,18 @@ def enum_value(name: Any) -> str:
     return str(getattr(name, "value", name))
 
 
+def sole_trainer(args: DFlashTrainingArguments) -> AbstractContextManager[None]:
+    """Return a context in which no other run writes the output folder; only the first process holds the lock.
+
+    Raises:
+        ValueError: another run writes it.
+    """
+    if not args.should_save:
+        return nullcontext()
+    folder = Path(str(args.output_dir))
+    return sole_writer(folder, folder / "_run.lock", "output_dir")  # Trainer pushes no name with _
+
+
 def last_checkpoint(folder: Any) -> Path | None:
     """Return the last complete checkpoint in `folder`, or None."""
     found = sorted(
@@ -401,6 +416,24 @@ def _is_complete(checkpoint: Path) -> bool:
         )
     except (OSError, ValueError):
         return False
+
+
+@contextmanager
+def explain_failed_write(what: str, args: DFlashTrainingArguments) -> Iterator[None]:
+    """Write in this context: if it fails, the error says which checkpoint is complete.
+
+    Raises:
+        OSError: something could not be written; has the option that resumes.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        complete = last_checkpoint(args.output_dir)
+        advice = "There is no complete checkpoint."
+        if complete is not None:
+            advice = f"The last complete one is {complete}: make room, and resume from it "
+            advice += "(--resume-from-checkpoint true)."
+        raise OSError(f"{what}: {error}\n{advice}") from error
 
 
 @contextmanager
