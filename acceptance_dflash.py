@@ -60,6 +60,8 @@ class Acceptance(Protocol):
     """How a verified block becomes text."""
 
     sampler: Sampler
+    input_ids: torch.Tensor | None
+    """`[B, T]`, the text as processors and criteria left it, who may write into it; None by block."""
     reasons: list[str]
     """Why tokens are accepted step by step, see `DecodeStatistics.stepwise`; empty by block."""
 
@@ -79,6 +81,7 @@ class BlockAcceptance:
 
     def __init__(self, sampler: Sampler):
         self.sampler = sampler
+        self.input_ids: torch.Tensor | None = None
         self.reasons: list[str] = []
 
     def complete(self, proposal: Proposal) -> Proposal:
@@ -132,28 +135,24 @@ class StepwiseAcceptance:
     ):
         self.sampler, self.criteria = sampler, criteria
         self.reasons = reasons
-        self.input_ids = input_ids
+        self.input_ids: torch.Tensor = input_ids
         """`[B, T]`, the text so far. A new tensor at each step, since processors may store it."""
         self.pad_token_id = pad_token_id
-        self.unfinished = torch.ones(
-            len(input_ids), dtype=torch.bool, device=input_ids.device
-        )  # [B]
+        self.unfinished = torch.ones(len(input_ids), dtype=torch.long, device=input_ids.device)
+        """`[B]`, 1, or 0 where a row has ended. Integers, since a criterion may return any number, as to `generate`."""
 
     def complete(self, proposal: Proposal) -> Proposal:
         """Return the proposal with padding in rows that have ended, where nothing else can follow."""
-        tokens = self._pad(proposal.tokens, self.unfinished[:, None])
-        return Proposal(tokens, proposal.parents)
-
-    def _pad(self, tokens: torch.Tensor, unfinished: torch.Tensor) -> torch.Tensor:
-        """Return `tokens [B, Q] or [B]` with padding in rows that are not `unfinished`."""
         if self.pad_token_id is None:
-            return tokens
-        return torch.where(unfinished.to(tokens.device), tokens, self.pad_token_id)
+            return proposal
+        unfinished = self.unfinished.to(proposal.tokens.device)[:, None] != 0
+        tokens = torch.where(unfinished, proposal.tokens, self.pad_token_id)
+        return Proposal(tokens, proposal.parents)
 
     def accept(self, state: Any, proposal: Proposal, logits: torch.Tensor) -> Accepted:
         ended = [False] * len(logits)
         if self.pad_token_id is not None:
-            ended = (~self.unfinished).tolist()
+            ended = (self.unfinished == 0).tolist()
         rows = torch.arange(len(logits), device=logits.device)
         position = torch.zeros_like(rows)
         tokens, path = [], [position]
@@ -176,16 +175,30 @@ class StepwiseAcceptance:
         Args:
             logits `[B, V]`: the target's. They are copied, since processors may write into them.
         """
-        logits = logits.to(self.input_ids.device, torch.float32, copy=True)
-        scores = self.sampler.processors(self.input_ids, logits)
-        tokens = self.sampler.draw(scores[:, None], state.next_slots)[:, 0]
-        tokens = self._pad(tokens, self.unfinished)
+        step_logits = logits.to(self.input_ids.device, torch.float32, copy=True)
+        scores = self.sampler.processors(self.input_ids, step_logits)
+        tokens = self._choose(state, scores, logits)
+        if self.pad_token_id is not None:
+            tokens = tokens * self.unfinished + self.pad_token_id * (1 - self.unfinished)
         self.input_ids = torch.cat([self.input_ids, tokens[:, None]], dim=-1)
-        state.step_outputs.collect_step(scores, logits)
-        self.unfinished &= ~self.criteria(self.input_ids, state.step_outputs.steps("scores"))
+        state.step_outputs.collect_step(scores, step_logits)
+        ended = self.criteria(self.input_ids, state.step_outputs.steps("scores"))
+        self.unfinished = self.unfinished & ~ended
+        tokens = self.input_ids[:, -1].clone()  # a criterion may have written another there
         state.append_tokens(tokens[:, None].tolist())
         if not bool(self.unfinished.any()):
             state.sequences.end()
+        return tokens
+
+    def _choose(self, state: Any, scores: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Draw a token `[B]` from each row of `scores [B, V]`; greedily also past a processor's NaN, as `generate`."""
+        tokens = self.sampler.draw(scores[:, None], state.next_slots)[:, 0]
+        if (
+            self.sampler.noise is None
+            and bool((tokens < 0).any())
+            and not bool(logits.isnan().any())
+        ):
+            tokens = scores.argmax(dim=-1)
         return tokens
 
 

@@ -41,10 +41,12 @@ from .layouts_dflash import (  # noqa: E402
     DRAFT_LAYOUTS,
     FIELDS,
     FULL,
+    LAYERS,
     SLIDING,
     check_content,
     check_field,
     engines_layout,
+    int_from,
     modern_rope,
     read_own_layout,
     rope_findings,
@@ -464,6 +466,8 @@ def build_target_layer_ids(num_target_layers: int, num_draft_layers: int = 5) ->
         ValueError: the target is too shallow for that many.
     """
     taps = num_draft_layers
+    for name, value in (("num_target_layers", num_target_layers), ("num_draft_layers", taps)):
+        check_field(name, value, rule=int_from(-LAYERS, LAYERS))
     first, last = 1, num_target_layers - 3
     if min(taps, num_target_layers) < 1:
         raise ValueError(

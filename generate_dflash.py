@@ -191,7 +191,7 @@ class SpeculativeGenerate:
         self.compiled_session = session if request.mode == "compile" else None
         cache = session.decode(request, statistics)
         if not generation_config.return_dict_in_generate:
-            return request.sequences.output_ids()
+            return request.output_ids()
         return request.output(cache)
 
     __signature__ = Signature(__call__)
@@ -253,11 +253,16 @@ class DecodeRequest:
         last = self.prompt.first_id_slot + limit - 2
         return torch.tensor(max(last, self.prompt.width - 1), device=self.prompt.device)
 
+    def output_ids(self) -> torch.Tensor:
+        """Return prompts and generated tokens, `[B, T]`."""
+        text = self.acceptance.input_ids
+        return self.sequences.output_ids() if text is None else text
+
     def output(self, cache: Cache | None) -> ModelOutput:
         """Return the dict that `generate` returns."""
         longest = self.sequences.longest
         return GenerateDecoderOnlyOutput(
-            sequences=self.sequences.output_ids(),
+            sequences=self.output_ids(),
             scores=self.step_outputs.per_step("scores", longest),
             logits=self.step_outputs.per_step("logits", longest),
             hidden_states=self.step_outputs.layers_per_step("hidden_states"),

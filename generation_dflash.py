@@ -18,7 +18,7 @@ import torch
 from .acceptance_dflash import Acceptance, Accepted
 from .cache_dflash import roll_back
 from .outputs_dflash import StepOutputs
-from .proposals_dflash import Proposal, Proposer
+from .proposals_dflash import Proposal, Proposer, check_proposal
 from .selfcheck_dflash import can_check_prompt, check_prompt
 from .sequences_dflash import Prompt, Sequences
 from .target_dflash import Target, TargetOutput, TargetState
@@ -220,7 +220,7 @@ def prefill(state: DecodeState, proposer: Proposer, first_slot: int, check_size:
             check_prompt(target, target_state, prompt, output)
             checked = True
         proposer.append_context(output.features, first)
-    state.step_outputs.collect_prompt(output)
+    state.step_outputs.collect_prompt(output, first, last)
     logits = output.logits[:, -1:].to(state.slots.device)
     with state.user_code():
         state.commit(state.acceptance.accept(state, Proposal(state.anchor), logits))
@@ -254,8 +254,8 @@ def decode(state: DecodeState, proposer: Proposer, recorder: Recorder) -> None:
     target, target_state = state.target, state.target_state
     while not state.sequences.finished:
         with recorder.phase("draft"):
-            proposal = state.acceptance.complete(proposer.propose(state))  # a tree for each row
-            proposal = proposal.with_root(state.anchor)
+            proposal = check_proposal(proposer.propose(state), state.anchor)  # a tree for each row
+            proposal = state.acceptance.complete(proposal).with_root(state.anchor)
         with recorder.phase("verify"):
             target_state.cache.reserve(max(state.last_slots) + proposal.size)
             verified = target.verify(target_state, proposal.tokens, state.slots, proposal.ancestors)

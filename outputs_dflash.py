@@ -71,11 +71,21 @@ class StepOutputs:
                     steps[-1][row] = collected[step]
         return tuple(steps)
 
-    def collect_prompt(self, output: TargetOutput) -> None:
-        """Append the hidden states `[B, P, D]` and attentions `[B, H, P, P]` of the prompt, if collected."""
+    def collect_prompt(self, output: TargetOutput, first: int, width: int) -> None:
+        """Append the hidden states and attentions of a prompt's slots from `first` to before `width`, if collected.
+
+        Hidden states are `[B, N, D]`, attentions `[B, H, N, width or more]`; a sliding layer shows what it had cached
+        before `first` and the new slots.
+        """
         for name, rows in self.layers.items():
+            layers = getattr(output, name)
+            if name == "attentions" and first > 0:
+                layers = [
+                    layer[..., _first_cached(window, first) : width]
+                    for layer, window in zip(layers, self.windows, strict=bool(layers))
+                ]
             for row, steps in enumerate(rows):
-                steps.append(tuple(layer[row : row + 1] for layer in getattr(output, name)))
+                steps.append(tuple(layer[row : row + 1] for layer in layers))
 
     def collect_layers(self, output: TargetOutput, accepted: Accepted, slots: torch.Tensor) -> None:
         """Append the hidden states and attentions of a block's committed positions, if collected.
@@ -127,6 +137,11 @@ class StepOutputs:
         for rows in zip(*self.layers[name], strict=False):
             steps.append(tuple(torch.cat(values) for values in zip(*rows, strict=True)))
         return tuple(steps)
+
+
+def _first_cached(window: int | None, first: int) -> int:
+    """Return the first slot that a layer holds of those before `first`."""
+    return 0 if window is None else max(0, first - window + 1)
 
 
 def _hidden_steps(layers: LayerValues, row: int, path: torch.Tensor) -> list[LayerValues]:

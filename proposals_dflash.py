@@ -53,6 +53,31 @@ class Proposal:
         return None if self.ancestors is None else self.ancestors.sum(-1) - 1
 
 
+def check_proposal(proposal: Any, anchor: torch.Tensor) -> Proposal:
+    """Check the form of what a proposer returned, for the rows of `anchor [B, 1]`; its values are not read.
+
+    Raises:
+        ValueError: saying what it is, and what is expected.
+    """
+    tokens, rows = getattr(proposal, "tokens", None), len(anchor)
+    expected = f"a Proposal with token ids [{rows}, Q], and parents of that shape or None"
+    if not isinstance(proposal, Proposal) or not isinstance(tokens, torch.Tensor):
+        raise ValueError(
+            f"The proposer returned {type(proposal).__name__}; it must return {expected}."
+        )
+    for name, value in (("tokens", tokens), ("parents", proposal.parents)):
+        if value is None:
+            continue
+        shape = tuple(value.shape)
+        fits = value.ndim == 2 and shape == (rows, tokens.shape[-1])
+        if not fits or value.is_floating_point():
+            raise ValueError(
+                f"The proposer returned {name} of shape {shape} and {value.dtype}; it must return "
+                f"{expected}."
+            )
+    return proposal
+
+
 def ancestors(parents: torch.Tensor) -> torch.Tensor:
     """Tell which positions lie on the path from the root to each position of a tree, both included.
 

@@ -452,7 +452,7 @@ def _explain(
     _check_architectures(architectures, target)
     if target is None:
         architecture = _registered(architectures or [])
-        spec = DFLASH_DRAFT_REGISTRY[architecture]
+        spec = _spec_of(architecture)
         return spec, _reason_of_default(spec, architecture)
     name = target if isinstance(target, str) else _name_of(target)
     published = name and out_of_cache(name)
@@ -505,6 +505,21 @@ def _reason_of_default(spec: DFlashDraftSpec, architecture: str) -> str:
     return f"It is the default for {architecture}; {made_for}."
 
 
+def _spec_of(architecture: str) -> DFlashDraftSpec:
+    """Return what the registry has for an architecture.
+
+    Raises:
+        ValueError: it is no spec.
+    """
+    spec = DFLASH_DRAFT_REGISTRY[architecture]
+    if not isinstance(spec, DFlashDraftSpec):
+        raise ValueError(
+            f"DFLASH_DRAFT_REGISTRY[{architecture!r}] is {shown(spec)}; it must be a DFlashDraftSpec, such as "
+            "DFlashDraftSpec(draft_cls=Qwen3DFlashDraftModel)."
+        )
+    return spec
+
+
 def _by_shape(
     architecture: str, target: TargetInfo, origin: Origin | None
 ) -> tuple[DFlashDraftSpec, str]:
@@ -512,10 +527,10 @@ def _by_shape(
 
     The vocabulary nearest in size comes first. Among equals, a draft of the checkpoint that the target was trained from
     does, then the architecture's default. A default without a repository was registered to build drafts, which fit
-    every shape.
+    every shape; one of unknown shape is compared with the target when it is loaded.
     """
-    default = DFLASH_DRAFT_REGISTRY[architecture]
-    if default.repo_id is None:
+    default = _spec_of(architecture)
+    if default.repo_id is None or default.hidden_size is None:
         return default, _reason_of_default(default, architecture)
     name = target.name or "this target"
     candidates = drafts_for(origin.name) if origin else []
@@ -637,7 +652,9 @@ class _Resolved(SpeculativeGenerate):
 
     def _draft_for(self, model: Any, draft: Any) -> Any:
         """Return the draft, loaded once for each target on its device and in its dtype."""
-        if hasattr(draft, "speculate"):  # also one that was loaded by its repository's code
+        if hasattr(draft, "speculate") and not isinstance(
+            draft, type
+        ):  # also one that was loaded by its repository's code
             return draft
         if not isinstance(draft, str | Path | DFlashDraftSpec | None):
             raise ValueError(

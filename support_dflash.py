@@ -465,6 +465,7 @@ def input_findings(
     if embeds is not None and cache is not None and cache.get_seq_length():
         why = "which slots the embeddings belong to is not known; pass input_ids"
         yield _option_finding("inputs_embeds and a cache that is not empty", why)
+    yield from _embeds_findings(inputs)
     if implementation == "quantized" or "Quantized" in kind:
         why = "its keys are not those of plain decoding once a token was rejected"
         yield _option_finding("cache_implementation='quantized'", why)
@@ -482,6 +483,22 @@ _FORWARD_INPUTS = frozenset(
     }
 )
 """What a text model's forward may be given besides ids; the `output_...` options too."""
+
+
+def _embeds_findings(inputs: dict[str, Any]) -> Iterator[Finding]:
+    """Yield masks and positions of another length than the embeddings; a mask may be inferred from longer ids."""
+    embeds = inputs.get("inputs_embeds")
+    for name in ("attention_mask", "position_ids"):
+        given = inputs.get(name)
+        if embeds is None or given is None or given.shape[-1] == embeds.shape[1]:
+            continue
+        what = f"inputs_embeds has {embeds.shape[1]} positions, and {name} covers {given.shape[-1]}"
+        yield Finding(
+            what,
+            given.shape[-1],
+            embeds.shape[1],
+            f"Pass {name} of that length, and as many input_ids or none",
+        )
 
 
 def call_findings(model: Any, inputs: dict[str, Any], synced_gpus: Any) -> Iterator[Finding]:

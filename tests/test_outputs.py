@@ -86,3 +86,32 @@ def test_embeddings_beside_a_cache_that_is_not_empty_are_refused():
         target.generate(
             inputs_embeds=embeds, custom_generate=tiny.draft(target).speculate, max_new_tokens=5, **{tiny.CACHE: cache}
         )
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3_text", "qwen3_next"])
+def test_attentions_after_a_cache_cover_what_plain_generate_has_cached(family):
+    target = tiny.target(family)
+    target.set_attn_implementation("eager")
+    found = []
+    for ours in ({}, {"custom_generate": tiny.draft(target).speculate}):
+        asked = {"do_sample": False, "return_dict_in_generate": True, "output_attentions": True, **ours}
+        first = target.generate(**tiny.batch(20, (0, 3)), max_new_tokens=4, **asked)
+        ids = torch.cat([first.sequences, tiny.prompt(3).expand(2, -1)], dim=1)
+        mask = torch.nn.functional.pad(tiny.batch(20, (0, 3))["attention_mask"], (0, 7), value=1)
+        asked |= {"attention_mask": mask, "max_new_tokens": 5, tiny.CACHE: first[tiny.CACHE]}
+        found.append(target.generate(ids, **asked))
+    assert torch.equal(found[0].sequences, found[1].sequences)
+    for mine, theirs in zip(found[1].attentions, found[0].attentions, strict=True):
+        for one, other in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(one[1:, ..., 3:], other[1:, ..., 3:], atol=2e-3, rtol=2e-3)
+            torch.testing.assert_close(one[:1], other[:1], atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("longer", ["attention_mask", "input_ids"])
+def test_embeddings_of_another_length_than_mask_or_ids_are_refused(longer):
+    target = tiny.target("qwen3")
+    embeds = target.get_input_embeddings()(tiny.prompt(5)).detach()
+    other = {"attention_mask": torch.ones(1, 9, dtype=torch.long)} if longer == "attention_mask" else {}
+    other |= {"input_ids": tiny.prompt(9)} if longer == "input_ids" else {}
+    with pytest.raises(ValueError, match="inputs_embeds has 5 positions, and (attention_mask|position_ids) covers 9"):
+        target.generate(inputs_embeds=embeds, **other, custom_generate=tiny.draft(target).speculate, max_new_tokens=5)

@@ -178,7 +178,19 @@ class ReadsScores(StoppingCriteria):
         return sure.sum(0) >= 3
 
 
+class Returns(StoppingCriteria):
+    """Returns what is no tensor of truth values."""
+
+    def __init__(self, form):
+        self.form = form
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return self.form(input_ids[:, -1] == 5, input_ids.shape[1] > 25)
+
+
 CRITERIA = {
+    "an int": lambda rows: Returns(lambda ends, late: int(late)),
+    "a tensor of ints": lambda rows: Returns(lambda ends, late: ends.long()),
     "a bare bool": lambda rows: BareBool(),
     "a flag for each row": FlagPerRow,
     "reads the scores": lambda rows: ReadsScores(),
@@ -195,6 +207,38 @@ def test_criteria_as_evaluation_harnesses_write_them_end_the_text_where_plain_ge
     plain = target.generate(**inputs, **asked, stopping_criteria=[CRITERIA[name](rows)])
     ours = target.generate(**inputs, **asked, stopping_criteria=[CRITERIA[name](rows)], custom_generate=draft.speculate)
     assert torch.equal(ours.sequences, plain.sequences)
+
+
+class Rewrites(LogitsProcessor):
+    """Writes another last token into the text, as processor and as criterion."""
+
+    def __call__(self, input_ids, scores):
+        if input_ids.shape[1] % 3 == 0:
+            input_ids[:, -1] = (input_ids[:, -1] + 1) % tiny.VOCAB
+        return scores if isinstance(scores, torch.Tensor) else torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+@pytest.mark.parametrize("keyword", ["logits_processor", "stopping_criteria"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_what_is_written_into_the_text_stays_there(pair, keyword, rows):
+    target, draft = pair
+    asked = {"max_new_tokens": NEW, "do_sample": False, keyword: [Rewrites()]}
+    plain = target.generate(**tiny.batch(9, (0, 2, 4)[:rows]), **asked)
+    ours = target.generate(**tiny.batch(9, (0, 2, 4)[:rows]), **asked, custom_generate=draft.speculate)
+    assert torch.equal(ours, plain)
+
+
+class GivesNaN(LogitsProcessor):
+    """Gives NaN for one token, which an argmax takes for the largest."""
+
+    def __call__(self, input_ids, scores):
+        return scores.index_fill(1, torch.tensor([input_ids.shape[1] % tiny.VOCAB]), torch.nan)
+
+
+def test_a_processor_that_gives_nan_is_followed_as_by_plain_generate(pair):
+    target, draft = pair
+    asked = {**tiny.batch(9, (0, 2)), "max_new_tokens": 12, "do_sample": False, "logits_processor": [GivesNaN()]}
+    assert torch.equal(target.generate(**asked, custom_generate=draft.speculate), target.generate(**asked))
 
 
 def only_even(batch_id, input_ids):
