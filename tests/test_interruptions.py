@@ -22,26 +22,26 @@ from paths import ROOT, TINY
 KILLS = f"import sys; sys.path[:0] = [{str(ROOT / 'benchmarks')!r}, {str(ROOT / 'tests')!r}]; import kills; "
 ROWS = [{"text": f"row {number}"} for number in range(6)]
 FULL = """
-    import resource, signal, sys
-    sys.path.insert(0, {tests!r})
-    import tiny
+import resource, sys
+sys.path.insert(0, {tests!r})
+import tiny
 
-    def disk(room=resource.RLIM_INFINITY):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+def disk(room=resource.RLIM_INFINITY):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
 
-    try:
-        {step}
-    except OSError as error:
-        disk()
-        print(error)
+try:
+{step}
+except OSError as error:
+    disk()
+    print(error)
 """
 """A limit on the size of files stands for the disk; Python ignores the signal of such a limit."""
 
 
 def full_disk(server, step: str) -> str:
     """What a step says that meets a full disk."""
-    step = textwrap.indent(textwrap.dedent(step), " " * 8).strip()
-    done = server.run(code=textwrap.dedent(FULL).format(tests=str(ROOT / "tests"), step=step.replace("\n    ", "\n")))
+    step = textwrap.indent(textwrap.dedent(step), "    ")
+    done = server.run(code=FULL.format(tests=str(ROOT / "tests"), step=step))
     assert done.returncode == 0, done.stderr
     assert done.stdout, "nothing was raised"
     return done.stdout
@@ -158,6 +158,23 @@ def test_a_row_that_meets_a_full_disk_leaves_nothing_and_is_written_by_the_next_
     )
     assert out.read_text().endswith("}\n")
     regenerate_here(out)
+
+
+def test_a_trained_draft_that_meets_a_full_disk_names_the_checkpoint_to_resume_from(tmp_path, servers):
+    step = f"""
+        from dflash_hub.commands.training_run import finish
+        from dflash_hub.training.setup import TrainOptions
+        import training_run
+
+        trainer = training_run.trainer({str(tmp_path)!r}, save_strategy="steps", save_steps=2, max_steps=2)
+        trainer.train()
+        disk(2000)
+        finish(trainer, TrainOptions("target", "data"))
+    """
+    said = full_disk(servers.training, step)
+    assert f"The trained draft could not be saved in {tmp_path}: {tmp_path} could not be written" in said
+    assert f"The last complete one is {tmp_path / 'checkpoint-2'}: make room" in said
+    assert not (tmp_path / "config.json").exists()
 
 
 def test_a_layout_that_meets_a_full_disk_is_named_and_nothing_is_pushed(hub, repo_id, servers):
