@@ -80,7 +80,7 @@ def explained(asked: str, advice: str) -> Iterator[None]:
     except Exception as error:
         if _is_ours(error) or type(error).__name__ == "OutOfMemoryError":
             raise
-        known = {
+        known: dict[type[Exception], Any] = {
             OSError: (OSError, HTTPError),
             ImportError: ImportError,
             RuntimeError: RuntimeError,

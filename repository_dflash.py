@@ -92,13 +92,14 @@ class RepositoryMixin:
         # transformers before 5.16 names the commit of the config that an Auto class has read
         asked = _where(kwargs) | {"revision": kwargs.get("_commit_hash") or kwargs.get("revision")}
         started = time.time()
-        where = pinned(name, asked, kwargs.get("local_files_only", False))
+        local = {"local_files_only": kwargs.get("local_files_only", False)}
+        where = pinned(name, asked, **local)
         kwargs["revision"] = where["revision"]
-        check_no_mask_embedding(name, where)
+        check_no_mask_embedding(name, where | local)
         try:
             try:
                 config = _own_config(cls.config_class, config, name, kwargs)  # type: ignore[attr-defined]
-                config = check_stored(cls, config, name, where)
+                config = check_stored(cls, config, name, where | local)
                 defaults = {"use_safetensors": True, "key_mapping": RENAMED}
                 defaults |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
                 model, info = super().from_pretrained(  # type: ignore[misc]
