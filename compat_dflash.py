@@ -467,7 +467,9 @@ def find_file(name: Any, file: str, **where: Any) -> Path | None:
         if isinstance(cause, LocalEntryNotFoundError):
             if is_unreachable(cause.__cause__):
                 return None
-            raise OSError(f"The Hub did not send {file} of {name}: {cause.__cause__}") from error
+            raise OSError(
+                f"The Hub did not send {file} of {name}: {cause.__cause__}\nRun the same again."
+            ) from error
         if cause is not None:
             raise
         # a missing file, or a damaged download, which raises again

@@ -85,7 +85,7 @@ def explained(asked: str, advice: str) -> Iterator[None]:
             raise
         if isinstance(error, OSError) and error.errno in _OF_FOLDERS:
             advice = FOLDERS
-        known = {
+        known: dict[type[Exception], Any] = {
             OSError: (OSError, HTTPError),
             ImportError: ImportError,
             RuntimeError: RuntimeError,

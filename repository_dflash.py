@@ -96,13 +96,14 @@ class RepositoryMixin:
         # transformers before 5.16 names the commit of the config that an Auto class has read
         asked = _where(kwargs) | {"revision": kwargs.get("_commit_hash") or kwargs.get("revision")}
         started = time.time()
-        where = pinned(name, asked, kwargs.get("local_files_only", False))
+        local = {"local_files_only": kwargs.get("local_files_only", False)}
+        where = pinned(name, asked, **local)
         kwargs["revision"] = where["revision"]
-        check_no_mask_embedding(name, where)
+        check_no_mask_embedding(name, where | local)
         try:
             try:
                 config = _own_config(cls.config_class, config, name, kwargs)  # type: ignore[attr-defined]
-                config = check_stored(cls, config, name, where)
+                config = check_stored(cls, config, name, where | local)
                 defaults = {"use_safetensors": True, "key_mapping": RENAMED}
                 defaults |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
                 model, info = super().from_pretrained(  # type: ignore[misc]
@@ -495,8 +496,13 @@ def _operations(folder: Path, there: list[str]) -> list[Any]:
         path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()
     }
     added = [CommitOperationAdd(name, path) for name, path in sorted(files.items())]
-    stale = [name for name in there if any(fnmatch(name, pattern) for pattern in STALE)]
-    return [*added, *(CommitOperationDelete(name) for name in stale if name not in files)]
+    gone = [name for name in there if name not in files and _is_stale(name)]
+    return [*added, *map(CommitOperationDelete, gone)]
+
+
+def _is_stale(name: str) -> bool:
+    """Return whether a file of this name would be loaded in place of the weights that are pushed."""
+    return any(fnmatch(name, pattern) for pattern in STALE)
 
 
 def _heads(api: HfApi, repo_id: str) -> dict[str, str]:

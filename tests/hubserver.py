@@ -231,7 +231,7 @@ class Handler(BaseHTTPRequestHandler):
         if self._fault and self._fault.kind == "refuse":
             self.rfile.read(int(self.headers.get("Content-Length") or 0) // 2)
             self._rec, self.close_connection = {}, True
-            return self.err(403, None, "refused half-way")
+            return self.err(403, None, "refused half-way", headers={"Connection": "close"})
         body = self._body()
         self._rec = {
             "method": self.command,

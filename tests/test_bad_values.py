@@ -370,7 +370,8 @@ TARGET = ["--target", str(TINY / "target")]
         (["train", *TARGET, "--data", "x", "--mask-token-id", "1"], "--target-layer-ids"),
     ],
 )
-def test_a_bad_value_at_the_shell_is_one_line_in_flags(hub, words, message, monkeypatch, capsys):
+def test_a_bad_value_at_the_shell_is_one_line_in_flags(hub, words, message, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)  # a training locks its output folder
     monkeypatch.setattr("sys.argv", ["dflash-hub", *words])
     with pytest.raises(SystemExit):
         cli.main()

@@ -281,7 +281,7 @@ TABLE = [
     ("429 once", "refresh", WEIGHTS, NEW),
     ("503", "load", WEIGHTS, LOADED),
     ("503", "load", CONFIG, OLD),  # as huggingface_hub does: the cache, as of one commit
-    ("503", "load", "mask_embedding.pt", r"did not send mask_embedding.pt"),
+    ("503", "load", "mask_embedding.pt", r"(?s)did not send mask_embedding.pt of .*: .*Run the same again"),
     ("503", "resolve", CARD, CHOSEN),
     ("503", "push", CARD, CARDLESS),
     ("503", "refresh", "commit/main", CODE_MAIN),

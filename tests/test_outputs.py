@@ -113,5 +113,5 @@ def test_embeddings_of_another_length_than_mask_or_ids_are_refused(longer):
     embeds = target.get_input_embeddings()(tiny.prompt(5)).detach()
     other = {"attention_mask": torch.ones(1, 9, dtype=torch.long)} if longer == "attention_mask" else {}
     other |= {"input_ids": tiny.prompt(9)} if longer == "input_ids" else {}
-    with pytest.raises(ValueError, match="inputs_embeds has 5 positions, and (attention_mask|position_ids) covers 9"):
+    with pytest.raises(ValueError, match=r"inputs_embeds has 5 positions, and (attention_mask|position_ids) covers 9"):
         target.generate(inputs_embeds=embeds, **other, custom_generate=tiny.draft(target).speculate, max_new_tokens=5)
