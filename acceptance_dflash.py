@@ -60,10 +60,12 @@ class Acceptance(Protocol):
     """How a verified block becomes text."""
 
     sampler: Sampler
-    input_ids: torch.Tensor | None
-    """`[B, T]`, the text as processors and criteria left it, who may write into it; None by block."""
     reasons: list[str]
     """Why tokens are accepted step by step, see `DecodeStatistics.stepwise`; empty by block."""
+
+    @property
+    def input_ids(self) -> torch.Tensor | None:
+        """`[B, T]`, the text as processors and criteria left it, who may write into it; None by block."""
 
     def complete(self, proposal: Proposal) -> Proposal:
         """Return the proposal to verify."""
@@ -97,9 +99,12 @@ class BlockAcceptance:
         # The cycle's one transfer to the host.
         cycle = torch.cat([tokens, drafted[:, None]], dim=1).tolist()
         ended = [not active for active in state.sequences.active]
-        committed = state.append_tokens([row[: row[-1] + 1] for row in cycle])
+        new_tokens = [row[: row[-1] + 1] for row in cycle]
+        committed = state.append_tokens(new_tokens)
         state.step_outputs.collect(scores, logits, committed)
-        counts = [(row[-1], count) for row, count in zip(cycle, committed, strict=True)]
+        counts = []
+        for row, count in zip(cycle, committed, strict=True):
+            counts.append((row[-1], count))
         return Accepted(tokens, path, drafted, counts, ended)
 
     def _prefixes(self, state: Any, proposal: Proposal) -> list[list[torch.Tensor]] | None:
@@ -192,7 +197,8 @@ class StepwiseAcceptance:
 
     def _choose(self, state: Any, scores: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """Draw a token `[B]` from each row of `scores [B, V]`; greedily also past a processor's NaN, as `generate`."""
-        tokens = self.sampler.draw(scores[:, None], state.next_slots)[:, 0]
+        drawn = self.sampler.draw(scores[:, None], state.next_slots)
+        tokens = drawn[:, 0]
         if (
             self.sampler.noise is None
             and bool((tokens < 0).any())

@@ -364,9 +364,9 @@ def _recompute(
     """Run the mixer of one layer again for some rows, over their first `count` tokens, and put their states in."""
     layer = recurrent.states[index]
     after = (layer.conv_states, layer.recurrent_states)
-    before = snapshot.states[index]
-    layer.conv_states = {key: state[rows] for key, state in before[0].items()}
-    layer.recurrent_states = {key: state[rows] for key, state in before[1].items()}
+    conv_states, recurrent_states = snapshot.states[index]
+    layer.conv_states = {key: state[rows] for key, state in conv_states.items()}
+    layer.recurrent_states = {key: state[rows] for key, state in recurrent_states.items()}
     if count:
         args, kwargs = snapshot.mixer_inputs[index]
         first = [_part(value, rows, count) for value in args]

@@ -146,7 +146,8 @@ class DecodeState:
         self.target, self.target_state = target, target_state
         self.prompt, self.sequences = prompt, sequences
         self.acceptance, self.step_outputs = acceptance, step_outputs
-        self.slots = torch.full((len(prompt.input_ids),), prompt.width - 1, device=prompt.device)
+        rows = len(prompt.input_ids)
+        self.slots = torch.full((rows,), prompt.width - 1, device=prompt.device)
         """`[B]`, the slot of each row's anchor."""
         self.anchor = torch.zeros_like(self.slots)[:, None]
         """`[B, 1]`, each row's last committed token. Nothing reads it before the prefill has committed one."""

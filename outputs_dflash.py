@@ -124,7 +124,8 @@ class StepOutputs:
             step = []
             for layer, window in zip(layers, self.windows, strict=True):
                 shown = seen if window is None else seen[-window:]
-                weights = layer[row : row + 1, :, position : position + 1]
+                own = layer[row : row + 1]
+                weights = own[:, :, position : position + 1]
                 step.append(weights[..., shown.to(layer.device)])
             steps.append(tuple(step))
         return steps
@@ -135,7 +136,10 @@ class StepOutputs:
             return None
         steps = []
         for rows in zip(*self.layers[name], strict=False):
-            steps.append(tuple(torch.cat(values) for values in zip(*rows, strict=True)))
+            merged = []
+            for values in zip(*rows, strict=True):
+                merged.append(torch.cat(values))
+            steps.append(tuple(merged))
         return tuple(steps)
 
 
@@ -148,6 +152,9 @@ def _hidden_steps(layers: LayerValues, row: int, path: torch.Tensor) -> list[Lay
     """Cut hidden states `[B, Q, D]` of one row into steps: `[1, 1, D]` for each position of `path`."""
     steps = []
     for position in path.tolist():
-        values = [layer[row : row + 1, position : position + 1].clone() for layer in layers]
+        values = []
+        for layer in layers:
+            own = layer[row : row + 1]
+            values.append(own[:, position : position + 1].clone())
         steps.append(tuple(values))
     return steps

@@ -33,7 +33,8 @@ class Proposal:
 
     def with_root(self, anchor: torch.Tensor) -> "Proposal":
         """Return the proposal with `anchor [B, 1]` as its root, whatever the proposer put there."""
-        return Proposal(torch.cat([anchor, self.tokens[:, 1:]], dim=1), self.parents)
+        tokens = torch.cat([anchor, self.tokens[:, 1:]], dim=1)
+        return Proposal(tokens, self.parents)
 
     @property
     def size(self) -> int:

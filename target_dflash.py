@@ -298,7 +298,8 @@ class Target:
                 f"{self.name} gave logits of {given} positions where {expected} were asked for"
             )
         layers = [tuple(found.get(name) or ()) for name in LAYER_OUTPUTS]
-        return TargetOutput(found.logits[:, -num_logits:], self.taps.pop(), *layers)
+        logits = found.logits[:, -num_logits:]
+        return TargetOutput(logits, self.taps.pop(), *layers)
 
     def _logits_to_keep(self, length: int, num_logits: int) -> Any:
         """Return 0 for all positions, else a tensor: given a number, some models skip positions in upper layers."""
