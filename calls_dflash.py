@@ -79,6 +79,26 @@ def check_loaded(name: str, target: Any) -> None:
         )
 
 
+class of_a_draft(functools.cached_property):
+    """An attribute of a draft. That of its class would be ignored by `generate`, so it is refused when called."""
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        if instance is not None:
+            return super().__get__(instance, owner)
+        return _refuse_class
+
+
+def _refuse_class(*args: Any, **options: Any) -> None:
+    """Refuse the decoding function of a class.
+
+    Raises:
+        ValueError: saying what to pass.
+    """
+    raise ValueError(
+        "custom_generate is `speculate` of a class; load a draft, and pass its `draft.speculate`."
+    )
+
+
 class Signature:
     """The `__signature__` of a decoding function: what `generate` may pass to it. Others read that of its class.
 

@@ -11,7 +11,6 @@ Shapes: B batch, C context tokens new in this call, Q block positions, K all key
 
 import sys
 from collections.abc import Callable
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -32,7 +31,7 @@ from transformers.models.qwen3.modeling_qwen3 import (
 
 from .attention_dflash import visible
 from .cache_dflash import rewindable_cache
-from .calls_dflash import Signature
+from .calls_dflash import Signature, of_a_draft
 from .compat_dflash import (
     attention_name,
     cache_field,
@@ -152,7 +151,7 @@ class DFlashDraftModel(DFlashPreTrainedModel):
     # What `generate` reads of a draft that is passed as `custom_generate`.
     __signature__ = Signature(SpeculativeGenerate.__call__)
 
-    @cached_property
+    @of_a_draft
     def speculate(self) -> SpeculativeGenerate:
         """Decoding function for the target: `target.generate(..., custom_generate=draft.speculate)`."""
         return SpeculativeGenerate(self)

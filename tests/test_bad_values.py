@@ -244,6 +244,7 @@ def test_what_generate_would_ignore_beside_a_draft_is_refused_by_name(pair, argu
         ({"proposer": 5}, "proposer is 5"),
         ({"proposer": lambda chain: 5}, "proposer= returned is 5"),
         ({"custom_generate": DFlashDraftModel}, "custom_generate is the class DFlashDraftModel"),
+        ({"custom_generate": DFlashDraftModel.speculate}, "custom_generate is `speculate` of a class"),
         ({"custom_generate": dflash_generate, "draft": 5}, "draft is 5; pass a loaded draft"),
     ],
 )
