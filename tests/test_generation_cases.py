@@ -393,9 +393,10 @@ CALLS = {
     "a streamer": lambda target: {**ROW, "streamer": Received(), **ENDS},
     "a streamer of padded prompts": lambda target: {"streamer": Received(), **ENDS},
     "a streamer and a dict": lambda target: {"streamer": Received(), **WHOLE},
-    "a cache as long as the prompt": lambda target: {**ROW, tiny.CACHE: prefilled(target, 9, ROW)},
     "attentions that the attention does not give": {"output_attentions": True, "return_dict_in_generate": True},
 }
+if tiny.CACHE == "cache":  # before transformers 5.24, plain `generate` hides the tokens that it feeds again
+    CALLS["a cache as long as the prompt"] = lambda target: {**ROW, tiny.CACHE: prefilled(target, 9, ROW)}
 CASES = LENGTHS | PROMPTS | ENDINGS | OPTIONS | PROCESSORS | LIKELIEST | OUTPUTS | CACHES | EMBEDDINGS | CALLS
 COMMON = (
     *("a prompt of one token", "chunks of the prompt", "padded to the last token", "a mask with holes"),

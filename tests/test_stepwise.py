@@ -323,7 +323,11 @@ def test_processor_criterion_and_streamer_are_called_in_the_order_of_plain_gener
         one = InOrder(told)
         asked = {"logits_processor": [one], "stopping_criteria": [one], "streamer": one, "do_sample": False}
         target.generate(**tiny.batch(9, (0,)), max_new_tokens=12, **asked, **more)
-    assert plain == ours
+    if tiny.CACHE == "cache":  # from transformers 5.24 on; before, a token is streamed before the criteria are asked
+        assert plain == ours
+    for streams in (True, False):
+        parts = [[one for one in told if (one[0] in ("put", "end")) == streams] for told in (plain, ours)]
+        assert parts[0] == parts[1]
 
 
 def test_transformers_own_processors_take_the_fast_path(pair):
