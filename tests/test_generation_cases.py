@@ -701,6 +701,8 @@ def test_a_call_that_fails_fails_with_the_same_error(name):
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_has_no_meaning_with_a_draft_is_refused(name):
+    if name == "an offloaded static cache" and torch.version.cuda and not torch.cuda.is_available():
+        pytest.skip("transformers makes this cache before we are asked; a CUDA build of torch needs a GPU for it")
     target, draft = pair("qwen3")
     case, words = REFUSED[name]
     error = error_of(target, case, custom_generate=draft.speculate)
