@@ -59,7 +59,6 @@ from .sequences_dflash import UNLIMITED, Prompt, Sequences, StopConditions
 from .support_dflash import (
     IGNORED,
     base_model,
-    call_findings,
     check_arguments,
     check_options,
     draft_findings,
@@ -160,13 +159,8 @@ class SpeculativeGenerate:
         check_compatible(self.draft.config, model, strict)
         asked = {name: local_of_generate(name, frame) for name in IGNORED}
         check_arguments(self.draft, asked, local_of_generate("kwargs", frame) or {})
-        check_options(generation_config, input_ids, inputs)
-        synced_gpus = local_of_generate("synced_gpus", frame)
-        raise_first(call_findings(model, inputs, synced_gpus))
-        _check_choice("draft_sampling", draft_sampling, DRAFT_SAMPLING)
-        _check_choice("capture", capture, CAPTURE)
-        _check_object("statistics", statistics, STATISTICS, "a DecodeStatistics()")
-        _check_function("proposer", proposer, "a function of the draft's proposer")
+        check_options(model, generation_config, input_ids, inputs)
+        _check_keywords(draft_sampling, capture, statistics, proposer)
         names = _requested_outputs(generation_config)
         layer_outputs = tuple(name for name in names if name in LAYER_OUTPUTS)
         inputs = lay_out(input_ids, inputs, generation_config)
@@ -175,15 +169,14 @@ class SpeculativeGenerate:
         noise = PositionNoise() if generation_config.do_sample else None
         sampler = Sampler(logits_processor, noise, coupled=draft_sampling == "coupled")
         pad_token_id = padding_token(generation_config)
-        acceptance = choose_acceptance(sampler, stopping_criteria, input_ids, pad_token_id, names)
-        stop_conditions = StopConditions.from_criteria(stopping_criteria)
-        if acceptance.reasons:  # its own criteria end the text
-            stop_conditions = StopConditions(stop_conditions.max_length, are_all=False)
+        acceptance, stop_conditions = choose_acceptance(
+            sampler, stopping_criteria, input_ids, pad_token_id, names
+        )
         request = DecodeRequest(
             prompt,
             Sequences(input_ids, stop_conditions, pad_token_id, streamer),
             acceptance,
-            StepOutputs(names, len(input_ids), attention_windows(model)),
+            _step_outputs(model, names, len(input_ids)),
             resolve_mode(capture, model, is_recurrent(model)),
             proposer or own_proposer,
         )
@@ -203,10 +196,12 @@ def choose_acceptance(
     input_ids: torch.Tensor,
     pad_token_id: int,
     names: tuple[str, ...],
-) -> Acceptance:
-    """Return how tokens are accepted: by block, or step by step where an object or an output needs it.
+) -> tuple[Acceptance, StopConditions]:
+    """Return how tokens are accepted, and what else ends a row.
 
-    Outputs of several rows do: those of a row that has ended are the outputs of its padding.
+    Tokens are accepted by block, or step by step where an object or an output needs it; then all criteria are asked
+    there, and only the length is left. Outputs of several rows need it: those of a row that has ended are the outputs
+    of its padding.
 
     Args:
         input_ids `[B, P]`.
@@ -216,10 +211,17 @@ def choose_acceptance(
     reasons = foreign_objects(sampler.processors, criteria)
     if pads_ended_rows and len(input_ids) > 1:
         reasons += [f"output_{name}" for name in names]
+    stop_conditions = StopConditions.from_criteria(criteria)
     if not reasons:
-        return BlockAcceptance(sampler)
+        return BlockAcceptance(sampler), stop_conditions
     padding = pad_token_id if pads_ended_rows else None
-    return StepwiseAcceptance(sampler, criteria, input_ids, padding, reasons)
+    acceptance = StepwiseAcceptance(sampler, criteria, input_ids, padding, reasons)
+    return acceptance, StopConditions(stop_conditions.max_length, are_all=False)
+
+
+def _step_outputs(model: Any, names: tuple[str, ...], rows: int) -> StepOutputs:
+    """Return what collects these outputs; the windows, whose reading makes a cache, are for attentions alone."""
+    return StepOutputs(names, rows, attention_windows(model) if "attentions" in names else [])
 
 
 @dataclass
@@ -307,10 +309,9 @@ class DecoderSession:
         with turns(drafter.draft, target.model):
             self._check_alone(prompt)
             with (
-                target.decoding(prompt, mode) as target_state,
+                target.decoding(prompt, mode, request.last_slot) as target_state,
                 drafter.decoding(prompt.padding_mask, mode) as draft_state,
             ):
-                target_state.last_slot = request.last_slot
                 state = request.state(target, target_state)
                 proposer = request.proposer(
                     ChainProposer(drafter, draft_state, request.acceptance.sampler)
@@ -357,6 +358,14 @@ def session_key(draft: Any, model: Any) -> tuple:
             (one.dtype, one.device, attention_name(one.config.get_text_config(decoder=True)))
         )
     return (*found, arrangement(model))
+
+
+def _check_keywords(draft_sampling: Any, capture: Any, statistics: Any, proposer: Any) -> None:
+    """Refuse values that the keywords of these names cannot have."""
+    _check_choice("draft_sampling", draft_sampling, DRAFT_SAMPLING)
+    _check_choice("capture", capture, CAPTURE)
+    _check_object("statistics", statistics, STATISTICS, "a DecodeStatistics()")
+    _check_function("proposer", proposer, "a function of the draft's proposer")
 
 
 def _check_choice(name: str, value: Any, known: tuple) -> None:

@@ -245,11 +245,7 @@ class DFlashDraftModel(DFlashPreTrainedModel):
             ValueError: a width or length that does not fit this draft, with both numbers; or two caches.
         """
         self._check_inputs(noise_embeds, context_hidden_states)
-        if cache is not None and past_key_values is not None:
-            raise ValueError("cache and past_key_values name the same thing; pass one of them.")
-        cache = past_key_values if cache is None else cache
-        if cache is not None and not isinstance(cache, Cache):
-            raise ValueError(f"cache is {shown(cache)}; pass a DynamicCache, or None.")
+        cache = _one_cache(cache, past_key_values)
         noise_embeds = self.scale_embeds(noise_embeds)
         if use_cache and cache is None:
             cache = rewindable_cache(self.config)
@@ -412,6 +408,20 @@ class DFlashDraftModel(DFlashPreTrainedModel):
             return visible[:, None]
         zero = torch.zeros((), dtype=self.dtype, device=block.device)
         return zero.where(visible[:, None], torch.finfo(self.dtype).min)
+
+
+def _one_cache(cache: Any, past_key_values: Any) -> Cache | None:
+    """Return the cache that was passed under one of its two names.
+
+    Raises:
+        ValueError: both were passed, or something else than a cache.
+    """
+    if cache is not None and past_key_values is not None:
+        raise ValueError("cache and past_key_values name the same thing; pass one of them.")
+    cache = past_key_values if cache is None else cache
+    if cache is not None and not isinstance(cache, Cache):
+        raise ValueError(f"cache is {shown(cache)}; pass a DynamicCache, or None.")
+    return cache
 
 
 def _check_tensor(name: str, value: Any, dimensions: tuple[int, ...], shape: str) -> None:

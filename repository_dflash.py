@@ -141,7 +141,7 @@ class RepositoryMixin:
             save(save_directory)
             return
         existing = Path(save_directory) / "README.md"
-        card = ModelCard(existing.read_text(encoding="utf-8")) if existing.exists() else None
+        card = read_card(existing, str(existing)) if existing.exists() else None
         is_shared = kwargs.get("distributed_checkpoint")  # every process writes files of its own
         with (
             nullcontext(Path(save_directory))
@@ -250,12 +250,12 @@ class RepositoryMixin:
             return None
         name, where = self.card_source
         try:
-            found: Path | None = Path(name) / "README.md"
-            if Path(name).exists() and not is_own_file(Path(name) / "README.md", Path(name)):
-                return None
-            if not Path(name).exists():
+            if Path(name).exists():
+                own = Path(name) / "README.md"
+                found = own if is_own_file(own, Path(name)) else None
+            else:
                 found = find_file(name, "README.md", local_files_only=not online, **where)
-            return None if found is None else ModelCard(found.read_text(encoding="utf-8"))
+            return None if found is None else read_card(found, str(found))
         except (OSError, ValueError):
             return None
 

@@ -356,11 +356,12 @@ def _rope_findings(text: Any) -> Iterator[Finding]:
 
 
 def check_options(
+    model: Any,
     config: GenerationConfig,
     input_ids: torch.Tensor,
     inputs: dict[str, Any],
 ) -> None:
-    """Refuse options that have no meaning with a draft.
+    """Refuse options that have no meaning with a draft for this target.
 
     Args:
         input_ids `[B, P]`.
@@ -371,6 +372,7 @@ def check_options(
     """
     raise_first(config_findings(config))
     raise_first(input_findings(config, input_ids, inputs))
+    raise_first(forward_findings(model, inputs))
 
 
 IGNORED = ("assistant_model", "synced_gpus")
@@ -501,14 +503,11 @@ def _embeds_findings(inputs: dict[str, Any]) -> Iterator[Finding]:
         )
 
 
-def call_findings(model: Any, inputs: dict[str, Any], synced_gpus: Any) -> Iterator[Finding]:
-    """Yield what a call asks for that no config names: other inputs of the target's forward, ranks in step.
+def forward_findings(model: Any, inputs: dict[str, Any]) -> Iterator[Finding]:
+    """Yield inputs of a text model's forward that a block cannot be given.
 
     With images, sound or video, the target's own preparation decides what its forward is given.
     """
-    if synced_gpus:
-        why = "ranks would take their turns together, but each accepts other numbers of tokens"
-        yield _option_finding("synced_gpus", why)
     if model.config.get_text_config(decoder=True) is not model.config:
         return
     for name, value in inputs.items():

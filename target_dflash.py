@@ -113,11 +113,14 @@ class Target:
         )
 
     @contextmanager
-    def decoding(self, prompt: Prompt, mode: str) -> Iterator[TargetState]:
+    def decoding(
+        self, prompt: Prompt, mode: str, last_slot: torch.Tensor | None = None
+    ) -> Iterator[TargetState]:
         """Watch the target during one decode of `prompt`, and leave it as it was found.
 
         Args:
             mode: "eager", "graphs" or "compile".
+            last_slot: as in `TargetState`.
         """
         cache = SlotCache(DynamicCache(config=self.text))
         recurrent = RecurrentLayers(cache.layers, self.layers)
@@ -135,6 +138,7 @@ class Target:
                 prompt.position_offset,
                 self._token_types(prompt),
                 prompt.layer_outputs,
+                last_slot,
             )
 
     def prefill(

@@ -141,23 +141,29 @@ def _compare(
             wrong_shapes.append(f"{key}: {shape} in the file, {expected[key]} here")
         if key in expected and dtype not in _FLOATS:
             no_floats.append(f"{key} ({dtype})")
-    _refuse(
-        name,
-        {
-            "has tensors of other shapes than its config.json says": wrong_shapes,
-            "lacks tensors, which would be random": expected.keys() - found.keys(),
-            "has tensors that this model does not know (a reduced vocabulary, or another head?)": (
-                _unknown(found.keys() - expected.keys())
-            ),
-            "has tensors that are no floats": no_floats,
-        },
-    )
+    unknown = _unknown(found.keys() - expected.keys())
+    _refuse_misfits(name, wrong_shapes, expected.keys() - found.keys(), unknown)
+    _refuse(name, {"has tensors that are no floats": no_floats})
 
 
 def _unknown(keys: Iterable[str]) -> set[str]:
     """Return `keys` without those of tensors that a draft may ship and never uses."""
     names = {key.removeprefix("model.") for key in keys} - _TARGETS_OWN
     return {key for key in names if not key.endswith(("inv_freq", "original_inv_freq"))}
+
+
+def _refuse_misfits(
+    name: Any, wrong_shapes: list[str], missing: Iterable[str], unknown: set[str]
+) -> None:
+    """Refuse tensors that are not those of the model, by shape or by name."""
+    _refuse(
+        name,
+        {
+            "has tensors of other shapes than its config.json says": wrong_shapes,
+            "lacks tensors, which would be random": missing,
+            "has tensors that this model does not know (a reduced vocabulary, or another head?)": unknown,
+        },
+    )
 
 
 def _refuse(name: Any, faults: dict[str, Any]) -> None:
@@ -237,14 +243,7 @@ def check_tensors(info: dict[str, Any], name: Any) -> None:
     for key, stored, ours in info["mismatched_keys"]:
         wrong_shapes.append(f"{key}: {tuple(stored)} in the file, {tuple(ours)} here")
     unknown = _unknown(info["unexpected_keys"])
-    _refuse(
-        name,
-        {
-            "has tensors of other shapes than its config.json says": wrong_shapes,
-            "lacks tensors, which would be random": info["missing_keys"],
-            "has tensors that this model does not know (a reduced vocabulary, or another head?)": unknown,
-        },
-    )
+    _refuse_misfits(name, wrong_shapes, info["missing_keys"], unknown)
     if len(unknown) < len(info["unexpected_keys"]):
         logger.warning_once(
             f"{name} ships an embedding or a head; they are not used: a draft uses its target's."

@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -220,50 +221,47 @@ def regenerate(
         RuntimeError: many rows in succession failed; `path` holds those that were answered.
         OSError: a row could not be written; `path` holds those that were.
     """
-    with sole_writer(path, path.with_name(f"{path.name}.lock"), "--output"):
-        return _regenerate(rows, path, answer, workers, report)
-
-
-def _regenerate(
-    rows: Iterable[dict[str, Any]],
-    path: Path,
-    answer: AnswerFn,
-    workers: int,
-    report: Callable[[int, int], None],
-) -> tuple[int, list[str]]:
-    """Do what `regenerate` does, while no other run writes `path`."""
-    done = finished_rows(path)
     failed: list[str] = []
     consecutive_failures = 0
-    missing = ((number, row) for number, row in enumerate(rows) if number not in done)
-    pool = ThreadPoolExecutor(workers)
-    try:
-        with path.open("ab", buffering=0) as file:
-            for number, outcome in _in_flight(pool, answer, missing, 2 * workers):
-                error = outcome.exception()
-                if error is None:
-                    line = json.dumps({ROW: number} | outcome.result(), ensure_ascii=False)
-                    try:
-                        _append(file, line.encode() + b"\n")
-                    except OSError as cause:
-                        raise OSError(
-                            f"Row {number} could not be written to {path}: {cause}. It holds {len(done)} whole rows; "
-                            "make room, and the same command resumes from there."
-                        ) from cause
-                    done.add(number)
-                    consecutive_failures = 0
-                else:
-                    failed.append(f"row {number}: {type(error).__name__}: {error}")
-                    consecutive_failures += 1
-                if consecutive_failures >= MAX_CONSECUTIVE_FAILURES:
-                    raise RuntimeError(
-                        f"{consecutive_failures} rows in succession were not answered; {path} holds {len(done)}, and "
-                        f"the same command resumes from there. The last error: {failed[-1]}"
-                    )
-                report(len(done), len(failed))
-    finally:
-        pool.shutdown(cancel_futures=True)
+    lock = sole_writer(path, path.with_name(f"{path.name}.lock"), "--output")
+    with lock, ExitStack() as stack:
+        done = finished_rows(path)
+        missing = ((number, row) for number, row in enumerate(rows) if number not in done)
+        pool = ThreadPoolExecutor(workers)
+        stack.callback(pool.shutdown, cancel_futures=True)
+        file = stack.enter_context(path.open("ab", buffering=0))
+        for number, outcome in _in_flight(pool, answer, missing, 2 * workers):
+            error = outcome.exception()
+            if error is None:
+                _write_row(file, path, number, outcome.result(), len(done))
+                done.add(number)
+                consecutive_failures = 0
+            else:
+                failed.append(f"row {number}: {type(error).__name__}: {error}")
+                consecutive_failures += 1
+            if consecutive_failures >= MAX_CONSECUTIVE_FAILURES:
+                raise RuntimeError(
+                    f"{consecutive_failures} rows in succession were not answered; {path} holds {len(done)}, and "
+                    f"the same command resumes from there. The last error: {failed[-1]}"
+                )
+            report(len(done), len(failed))
     return len(done), failed
+
+
+def _write_row(file: FileIO, path: Path, number: int, row: dict[str, Any], num_whole: int) -> None:
+    """Append an answered row to the file at `path`, which holds `num_whole` rows.
+
+    Raises:
+        OSError: it could not be written; says what the file holds.
+    """
+    line = json.dumps({ROW: number} | row, ensure_ascii=False)
+    try:
+        _append(file, line.encode() + b"\n")
+    except OSError as error:
+        raise OSError(
+            f"Row {number} could not be written to {path}: {error}. It holds {num_whole} whole rows; make room, and "
+            "the same command resumes from there."
+        ) from error
 
 
 def _append(file: FileIO, line: bytes) -> None:
