@@ -12,7 +12,7 @@ This file travels with every pushed draft. There are two ways to the same text:
 Shapes: B rows, Q block positions, T slots so far, V vocabulary.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -152,7 +152,7 @@ class StepwiseAcceptance:
             return proposal
         unfinished = self.unfinished.to(proposal.tokens.device)[:, None] != 0
         tokens = torch.where(unfinished, proposal.tokens, self.pad_token_id)
-        return Proposal(tokens, proposal.parents)
+        return replace(proposal, tokens=tokens)
 
     def accept(self, state: Any, proposal: Proposal, logits: torch.Tensor) -> Accepted:
         ended = [False] * len(logits)

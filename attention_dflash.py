@@ -61,7 +61,7 @@ class MaskKind(NamedTuple):
 class BlockMasks:
     """The additive masks of a block, updated as its rows move on.
 
-    Between two cycles a row moves by at most one block. So a mask changes only near the block and, where a window
+    Between two cycles a row moves by a block or little more. So a mask changes only near the block and, where a window
     slides, near the far end of the window. Only those slots are written again.
 
     Args:
@@ -69,6 +69,7 @@ class BlockMasks:
         slots `[B]`: of the first token of each row's block.
         size: Q. The block starts as a chain; `move` makes it any tree of that size.
         kinds: masks to build at once. A block that is captured must find them in place.
+        reach: slots by which a row moves at most; by default Q.
     """
 
     def __init__(
@@ -77,11 +78,12 @@ class BlockMasks:
         slots: torch.Tensor,
         size: int,
         kinds: Iterable[MaskKind] = (),
+        reach: int | None = None,
     ):
         self.padding_mask = padding_mask
         self.slots, self.size = slots, size
         self.offsets = torch.arange(size, device=slots.device)  # [Q]
-        self.nearby = torch.arange(-size, size, device=slots.device)  # [2 * Q]
+        self.nearby = torch.arange(-(reach or size), size, device=slots.device)  # [reach + Q]
         chain = torch.ones(size, size, dtype=torch.bool, device=slots.device).tril()
         self.chain = chain.expand(len(slots), -1, -1).contiguous()  # [B, Q, Q]
         self.ancestors = self.chain
@@ -100,7 +102,7 @@ class BlockMasks:
         return self.built[kind].flatten(2, 3)
 
     def move(self, slots: torch.Tensor, ancestors: torch.Tensor) -> None:
-        """Update all masks for blocks at `slots [B]`, at most Q slots after the last ones.
+        """Update all masks for blocks at `slots [B]`, at most `reach` slots after the last ones.
 
         Args:
             ancestors `[B, Q, Q]`: of each row's tree, as `ancestors` gives it, or `chain`.
@@ -299,11 +301,18 @@ class BlockState:
     padding_mask: torch.Tensor
     masks: BlockMasks | None = field(default=None, kw_only=True)
 
-    def masks_for(self, slots: torch.Tensor, size: int, attention: BlockAttention) -> BlockMasks:
+    def masks_for(
+        self,
+        slots: torch.Tensor,
+        size: int,
+        attention: BlockAttention,
+        reach: int | None = None,
+    ) -> BlockMasks:
         """Return the masks for blocks of `size` at `slots [B]`; new ones where buffers grew or the size changed."""
         masks = self.masks
         capacity = self.cache.capacity
         if masks is None or masks.size != size or masks.padding_mask.shape[1] < capacity:
             padding_mask = pad_to(self.padding_mask, capacity)
-            masks = self.masks = BlockMasks(padding_mask, slots, size, attention.mask_kinds)
+            kinds = attention.mask_kinds
+            masks = self.masks = BlockMasks(padding_mask, slots, size, kinds, reach)
         return masks

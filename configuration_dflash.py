@@ -82,7 +82,7 @@ class DFlashConfig(PretrainedConfig):
     """Configuration of a DFlash draft model.
 
     Args:
-        block_size: positions in a block, the anchor included; `block_size - 1` tokens are drafted per cycle.
+        block_size: positions in a block, the anchor included; `num_drafted` tokens are drafted per cycle.
         mask_token_id: the token that fills the block after the anchor; the target's embedding must have its row.
         target_layer_ids: 0-based decoder layers of the target whose *output* is tapped, ascending.
         num_target_layers: decoder layers of the target; None if unknown.
@@ -92,7 +92,13 @@ class DFlashConfig(PretrainedConfig):
         layer_types: `full_attention` or `sliding_attention` per layer; by default all are full.
         sliding_window: a query of a sliding layer sees keys at a distance below this.
         rope_parameters: `{"rope_type": ..., "rope_theta": ..., ...}`; `rope_theta=` alone may be passed instead.
-        vocab_size: the target's; None if unknown. The draft has neither embedding nor head of its own.
+        sample_from_anchor: whether the anchor's position predicts the first token, so that a block drafts `block_size`
+            tokens. By default position k predicts the token at anchor + k, and the anchor's predicts nothing.
+        vocab_size: the target's; None if unknown.
+        draft_vocab_size: tokens that the draft knows, if fewer than the target's. It has a head of its own then, and
+            `d2t` leads from its tokens to the target's.
+        has_own_embed_tokens: whether the draft has an embedding. By default it uses the target's.
+        has_own_lm_head: whether the draft has a head. By default it uses the target's.
         final_logit_softcapping: the target's soft cap, stored for engines that read it; it changes no argmax here.
 
     The other fields are Qwen3's. With dflash_hub imported, `from_pretrained` and `from_dict` read every published
@@ -117,7 +123,11 @@ class DFlashConfig(PretrainedConfig):
     layer_types: list[str] | None = None
     sliding_window: int | None = None
     rope_parameters: dict | None = None
+    sample_from_anchor: bool = False
     vocab_size: int | None = None
+    draft_vocab_size: int | None = None
+    has_own_embed_tokens: bool = False
+    has_own_lm_head: bool = False
     hidden_size: int = 4096
     intermediate_size: int = 12288
     num_hidden_layers: int = 5
@@ -158,9 +168,18 @@ class DFlashConfig(PretrainedConfig):
             self.layer_types = [FULL] * self.num_hidden_layers
         if SLIDING not in self.layer_types:
             self.sliding_window = None
+        if self.draft_vocab_size == self.vocab_size:
+            self.draft_vocab_size = None
+        if self.draft_vocab_size is not None:
+            self.has_own_lm_head = True
         raise_first(self.consistency_findings())
         self._resolve_is_causal()
         super().__post_init__(**kwargs)
+
+    @property
+    def num_drafted(self) -> int:
+        """Tokens that a block drafts."""
+        return self.block_size - 1 + self.sample_from_anchor
 
     @property
     def causal_layers(self) -> list[bool]:
@@ -215,7 +234,19 @@ class DFlashConfig(PretrainedConfig):
             )
             right = f"they must be from 0 to {layers - 1}"
             yield Finding(what, last_tap, layers, right, ONE_SENTENCE)
+        yield from self._vocabulary_findings()
         yield from self._layer_findings()
+
+    def _vocabulary_findings(self) -> Iterator[Finding]:
+        """Yield that the rows of an embedding or head of the draft's own are not known, or too many."""
+        vocab, reduced = self.vocab_size, self.draft_vocab_size
+        own = [name for name in ("has_own_embed_tokens", "has_own_lm_head") if getattr(self, name)]
+        if vocab is None and own:
+            right = f"the target's, because {own[0]} is True"
+            yield must("vocab_size is None", None, right)
+        elif reduced is not None and vocab is not None and reduced > vocab:
+            right = f"at most vocab_size, {vocab}"
+            yield must(f"draft_vocab_size is {reduced}", reduced, right)
 
     def _layer_findings(self) -> Iterator[Finding]:
         """Yield every contradiction about the layers of the draft and their heads."""

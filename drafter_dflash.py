@@ -4,11 +4,11 @@
 
 This file travels with every pushed draft.
 
-Shapes: B rows, N new positions, Q block positions, S slots of a buffer, V vocabulary, H hidden size of the draft,
-F taps * target hidden size.
+Shapes: B rows, N new positions, Q block positions, T drafted tokens, S slots of a buffer, V vocabulary, H hidden size
+of the draft, F taps * target hidden size. T is Q where the anchor's position predicts a token, and else Q - 1.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,25 +16,52 @@ from typing import Any, NamedTuple
 import torch
 from transformers.cache_utils import DynamicCache
 
-from .attention_dflash import BlockAttention, BlockState, pad_to
+from .attention_dflash import BlockAttention, BlockMasks, BlockState, pad_to
 from .cache_dflash import SlotCache
 from .compat_dflash import device_of_inputs, dtype_of_inputs
 from .execution_dflash import BlockRunner, as_written
 from .target_dflash import embed_noise
 
 
-class DraftOutput(NamedTuple):
-    """What a draft returned for the positions of a block after its anchor.
+class Walk(NamedTuple):
+    """What a draft needs to choose tokens that depend on each other.
 
     Args:
-        logits `[B, Q - 1, V]`: on the device of the target's tokens.
-        states `[B, Q - 1, H]`: hidden states, on the draft's device.
-        tokens `[B, Q - 1]`: what it proposes by its logits alone.
+        anchor `[B, 1]`: the token before the first.
+        embed: returns the embeddings `[B, N, H]` of tokens `[B, N]`, as they enter the block; for drafts that read
+            them.
+        pair_scale: factor of what the draft adds to the scores of single tokens.
+    """
+
+    anchor: torch.Tensor
+    embed: Callable[[torch.Tensor], torch.Tensor] | None = None
+    pair_scale: float = 1.0
+
+
+class Choice(NamedTuple):
+    """The tokens that a draft chose, `[B, T]`.
+
+    `confidence [B, T]` is the chance that each is accepted if those before it are; None if the draft estimates none.
+    """
+
+    tokens: torch.Tensor
+    confidence: torch.Tensor | None = None
+
+
+class DraftOutput(NamedTuple):
+    """What a draft returned for the positions of a block that predict a token.
+
+    Args:
+        logits `[B, T, V]`: on the device of the target's tokens.
+        states `[B, T, H]`: hidden states, on the draft's device.
+        tokens `[B, T]`: what it proposes by its logits alone.
+        confidence `[B, T]`: as in `Choice`, on the draft's device.
     """
 
     logits: torch.Tensor
     states: torch.Tensor
     tokens: torch.Tensor
+    confidence: torch.Tensor | None = None
 
 
 @dataclass
@@ -81,18 +108,24 @@ class Drafter:
 
     Args:
         draft: the draft model.
-        target: whose embeddings and head it uses.
+        target: whose embeddings and head it uses, where it has none of its own.
     """
 
     def __init__(self, draft: Any, target: Any):
         self.draft, self.size = draft, draft.config.block_size
-        self.embed, self.head = target.get_input_embeddings(), target.get_output_embeddings()
+        self.num_drafted = draft.config.num_drafted
+        self.embed, self.head = embedding_and_head(draft, target)
         self.head_dtype = dtype_of_inputs(self.head, target.dtype)
         self.attention = BlockAttention(draft, layer_kinds(draft.config))
         self.no_masks = dict.fromkeys(draft.config.layer_types)
         self.runner = BlockRunner(
             self._run_block, lambda state: (state.cache.length, state.cache.capacity)
         )
+
+    @property
+    def verified_size(self) -> int:
+        """Positions that the target verifies: the anchor and the drafted tokens."""
+        return 1 + self.num_drafted
 
     @contextmanager
     def decoding(self, padding_mask: torch.Tensor, mode: str) -> Iterator[DraftState]:
@@ -152,33 +185,37 @@ class Drafter:
         # All context is cached. A captured block still takes context of the usual shape: zeros, whose slots the block
         # overwrites.
         if state.pending is None:
-            shape = (len(slots), self.size, self.draft.config.fc_width)
+            shape = (len(slots), self.verified_size, self.draft.config.fc_width)
             zeros = torch.zeros(shape, device=own_slots.device, dtype=self.draft.dtype)
             state.pending = PendingContext(zeros, own_slots)
         context = state.pending
         # A tree that was verified may be wider than a block.
         wider = max(0, context.features.shape[1] - self.size)
         state.cache.reserve(num_slots + wider)
-        with self.attention.under(state.masks_for(own_slots, self.size, self.attention)):
+        with self.attention.under(self._masks(state, own_slots)):
             output: DraftOutput = self.runner(
                 state, anchor, context.features, context.slots, own_slots
             )
-        return DraftOutput(
-            output.logits.to(slots.device), output.states, output.tokens.to(slots.device)
+        return output._replace(
+            logits=output.logits.to(slots.device), tokens=output.tokens.to(slots.device)
         )
 
-    def tokens_for(
+    def choose(
         self, scores: torch.Tensor, output: DraftOutput, anchor: torch.Tensor, pair_scale: float
-    ) -> torch.Tensor:
-        """Return the tokens `[B, Q - 1]` that the draft proposes by `scores [B, Q - 1, V]` in place of its logits.
+    ) -> Choice:
+        """Return the tokens that the draft proposes by `scores [B, T, V]` in place of its logits.
 
         Args:
-            pair_scale: what drafts that score pairs of tokens multiply those scores by.
+            pair_scale: what drafts whose tokens depend on each other multiply their corrections by.
         """
         own = output.states.device
-        scores_there, anchor_there = scores.to(own), anchor.to(own)
-        tokens = self.draft.select_tokens(scores_there, output.states, anchor_there, pair_scale)
-        return tokens.to(scores.device)
+        walk = Walk(anchor.to(own), self._embed, pair_scale)
+        choice = self.draft.select_tokens(scores.to(own), output.states, walk)
+        return choice._replace(tokens=choice.tokens.to(scores.device))
+
+    def _masks(self, state: DraftState, slots: torch.Tensor) -> BlockMasks:
+        """Return the masks for blocks at `slots [B]`. A cycle moves a row by all verified positions at most."""
+        return state.masks_for(slots, self.size, self.attention, reach=self.verified_size)
 
     def _run_block(
         self,
@@ -189,7 +226,7 @@ class Drafter:
         slots: torch.Tensor,
     ) -> DraftOutput:
         """Run the block. What changes from cycle to cycle are the arguments."""
-        masks = state.masks_for(slots, self.size, self.attention)
+        masks = self._masks(state, slots)
         masks.move(slots, masks.chain)
         block_slots = slots[:, None] + masks.offsets  # [B, Q]
         steps = torch.arange(context.shape[1], device=slots.device)
@@ -197,11 +234,10 @@ class Drafter:
         # Rejected positions of the context share their slots with the block, which is written after it.
         view = state.cache.at(before, block_slots)
         noise_ids = torch.cat([anchor, state.noise_ids], dim=1)
-        noise_embeds = self._to_draft(embed_noise(self.embed, noise_ids))
+        noise_embeds = self._embed(noise_ids)
         positions = state.positions(torch.cat([before, block_slots], dim=1))
-        states = self.draft(
-            noise_embeds, context, self.no_masks, positions, view
-        ).last_hidden_state[:, 1:]
+        output = self.draft(noise_embeds, context, self.no_masks, positions, view)
+        states = output.last_hidden_state[:, -self.num_drafted :]
         if not torch.compiler.is_compiling():
             state.cache.check_written(positions.shape[1], "the draft")
             layers = set(range(len(self.draft.layers)))
@@ -209,13 +245,43 @@ class Drafter:
         head_device = device_of_inputs(self.head, states.device)
         head_states = states.to(head_device, self.head_dtype)
         logits = self.draft.logits(head_states, self.head)
-        tokens = self.draft.select_tokens(
-            logits.to(slots.device), states, anchor.to(slots.device), 1.0
-        )
-        return DraftOutput(logits, states, tokens)
+        walk = Walk(anchor.to(slots.device), self._embed)
+        choice = self.draft.select_tokens(logits.to(slots.device), states, walk)
+        return DraftOutput(logits, states, *choice)
+
+    def _embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return the embeddings `[B, N, H]` of tokens `[B, N]`, on the draft's device."""
+        return self._to_draft(embed_noise(self.embed, ids))
 
     def _to_draft(self, states: torch.Tensor) -> torch.Tensor:
         return states.to(self.draft.device, self.draft.dtype)
+
+
+def embedding_and_head(draft: Any, target: Any) -> tuple[Any, Any]:
+    """Return the embedding and the head that a draft uses: its own, or the target's.
+
+    A part of the draft's own that equals the target's gives its memory back: it becomes a view of the target's.
+    """
+    parts = []
+    for name, targets in (
+        ("embed_tokens", target.get_input_embeddings()),
+        ("lm_head", target.get_output_embeddings()),
+    ):
+        own = getattr(draft, name)
+        if own is not None and not draft.training:
+            share_equal(own, targets)
+        parts.append(targets if own is None else own)
+    return parts[0], parts[1]
+
+
+@torch.no_grad()
+def share_equal(own: Any, targets: Any) -> None:
+    """Let the weight `[V, H]` of the draft's module be the target's memory, if all values are equal."""
+    weight, other = own.weight, targets.weight
+    if (weight.device, weight.dtype, weight.shape) != (other.device, other.dtype, other.shape):
+        return
+    if weight.data_ptr() != other.data_ptr() and torch.equal(weight, other):
+        own.weight = torch.nn.Parameter(other.detach(), requires_grad=weight.requires_grad)
 
 
 def layer_kinds(config: Any) -> list[tuple[int | None, bool]]:

@@ -335,13 +335,13 @@ class DecoderSession:
         """Return the block with which the end of the prompt is checked; 0 if that is done, or has no meaning."""
         if target_state.recurrent.states or self._circumstances(prompt) in self.checked:
             return 0
-        return self.drafter.size
+        return self.drafter.verified_size
 
     def _check_alone(self, prompt: Prompt) -> None:
         """Check the block path on a short text, unless that was done for such prompts."""
         alone = ("alone", *self._circumstances(prompt)[:-1])
         if alone not in self.checked:
-            check_alone(self.target, self.drafter.size, prompt)
+            check_alone(self.target, self.drafter.verified_size, prompt)
             self.checked.add(alone)
             warn_of_new_family(self.target.model)
 

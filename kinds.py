@@ -46,6 +46,7 @@ class DraftKind:
         head: name of its further head in `training.heads.HEADS`; None where the loss is that of its logits alone.
         head_fields: fields of its config that the command `train` has options for.
         metrics: the metrics that training reports.
+        is_trained: whether this package trains it.
     """
 
     config_class: type[DFlashConfig]
@@ -57,6 +58,7 @@ class DraftKind:
     head: str | None = None
     head_fields: tuple[str, ...] = ()
     metrics: tuple[str, ...] = METRICS
+    is_trained: bool = True
 
     @property
     def name(self) -> str:

@@ -58,7 +58,6 @@ _RULES = {
     "quantization_config": DICT,
     "use_sliding_window": BOOL,
     "use_swa": BOOL,
-    "draft_vocab_size": int_from(1, 2**24),
     "v_head_dim": int_from(1, 2**14),
     "dflash_config": DICT,
     "auto_map": FieldRule("a dict of names of classes", _is_auto_map),
@@ -77,6 +76,19 @@ _KEYS = {
         "dflash_query_causal",
     ),
     "final_logit_softcapping": ("final_logit_softcapping", "dflash_config.final_logit_softcapping"),
+    "sample_from_anchor": ("sample_from_anchor", "dflash_config.sample_from_anchor"),
+    "draft_vocab_size": ("draft_vocab_size", "dflash_config.draft_vocab_size"),
+    "has_own_embed_tokens": (
+        "has_own_embed_tokens",
+        "has_embed_tokens",
+        "dflash_config.has_embed_tokens",
+    ),
+    "has_own_lm_head": (
+        "has_own_lm_head",
+        "has_lm_head",
+        "dflash_config.has_own_lm_head",
+        "dflash_config.has_lm_head",
+    ),
     "dtype": ("dtype", "torch_dtype"),
 }
 _TAP_KEYS = ("target_layer_ids", "dflash_config.target_layer_ids")
@@ -91,7 +103,6 @@ _SHIFTED_TAPS = list_of(
     ascending=True,
 )
 _WINDOW_KEYS = ("sliding_window", "dflash_config.swa_window_size", "dflash_config.sliding_window")
-_REDUCED_VOCAB_KEYS = ("draft_vocab_size", "dflash_config.draft_vocab_size")
 _ROPE_KEYS = ("rope_parameters", "rope_scaling")
 # Field whose keys need not agree, or not before other fields are known -> its keys.
 _OTHER_KEYS = {
@@ -102,7 +113,6 @@ _OTHER_KEYS = {
     "rope_parameters": ("rope_parameters",),
     "rope_scaling": ("rope_scaling",),
     "rope_theta": ("rope_theta",),
-    "draft_vocab_size": _REDUCED_VOCAB_KEYS,
     "v_head_dim": ("v_head_dim",),
     "auto_map": ("auto_map",),
 }
@@ -135,16 +145,12 @@ _FEATURES = (
     ("a Domino head", "dflash_config.use_bias_gate", _OFF),
     ("a Domino head", "dflash_config.use_bias_norm", _OFF),
     ("a Domino head (shifted labels)", "shift_label", _OFF),
-    ("a block whose anchor predicts (sample_from_anchor)", "sample_from_anchor", _OFF),
     ("attention sinks", "attention_sink_bias", _OFF),
     ("scaled attention values", "attention_value_scale", (None, 1.0)),
     ("per-tap norms", "aux_hidden_norms", _OFF),
     ("MLA attention", "attention_mode", (None, "gqa", "mha")),
     ("MLA attention", "kv_lora_rank", _OFF),
     ("an attention gate", "g_proj", _OFF),
-    ("a head of its own", "has_lm_head", _OFF),
-    ("a head of its own", "has_own_lm_head", _OFF),
-    ("a trained embedding of its own", "train_embed_tokens", _OFF),
     ("an adapter between the target's width and its own (JetSpec)", "hidden_dim_adapter", _OFF),
     ("a draft without target features", "use_aux_hidden_state", (None, True)),
     ("an output multiplier", "output_multiplier", (None, 1.0)),
@@ -156,6 +162,7 @@ _FEATURES = (
 # Keys published inside dflash_config that can be ignored -> their meaning.
 _HARMLESS = {
     "num_anchors": "training: blocks per row",
+    "train_embed_tokens": "training: whether an embedding that it has was trained",
     "max_anchors": "training: blocks per row, as speculators calls it",
     "loss_decay_gamma": "training: how the loss falls along a block",
     "confidence_head_alpha": "training: weight of the loss of a head that has a switch of its own",
@@ -166,7 +173,7 @@ _HARMLESS = {
 
 def _keys_inside_dflash_config() -> set[str]:
     """Return every key that may stand inside dflash_config, without that prefix."""
-    dotted = [*_TAP_KEYS, *_SHIFTED_TAP_KEYS, *_WINDOW_KEYS, *_REDUCED_VOCAB_KEYS]
+    dotted = [*_TAP_KEYS, *_SHIFTED_TAP_KEYS, *_WINDOW_KEYS]
     for keys in _KEYS.values():
         dotted += keys
     prefix = "dflash_config."
@@ -486,12 +493,7 @@ class _LayoutReader:
                 )
 
     def check_widths(self, fields: dict[str, Any]) -> None:
-        """Refuse a reduced vocabulary, and values of another width than keys."""
-        vocab_size = fields.get("vocab_size")
-        reduced = self.resolve("draft_vocab_size", _REDUCED_VOCAB_KEYS)
-        if reduced is not None and reduced != vocab_size:
-            feature = f"a reduced vocabulary (of vocab_size, {vocab_size})"
-            raise refusal(feature, "draft_vocab_size", reduced).error()
+        """Refuse values of another width than keys."""
         head_dim = fields["head_dim"]
         width = self.get("v_head_dim")
         if width not in (None, head_dim):

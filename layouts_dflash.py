@@ -159,7 +159,11 @@ FIELDS = {
     "sliding_window": _POSITIONS,
     "rope_parameters": DICT,
     "rope_theta": _positive(1e15),
+    "sample_from_anchor": BOOL,
     "vocab_size": int_from(1, 2**24),
+    "draft_vocab_size": int_from(1, 2**24),
+    "has_own_embed_tokens": BOOL,
+    "has_own_lm_head": BOOL,
     "hidden_size": _WIDTH,
     "intermediate_size": _WIDTH,
     "num_hidden_layers": int_from(1, LAYERS),
@@ -409,6 +413,10 @@ _USUAL = (
 _RARE = (
     "target_hidden_size",
     "is_causal",
+    "sample_from_anchor",
+    "draft_vocab_size",
+    "has_own_embed_tokens",
+    "has_own_lm_head",
     "final_logit_softcapping",
     "dtype",
     "quantization_config",
@@ -567,6 +575,9 @@ def _engines_rare(config: Any) -> dict[str, Any]:
         "final_logit_softcapping": config.final_logit_softcapping,
         "quantization_config": getattr(config, "quantization_config", None),
     }
+    for name in ("has_own_embed_tokens", "has_own_lm_head", "sample_from_anchor"):
+        rare[name] = getattr(config, name) or None
+    rare["draft_vocab_size"] = config.draft_vocab_size
     if config.target_hidden_size != config.hidden_size:
         rare["target_hidden_size"] = config.target_hidden_size
     if config.dtype is not None:

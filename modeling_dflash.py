@@ -39,6 +39,7 @@ from .compat_dflash import (
     read_by_assisted_generation,
 )
 from .configuration_dflash import SLIDING, DFlashConfig
+from .drafter_dflash import Choice, Walk
 from .generate_dflash import SpeculativeGenerate, spec_generate
 from .layouts_dflash import shown
 from .repository_dflash import RepositoryMixin, own_config
@@ -144,7 +145,7 @@ class DFlashPreTrainedModel(RepositoryMixin, Qwen3PreTrainedModel):
 
 
 class DFlashDraftModel(DFlashPreTrainedModel):
-    """The DFlash 1 draft. It has no embedding and no head: both are the target's."""
+    """The DFlash 1 draft. Unless the config says otherwise, its embedding and its head are the target's."""
 
     spec_generate = spec_generate
     layer_class = DFlashDecoderLayer
@@ -189,6 +190,16 @@ class DFlashDraftModel(DFlashPreTrainedModel):
         )
         self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = DFlashRotaryEmbedding(config)
+        vocab, width = config.vocab_size or 0, config.hidden_size
+        self.embed_tokens: nn.Embedding | None = None
+        if config.has_own_embed_tokens:
+            self.embed_tokens = nn.Embedding(vocab, width)
+        self.lm_head: nn.Linear | None = None
+        if config.has_own_lm_head:
+            self.lm_head = nn.Linear(width, config.draft_vocab_size or vocab, bias=False)
+        if config.draft_vocab_size is not None:
+            # As speculators stores it: a token of the draft is that of the target minus this.
+            self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.long))
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -239,7 +250,8 @@ class DFlashDraftModel(DFlashPreTrainedModel):
             past_key_values: the cache under its name before transformers 5.24.
 
         Returns:
-            `last_hidden_state [B, Q, hidden_size]`: position k predicts the token at anchor + k, for k >= 1.
+            `last_hidden_state [B, Q, hidden_size]`: position k predicts the token at anchor + k, for k >= 1; or the one
+            after it, where `config.sample_from_anchor`.
 
         Raises:
             ValueError: a width or length that does not fit this draft, with both numbers; or two caches.
@@ -294,19 +306,41 @@ class DFlashDraftModel(DFlashPreTrainedModel):
         return noise_embeds
 
     def logits(self, states: torch.Tensor, head: Any) -> torch.Tensor:
-        """Return logits `[..., V]`: the target's `head` of `states [..., H]`; other kinds may scale and cap them."""
-        return head(states)
-
-    def select_tokens(
-        self, scores: torch.Tensor, states: torch.Tensor, anchor: torch.Tensor, pair_scale: float
-    ) -> torch.Tensor:
-        """Return the proposed tokens `[B, Q - 1]`, the best of each position; other kinds override this.
+        """Return logits `[..., V]` of the target's tokens, -inf for those that the draft does not know.
 
         Args:
-            scores `[B, Q - 1, V]`: of single tokens.
-            states `[B, Q - 1, H]`, anchor `[B, 1]`, pair_scale: for drafts that score pairs of tokens.
+            states `[..., H]`: the draft's.
+            head: the draft's own, or the target's.
         """
-        return scores.argmax(dim=-1)
+        return self.over_target_vocabulary(self.draft_logits(states, head))
+
+    def draft_logits(self, states: torch.Tensor, head: Any) -> torch.Tensor:
+        """Return logits of the draft's tokens, of `states [..., H]`; other kinds may scale and cap them."""
+        return head(states)
+
+    @property
+    def target_ids(self) -> torch.Tensor | None:
+        """The target's id of each token of a reduced vocabulary, `[draft_vocab_size]`, ascending; None without one."""
+        if self.config.draft_vocab_size is None:
+            return None
+        return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
+
+    def over_target_vocabulary(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return `logits [..., draft_vocab_size]` as those of the target's tokens, `[..., V]`."""
+        ids = self.target_ids
+        if ids is None:
+            return logits
+        shape = (*logits.shape[:-1], self.config.vocab_size)
+        return logits.new_full(shape, -torch.inf).index_copy(-1, ids.to(logits.device), logits)
+
+    def select_tokens(self, scores: torch.Tensor, states: torch.Tensor, walk: Walk) -> Choice:
+        """Return the proposed tokens, the best of each position; other kinds override this.
+
+        Args:
+            scores `[B, N, V]`: of single tokens, for the N positions that predict one.
+            states `[B, N, H]`: the draft's, for drafts whose tokens depend on each other.
+        """
+        return Choice(scores.argmax(dim=-1))
 
     def _check_inputs(
         self, noise_embeds: torch.Tensor, context_hidden_states: torch.Tensor

@@ -17,6 +17,7 @@ from torch.nn.functional import embedding, pad
 from transformers import initialization as init
 
 from .configuration_dflash2 import DFlash2Config
+from .drafter_dflash import Choice, Walk
 from .modeling_dflash import DFlashDecoderLayer, DFlashDraftModel
 
 TRAVELS_TOO = """
@@ -165,18 +166,17 @@ class DFlash2DraftModel(DFlashDraftModel):
             )
         return noise_embeds if scale == 1 else noise_embeds * scale
 
-    def logits(self, states: torch.Tensor, head: Any) -> torch.Tensor:
-        """Return logits `[..., V]`: the target's `head` of `states [..., H]`, multiplied and then soft-capped."""
+    def draft_logits(self, states: torch.Tensor, head: Any) -> torch.Tensor:
+        """Return logits of the draft's tokens, of `states [..., H]`, multiplied and then soft-capped."""
         logits, cap = head(states), self.config.final_logit_softcapping
         if self.config.output_multiplier != 1:
             logits = logits * self.config.output_multiplier
         return cap * torch.tanh(logits / cap) if cap else logits
 
-    def select_tokens(
-        self, scores: torch.Tensor, states: torch.Tensor, anchor: torch.Tensor, pair_scale: float
-    ) -> torch.Tensor:
-        """Return the path that the selector chooses, `[B, Q - 1]`; for the arguments see `CandidateSelector.walk`."""
-        return self.candidate_selector.walk(scores, states, anchor, pair_scale)
+    def select_tokens(self, scores: torch.Tensor, states: torch.Tensor, walk: Walk) -> Choice:
+        """Return the path that the selector chooses; for the arguments see `CandidateSelector.walk`."""
+        path = self.candidate_selector.walk(scores, states, walk.anchor, walk.pair_scale)
+        return Choice(path)
 
 
 Qwen3DFlash2DraftModel = DFlash2DraftModel

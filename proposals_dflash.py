@@ -8,13 +8,13 @@ This file travels with every pushed draft. Acceptance is by *match* and a pure f
 Shapes: B rows, Q block positions, N new positions, F taps * target hidden size.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 
-from .drafter_dflash import Drafter, DraftState
+from .drafter_dflash import Choice, Drafter, DraftState
 from .sampling_dflash import Sampler
 
 
@@ -26,15 +26,17 @@ class Proposal:
         tokens `[B, Q]`: the anchor first.
         parents `[B, Q]`: for each position the one before it, -1 for the root. Parents come before their children. None
             for a chain, where they are -1, 0, 1, 2 ...
+        confidence `[B, Q - 1]`: the chance that each drafted token is accepted if those before it are; None if unknown.
     """
 
     tokens: torch.Tensor
     parents: torch.Tensor | None = None
+    confidence: torch.Tensor | None = None
 
     def with_root(self, anchor: torch.Tensor) -> "Proposal":
         """Return the proposal with `anchor [B, 1]` as its root, whatever the proposer put there."""
         tokens = torch.cat([anchor, self.tokens[:, 1:]], dim=1)
-        return Proposal(tokens, self.parents)
+        return replace(self, tokens=tokens)
 
     @property
     def size(self) -> int:
@@ -194,11 +196,12 @@ class ChainProposer:
         """Return the anchor and the draft's tokens after it."""
         num_slots = max(state.last_slots) + self.drafter.size
         output = self.drafter.draft_block(self.draft_state, state.anchor, state.slots, num_slots)
-        tokens = output.tokens
+        choice = Choice(output.tokens, output.confidence)
         if self.sampler.coupled:
             scores, pair_scale = self.sampler.draft_scores(output.logits, state.next_slots)
-            tokens = self.drafter.tokens_for(scores, output, state.anchor, pair_scale)
-        return Proposal(torch.cat([state.anchor, tokens], dim=1))
+            choice = self.drafter.choose(scores, output, state.anchor, pair_scale)
+        tokens = torch.cat([state.anchor, choice.tokens], dim=1)
+        return Proposal(tokens, confidence=choice.confidence)
 
     def commit(self, features: torch.Tensor, slots: torch.Tensor) -> None:
         self.drafter.set_pending(self.draft_state, features, slots)

@@ -27,8 +27,14 @@ logger = logging.get_logger(__name__)
 # The Muse assistant of transformers has the feature projection in a submodule.
 RENAMED = {"^encoder.fc": "fc", "^encoder.output_norm_enc": "hidden_norm"}
 """Patterns of the names of tensors -> what replaces them."""
-_TARGETS_OWN = {"embed_tokens.weight", "lm_head.weight"}
+_OWN_PARTS = {
+    "embed_tokens.weight": "has_own_embed_tokens",
+    "lm_head.weight": "has_own_lm_head",
+}
+"""Tensor -> the field of a config that says that the draft has it; published ones often lack the field."""
+_UNUSED = {"t2d"}  # follows from d2t
 _FLOATS = {"F64", "F32", "F16", "BF16"}
+_IDS = "d2t"
 _ZERO_WHEN_FRESH = ("kernel", "codebook")  # parts that add nothing before they are trained
 _NONSENSE = "It would load and draft nonsense, so it is refused."
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -55,6 +61,7 @@ def check_stored(model_class: Any, config: Any, name: Any, where: dict[str, Any]
     stored = _headers(stored_files(name, where))
     if not stored:
         return config
+    config = with_own_parts(config, stored)
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         if {dtype for dtype, _ in stored.values()} - _FLOATS:
@@ -68,6 +75,18 @@ def check_stored(model_class: Any, config: Any, name: Any, where: dict[str, Any]
         config = copy.deepcopy(config)
         del config.quantization_config
     _compare(stored, _expected_shapes(model_class, config), name)
+    return config
+
+
+def with_own_parts(config: Any, stored: dict[str, tuple[str, tuple[int, ...]]]) -> Any:
+    """Return the config with the fields for the embedding and the head that are among the `stored` tensors."""
+    config = copy.deepcopy(config)
+    for key, (_, shape) in stored.items():
+        field = _OWN_PARTS.get(key.removeprefix("model."))
+        if field is not None:
+            setattr(config, field, True)
+            if config.vocab_size is None:
+                config.vocab_size = shape[0]
     return config
 
 
@@ -139,7 +158,7 @@ def _compare(
         found[key] = shape
         if key in expected and shape != expected[key]:
             wrong_shapes.append(f"{key}: {shape} in the file, {expected[key]} here")
-        if key in expected and dtype not in _FLOATS:
+        if key in expected and dtype not in _FLOATS and key != _IDS:
             no_floats.append(f"{key} ({dtype})")
     unknown = _unknown(found.keys() - expected.keys())
     _refuse_misfits(name, wrong_shapes, expected.keys() - found.keys(), unknown)
@@ -148,7 +167,7 @@ def _compare(
 
 def _unknown(keys: Iterable[str]) -> set[str]:
     """Return `keys` without those of tensors that a draft may ship and never uses."""
-    names = {key.removeprefix("model.") for key in keys} - _TARGETS_OWN
+    names = {key.removeprefix("model.") for key in keys} - _UNUSED
     return {key for key in names if not key.endswith(("inv_freq", "original_inv_freq"))}
 
 
@@ -244,10 +263,6 @@ def check_tensors(info: dict[str, Any], name: Any) -> None:
         wrong_shapes.append(f"{key}: {tuple(stored)} in the file, {tuple(ours)} here")
     unknown = _unknown(info["unexpected_keys"])
     _refuse_misfits(name, wrong_shapes, info["missing_keys"], unknown)
-    if len(unknown) < len(info["unexpected_keys"]):
-        logger.warning_once(
-            f"{name} ships an embedding or a head; they are not used: a draft uses its target's."
-        )
 
 
 def _is_zero_when_fresh(key: str) -> bool:
@@ -270,10 +285,24 @@ def check_values(model: Any, name: Any) -> None:
         else:
             others += tensor.ndim > 1
     _refuse(name, {"has weights that are NaN or infinite": not_finite})
+    _check_target_ids(model, name)
     if zero and not others:
         raise ValueError(f"All weights of {name} are zero. {_NONSENSE}")
     zero = [key for key in zero if not _is_zero_when_fresh(key)]
     if zero:
         logger.warning(
             f"{name} has weights that are all zero: {', '.join(zero[:3])}. Was it trained?"
+        )
+
+
+def _check_target_ids(model: Any, name: Any) -> None:
+    """Refuse a `d2t` that leads to no tokens of the target, or to one token twice."""
+    ids = model.target_ids
+    if ids is None or ids.device.type == "meta":
+        return
+    vocab = model.config.vocab_size
+    if bool((ids[1:] <= ids[:-1]).any()) or not 0 <= int(ids[0]) <= int(ids[-1]) < vocab:
+        raise ValueError(
+            f"d2t of {name} leads to tokens from {int(ids.min())} to {int(ids.max())}; they must ascend, from 0 to "
+            f"{vocab - 1} (vocab_size - 1). {_NONSENSE}"
         )

@@ -20,6 +20,7 @@ from dflash_hub import (
     load_draft,
     resolve_dflash_draft_spec,
 )
+from dflash_hub.drafter_dflash import Walk
 from dflash_hub.publishing import publish
 from dflash_hub.publishing.probe import digests
 from dflash_hub.registry import CATALOGUE, drafts_for
@@ -49,7 +50,7 @@ def test_candidates_and_path_are_those_of_the_original_code():
     draft = DFlash2DraftModel.from_pretrained(GOLDEN / "draft")
     logits = data["selector_logits"]
     assert torch.equal(logits.topk(draft.config.selector_top_k).indices, data["selector_candidate_ids"])
-    path = draft.select_tokens(logits, data["selector_hidden"], data["selector_anchor_ids"][:, None], 1.0)
+    path = draft.select_tokens(logits, data["selector_hidden"], Walk(data["selector_anchor_ids"][:, None])).tokens
     assert torch.equal(path, data["selector_path"])
     assert not torch.equal(path, logits.argmax(-1))  # the selector chose otherwise than each position by itself
 
@@ -81,7 +82,7 @@ def test_a_fresh_draft_is_a_dflash_1_draft_with_the_same_weights(monkeypatch):
     states = [draft(noise, context).last_hidden_state for draft in (first, second)]
     torch.testing.assert_close(*states, atol=1e-6, rtol=0)
     scores, anchor = target.lm_head(states[0][:, 1:]), torch.tensor([[1], [2]])
-    picked = [draft.select_tokens(scores, states[0][:, 1:], anchor, 1.0) for draft in (first, second)]
+    picked = [draft.select_tokens(scores, states[0][:, 1:], Walk(anchor)).tokens for draft in (first, second)]
     assert torch.equal(*picked)
     committed = []
     for draft in (first, second):
@@ -199,7 +200,7 @@ def test_what_is_proposed_is_what_the_selector_walks(pair):
     size, anchor = draft.config.block_size, text[:, 11:12]
     noise_ids = torch.cat([anchor, torch.full((1, size - 1), 3)], dim=1)
     states = draft(target.get_input_embeddings()(noise_ids), features[:, :11]).last_hidden_state[:, 1:]
-    expected = draft.select_tokens(target.lm_head(states), states, anchor, 1.0)
+    expected = draft.select_tokens(target.lm_head(states), states, Walk(anchor)).tokens
     assert proposals[0].tokens[0].tolist() == [int(anchor), *expected[0].tolist()]
 
 
@@ -232,8 +233,8 @@ def test_a_walk_coupled_to_the_noise_is_accepted_more_often(pair):
     states, anchor = torch.zeros(1, 64, 32), torch.tensor([[1]])
     scores, pair_scale = sampler.draft_scores(logits, [0])
     assert pair_scale == pytest.approx(1 / 1.7)
-    coupled = draft.select_tokens(scores, states, anchor, pair_scale)
-    alone = draft.select_tokens(logits, states, anchor, 1.0)
+    coupled = draft.select_tokens(scores, states, Walk(anchor, pair_scale=pair_scale)).tokens
+    alone = draft.select_tokens(logits, states, Walk(anchor)).tokens
     assert torch.equal(coupled, choices)
     assert (alone == choices).float().mean() < 0.8
 

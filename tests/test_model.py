@@ -262,12 +262,16 @@ def test_a_checkpoint_that_would_load_and_be_wrong_is_refused(change, message, t
         DFlashDraftModel.from_pretrained(tmp_path)
 
 
-def test_a_shipped_copy_of_the_targets_embedding_is_not_used(tmp_path):
+def test_a_shipped_embedding_is_loaded_although_the_config_does_not_name_it(tmp_path):
     draft = small()
     draft.save_pretrained(tmp_path)
-    weights = load_file(tmp_path / "model.safetensors") | {"embed_tokens.weight": torch.zeros(10, 32)}
+    embedding = torch.randn(draft.config.vocab_size or 10, 32)
+    weights = load_file(tmp_path / "model.safetensors") | {"embed_tokens.weight": embedding}
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    assert torch.equal(DFlashDraftModel.from_pretrained(tmp_path).fc.weight, draft.fc.weight)
+    loaded = DFlashDraftModel.from_pretrained(tmp_path)
+    assert torch.equal(loaded.fc.weight, draft.fc.weight)
+    assert loaded.config.has_own_embed_tokens
+    assert torch.equal(loaded.embed_tokens.weight, embedding)
 
 
 def test_pickled_weights_are_never_read(tmp_path):

@@ -58,6 +58,23 @@ class TargetOutput:
     last_hidden_state: torch.Tensor | None
 
 
+def check_trainable(config: Any) -> None:
+    """Refuse a draft whose loss is not implemented.
+
+    Raises:
+        ValueError: naming the kind or the field.
+    """
+    kind = kind_of(config)
+    if not kind.is_trained:
+        raise ValueError(f"A {kind.title} draft decodes here, but training one is not implemented.")
+    for name in ("sample_from_anchor", "has_own_embed_tokens", "has_own_lm_head"):
+        if getattr(config, name):
+            raise ValueError(
+                f"{name} is True; training such a draft is not implemented. Train one that predicts from the positions "
+                "after the anchor, with the target's embedding and head."
+            )
+
+
 class FrozenTarget:
     """Run the target for training: tapped features, embedding and head. Nothing of it learns."""
 

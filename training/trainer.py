@@ -40,7 +40,7 @@ from .blocks import Blocks, draw_anchors
 from .data import Collator, DropReport, PreprocessConfig, columns_of, packed_batch, prepare
 from .locks import sole_writer
 from .metrics import Counts, LossSums, Metrics
-from .objective import Objective, StepOutput
+from .objective import Objective, StepOutput, check_trainable
 from .progress import write_progress
 
 EVALUATION = -1
@@ -77,6 +77,7 @@ class DFlashTrainer(Trainer):
     ):
         args = args or DFlashTrainingArguments()
         check_compatible(model.config, target)
+        check_trainable(model.config)
         if args.eval_acceptance_prompts and args.fsdp:
             raise ValueError(
                 "eval_acceptance_prompts needs a whole draft on each process; leave it out with FSDP."
