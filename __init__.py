@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from .configuration_dflash import EXTENSIONS, DFlashConfig, __version__
 from .configuration_dflash2 import DFlash2Config
+from .configuration_dspark import DSparkConfig
 from .kinds import KINDS
 from .layouts import read_layout
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from .generation_dflash import DecodeStatistics
     from .modeling_dflash import DFlashDraftModel, Qwen3DFlashDraftModel
     from .modeling_dflash2 import DFlash2DraftModel, Qwen3DFlash2DraftModel
+    from .modeling_dspark import DSparkDraftModel, Qwen3DSparkModel
     from .registry import (
         DFLASH_DRAFT_REGISTRY,
         DFlashDraftSpec,
@@ -35,8 +37,10 @@ if TYPE_CHECKING:
 _ON_DEMAND = {
     "DFlash2DraftModel": "modeling_dflash2",
     "DFlashDraftModel": "modeling_dflash",
+    "DSparkDraftModel": "modeling_dspark",
     "Qwen3DFlash2DraftModel": "modeling_dflash2",
     "Qwen3DFlashDraftModel": "modeling_dflash",
+    "Qwen3DSparkModel": "modeling_dspark",
     "DFLASH_DRAFT_REGISTRY": "registry",
     "DFlashDraftSpec": "registry",
     "register_dflash_draft": "registry",
@@ -54,9 +58,12 @@ __all__ = [
     "DFlashConfig",
     "DFlashDraftModel",
     "DFlashDraftSpec",
+    "DSparkConfig",
+    "DSparkDraftModel",
     "DecodeStatistics",
     "Qwen3DFlash2DraftModel",
     "Qwen3DFlashDraftModel",
+    "Qwen3DSparkModel",
     "__version__",
     "build_target_layer_ids",
     "dflash_generate",

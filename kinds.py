@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from .configuration_dflash import DFlashConfig
 from .configuration_dflash2 import DFlash2Config
+from .configuration_dspark import DSparkConfig
 
 if TYPE_CHECKING:
     from .modeling_dflash import DFlashDraftModel
@@ -95,6 +96,14 @@ _ROWS = (
         title="DFlash",
         architectures=("DFlashDraftModel", "Qwen3DFlashDraftModel", MUSE),
         demo_folder="draft",
+    ),
+    DraftKind(
+        DSparkConfig,
+        ("modeling_dspark", "DSparkDraftModel"),
+        title="DSpark",
+        architectures=("DSparkDraftModel", "Qwen3DSparkModel", "DSparkSpeculator"),
+        name_part="DSpark",
+        is_trained=False,
     ),
     DraftKind(
         DFlash2Config,

@@ -76,7 +76,13 @@ _KEYS = {
         "dflash_query_causal",
     ),
     "final_logit_softcapping": ("final_logit_softcapping", "dflash_config.final_logit_softcapping"),
-    "sample_from_anchor": ("sample_from_anchor", "dflash_config.sample_from_anchor"),
+    "sample_from_anchor": (
+        "sample_from_anchor",
+        "dflash_config.sample_from_anchor",
+        "shift_label",
+        "dflash_config.shift_label",
+    ),
+    "enable_confidence_head": ("dflash_config.use_confidence_head",),
     "draft_vocab_size": ("draft_vocab_size", "dflash_config.draft_vocab_size"),
     "has_own_embed_tokens": (
         "has_own_embed_tokens",
@@ -132,19 +138,14 @@ _FEATURES = (
     ("the speculators layout", "speculators_config", _OFF),
     ("the speculators layout", "transformer_layer_config", _OFF),
     ("the speculators layout", "aux_hidden_state_layer_ids", _OFF),
-    ("a Markov head", "markov_rank", _OFF),
-    ("a Markov head", "dspark_markov_rank", _OFF),
-    ("a Markov head", "markov_head_type", _OFF),
+    ("a Markov head inside the target's checkpoint", "dspark_markov_rank", _OFF),
     ("a DSpark head", "dspark_fixup_head_type", _OFF),
-    ("a confidence head", "enable_confidence_head", _OFF),
-    ("a confidence head", "dflash_config.confidence_head_with_markov", _OFF),
     ("a head of its own (Domino, DSpark ...)", "projector_type", (*_OFF, *DRAFT_LAYOUTS)),
     ("a Domino head", "gru_hidden_dim", _OFF),
     ("a Domino head", "dflash_config.emb_dim", _OFF),
     ("a Domino head", "dflash_config.pure_draft_prefix_len", _OFF),
     ("a Domino head", "dflash_config.use_bias_gate", _OFF),
     ("a Domino head", "dflash_config.use_bias_norm", _OFF),
-    ("a Domino head (shifted labels)", "shift_label", _OFF),
     ("attention sinks", "attention_sink_bias", _OFF),
     ("scaled attention values", "attention_value_scale", (None, 1.0)),
     ("per-tap norms", "aux_hidden_norms", _OFF),
@@ -180,7 +181,7 @@ def _keys_inside_dflash_config() -> set[str]:
     found = {key.removeprefix(prefix) for key in dotted if key.startswith(prefix)}
     found |= {key.removeprefix(prefix) for _, key, _ in _FEATURES}
     for kind in DRAFT_LAYOUTS.values():
-        found |= {*kind.fields, *kind.scales}
+        found |= {*kind.own, *kind.scales}
     return found | {*_HARMLESS, "use_swa"}
 
 
@@ -188,7 +189,10 @@ _NESTED = _keys_inside_dflash_config()
 _HEADS_BY_ARCHITECTURE = (
     ("DFlash2Beam", "DFlash 2's beam head"),
     ("MiniMaxDFlash2", "MiniMax's own kind of DFlash 2"),
-    ("DSpark", "a DSpark (Markov) head"),
+    ("Gemma4DSpark", "Gemma 4's own layers (DSpark)"),
+    ("K3DSpark", "MLA attention (DSpark of Kimi K3)"),
+    ("MuseSparkDSpark", "Muse Spark's own layers (DSpark)"),
+    ("DSparkMiniMax", "MiniMax's own layers (DSpark)"),
     ("Domino", "a Domino head"),
     ("Laguna", "per-tap norms and attention gates (Laguna)"),
     ("LiLiCorr", "a LiLiCorr re-ranking head"),
@@ -199,16 +203,13 @@ _HEADS_BY_ARCHITECTURE = (
 
 def variant_of(config: dict[str, Any]) -> str:
     """Return the name of the kind of draft that a config.json of any layout describes."""
-    return _kind_and_signs(config)[0]
+    return next(iter(_signs(config)), BASE)
 
 
-def _kind_and_signs(config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Return the name of the kind, and key -> value of all that shows it; the base kind has no signs of its own."""
-    for name in DRAFT_LAYOUTS:
-        signs = {} if name == BASE else _signs_of(name, config)
-        if signs:
-            return name, signs
-    return BASE, {}
+def _signs(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the kinds that a file shows signs of, each with key -> value of them; the base kind has none."""
+    kinds = {name: _signs_of(name, config) for name in DRAFT_LAYOUTS if name != BASE}
+    return {name: signs for name, signs in kinds.items() if signs}
 
 
 def _signs_of(name: str, config: dict[str, Any]) -> dict[str, Any]:
@@ -217,7 +218,7 @@ def _signs_of(name: str, config: dict[str, Any]) -> dict[str, Any]:
     levels = {"": config, "dflash_config.": nested if isinstance(nested, dict) else {}}
     signs = {}
     for prefix, level in levels.items():
-        for field in DRAFT_LAYOUTS[name].fields:
+        for field in DRAFT_LAYOUTS[name].own:
             if level.get(field) not in _OFF:
                 signs[f"{prefix}{field}"] = level.get(field)
     if model_type_of(config) == name:
@@ -343,8 +344,9 @@ class _LayoutReader:
         """Return field -> its keys, for the fields whose keys must simply agree."""
         names = [field for field in (*REQUIRED, *DEFAULTED) if field != "target_layer_ids"]
         keys = {field: _KEYS.get(field, (field,)) for field in names}
-        for field in (*self.layout.fields, *self.layout.scales):
-            keys[field] = (field, f"dflash_config.{field}")
+        for field in (*self.layout.own, *self.layout.scales):
+            more = _KEYS.get(field, ())
+            keys[field] = (field, f"dflash_config.{field}", *more)
         keys["target_layer_ids"] = (*_TAP_KEYS, *_SHIFTED_TAP_KEYS)
         return keys
 
@@ -397,10 +399,12 @@ class _LayoutReader:
 
     def variant_findings(self) -> Iterator[Finding]:
         """Yield that this is a draft of another kind, with the class that loads it."""
-        name, signs = _kind_and_signs(self.config | self.overrides)
-        found = KINDS[name]
-        is_draft = self.architecture in found.architectures or bool(signs)
-        if name != self.variant and is_draft:
+        kinds = _signs(self.config | self.overrides) or {BASE: {}}
+        for name, signs in kinds.items():
+            found = KINDS[name]
+            is_draft = self.architecture in found.architectures or bool(signs)
+            if name == self.variant or not is_draft:
+                continue
             key, value = next(iter((signs or {"architectures": self.architectures}).items()))
             what = (
                 f"This config.json describes a {found.title} draft ({key} is {shown(value)}), which "
@@ -417,7 +421,10 @@ class _LayoutReader:
         has_keys = bool(self.nested)
         has_keys |= any(self.get(key) is not None for key in ("target_layer_ids", "mask_token_id"))
         unnamed = self.architecture is None and bool(self.overrides or has_keys)
-        return self.architecture in KINDS[self.variant].architectures or unnamed
+        known = KINDS[self.variant].architectures
+        if self.variant in _signs(self.config | self.overrides):
+            known += KINDS[BASE].architectures  # of drafts whose head shows in other keys alone
+        return self.architecture in known or unnamed
 
     def not_a_draft(self) -> Finding:
         """Return the finding that this config.json is that of another model."""

@@ -33,16 +33,40 @@ class DraftLayout:
         required: fields of all kinds that this kind requires.
         scales: optional fields that it adds; 1 means unused. They may stand in the same two places.
         mirrored: further fields that engines read in dflash_config too.
+        optional: further fields that only this kind has, which a file may lack. They stand where `fields` do.
+        on_top: those of `fields` and `optional` that engines read at the top too.
+        engines_architecture: the name of its class in engines, where it is not that of its own.
     """
 
     fields: tuple[str, ...] = ()
     required: tuple[str, ...] = ()
     scales: tuple[str, ...] = ()
     mirrored: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+    on_top: tuple[str, ...] = ()
+    engines_architecture: str | None = None
 
+    @property
+    def own(self) -> tuple[str, ...]:
+        """The fields that only this kind has."""
+        return (*self.fields, *self.optional)
+
+
+_DSPARK_FIELDS = (
+    "markov_rank",
+    "markov_head_type",
+    "enable_confidence_head",
+    "confidence_head_with_markov",
+)
 
 DRAFT_LAYOUTS = {
     "dflash": DraftLayout(),
+    "dspark": DraftLayout(
+        fields=_DSPARK_FIELDS[:1],
+        optional=_DSPARK_FIELDS[1:],
+        on_top=_DSPARK_FIELDS,
+        engines_architecture="Qwen3DSparkModel",
+    ),
     "dflash2": DraftLayout(
         fields=("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k"),
         required=("vocab_size",),
@@ -188,6 +212,10 @@ FIELDS = {
     "selector_top_k": int_from(1, 2**16),
     "output_multiplier": _FACTOR,
     "input_embedding_scale": _FACTOR,
+    "markov_rank": int_from(0, 2**20),
+    "markov_head_type": _choice(("vanilla", "gated", "rnn")),
+    "enable_confidence_head": BOOL,
+    "confidence_head_with_markov": BOOL,
     # No fields of a draft, but transformers stores them on every config.
     "architectures": FieldRule(
         "a list of names of classes",
@@ -431,7 +459,7 @@ _NESTED |= {
     "swa_window_size": "sliding_window",
 }
 for _layout in DRAFT_LAYOUTS.values():
-    _NESTED |= {name: name for name in (*_layout.fields, *_layout.scales, *_layout.mirrored)}
+    _NESTED |= {name: name for name in (*_layout.own, *_layout.scales, *_layout.mirrored)}
 
 
 def model_type_of(config: dict[str, Any]) -> Any:
@@ -460,7 +488,7 @@ def read_own_layout(
     values = nested | {key: value for key, value in config.items() if value is not None}
     values |= overrides
     kind = DRAFT_LAYOUTS[variant]
-    names = [*REQUIRED, *DEFAULTED, *kind.fields, *kind.scales]
+    names = [*REQUIRED, *DEFAULTED, *kind.own, *kind.scales]
     names += ["layer_types", "sliding_window", "rope_parameters"]
     fields = {name: values[name] for name in names if values.get(name) is not None}
     if "rope_theta" in overrides:
@@ -540,13 +568,15 @@ def engines_layout(config: Any) -> dict[str, Any]:
                 f"The engines layout needs {name}, which this draft does not have: set config.{name}."
             )
     content = {name: getattr(config, name) for name in (*REQUIRED, *_USUAL, "sliding_window")}
-    content["architectures"] = [config.architecture]
+    kind = DRAFT_LAYOUTS[config.model_type]
+    content["architectures"] = [kind.engines_architecture or config.architecture]
     content["model_type"] = "qwen3"
     content["auto_map"] = {"AutoModel": f"{config.model_type}.{config.architecture}"}
     content["layer_types"] = list(config.layer_types)
     content["use_sliding_window"] = SLIDING in config.layer_types
     content["max_window_layers"] = config.num_hidden_layers
     content["tie_word_embeddings"] = False
+    content.update({name: getattr(config, name) for name in kind.on_top})
     content.update(_engines_rare(config))
     content.update(_engines_rope(config))
     content["dflash_config"] = _engines_nested(config, content)
@@ -576,7 +606,8 @@ def _engines_rare(config: Any) -> dict[str, Any]:
         "quantization_config": getattr(config, "quantization_config", None),
     }
     for name in ("has_own_embed_tokens", "has_own_lm_head", "sample_from_anchor"):
-        rare[name] = getattr(config, name) or None
+        usual = type(config).__dataclass_fields__[name].default
+        rare[name] = getattr(config, name) or (False if usual else None)
     rare["draft_vocab_size"] = config.draft_vocab_size
     if config.target_hidden_size != config.hidden_size:
         rare["target_hidden_size"] = config.target_hidden_size
@@ -594,7 +625,7 @@ def _engines_nested(config: Any, content: dict[str, Any]) -> dict[str, Any]:
         nested["use_swa"] = True
         nested["swa_window_size"] = config.sliding_window
     kind = DRAFT_LAYOUTS[config.model_type]
-    nested |= {name: getattr(config, name) for name in (*kind.fields, *kind.scales, *kind.mirrored)}
+    nested |= {name: getattr(config, name) for name in (*kind.own, *kind.scales, *kind.mirrored)}
     unused = [name for name in kind.scales if nested[name] == 1]
     unused += [name for name in kind.mirrored if not nested[name]]
     return {name: value for name, value in nested.items() if name not in unused}

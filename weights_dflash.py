@@ -26,6 +26,10 @@ logger = logging.get_logger(__name__)
 
 # The Muse assistant of transformers has the feature projection in a submodule.
 RENAMED = {"^encoder.fc": "fc", "^encoder.output_norm_enc": "hidden_norm"}
+# In early files of SpecForge all heads are in one submodule, in those of Model Optimizer some are in none.
+RENAMED |= {r"^logit_head\.": "", "^confidence_proj": "confidence_head.proj"}
+for _part in ("markov_w1", "markov_w2", "gate_proj", "joint_proj"):
+    RENAMED[f"^{_part}"] = f"markov_head.{_part}"
 """Patterns of the names of tensors -> what replaces them."""
 _OWN_PARTS = {
     "embed_tokens.weight": "has_own_embed_tokens",
@@ -35,7 +39,7 @@ _OWN_PARTS = {
 _UNUSED = {"t2d"}  # follows from d2t
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 _IDS = "d2t"
-_ZERO_WHEN_FRESH = ("kernel", "codebook")  # parts that add nothing before they are trained
+_ZERO_WHEN_FRESH = ("kernel", "codebook", "markov_w2")  # parts that add nothing before they are trained
 _NONSENSE = "It would load and draft nonsense, so it is refused."
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 

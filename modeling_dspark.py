@@ -1,0 +1,205 @@
+# Copyright 2026 the dflash-hub authors.
+# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+"""Extend the DFlash draft to DSpark: a bias by the token before, and the chance that a token is accepted.
+
+This file travels with every pushed DSpark draft. After DSpark (arXiv 2607.05147) and its reference code,
+deepseek-ai/DeepSpec.
+
+The body is DFlash's. Its logits of a position are corrected by the token before it, W2 W1[token]. So the tokens of a
+block are chosen one after the other, by small steps that never wait for the device.
+
+Shapes: B batch, N positions that predict a token, H hidden size, R markov_rank, V the target's vocabulary, D that of
+the draft: `draft_vocab_size`, or V.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import initialization as init
+
+from .configuration_dspark import DSparkConfig
+from .drafter_dflash import Choice, Walk
+from .modeling_dflash import DFlashDraftModel
+
+TRAVELS_TOO = """
+import .dspark
+"""
+"""As in `repository_dflash.py`."""
+
+
+class MarkovHead(nn.Module):
+    """Biases by the token before, W2 W1[token]; the subclasses read the hidden states too.
+
+    W1 is indexed by the target's tokens, W2 gives the draft's.
+    """
+
+    def __init__(self, config: DSparkConfig):
+        super().__init__()
+        vocab = config.vocab_size or 0  # the config requires it
+        self.markov_w1 = nn.Embedding(vocab, config.markov_rank)
+        drafted = config.draft_vocab_size or vocab
+        self.markov_w2 = nn.Linear(config.markov_rank, drafted, bias=False)
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return W1 of the target's `tokens [...]`, `[..., R]`."""
+        # a target's head may be padded beyond its vocabulary
+        return self.markov_w1(tokens.clamp_max(self.markov_w1.num_embeddings - 1))
+
+    def step(
+        self, embeds: torch.Tensor, states: torch.Tensor, memory: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return what W2 reads for one position, `[..., R]`, and the memory for the next.
+
+        Args:
+            embeds `[..., R]`: W1 of the token before.
+            states `[..., H]`: the draft's.
+            memory `[..., R]`: of the positions before; None at the first, and for heads that have none.
+        """
+        return embeds, None
+
+    def biases(self, states: torch.Tensor, predecessors: torch.Tensor) -> torch.Tensor:
+        """Return biases `[..., N, D]` of `states [..., N, H]` whose tokens before are `predecessors [..., N]`."""
+        mixed, _ = self.step(self.embed(predecessors), states, None)
+        return self.markov_w2(mixed)
+
+
+class GatedMarkovHead(MarkovHead):
+    """Multiplies W1[token] by a gate, which reads the hidden state too."""
+
+    def __init__(self, config: DSparkConfig):
+        super().__init__(config)
+        rank = config.markov_rank
+        self.gate_proj = nn.Linear(config.hidden_size + rank, rank)
+
+    def step(
+        self, embeds: torch.Tensor, states: torch.Tensor, memory: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        gate = torch.sigmoid(self.gate_proj(torch.cat([states, embeds], dim=-1)))
+        return gate.to(embeds.dtype) * embeds, None
+
+
+class RecurrentMarkovHead(MarkovHead):
+    """Remembers the tokens of the block: a gate mixes each into a memory, which the next position reads."""
+
+    def __init__(self, config: DSparkConfig):
+        super().__init__(config)
+        rank = config.markov_rank
+        self.joint_proj = nn.Linear(2 * rank + config.hidden_size, 3 * rank)
+
+    def step(
+        self, embeds: torch.Tensor, states: torch.Tensor, memory: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if memory is None:
+            memory = torch.zeros_like(embeds, dtype=states.dtype)
+        joined = torch.cat([memory, embeds, states], dim=-1)
+        gate, candidate, output = self.joint_proj(joined).chunk(3, dim=-1)
+        gate = torch.sigmoid(gate)
+        memory = gate * memory + (1 - gate) * torch.tanh(candidate)
+        return torch.tanh(output), memory
+
+    def biases(self, states: torch.Tensor, predecessors: torch.Tensor) -> torch.Tensor:
+        """Return biases `[..., N, D]`, as in `MarkovHead`; the memory is empty before the first position."""
+        memory, steps = None, []
+        for embeds, state in zip(self.embed(predecessors).unbind(-2), states.unbind(-2), strict=True):
+            mixed, memory = self.step(embeds, state, memory)
+            steps.append(mixed)
+        return self.markov_w2(torch.stack(steps, dim=-2))
+
+
+MARKOV_HEADS = {"vanilla": MarkovHead, "gated": GatedMarkovHead, "rnn": RecurrentMarkovHead}
+"""The heads by `markov_head_type`."""
+
+
+class ConfidenceHead(nn.Module):
+    """Estimates, as a logit, the chance that a token is accepted if those before it are."""
+
+    def __init__(self, config: DSparkConfig):
+        super().__init__()
+        self.proj = nn.Linear(config.confidence_width, 1)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Return logits `[..., N]` of `features [..., N, H + R]`, or `[..., N, H]`, in float32."""
+        return self.proj(features).squeeze(-1).float()
+
+
+class DSparkDraftModel(DFlashDraftModel):
+    """The DSpark draft. A fresh one has no bias yet: it drafts as its body does."""
+
+    config_class = DSparkConfig
+    engines_files = ("dflash.py", "dspark.py")
+
+    def __init__(self, config: DSparkConfig):
+        super().__init__(config)
+        config = self.config
+        self.markov_head: MarkovHead | None = None
+        if config.markov_rank:
+            self.markov_head = MARKOV_HEADS[config.markov_head_type](config)
+        self.confidence_head: ConfidenceHead | None = None
+        if config.enable_confidence_head:
+            self.confidence_head = ConfidenceHead(config)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialize the biases to 0, in a way that can be trained."""
+        super()._init_weights(module)
+        if isinstance(module, MarkovHead):
+            init.zeros_(module.markov_w2.weight)
+
+    def corrected_logits(
+        self, logits: torch.Tensor, states: torch.Tensor, predecessors: torch.Tensor
+    ) -> torch.Tensor:
+        """Return logits `[..., N, D]` of the draft's tokens with the bias of the tokens before them.
+
+        Args:
+            logits `[..., N, D]`: as `draft_logits` returns them.
+            states `[..., N, H]`: of the positions of one block that predict a token, in order.
+            predecessors `[..., N]`: the target's token before each predicted one; the anchor first.
+        """
+        if self.markov_head is None:
+            return logits
+        return logits + self.markov_head.biases(states, predecessors)
+
+    def confidence_logits(
+        self, states: torch.Tensor, predecessors: torch.Tensor
+    ) -> torch.Tensor | None:
+        """Return the logits `[..., N]` of acceptance, in float32; None without a confidence head.
+
+        Their sigmoid is the chance that a token is accepted if those before it are. For the arguments see
+        `corrected_logits`.
+        """
+        if self.confidence_head is None:
+            return None
+        if self.markov_head is None or not self.config.confidence_head_with_markov:
+            return self.confidence_head(states)
+        embeds = self.markov_head.embed(predecessors).to(states.dtype)
+        return self.confidence_head(torch.cat([states, embeds], dim=-1))
+
+    def select_tokens(self, scores: torch.Tensor, states: torch.Tensor, walk: Walk) -> Choice:
+        """Return tokens chosen one after the other, and the chance of each; as in `DFlashDraftModel`."""
+        tokens = self._walk(scores, states, walk)
+        predecessors = torch.cat([walk.anchor, tokens[:, :-1]], dim=1)
+        confidence = self.confidence_logits(states, predecessors)
+        return Choice(tokens, None if confidence is None else confidence.sigmoid())
+
+    def _walk(self, scores: torch.Tensor, states: torch.Tensor, walk: Walk) -> torch.Tensor:
+        """Return the best token of each position, given the one before it: `[B, N]`."""
+        head = self.markov_head
+        if head is None:
+            return scores.argmax(dim=-1)
+        ids = self.target_ids
+        # a target's head may be padded beyond its vocabulary, or lack the padding
+        known = scores[..., : head.markov_w2.out_features] if ids is None else scores[..., ids]
+        memory, token = None, walk.anchor[:, 0]
+        tokens = []
+        for position in range(known.shape[1]):
+            mixed, memory = head.step(head.embed(token), states[:, position], memory)
+            bias = head.markov_w2(mixed)[:, : known.shape[-1]]
+            best = (known[:, position] + walk.pair_scale * bias).argmax(dim=-1)
+            token = best if ids is None else ids[best]
+            tokens.append(token)
+        return torch.stack(tokens, dim=1)
+
+
+Qwen3DSparkModel = DSparkDraftModel
