@@ -101,7 +101,9 @@ class RecurrentMarkovHead(MarkovHead):
     def biases(self, states: torch.Tensor, predecessors: torch.Tensor) -> torch.Tensor:
         """Return biases `[..., N, D]`, as in `MarkovHead`; the memory is empty before the first position."""
         memory, steps = None, []
-        for embeds, state in zip(self.embed(predecessors).unbind(-2), states.unbind(-2), strict=True):
+        for embeds, state in zip(
+            self.embed(predecessors).unbind(-2), states.unbind(-2), strict=True
+        ):
             mixed, memory = self.step(embeds, state, memory)
             steps.append(mixed)
         return self.markov_w2(torch.stack(steps, dim=-2))

@@ -39,7 +39,11 @@ _OWN_PARTS = {
 _UNUSED = {"t2d"}  # follows from d2t
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 _IDS = "d2t"
-_ZERO_WHEN_FRESH = ("kernel", "codebook", "markov_w2")  # parts that add nothing before they are trained
+_ZERO_WHEN_FRESH = (
+    "kernel",
+    "codebook",
+    "markov_w2",
+)  # parts that add nothing before they are trained
 _NONSENSE = "It would load and draft nonsense, so it is refused."
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dflash_hub import DFlash2Config, DFlashConfig, load_draft
+from dflash_hub import DFlash2Config, DFlashConfig, DSparkConfig, load_draft
 from dflash_hub.configuration_dflash import EXTENSIONS
 from dflash_hub.layouts import _HARMLESS, read_layout
 from dflash_hub.layouts_dflash import engines_layout, read_own_layout
@@ -291,7 +291,7 @@ def test_a_keyword_settles_a_contradiction():
     ("changes", "feature"),
     [
         ({"architectures": ["Qwen3DSparkModel"], "markov_rank": 0}, "DSpark"),
-        ({"markov_rank": 256}, "Markov head"),
+        ({"markov_rank": 256}, "a DSpark draft"),
         ({"model_type": "laguna"}, "per-tap norms"),
         ({"dflash_config": {"gru_hidden_dim": 1024}}, "Domino"),
         ({"kv_lora_rank": 512}, "MLA"),
@@ -306,7 +306,10 @@ def test_a_keyword_settles_a_contradiction():
         ({"dflash_config": {"conv_kernel_size": 2}}, "a DFlash 2 draft"),
         ({"v_head_dim": 64}, "values of another width"),
         ({"dflash_config": {"hidden_dim_adapter": True}}, "an adapter between the target's width and its own"),
-        ({"dflash_config": {"confidence_head_with_markov": True}}, "a confidence head"),
+        ({"dflash_config": {"confidence_head_with_markov": True}}, "a DSpark draft"),
+        ({"architectures": ["Gemma4DSparkModel"], "markov_rank": 8}, "Gemma 4's own layers"),
+        ({"architectures": ["K3DSparkModel"], "markov_rank": 8}, "MLA attention"),
+        ({"dspark_markov_rank": 8}, "a Markov head inside the target's checkpoint"),
         ({"dflash_config": {"projector_type": "dflash2"}}, "a DFlash 2 draft"),
     ],
 )
@@ -545,6 +548,8 @@ OURS = {
     "bidirectional": DFlashConfig(**SHAPE, rope_theta=1e6, layer_types=MIXED, sliding_window=16, is_causal=False),
     "yarn": DFlashConfig(**SHAPE, rope_parameters=YARN, final_logit_softcapping=30.0),
     "dflash2": DFlash2Config(**SHAPE, rope_theta=1e6, final_logit_softcapping=30.0, output_multiplier=2.0),
+    "dspark": DSparkConfig(**SHAPE, rope_theta=1e6, markov_head_type="gated", enable_confidence_head=True),
+    "dspark, rank 0": DSparkConfig(**SHAPE, rope_theta=1e6, markov_rank=0, sample_from_anchor=False),
 }
 
 

@@ -19,12 +19,16 @@ CAPTURED = ("qwen3", "gemma3_text", "mistral", "gemma4_text-shared")
 
 
 @pytest.mark.parametrize("family", DENSE)
-@pytest.mark.parametrize(("second", "rows"), [({}, 1), (tiny.SECOND, 3)], ids=["dflash", "dflash2"])
+@pytest.mark.parametrize(
+    ("second", "rows"),
+    [({}, 1), (tiny.SECOND, 3), (tiny.DSPARK | tiny.REDUCED, 3), (tiny.DSPARK | {"markov_head_type": "rnn"}, 1)],
+    ids=["dflash", "dflash2", "dspark, reduced", "dspark, rnn"],
+)
 def test_the_blocks_of_a_family_need_neither_the_data_nor_another_device(family, second, rows):
     model = tiny.target(family)
     draft = tiny.draft(model, **second).to(META)
     model = model.to(META)
-    ids, size = torch.zeros(rows, 20, dtype=torch.long, device=META), draft.config.block_size
+    ids, size = torch.zeros(rows, 20, dtype=torch.long, device=META), 1 + draft.config.num_drafted
     prompt = Prompt(ids, {})
     slots, anchor = torch.zeros(rows, dtype=torch.long, device=META), ids[:, :1]
     target, drafter = Target(model, (0, 2)), Drafter(draft, model)
@@ -45,7 +49,9 @@ def test_the_blocks_of_a_family_need_neither_the_data_nor_another_device(family,
 
 @pytest.mark.parametrize("family", CAPTURED)
 @pytest.mark.parametrize(
-    ("second", "sampled"), [({}, False), (tiny.SECOND, True)], ids=["dflash, greedy", "dflash2, sampled"]
+    ("second", "sampled"),
+    [({}, False), (tiny.SECOND, True), (tiny.DSPARK, False)],
+    ids=["dflash, greedy", "dflash2, sampled", "dspark, greedy"],
 )
 def test_a_recording_that_is_replayed_without_python_gives_the_same_text(family, second, sampled, monkeypatch):
     target = tiny.target(family)
@@ -100,7 +106,7 @@ def test_a_tree_that_changes_from_cycle_to_cycle_and_row_to_row_is_replayed_as_i
     assert len(set(statistics.committed)) > 1
 
 
-@pytest.mark.parametrize("second", [{}, tiny.SECOND], ids=["dflash", "dflash2"])
+@pytest.mark.parametrize("second", [{}, tiny.SECOND, tiny.DSPARK], ids=["dflash", "dflash2", "dspark"])
 @pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("tree", [False, True], ids=["chain", "tree"])
 def test_a_cycle_brings_one_tensor_to_the_host(second, sampled, tree, monkeypatch):
@@ -114,7 +120,7 @@ def test_a_cycle_brings_one_tensor_to_the_host(second, sampled, tree, monkeypatc
     def count(proposal, state):
         per_cycle.append(list(brought))
         brought.clear()
-        return Proposal(proposal.tokens, parents) if tree else proposal
+        return Proposal(proposal.tokens[:, :5], parents) if tree else proposal
 
     target.generate(**asked, proposer=tiny.steered(count))
     assert len(per_cycle) > 8

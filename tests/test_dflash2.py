@@ -583,7 +583,7 @@ def golden_config(**changes) -> dict:
     ("changes", "message"),
     [
         ({"dflash_config": {"projector_type": "domino"}}, "a head of its own .Domino"),
-        ({"dflash_config": {"markov_rank": 256}}, "a Markov head"),
+        ({"dflash_config": {"markov_rank": 256}}, "a DSpark draft"),
         ({"architectures": ["DFlash2BeamDraftModel"]}, "beam head"),
         ({"dflash_config": {"selector_rank": None}}, "does not say selector_rank"),
         ({"conv_group_size": 32}, "contradicts itself about conv_group_size"),
@@ -631,5 +631,5 @@ def test_positions_that_are_no_whole_blocks_are_refused(pair):
 
 
 def test_an_unknown_variant_is_refused(pair):
-    with pytest.raises(ValueError, match="variant is 'dflash3'; it must be one of dflash, dflash2"):
+    with pytest.raises(ValueError, match="variant is 'dflash3'; it must be one of dflash, "):
         DFlashDraftSpec("fresh").build(pair[0].config, "dflash3", mask_token_id=3)

@@ -40,7 +40,7 @@ def error_of(kind: type[DFlashConfig], config: dict) -> str | None:
 @pytest.mark.quick
 def test_four_faults_of_different_kinds_are_four_findings_and_loading_raises_the_first():
     config = qwen3_4b(
-        markov_rank=256,
+        attention_sink_bias=True,
         hidden_size="2560",
         head_dim=None,
         rope_theta=-1.0,
@@ -48,7 +48,7 @@ def test_four_faults_of_different_kinds_are_four_findings_and_loading_raises_the
     )
     config["mask_token_id"] = 6
     expected = [
-        f"This draft uses a Markov head (markov_rank is 256), {RUN}, so it is refused.",
+        f"This draft uses attention sinks (attention_sink_bias is True), {RUN}, so it is refused.",
         "The draft's config.json has dflash_config.casual, which is True; no such key is known, so it is refused: is "
         "causal meant?",
         "The draft's config.json contradicts itself about mask_token_id: mask_token_id is 6 but "

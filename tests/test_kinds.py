@@ -26,8 +26,10 @@ def test_a_row_names_what_there_is(name):
     assert kind.reader in kind.architectures
     assert kind.name_part or name == BASE
     own = set(kind.config_class.__dataclass_fields__)
-    assert {*layout.fields, *layout.required, *layout.scales, *layout.mirrored, *kind.head_fields} <= own
-    assert {*layout.fields, *layout.scales} <= set(FIELDS)
+    assert {*layout.own, *layout.required, *layout.scales, *layout.mirrored, *kind.head_fields} <= own
+    assert {*layout.own, *layout.scales} <= set(FIELDS)
+    assert set(layout.on_top) <= set(layout.own)
+    assert (layout.engines_architecture or kind.reader) in kind.architectures
     assert kind.head is None or kind.head in HEADS
     assert set(kind.metrics) <= set(Metrics.__dataclass_fields__)
     assert kind.demo_folder is None or kind_of(load_draft(kind.demo_draft(TINY)).config) is kind
@@ -36,16 +38,17 @@ def test_a_row_names_what_there_is(name):
 def test_a_kind_that_does_not_exist_is_refused_with_the_kinds_there_are():
     from dflash_hub import DFlashDraftSpec
 
-    with pytest.raises(ValueError, match="variant is 'domino'; it must be one of dflash, dflash2"):
-        DFlashDraftSpec("x").build(tiny.target("qwen3").config, "domino", mask_token_id=3)
+    with pytest.raises(ValueError, match=f"variant is 'eagle'; it must be one of {', '.join(KINDS)}"):
+        DFlashDraftSpec("x").build(tiny.target("qwen3").config, "eagle", mask_token_id=3)
 
 
-def test_a_further_kind_is_named_in_its_own_files_and_the_tables_alone():
+@pytest.mark.parametrize(("name", "pattern"), [("dflash2", "dflash ?2"), ("dspark", "dspark")])
+def test_a_further_kind_is_named_in_its_own_files_and_the_tables_alone(name, pattern):
     """Its config, model and entry for engines, the two tables, and the public names."""
     code = [*ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py")]
     for folder in ("training", "commands", "publishing", "evaluation"):
         code += ROOT.glob(f"{folder}/*.py")
-    named = {path.name for path in code if re.search("dflash ?2", path.read_text(encoding="utf-8"), re.IGNORECASE)}
-    own = {"configuration_dflash2.py", "modeling_dflash2.py", "dflash2.py"}
+    named = {path.name for path in code if re.search(pattern, path.read_text(encoding="utf-8"), re.IGNORECASE)}
+    own = {f"configuration_{name}.py", f"modeling_{name}.py", f"{name}.py"}
     others = {"layouts.py"}  # other projects' heads, whose names begin alike
     assert named == own | others | {"kinds.py", "layouts_dflash.py", "__init__.py"}

@@ -13,7 +13,9 @@ import pytest
 import dflash_hub
 from paths import ROOT, TINY
 
-TRAVELLING = sorted([*ROOT.glob("*dflash.py"), *ROOT.glob("*dflash2.py")])
+LATER = ("dflash2", "dspark")
+"""The kinds of drafts that have files of their own."""
+TRAVELLING = sorted(path for name in ("dflash", *LATER) for path in ROOT.glob(f"*{name}.py"))
 DATA_FILES = ["drafts.json", "py.typed", "hub_repo/README.md", "hub_repo/.gitattributes"]
 DATA_FILES += [str(path.relative_to(ROOT)) for path in TINY.rglob("*") if path.is_file()]
 ROOMS = ("commands", "evaluation", "publishing", "training")
@@ -28,9 +30,12 @@ def test_the_public_names_are_these():
         "DFlashConfig",
         "DFlashDraftModel",
         "DFlashDraftSpec",
+        "DSparkConfig",
+        "DSparkDraftModel",
         "DecodeStatistics",
         "Qwen3DFlash2DraftModel",
         "Qwen3DFlashDraftModel",
+        "Qwen3DSparkModel",
         "__version__",
         "build_target_layer_ids",
         "dflash_generate",
@@ -48,9 +53,9 @@ def test_the_travelling_files_are_these():
         "generate_ generation_ layouts_ modeling_ outputs_ past_key_values_ proposals_ repository_ sampling_ "
         "selfcheck_ sequences_ support_ taps_ target_ weights_"
     )
-    second = {"dflash2.py", "configuration_dflash2.py", "modeling_dflash2.py"}
+    later = {f"{part}{kind}.py" for kind in LATER for part in ("", "configuration_", "modeling_")}
     first = {"dflash.py", *(f"{name}dflash.py" for name in names.split())}
-    assert {path.name for path in TRAVELLING} == first | second
+    assert {path.name for path in TRAVELLING} == first | later
 
 
 @pytest.mark.quick
@@ -58,8 +63,9 @@ def test_the_travelling_files_are_these():
 def test_travelling_files_import_only_each_other_and_what_every_transformers_has(path):
     text = path.read_text()
     allowed = {"torch", "transformers", "huggingface_hub", "safetensors", "packaging", *sys.stdlib_module_names}
-    # What a DFlash 1 draft needs, every repository has; the rest is with DFlash 2 drafts alone.
-    siblings = {sibling.stem for sibling in TRAVELLING if "dflash2" not in sibling.stem or "dflash2" in path.stem}
+    # What a DFlash 1 draft needs, every repository has; the rest is with drafts of its kind alone.
+    others = [name for name in LATER if name not in path.stem]
+    siblings = {sibling.stem for sibling in TRAVELLING if not any(name in sibling.stem for name in others)}
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
             assert {alias.name.split(".")[0] for alias in node.names} <= allowed

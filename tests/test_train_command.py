@@ -132,6 +132,7 @@ def test_a_stream_is_trained_on(data, tmp_path):
         (["--mask-token-id", "1"], "too few to spread 5 taps"),
         ([*SHAPE[:-3], "1", "9"], "asks for layer 9"),
         (["--mask-token-id", "512", *SHAPE[2:]], "mask_token_id is 512"),
+        ([*SHAPE, "--variant", "dspark"], "A DSpark draft decodes here, but training one is not implemented"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_trained(data, tmp_path, words, message):

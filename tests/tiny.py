@@ -3,8 +3,9 @@
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, GenerationMixin
 
-from dflash_hub import DFlash2Config, DFlash2DraftModel, DFlashConfig, DFlashDraftModel
 from dflash_hub.compat_dflash import cache_name
+from dflash_hub.kinds import KINDS
+from dflash_hub.layouts_dflash import BASE, DRAFT_LAYOUTS
 
 VOCAB = 12
 CACHE = cache_name(GenerationMixin.prepare_inputs_for_generation)
@@ -192,13 +193,14 @@ def draft(model, seed: int = 1, **fields):
         "max_position_embeddings": 1024,
     }
     torch.manual_seed(seed)
-    second = "selector_rank" in fields
-    config, kind = (DFlash2Config, DFlash2DraftModel) if second else (DFlashConfig, DFlashDraftModel)
-    model = kind(config(**(shape | fields))).eval()
+    kind = KINDS[next((name for name, layout in DRAFT_LAYOUTS.items() if set(layout.own) & set(fields)), BASE)]
+    model = kind.model_class(kind.config_class(**(shape | fields))).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if "conv" in name or "codebook" in name:  # fresh, they do nothing
+            if "conv" in name or "codebook" in name:  # fresh, they do nothing, and neither does the next
                 weight.add_(0.3 * torch.randn_like(weight))
+            elif "markov_w2" in name:
+                weight.add_(3 * torch.randn_like(weight))
             else:
                 weight.mul_(10 if weight.ndim > 1 else 1)
     return model
@@ -206,6 +208,16 @@ def draft(model, seed: int = 1, **fields):
 
 SECOND = {"conv_kernel_size": 2, "conv_group_size": 8, "selector_rank": 6, "selector_top_k": 4}
 """What makes a draft a DFlash 2 draft."""
+DSPARK = {"markov_rank": 8, "enable_confidence_head": True}
+"""What makes a draft a DSpark draft."""
+REDUCED = {"draft_vocab_size": 9}
+"""What makes a draft know fewer tokens; `reduce` chooses them."""
+
+
+def reduce(draft, known=(0, 1, 3, 4, 6, 7, 8, 10, 11)):
+    """Let a draft with a reduced vocabulary know these of the target's tokens."""
+    draft.d2t.copy_(torch.tensor(known) - torch.arange(len(known)))
+    return draft
 
 
 def prompt(length: int, seed: int = 2) -> torch.Tensor:
