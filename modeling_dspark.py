@@ -12,8 +12,6 @@ Shapes: B batch, N positions that predict a token, H hidden size, R markov_rank,
 the draft: `draft_vocab_size`, or V.
 """
 
-from typing import Any
-
 import torch
 from torch import nn
 from transformers import initialization as init
@@ -93,10 +91,10 @@ class RecurrentMarkovHead(MarkovHead):
         if memory is None:
             memory = torch.zeros_like(embeds, dtype=states.dtype)
         joined = torch.cat([memory, embeds, states], dim=-1)
-        gate, candidate, output = self.joint_proj(joined).chunk(3, dim=-1)
-        gate = torch.sigmoid(gate)
-        memory = gate * memory + (1 - gate) * torch.tanh(candidate)
-        return torch.tanh(output), memory
+        parts = self.joint_proj(joined).chunk(3, dim=-1)
+        gate, candidate = torch.sigmoid(parts[0]), torch.tanh(parts[1])
+        memory = gate * memory + (1 - gate) * candidate
+        return torch.tanh(parts[2]), memory
 
     def biases(self, states: torch.Tensor, predecessors: torch.Tensor) -> torch.Tensor:
         """Return biases `[..., N, D]`, as in `MarkovHead`; the memory is empty before the first position."""
