@@ -157,6 +157,7 @@ FIELDS = {
         f"a list of {FULL!r} or {SLIDING!r}, one per layer", _choice((FULL, SLIDING)), LAYERS
     ),
     "sliding_window": _POSITIONS,
+    "window_from_anchor": BOOL,
     "rope_parameters": DICT,
     "rope_theta": _positive(1e15),
     "sample_from_anchor": BOOL,
@@ -413,6 +414,7 @@ _USUAL = (
 _RARE = (
     "target_hidden_size",
     "is_causal",
+    "window_from_anchor",
     "sample_from_anchor",
     "draft_vocab_size",
     "has_own_embed_tokens",
@@ -539,6 +541,11 @@ def engines_layout(config: Any) -> dict[str, Any]:
             raise ValueError(
                 f"The engines layout needs {name}, which this draft does not have: set config.{name}."
             )
+    if config.window_from_anchor:
+        raise ValueError(
+            "window_from_anchor is True: engines count a window from each position of the block, so the engines "
+            'layout cannot express it. Save the hub layout: layout="hub".'
+        )
     content = {name: getattr(config, name) for name in (*REQUIRED, *_USUAL, "sliding_window")}
     content["architectures"] = [config.architecture]
     content["model_type"] = "qwen3"
