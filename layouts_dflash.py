@@ -277,7 +277,7 @@ def modern_rope(key: str, rope: dict[str, Any] | None) -> dict[str, Any]:
         ValueError: a key is unknown or has an invalid value, or this package does not run these rotary embeddings.
     """
     if rope is not None:
-        check_field(key, rope)
+        check_field(key, rope, rule=DICT)
         raise_first(rope_key_findings(key, rope))
     rope = {name: as_list(value) for name, value in (rope or {}).items() if value is not None}
     rope.pop("partial_rotary_factor", None)

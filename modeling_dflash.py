@@ -43,6 +43,7 @@ from .drafter_dflash import Choice, Walk
 from .generate_dflash import SpeculativeGenerate, spec_generate
 from .layouts_dflash import shown
 from .repository_dflash import RepositoryMixin, own_config
+from .weights_dflash import UNUSED
 
 
 class DFlashRotaryEmbedding(Qwen3RotaryEmbedding):
@@ -141,6 +142,7 @@ class DFlashPreTrainedModel(RepositoryMixin, Qwen3PreTrainedModel):
     config_class = DFlashConfig
     main_input_name = "noise_embeds"
     _no_split_modules = ["DFlashDecoderLayer"]
+    _keys_to_ignore_on_load_unexpected = UNUSED
     _auto_class = "AutoModel"
 
 
