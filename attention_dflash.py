@@ -311,8 +311,9 @@ class BlockAttention:
             raise RuntimeError(
                 "The target was called from elsewhere while a draft decodes; call it afterwards."
             )
-        window, causal, from_anchor = self._layer_kind(module)
-        kind = MaskKind(window, causal, groups, query.dtype, query.device, from_anchor)
+        layer = self._layer_kind(module)
+        whose = (groups, query.dtype, query.device)
+        kind = MaskKind(layer.window, layer.causal, *whose, layer.from_anchor)
         if kind not in self.masks.built:
             self.mask_kinds.add(kind)
         return self.masks.get(kind)

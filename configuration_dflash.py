@@ -147,6 +147,11 @@ class DFlashConfig(PretrainedConfig):
     tie_word_embeddings: bool = False
     use_cache: bool = True
 
+    def __init_subclass__(cls, *args: Any, **kwargs: Any) -> None:
+        """Let other kinds be compared as this one is; transformers makes dataclasses of them, with another `__eq__`."""
+        super().__init_subclass__(*args, **kwargs)
+        cls.__eq__ = DFlashConfig.__eq__  # type: ignore[method-assign]
+
     def __setattr__(self, name: str, value: Any) -> None:
         field = self.__dataclass_fields__.get(name)
         if field is not None and name in FIELDS and not (value is None and field.default is None):

@@ -453,13 +453,13 @@ class _LayoutReader:
                 f"This draft is of the kind {shown(found)} ({TYPE}), which this version of dflash-hub does not run, so "
                 f"it is refused"
             )
-            yield Finding(what, found, right, f"in the speculators layout, it must be {right}", ONE_SENTENCE)
+            yield Finding(
+                what, found, right, f"in the speculators layout, it must be {right}", ONE_SENTENCE
+            )
         for key in (BODY, TAPS, ABOUT):
             if not self.is_speculators and self.config.get(key) not in _OFF:
-                what = (
-                    f"The draft's config.json has {key}, as the speculators layout does, but {TYPE} is {shown(found)}"
-                )
-                yield must(what, found, right)
+                what = f"The draft's config.json has {key}, a key of the speculators layout"
+                yield must(f"{what}, but {TYPE} is {shown(found)}", found, right)
 
     def is_draft(self) -> bool:
         """Return whether this config.json is a draft's, and not that of another model, such as the target's."""
@@ -537,7 +537,11 @@ class _LayoutReader:
         if self.resolve("sample_from_anchor", ("sample_from_anchor",)) is not None:
             return
         drafted = tokens_named(self.config)
-        hint = "" if drafted is None else f", and speculative_tokens is {drafted} of a block_size of {self.get('block_size')}"
+        hint = (
+            ""
+            if drafted is None
+            else f", and speculative_tokens is {drafted} of a block_size of {self.get('block_size')}"
+        )
         what = (
             "The draft's config.json does not say sample_from_anchor, which older files lack for False and other "
             f"programs' for True{hint}"
@@ -560,8 +564,8 @@ class _LayoutReader:
             value = None if field in self.overrides else self.get(key)
             if isinstance(value, list) and len(value) != layers:
                 raise ValueError(
-                    f"The draft's config.json says {field} is {shown(value)} ({self.place(key)}) but num_hidden_layers is "
-                    f"{layers}; it must be {FIELDS[field].words}."
+                    f"The draft's config.json says {field} is {shown(value)} ({self.place(key)}) but "
+                    f"num_hidden_layers is {layers}; it must be {FIELDS[field].words}."
                 )
 
     def check_widths(self, fields: dict[str, Any]) -> None:

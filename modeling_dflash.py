@@ -405,8 +405,8 @@ class DFlashDraftModel(DFlashPreTrainedModel):
         for (layer_type, causal), index in kinds.items():
             length = _kv_length(cache, index, position_ids.shape[-1])
             window = self.config.sliding_window if layer_type == SLIDING else None
-            kind = LayerKind(window, causal, self.config.window_from_anchor)
-            masks[layer_type, causal] = self._mask(block, length, kind, padding)
+            seen = LayerKind(window, causal, self.config.window_from_anchor)
+            masks[layer_type, causal] = self._mask(block, length, seen, padding)
         return masks
 
     def _padding(
@@ -437,15 +437,15 @@ class DFlashDraftModel(DFlashPreTrainedModel):
             ValueError: that implementation takes no masks, and counts windows otherwise than the config.
         """
         padding = None if padding is None else padding[:, -length:]
-        window, causal, from_anchor = kind
+        window = kind.window
         if "flash" in (attention_name(self.config) or ""):
-            if window is not None and from_anchor:
+            if window is not None and kind.from_anchor:
                 raise ValueError(
                     f"window_from_anchor is True, but {attention_name(self.config)!r} counts windows from each "
                     "position; load the draft with attn_implementation='sdpa'."
                 )
             return padding  # the kernel takes causality and window as arguments
-        if not causal and padding is None and (window is None or length <= window):
+        if not kind.causal and padding is None and (window is None or length <= window):
             return None
         visible = visible_keys(block, length, *kind)
         if padding is not None:

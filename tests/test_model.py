@@ -159,7 +159,7 @@ def test_flash_attention_is_called_with_what_says_the_same(layers, monkeypatch):
 def test_flash_attention_refuses_a_window_that_is_counted_from_the_anchor():
     draft = small(**LAYERS[-1])
     draft.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(ValueError, match="window_from_anchor is True.*attn_implementation='sdpa'"):
+    with pytest.raises(ValueError, match=r"window_from_anchor is True.*attn_implementation='sdpa'"):
         draft(*inputs(draft, 11))
 
 

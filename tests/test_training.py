@@ -117,7 +117,9 @@ def test_a_block_sees_its_own_document_before_its_anchor_and_itself():
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("kind", [(None, False), (None, True), (4, False), (4, True), (3, False, True), (3, True, True)])
+@pytest.mark.parametrize(
+    "kind", [(None, False), (None, True), (4, False), (4, True), (3, False, True), (3, True, True)]
+)
 def test_flex_attention_and_the_dense_mask_give_the_same(kind):
     from torch.nn.attention.flex_attention import flex_attention
 
@@ -127,9 +129,7 @@ def test_flex_attention_and_the_dense_mask_give_the_same(kind):
     torch.manual_seed(0)
     query = torch.randn(2, 2, queries, 8)
     key, value = torch.randn(2, 2, 2, 44 + queries, 8)
-    dense = torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=blocks.dense_mask(*kind)
-    )
+    dense = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=blocks.dense_mask(*kind))
     flex = flex_attention(query, key, value, block_mask=blocks.flex_mask(*kind))
     torch.testing.assert_close(flex, dense)
 
