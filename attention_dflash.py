@@ -27,25 +27,50 @@ from .compat_dflash import (
 )
 
 
+class LayerKind(NamedTuple):
+    """What a layer lets a query see; the arguments of `visible`.
+
+    Args:
+        window: None for none.
+        causal: whether later keys are hidden.
+        from_anchor: whether the window is counted from the block's anchor, and not from each query.
+    """
+
+    window: int | None
+    causal: bool
+    from_anchor: bool = False
+
+
 def visible(
-    query: torch.Tensor, key: torch.Tensor, window: int | None, causal: bool
+    query: torch.Tensor,
+    key: torch.Tensor,
+    window: int | None,
+    causal: bool,
+    anchor: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Tell which keys a query sees, by their positions in one text. The draft, the target and training use this rule.
 
     A causal layer hides later keys. A window of W hides keys at a distance of W or more, on both sides.
     For a query at position 5 with a window of 3, a causal layer shows 3, 4, 5; any other layer shows 3 to 7.
 
+    With an anchor, the window is the W keys before it, for every query of its block, and hides no key of the block.
+    For the block 4, 5, 6, 7 and a window of 3, the query at 5 sees 1, 2, 3 and 4, 5 in a causal layer; in any other
+    layer it sees 1 to 7, as 4, 6 and 7 do.
+
     Args:
         query, key: positions, in shapes that broadcast.
+        anchor: the position at which the query's block begins, if windows are counted from there.
 
     Returns:
-        Bool, in the shape that the two broadcast to.
+        Bool, in the shape that they broadcast to.
     """
     distance = query - key
     seen = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
-    if window is not None:
-        seen = seen & (distance.abs() < window)
-    return seen
+    if window is None:
+        return seen
+    if anchor is not None:
+        return seen & (anchor - key <= window)
+    return seen & (distance.abs() < window)
 
 
 class MaskKind(NamedTuple):
@@ -56,6 +81,7 @@ class MaskKind(NamedTuple):
     groups: int
     dtype: torch.dtype
     device: torch.device
+    from_anchor: bool = False
 
 
 class BlockMasks:
@@ -112,6 +138,7 @@ class BlockMasks:
         for kind, mask in self.built.items():
             changed = self.nearby
             if kind.window is not None:
+                # Its far end lies there, counted from each position or from the anchor.
                 changed = torch.cat([changed, changed - kind.window])
             where = (slots[:, None] + changed).clamp_min(0)  # [B, M]
             values = self._values(where, kind)
@@ -121,12 +148,15 @@ class BlockMasks:
 
     def _values(self, where: torch.Tensor, kind: MaskKind) -> torch.Tensor:
         """Return the masks for the slots `where [B, M]`: `[B, 1, 1, Q, M]`."""
-        seen = self.visible_slots(where, kind.window, kind.causal)
+        layer_kind = LayerKind(kind.window, kind.causal, kind.from_anchor)
+        seen = self.visible_slots(where, *layer_kind)
         values = torch.zeros(seen.shape, device=seen.device)
         values.masked_fill_(~seen, float("-inf"))
         return values.to(kind.device, kind.dtype)[:, None, None]
 
-    def visible_slots(self, where: torch.Tensor, window: int | None, causal: bool) -> torch.Tensor:
+    def visible_slots(
+        self, where: torch.Tensor, window: int | None, causal: bool, from_anchor: bool = False
+    ) -> torch.Tensor:
         """Tell which of the slots `where [B, M]` each position of the block sees: `[B, Q, M]`.
 
         With the block at slot 8, a chain of 3: its second position sees slots 0 to 9 if causal, and 0 to 10 if not.
@@ -139,7 +169,8 @@ class BlockMasks:
         # Relative to the anchor, context lies at its offset and a position of the block at its depth in the tree.
         key = torch.where(in_block, self.depths.gather(1, member), offset)
         query = self.depths[:, :, None]
-        seen = visible(query, key[:, None], window, causal)
+        anchor = torch.zeros_like(query) if from_anchor else None
+        seen = visible(query, key[:, None], window, causal, anchor)
         written = (offset < self.size)[:, None]
         if causal:
             # [B, Q, M].
@@ -166,10 +197,10 @@ class BlockAttention:
     that runs `eager` keeps its own function, since only that one knows its sinks or soft caps.
 
     Args:
-        layer_kinds: for each layer its window (None for none) and whether it is causal.
+        layer_kinds: what each layer lets a query see.
     """
 
-    def __init__(self, model: Any, layer_kinds: list[tuple[int | None, bool]]):
+    def __init__(self, model: Any, layer_kinds: list[LayerKind]):
         self.configs = configs_of(model)
         self.layer_kinds = layer_kinds
         self.name = f"dflash_slots_{id(self):x}"
@@ -260,8 +291,8 @@ class BlockAttention:
                 f"Layer {min(missing)} of {whose} did not ask the attention that its config names"
             )
 
-    def _layer_kind(self, module: Any) -> tuple[int | None, bool]:
-        """Return the window of a layer, and whether it is causal.
+    def _layer_kind(self, module: Any) -> LayerKind:
+        """Return what a layer lets a query see.
 
         Raises:
             ValueError: layers differ, and this one does not know its number.
@@ -280,8 +311,9 @@ class BlockAttention:
             raise RuntimeError(
                 "The target was called from elsewhere while a draft decodes; call it afterwards."
             )
-        window, causal = self._layer_kind(module)
-        kind = MaskKind(window, causal, groups, query.dtype, query.device)
+        layer = self._layer_kind(module)
+        whose = (groups, query.dtype, query.device)
+        kind = MaskKind(layer.window, layer.causal, *whose, layer.from_anchor)
         if kind not in self.masks.built:
             self.mask_kinds.add(kind)
         return self.masks.get(kind)

@@ -269,7 +269,8 @@ class SlotCache:
 
 def rewindable_cache(config: Any) -> Cache:
     """Return a new cache for calling a draft by hand; `crop` takes tokens back from it."""
-    cache = DynamicCache(config=config)
+    # Layers of a config with a window keep W - 1 keys; counted from the anchor, a window has W.
+    cache = DynamicCache() if config.window_from_anchor else DynamicCache(config=config)
     cache.activate_past_recording()
     return cache
 

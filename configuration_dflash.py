@@ -91,6 +91,8 @@ class DFlashConfig(PretrainedConfig):
             default, sliding layers are causal and full layers bidirectional, as in serving engines.
         layer_types: `full_attention` or `sliding_attention` per layer; by default all are full.
         sliding_window: a query of a sliding layer sees keys at a distance below this.
+        window_from_anchor: whether the window is instead the `sliding_window` tokens before the anchor, for every
+            position of the block, and hides nothing inside the block. The speculators package trains so.
         rope_parameters: `{"rope_type": ..., "rope_theta": ..., ...}`; `rope_theta=` alone may be passed instead.
         sample_from_anchor: whether the anchor's position predicts the first token, so that a block drafts `block_size`
             tokens. By default position k predicts the token at anchor + k, and the anchor's predicts nothing.
@@ -122,6 +124,7 @@ class DFlashConfig(PretrainedConfig):
     is_causal: bool | list[bool] | None = None
     layer_types: list[str] | None = None
     sliding_window: int | None = None
+    window_from_anchor: bool = False
     rope_parameters: dict | None = None
     sample_from_anchor: bool = False
     vocab_size: int | None = None
@@ -143,6 +146,11 @@ class DFlashConfig(PretrainedConfig):
     final_logit_softcapping: float | int | None = None
     tie_word_embeddings: bool = False
     use_cache: bool = True
+
+    def __init_subclass__(cls, *args: Any, **kwargs: Any) -> None:
+        """Let other kinds be compared as this one is; transformers makes dataclasses of them, with another `__eq__`."""
+        super().__init_subclass__(*args, **kwargs)
+        cls.__eq__ = DFlashConfig.__eq__  # type: ignore[method-assign]
 
     def __setattr__(self, name: str, value: Any) -> None:
         field = self.__dataclass_fields__.get(name)
@@ -167,7 +175,7 @@ class DFlashConfig(PretrainedConfig):
         if self.layer_types is None:
             self.layer_types = [FULL] * self.num_hidden_layers
         if SLIDING not in self.layer_types:
-            self.sliding_window = None
+            self.sliding_window, self.window_from_anchor = None, False
         if self.draft_vocab_size == self.vocab_size:
             self.draft_vocab_size = None
         if self.draft_vocab_size is not None:

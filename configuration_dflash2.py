@@ -44,6 +44,11 @@ class DFlash2Config(DFlashConfig):
         if vocab is None:
             right = "the target's, because a DFlash 2 draft has codebooks of its tokens"
             yield must("vocab_size is None", None, right)
+        elif self.draft_vocab_size is not None:
+            right = (
+                f"vocab_size, {vocab}, because the selector chooses among all tokens of the target"
+            )
+            yield must(f"draft_vocab_size is {self.draft_vocab_size}", self.draft_vocab_size, right)
         elif top_k > vocab:
             right = f"from 1 to vocab_size, {vocab}"
             yield must(f"selector_top_k is {top_k}", top_k, right)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers.cache_utils import DynamicCache
 
-from .attention_dflash import BlockAttention, BlockMasks, BlockState, pad_to
+from .attention_dflash import BlockAttention, BlockMasks, BlockState, LayerKind, pad_to
 from .cache_dflash import SlotCache
 from .compat_dflash import device_of_inputs, dtype_of_inputs
 from .execution_dflash import BlockRunner, as_written
@@ -284,10 +284,10 @@ def share_equal(own: Any, targets: Any) -> None:
         own.weight = torch.nn.Parameter(other.detach(), requires_grad=weight.requires_grad)
 
 
-def layer_kinds(config: Any) -> list[tuple[int | None, bool]]:
-    """Return, for each layer of a draft, its window (None for none) and whether it is causal."""
+def layer_kinds(config: Any) -> list[LayerKind]:
+    """Return what each layer of a draft lets a query see."""
     kinds = []
     for kind, causal in zip(config.layer_types, config.causal_layers, strict=True):
         window = config.sliding_window if kind == "sliding_attention" else None
-        kinds.append((window, causal))
+        kinds.append(LayerKind(window, causal, config.window_from_anchor))
     return kinds

@@ -34,6 +34,19 @@ SELECTOR_METRICS = (
 
 
 @dataclass(frozen=True)
+class SpeculatorsDefaults:
+    """What a config.json in the speculators layout means where it lacks a key.
+
+    Args:
+        sample_from_anchor: None where older files mean False and newer ones True.
+        sliding_window_non_causal: whether sliding layers are bidirectional inside a block.
+    """
+
+    sample_from_anchor: bool | None = False
+    sliding_window_non_causal: bool = False
+
+
+@dataclass(frozen=True)
 class DraftKind:
     """Describe a kind of draft.
 
@@ -48,6 +61,7 @@ class DraftKind:
         head_fields: fields of its config that the command `train` has options for.
         metrics: the metrics that training reports.
         is_trained: whether this package trains it.
+        speculators: the defaults of its config.json in the speculators layout; None if that has no such kind.
     """
 
     config_class: type[DFlashConfig]
@@ -60,6 +74,7 @@ class DraftKind:
     head_fields: tuple[str, ...] = ()
     metrics: tuple[str, ...] = METRICS
     is_trained: bool = True
+    speculators: SpeculatorsDefaults | None = None
 
     @property
     def name(self) -> str:
@@ -96,6 +111,7 @@ _ROWS = (
         title="DFlash",
         architectures=("DFlashDraftModel", "Qwen3DFlashDraftModel", MUSE),
         demo_folder="draft",
+        speculators=SpeculatorsDefaults(),
     ),
     DraftKind(
         DSparkConfig,
@@ -115,6 +131,7 @@ _ROWS = (
         head="selector",
         head_fields=("selector_rank", "selector_top_k"),
         metrics=(*METRICS, *SELECTOR_METRICS),
+        speculators=SpeculatorsDefaults(sliding_window_non_causal=True),
     ),
 )
 

@@ -4,16 +4,16 @@
 
 This is the only file that knows the names other projects use. A field may have several keys in a config.json: equal
 copies are fine, contradicting ones are refused with both keys named. Layouts read: z-lab (flat and nested),
-NVIDIA Model Optimizer and NeMo AutoModel, SpecForge, the Muse assistant of transformers, and this package's hub and
-engines layouts. Importing `dflash_hub` makes `DFlashConfig.from_dict` read them all.
+NVIDIA Model Optimizer and NeMo AutoModel, SpecForge, speculators, the Muse assistant of transformers, and this
+package's hub and engines layouts. Importing `dflash_hub` makes `DFlashConfig.from_dict` read them all.
 """
 
 import difflib
 from collections.abc import Iterator
 from typing import Any
 
-from .findings_dflash import ONE_SENTENCE, Finding, raise_first
-from .kinds import KINDS, MUSE
+from .findings_dflash import ONE_SENTENCE, Finding, must, raise_first
+from .kinds import KINDS, MUSE, SpeculatorsDefaults
 from .layouts_dflash import (
     BASE,
     BOOL,
@@ -42,6 +42,16 @@ from .layouts_dflash import (
     rope_key_findings,
     shown,
 )
+from .layouts_speculators import (
+    ABOUT,
+    BODY,
+    NON_CAUSAL,
+    TAPS,
+    TYPE,
+    key_of,
+    rope_in_use,
+    tokens_named,
+)
 
 # Rules and keys --------------------------------------------------------------------------------------------------
 
@@ -61,6 +71,8 @@ _RULES = {
     "v_head_dim": int_from(1, 2**14),
     "dflash_config": DICT,
     "auto_map": FieldRule("a dict of names of classes", _is_auto_map),
+    BODY: DICT,
+    NON_CAUSAL: BOOL,
 }
 # Field -> every key that may hold it; "dflash_config.x" is the key x of the nested dict.
 _KEYS = {
@@ -103,6 +115,7 @@ _SHIFTED_TAP_KEYS = (
     "eagle_aux_hidden_state_layer_ids",
     "dflash_config.eagle_aux_hidden_state_layer_ids",
 )
+_COUNTED_FROM_EMBEDDING = (*_SHIFTED_TAP_KEYS, TAPS)
 _SHIFTED_TAPS = list_of(
     "a list of indices of hidden_states, ints from 1 up, at least one, ascending",
     int_from(1, LAYERS),
@@ -121,6 +134,7 @@ _OTHER_KEYS = {
     "rope_theta": ("rope_theta",),
     "v_head_dim": ("v_head_dim",),
     "auto_map": ("auto_map",),
+    NON_CAUSAL: (NON_CAUSAL,),
 }
 # Field -> the keyword with which the caller replaces it, where that has another name.
 _REPLACED_BY = {
@@ -128,16 +142,13 @@ _REPLACED_BY = {
     "use_sliding_window": "layer_types",
     "rope_scaling": "rope_parameters",
     "sliding_window": "",  # none: the file's windows are always checked
+    NON_CAUSAL: "is_causal",
 }
 _ONLY_AT_TOP = ("layer_types", "rope_theta", "rope_parameters", "rope_scaling")
 # (feature, key, values that mean "not used"). Any other value is refused. A plain key is looked up at the top and in
 # dflash_config.
 _OFF = (None, False, 0)
 _FEATURES = (
-    ("the speculators layout", "speculators_model_type", _OFF),
-    ("the speculators layout", "speculators_config", _OFF),
-    ("the speculators layout", "transformer_layer_config", _OFF),
-    ("the speculators layout", "aux_hidden_state_layer_ids", _OFF),
     ("a Markov head inside the target's checkpoint", "dspark_markov_rank", _OFF),
     ("a DSpark head", "dspark_fixup_head_type", _OFF),
     ("a head of its own (Domino, DSpark ...)", "projector_type", (*_OFF, *DRAFT_LAYOUTS)),
@@ -197,7 +208,6 @@ _HEADS_BY_ARCHITECTURE = (
     ("Laguna", "per-tap norms and attention gates (Laguna)"),
     ("LiLiCorr", "a LiLiCorr re-ranking head"),
     ("XPress", "an XPress mixing head"),
-    ("Speculator", "the speculators layout"),
 )
 
 
@@ -207,13 +217,27 @@ def variant_of(config: dict[str, Any]) -> str:
 
 
 def _signs(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the kinds that a file shows signs of, each with key -> value of them; the base kind has none."""
-    kinds = {name: _signs_of(name, config) for name in DRAFT_LAYOUTS if name != BASE}
-    return {name: signs for name, signs in kinds.items() if signs}
+    """Return the kinds that a file shows signs of, each with key -> value of them.
+
+    The base kind has none but the name that speculators writes.
+    """
+    found = {}
+    for name in DRAFT_LAYOUTS:
+        if name == BASE and config.get(TYPE) in _OFF:
+            continue
+        signs = _signs_of(name, config)
+        if signs:
+            found[name] = signs
+    return found
 
 
 def _signs_of(name: str, config: dict[str, Any]) -> dict[str, Any]:
-    """Return key -> value of everything that only a draft of this kind has."""
+    """Return key -> value of everything that only a draft of this kind has.
+
+    In the speculators layout one key decides: its architectures are those of other kinds elsewhere.
+    """
+    if config.get(TYPE) not in _OFF:
+        return {TYPE: name} if config[TYPE] == name else {}
     nested = config.get("dflash_config")
     levels = {"": config, "dflash_config.": nested if isinstance(nested, dict) else {}}
     signs = {}
@@ -223,8 +247,6 @@ def _signs_of(name: str, config: dict[str, Any]) -> dict[str, Any]:
                 signs[f"{prefix}{field}"] = level.get(field)
     if model_type_of(config) == name:
         signs["model_type"] = name
-    if config.get("speculators_model_type") == name:
-        signs["speculators_model_type"] = name
     for prefix, level in levels.items():
         if level.get("projector_type") == name:
             signs[f"{prefix}projector_type"] = name
@@ -296,24 +318,35 @@ class _LayoutReader:
         valid = FIELDS["architectures"].accepts(architectures)
         self.architectures: list[str] = architectures if valid else []
         self.architecture = next(iter(self.architectures), None)
+        self.is_speculators = config.get(TYPE) not in _OFF
+        body = config.get(BODY) if self.is_speculators else None
+        self.body: dict[str, Any] = body if isinstance(body, dict) else {}
         muse_type = model_type_of(config) == "muse_glimmer_assistant"
         self.is_muse = muse_type or self.architecture == MUSE
 
     def get(self, key: str) -> Any:
         """Return the file's value of a key, which may be dotted; None without one."""
-        return as_list(self.level(key).get(key.rpartition(".")[2]))
+        name = key.rpartition(".")[2]
+        value = as_list(self.level(key).get(name))
+        return rope_in_use(value) if self.is_speculators and name in _ROPE_KEYS else value
 
     def level(self, key: str) -> dict[str, Any]:
-        """Return the dict that holds a key: dflash_config for a dotted one, else the file's top."""
-        return self.nested if "." in key else self.config
+        """Return the dict that holds a key: one of the nested ones for a dotted key, else the file's top."""
+        outer = self.place(key).rpartition(".")[0]
+        return {"": self.config, "dflash_config": self.nested, BODY: self.body}[outer]
+
+    def place(self, key: str) -> str:
+        """Return where a key stands in this file: in the speculators layout, it may be another dict or name."""
+        return key_of(key) if self.is_speculators else key
 
     def copies(self, keys: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return a field's values by their keys, and the same in a form that can be compared."""
         values, meanings = {}, {}
         for key in keys:
             value = self.get(key)
-            shifted = value is not None and key in _SHIFTED_TAP_KEYS
-            label = f"{key} (counted from the embedding)" if shifted else key
+            shifted = value is not None and key in _COUNTED_FROM_EMBEDDING
+            place = self.place(key)
+            label = f"{place} (counted from the embedding)" if shifted else place
             values[label] = meanings[label] = value
             if shifted:
                 meanings[label] = [index - 1 for index in value]
@@ -335,6 +368,8 @@ class _LayoutReader:
         fields["layer_types"] = self.layer_types(fields["num_hidden_layers"])
         fields["sliding_window"] = self.sliding_window(fields["layer_types"])
         fields["is_causal"] = self.is_causal(fields)
+        if self.is_speculators:
+            self.fill_speculators(fields)
         fields["rope_parameters"] = self.rope(fields["head_dim"])
         self.check_widths(fields)
         fields["auto_map"] = own_auto_map({"auto_map": self.get("auto_map")})
@@ -348,6 +383,8 @@ class _LayoutReader:
             more = _KEYS.get(field, ())
             keys[field] = (field, f"dflash_config.{field}", *more)
         keys["target_layer_ids"] = (*_TAP_KEYS, *_SHIFTED_TAP_KEYS)
+        if self.is_speculators:
+            keys = {field: (key_of(field),) for field in keys}
         return keys
 
     # Findings ------------------------------------------------------------------------------------------------------
@@ -374,8 +411,9 @@ class _LayoutReader:
         for field, value in self.overrides.items():
             if field in _RULES and value is not None:
                 yield from field_findings(field, value, rule=_RULES[field])
-        for key in ("dflash_config", "architectures"):
+        for key in ("dflash_config", "architectures", BODY):
             yield from self.content_findings(key, (key,))
+        yield from self.speculators_findings()
         model_type = model_type_of(self.config)
         if model_type is not None:
             found = f"The draft's config.json says model_type is {shown(model_type)}"
@@ -386,7 +424,7 @@ class _LayoutReader:
     def feature_findings(self) -> Iterator[Finding]:
         """Yield, by name, the features that this model cannot run."""
         for part, feature in _HEADS_BY_ARCHITECTURE:
-            if part in (self.architecture or ""):
+            if part in (self.architecture or "") and not self.is_speculators:
                 yield refusal(feature, "architectures", self.architectures)
         yield from self.variant_findings()
         for feature, key, unused in _FEATURES:
@@ -416,8 +454,28 @@ class _LayoutReader:
             )
             yield Finding(what, name, self.variant, advice, ONE_SENTENCE)
 
+    def speculators_findings(self) -> Iterator[Finding]:
+        """Yield a kind of the speculators layout that is not run here, or that the file does not name."""
+        names = [name for name, kind in KINDS.items() if kind.speculators]
+        right = f"one of {', '.join(names)}"
+        found = self.config.get(TYPE)
+        if self.is_speculators and found not in names:
+            what = (
+                f"This draft is of the kind {shown(found)} ({TYPE}), which this version of dflash-hub does not run, so "
+                f"it is refused"
+            )
+            yield Finding(
+                what, found, right, f"in the speculators layout, it must be {right}", ONE_SENTENCE
+            )
+        for key in (BODY, TAPS, ABOUT):
+            if not self.is_speculators and self.config.get(key) not in _OFF:
+                what = f"The draft's config.json has {key}, a key of the speculators layout"
+                yield must(f"{what}, but {TYPE} is {shown(found)}", found, right)
+
     def is_draft(self) -> bool:
         """Return whether this config.json is a draft's, and not that of another model, such as the target's."""
+        if self.is_speculators:
+            return True
         has_keys = bool(self.nested)
         has_keys |= any(self.get(key) is not None for key in ("target_layer_ids", "mask_token_id"))
         unnamed = self.architecture is None and bool(self.overrides or has_keys)
@@ -462,12 +520,13 @@ class _LayoutReader:
             value = self.get(key)
             if value is None:
                 continue
-            where = "" if key == field else f" ({key})"
+            place = self.place(key)
+            where = "" if place == field else f" ({place})"
             found = f"The draft's config.json says {field} is {shown(value)}{where}"
-            rule = _SHIFTED_TAPS if key in _SHIFTED_TAP_KEYS else _RULES[field]
+            rule = _SHIFTED_TAPS if key in _COUNTED_FROM_EMBEDDING else _RULES[field]
             yield from field_findings(field, value, found, rule)
             if key in _ROPE_KEYS and isinstance(value, dict):
-                yield from rope_key_findings(key, value)
+                yield from rope_key_findings(place, value)
 
     def missing_findings(self) -> Iterator[Finding]:
         """Yield the required fields that neither the file nor the caller has a value for."""
@@ -484,19 +543,43 @@ class _LayoutReader:
                 right = FIELDS[name].words
                 advice = f"supply it: from_pretrained(..., {name}=...), {right}"
                 yield Finding(what, None, right, advice, ONE_SENTENCE)
+        if self.speculators.sample_from_anchor is None:
+            yield from self.anchor_findings()
+
+    def anchor_findings(self) -> Iterator[Finding]:
+        """Yield that nobody says whether the anchor's position predicts a token, where files without it differ."""
+        if self.resolve("sample_from_anchor", ("sample_from_anchor",)) is not None:
+            return
+        drafted = tokens_named(self.config)
+        hint = (
+            ""
+            if drafted is None
+            else f", and speculative_tokens is {drafted} of a block_size of {self.get('block_size')}"
+        )
+        what = (
+            "The draft's config.json does not say sample_from_anchor, which older files lack for False and other "
+            f"programs' for True{hint}"
+        )
+        advice = (
+            "Supply it: from_pretrained(..., sample_from_anchor=False) if position k of a block predicts the token at "
+            "anchor + k, so that block_size - 1 are drafted, as in speculators before July 2026; "
+            "sample_from_anchor=True if it predicts the token after that, so that block_size are drafted. The wrong "
+            "one decodes the same text, but hardly any draft is accepted"
+        )
+        yield Finding(what, None, "True or False", advice)
 
     # Refusing while reading ----------------------------------------------------------------------------------------
 
     def check_lengths(self, layers: int) -> None:
         """Refuse lists with one entry per layer that are made for another number of layers."""
         keys = [("layer_types", "layer_types")]
-        keys += [("is_causal", key) for key in _KEYS["is_causal"]]
+        keys += [("is_causal", key) for key in self.keys()["is_causal"]]
         for field, key in keys:
             value = None if field in self.overrides else self.get(key)
             if isinstance(value, list) and len(value) != layers:
                 raise ValueError(
-                    f"The draft's config.json says {field} is {shown(value)} ({key}) but num_hidden_layers is "
-                    f"{layers}; it must be {FIELDS[field].words}."
+                    f"The draft's config.json says {field} is {shown(value)} ({self.place(key)}) but "
+                    f"num_hidden_layers is {layers}; it must be {FIELDS[field].words}."
                 )
 
     def check_widths(self, fields: dict[str, Any]) -> None:
@@ -513,8 +596,9 @@ class _LayoutReader:
             keys = tuple(dict.fromkeys(key.partition(".")[0] for key in keys))
         words = []
         for key in keys:
-            present = key.rpartition(".")[2] in self.level(key)
-            words.append(f"{key} is {shown(self.get(key))}" if present else f"no {key}")
+            place = self.place(key)
+            present = place.rpartition(".")[2] in self.level(key)
+            words.append(f"{place} is {shown(self.get(key))}" if present else f"no {place}")
         return ", ".join(words)
 
     # Fields with rules of their own --------------------------------------------------------------------------------
@@ -529,7 +613,8 @@ class _LayoutReader:
         slides = SLIDING in (types or ())
         for key, value in (("use_sliding_window", used), ("dflash_config.use_swa", forced)):
             if slides and value is False:
-                raise_first(contradictions("layer_types", {"layer_types": types, key: value}))
+                values = {self.place("layer_types"): types, self.place(key): value}
+                raise_first(contradictions("layer_types", values))
         if forced and not slides:
             return [SLIDING] * layers
         if types:
@@ -551,7 +636,7 @@ class _LayoutReader:
         window = self.resolve("sliding_window", _WINDOW_KEYS)
         if window is None:
             keys = [key for key in ("layer_types", "dflash_config.use_swa") if self.get(key)]
-            reasons = " and ".join(f"{key} is {shown(self.get(key))}" for key in keys)
+            reasons = " and ".join(f"{self.place(key)} is {shown(self.get(key))}" for key in keys)
             raise ValueError(
                 f"The draft has sliding layers{f' ({reasons})' if reasons else ''}, but its config.json does not say "
                 f"how far they see ({self.describe_missing(_WINDOW_KEYS)}); supply it: from_pretrained(..., "
@@ -567,12 +652,32 @@ class _LayoutReader:
         )
         return False if value is None and (self.is_muse or forced) else value
 
+    @property
+    def speculators(self) -> SpeculatorsDefaults:
+        """What keys mean that a file in the speculators layout lacks."""
+        found = KINDS[self.variant].speculators if self.is_speculators else None
+        return found or SpeculatorsDefaults()
+
+    def fill_speculators(self, fields: dict[str, Any]) -> None:
+        """Add what the speculators layout says otherwise, or leaves to its defaults."""
+        defaults = self.speculators
+        if fields["sample_from_anchor"] is None:
+            fields["sample_from_anchor"] = defaults.sample_from_anchor
+        if fields["window_from_anchor"] is None:
+            fields["window_from_anchor"] = True
+        non_causal = self.get(NON_CAUSAL)
+        if non_causal is None:
+            non_causal = defaults.sliding_window_non_causal
+        if fields["is_causal"] is None:
+            slides = (layer == SLIDING for layer in fields["layer_types"])
+            fields["is_causal"] = [layer and not non_causal for layer in slides]
+
     def rope(self, head_dim: int) -> dict[str, Any]:
         """Return `rope_parameters`, from rope_parameters, rope_scaling or both. A theta is never guessed."""
         if "rope_parameters" in self.overrides:
             found = {"rope_parameters": self.overrides["rope_parameters"]}
         else:
-            found = {key: self.get(key) for key in _ROPE_KEYS}
+            found = {self.place(key): self.get(key) for key in _ROPE_KEYS}
         forms = {key: modern_rope(key, rope) for key, rope in found.items()}
         merged = self.merge_rope(forms)
         merged["rope_theta"] = self.rope_theta(forms)
@@ -609,7 +714,7 @@ class _LayoutReader:
         if "rope_theta" in self.overrides:
             values = {"rope_theta": top}
         elif top is not None and not ("rope_parameters" in self.overrides and values):
-            values["rope_theta"] = top
+            values[self.place("rope_theta")] = top
         theta = _one_of("rope_theta", values)
         if theta is None:
             missing = self.describe_missing(("rope_theta", *forms))

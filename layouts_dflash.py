@@ -181,6 +181,7 @@ FIELDS = {
         f"a list of {FULL!r} or {SLIDING!r}, one per layer", _choice((FULL, SLIDING)), LAYERS
     ),
     "sliding_window": _POSITIONS,
+    "window_from_anchor": BOOL,
     "rope_parameters": DICT,
     "rope_theta": _positive(1e15),
     "sample_from_anchor": BOOL,
@@ -304,7 +305,7 @@ def modern_rope(key: str, rope: dict[str, Any] | None) -> dict[str, Any]:
         ValueError: a key is unknown or has an invalid value, or this package does not run these rotary embeddings.
     """
     if rope is not None:
-        check_field(key, rope)
+        check_field(key, rope, rule=DICT)
         raise_first(rope_key_findings(key, rope))
     rope = {name: as_list(value) for name, value in (rope or {}).items() if value is not None}
     rope.pop("partial_rotary_factor", None)
@@ -441,6 +442,7 @@ _USUAL = (
 _RARE = (
     "target_hidden_size",
     "is_causal",
+    "window_from_anchor",
     "sample_from_anchor",
     "draft_vocab_size",
     "has_own_embed_tokens",
@@ -567,6 +569,11 @@ def engines_layout(config: Any) -> dict[str, Any]:
             raise ValueError(
                 f"The engines layout needs {name}, which this draft does not have: set config.{name}."
             )
+    if config.window_from_anchor:
+        raise ValueError(
+            "window_from_anchor is True: engines count a window from each position of the block, so the engines "
+            'layout cannot express it. Save the hub layout: layout="hub".'
+        )
     content = {name: getattr(config, name) for name in (*REQUIRED, *_USUAL, "sliding_window")}
     kind = DRAFT_LAYOUTS[config.model_type]
     content["architectures"] = [kind.engines_architecture or config.architecture]

@@ -29,7 +29,7 @@ from transformers.models.qwen3.modeling_qwen3 import (
     rotate_half,
 )
 
-from .attention_dflash import visible
+from .attention_dflash import LayerKind, visible
 from .cache_dflash import rewindable_cache
 from .calls_dflash import Signature, of_a_draft
 from .compat_dflash import (
@@ -43,6 +43,7 @@ from .drafter_dflash import Choice, Walk
 from .generate_dflash import SpeculativeGenerate, spec_generate
 from .layouts_dflash import shown
 from .repository_dflash import RepositoryMixin, own_config
+from .weights_dflash import UNUSED
 
 
 class DFlashRotaryEmbedding(Qwen3RotaryEmbedding):
@@ -141,6 +142,7 @@ class DFlashPreTrainedModel(RepositoryMixin, Qwen3PreTrainedModel):
     config_class = DFlashConfig
     main_input_name = "noise_embeds"
     _no_split_modules = ["DFlashDecoderLayer"]
+    _keys_to_ignore_on_load_unexpected = UNUSED
     _auto_class = "AutoModel"
 
 
@@ -418,7 +420,8 @@ class DFlashDraftModel(DFlashPreTrainedModel):
         for (layer_type, causal), index in kinds.items():
             length = _kv_length(cache, index, position_ids.shape[-1])
             window = self.config.sliding_window if layer_type == SLIDING else None
-            masks[layer_type, causal] = self._mask(block, length, window, causal, padding)
+            seen = LayerKind(window, causal, self.config.window_from_anchor)
+            masks[layer_type, causal] = self._mask(block, length, seen, padding)
         return masks
 
     def _padding(
@@ -440,17 +443,26 @@ class DFlashDraftModel(DFlashPreTrainedModel):
         self,
         block: torch.Tensor,
         length: int,
-        window: int | None,
-        causal: bool,
+        kind: LayerKind,
         padding: torch.Tensor | None,
     ) -> torch.Tensor | None:
-        """Return the mask for `length` keys in the form of the attention implementation; None if nothing is hidden."""
+        """Return the mask for `length` keys in the form of the attention implementation; None if nothing is hidden.
+
+        Raises:
+            ValueError: that implementation takes no masks, and counts windows otherwise than the config.
+        """
         padding = None if padding is None else padding[:, -length:]
+        window = kind.window
         if "flash" in (attention_name(self.config) or ""):
+            if window is not None and kind.from_anchor:
+                raise ValueError(
+                    f"window_from_anchor is True, but {attention_name(self.config)!r} counts windows from each "
+                    "position; load the draft with attn_implementation='sdpa'."
+                )
             return padding  # the kernel takes causality and window as arguments
-        if not causal and padding is None and (window is None or length <= window):
+        if not kind.causal and padding is None and (window is None or length <= window):
             return None
-        visible = visible_keys(block, length, window, causal)
+        visible = visible_keys(block, length, *kind)
         if padding is not None:
             visible = visible & padding[:, None]
         if attention_name(self.config) == "sdpa":
@@ -486,20 +498,20 @@ def _check_tensor(name: str, value: Any, dimensions: tuple[int, ...], shape: str
 
 
 def visible_keys(
-    block: torch.Tensor, length: int, window: int | None, causal: bool
+    block: torch.Tensor, length: int, window: int | None, causal: bool, from_anchor: bool = False
 ) -> torch.Tensor:
     """Return which keys each position of a block sees.
 
     Args:
         block `[B, Q]`: positions of the block. The keys are the `length` consecutive positions that end with it.
-        window: keys at a distance below this, on both sides; None for all.
-        causal: whether later positions are hidden.
+        window, causal, from_anchor: as in `LayerKind`.
 
     Returns:
         `[B, Q, length]`, True where visible.
     """
     keys = block[:, -1:] - torch.arange(length - 1, -1, -1, device=block.device)  # [B, length]
-    return visible(block[:, :, None], keys[:, None], window, causal)
+    anchor = block[:, :1, None] if from_anchor else None
+    return visible(block[:, :, None], keys[:, None], window, causal, anchor)
 
 
 def _kv_length(cache: Cache | None, layer_idx: int, new: int) -> int:

@@ -26,6 +26,7 @@ from .generate_dflash import SpeculativeGenerate
 from .kinds import KINDS, SECOND_KIND, kind_named, kind_of
 from .layouts import variant_of
 from .layouts_dflash import shown
+from .layouts_speculators import target_named
 from .modeling_dflash import DFlashDraftModel, Qwen3DFlashDraftModel
 from .support_dflash import check_target
 
@@ -611,7 +612,11 @@ def load_draft(name: str | Path, **from_pretrained_kwargs: Any) -> DFlashDraftMo
     if commit is not None:  # the kind and the weights are of one commit
         where["revision"] = from_pretrained_kwargs["revision"] = commit
     content, _ = DFlashConfig.get_config_dict(name, **where)
-    return KINDS[variant_of(content)].model_class.from_pretrained(name, **from_pretrained_kwargs)
+    draft = KINDS[variant_of(content)].model_class.from_pretrained(name, **from_pretrained_kwargs)
+    target = target_named(content)
+    if target is not None:
+        draft.card_known = {"base_model": target}
+    return draft
 
 
 class _Resolved(SpeculativeGenerate):

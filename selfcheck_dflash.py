@@ -40,7 +40,7 @@ def circumstances(target: Target, prompt: Prompt) -> tuple[bool, bool, int, tupl
     Whether there are several rows, whether any is padded, the axes of the positions, and the windows it is longer than.
     """
     crossed = sorted(
-        {window for window, _ in target.attention.layer_kinds if window and window < prompt.width}
+        {window for window, *_ in target.attention.layer_kinds if window and window < prompt.width}
     )
     return (
         len(prompt.input_ids) > 1,
@@ -87,7 +87,7 @@ def check_windows(target: Target) -> list[int]:
         ValueError: naming the first layer that differs.
     """
     unknown = []
-    for layer, (window, _) in enumerate(target.attention.layer_kinds):
+    for layer, (window, *_) in enumerate(target.attention.layer_kinds):
         if window is None:
             continue
         size, start = 4, window + 2
@@ -233,7 +233,7 @@ def check_alone(target: Target, size: int, like: Prompt) -> None:
 def compare(target: Target, size: int, like: Prompt) -> None:
     """Prefill a short text, run its end as a block, roll half of that back; compare each with the target's own."""
     unknown = check_windows(target)
-    crossed = [window for window, _ in target.attention.layer_kinds if window and window < LONGEST]
+    crossed = [window for window, *_ in target.attention.layer_kinds if window and window < LONGEST]
     before = max([size, *crossed, *unknown]) + 3
     prompt = short_prompt(target, before + size, like)
     with target.decoding(prompt, "eager") as state:

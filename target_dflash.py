@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache, LinearAttentionLayer
 
-from .attention_dflash import BlockAttention, BlockMasks, BlockState, pad_to
+from .attention_dflash import BlockAttention, BlockMasks, BlockState, LayerKind, pad_to
 from .cache_dflash import RecurrentLayers, SlotCache, Snapshot
 from .compat_dflash import cache_name, difference, loaded, parameters, without_cache
 from .execution_dflash import BlockRunner, as_written
@@ -106,7 +106,9 @@ class Target:
         self.layers, self.name = decoder_layers(model), type(model).__name__
         self.cache_name = cache_name(model.forward)
         self.takes_logits_to_keep = "logits_to_keep" in parameters(model.forward)
-        self.attention = BlockAttention(model, [(window, True) for window in windows(text)])
+        self.attention = BlockAttention(
+            model, [LayerKind(window, True) for window in windows(text)]
+        )
         self.taps = FeatureTaps(self.layers, taps, text.hidden_size)
         self.runner = BlockRunner(
             self._run_block, lambda state: (state.cache.length, state.cache.capacity)

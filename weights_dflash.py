@@ -36,14 +36,15 @@ _OWN_PARTS = {
     "lm_head.weight": "has_own_lm_head",
 }
 """Tensor -> the field of a config that says that the draft has it; published ones often lack the field."""
-_UNUSED = {"t2d"}  # follows from d2t
 _FLOATS = {"F64", "F32", "F16", "BF16"}
-_IDS = "d2t"
-_ZERO_WHEN_FRESH = (
-    "kernel",
-    "codebook",
-    "markov_w2",
-)  # parts that add nothing before they are trained
+_INTEGERS = {"I64", "I32", "I16", "U8"}
+_IDS, _KNOWN = "d2t", "t2d"
+"""The tensors that say which of the target's tokens a draft knows: by id, and by one bool for each of the target's."""
+UNUSED = [rf"^{_KNOWN}$", rf"^{_IDS}$", r"^verifier_", r"\binv_freq$", r"\boriginal_inv_freq$"]
+"""Patterns of the names of tensors that are not read where a model has none of that name. The bools follow from the
+ids, which a draft that knows all tokens does not need; `verifier_*` are the target's, of training."""
+_ZERO_WHEN_FRESH = ("kernel", "codebook", "markov_w2")
+"""Parts of names of tensors that add nothing before they are trained."""
 _NONSENSE = "It would load and draft nonsense, so it is refused."
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -66,7 +67,8 @@ def check_stored(model_class: Any, config: Any, name: Any, where: dict[str, Any]
     Raises:
         ValueError: they differ, or the index of the shards names no files of this draft.
     """
-    stored = _headers(stored_files(name, where))
+    files = stored_files(name, where)
+    stored = _headers(files)
     if not stored:
         return config
     config = with_own_parts(config, stored)
@@ -83,6 +85,7 @@ def check_stored(model_class: Any, config: Any, name: Any, where: dict[str, Any]
         config = copy.deepcopy(config)
         del config.quantization_config
     _compare(stored, _expected_shapes(model_class, config), name)
+    _check_vocabulary(files, config, name)
     return config
 
 
@@ -158,7 +161,7 @@ def _compare(
 ) -> None:
     """Refuse stored tensors that are not those of the model, by name, shape or type."""
     found = {}
-    wrong_shapes, no_floats = [], []
+    wrong_shapes, wrong_types = [], []
     for key, (dtype, shape) in stored.items():
         key = key.removeprefix("model.")
         for pattern, ours in RENAMED.items():
@@ -166,17 +169,51 @@ def _compare(
         found[key] = shape
         if key in expected and shape != expected[key]:
             wrong_shapes.append(f"{key}: {shape} in the file, {expected[key]} here")
-        if key in expected and dtype not in _FLOATS and key != _IDS:
-            no_floats.append(f"{key} ({dtype})")
+        if key in expected and dtype not in (_INTEGERS if key == _IDS else _FLOATS):
+            wrong_types.append(f"{key} ({dtype})")
     unknown = _unknown(found.keys() - expected.keys())
     _refuse_misfits(name, wrong_shapes, expected.keys() - found.keys(), unknown)
-    _refuse(name, {"has tensors that are no floats": no_floats})
+    _refuse(name, {"has tensors of other types (ids are integers, all others floats)": wrong_types})
 
 
 def _unknown(keys: Iterable[str]) -> set[str]:
     """Return `keys` without those of tensors that a draft may ship and never uses."""
-    names = {key.removeprefix("model.") for key in keys} - _UNUSED
-    return {key for key in names if not key.endswith(("inv_freq", "original_inv_freq"))}
+    unused = re.compile("|".join(UNUSED))
+    names = {key.removeprefix("model.") for key in keys}
+    return {name for name in names if not unused.search(name)}
+
+
+def _check_vocabulary(files: list[Path], config: Any, name: Any) -> None:
+    """Refuse stored ids that are not those of a reduced vocabulary, or that contradict the stored bools."""
+    found = _read(files, (_IDS, _KNOWN))
+    offsets, known = found.get(_IDS), found.get(_KNOWN)
+    ids = torch.arange(config.vocab_size or 0)
+    if config.draft_vocab_size is None:
+        if offsets is not None and bool(offsets.any()):
+            raise ValueError(
+                f"{name} has d2t, the ids of a reduced vocabulary of {len(offsets)} tokens, but draft_vocab_size is "
+                f"None or vocab_size, {config.vocab_size}. {_NONSENSE}"
+            )
+    elif offsets is not None:
+        ids = offsets + torch.arange(len(offsets))
+        _check_target_ids(ids, config.vocab_size, name)
+    if known is not None and not torch.equal(known.nonzero()[:, 0], ids):
+        raise ValueError(
+            f"t2d of {name} is True for {int(known.bool().sum())} tokens, which are not the {len(ids)} that d2t and "
+            f"draft_vocab_size say. {_NONSENSE}"
+        )
+
+
+def _read(files: list[Path], names: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """Return those of these tensors that the files hold."""
+    found = {}
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 (no mapping)
+                short = key.removeprefix("model.")
+                if short in names:
+                    found[short] = file.get_tensor(key)
+    return found
 
 
 def _refuse_misfits(
@@ -293,7 +330,9 @@ def check_values(model: Any, name: Any) -> None:
         else:
             others += tensor.ndim > 1
     _refuse(name, {"has weights that are NaN or infinite": not_finite})
-    _check_target_ids(model, name)
+    ids = model.target_ids
+    if ids is not None and ids.device.type != "meta":
+        _check_target_ids(ids, model.config.vocab_size, name)
     if zero and not others:
         raise ValueError(f"All weights of {name} are zero. {_NONSENSE}")
     zero = [key for key in zero if not _is_zero_when_fresh(key)]
@@ -303,12 +342,8 @@ def check_values(model: Any, name: Any) -> None:
         )
 
 
-def _check_target_ids(model: Any, name: Any) -> None:
-    """Refuse a `d2t` that leads to no tokens of the target, or to one token twice."""
-    ids = model.target_ids
-    if ids is None or ids.device.type == "meta":
-        return
-    vocab = model.config.vocab_size
+def _check_target_ids(ids: torch.Tensor, vocab: int, name: Any) -> None:
+    """Refuse `ids [draft_vocab_size]` that are no tokens of the target, or one token twice."""
     if bool((ids[1:] <= ids[:-1]).any()) or not 0 <= int(ids[0]) <= int(ids[-1]) < vocab:
         raise ValueError(
             f"d2t of {name} leads to tokens from {int(ids.min())} to {int(ids.max())}; they must ascend, from 0 to "

@@ -63,16 +63,42 @@ READ = {
         rms_norm_eps=1e-5,
         vocab_size=None,
     ),
+    "RedHatAI__gemma-4-31B-it-speculator.dflash": dict(
+        block_size=8,
+        mask_token_id=4,
+        target_layer_ids=[0, 16, 28, 46, 57],
+        num_target_layers=None,
+        target_hidden_size=5376,
+        is_causal=False,
+        layer_types=[FULL] * 5,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        hidden_size=5376,
+        vocab_size=262144,
+        draft_vocab_size=32000,
+        has_own_lm_head=True,
+        has_own_embed_tokens=False,
+        sample_from_anchor=False,
+        window_from_anchor=False,
+    ),
+    "converted_z-lab__Qwen3.6-35B-A3B-DFlash": dict(
+        block_size=16,
+        mask_token_id=248070,
+        target_layer_ids=[1, 10, 19, 28, 37],
+        is_causal=False,
+        num_hidden_layers=8,
+        max_position_embeddings=262144,
+        vocab_size=248320,
+        draft_vocab_size=None,
+        has_own_lm_head=False,
+    ),
 }
 REFUSED = {
     "XiaomiMiMo__MiMo-V2.5-Pro-FP4-DFlash": "attention sinks",
     "z-lab__Qwen3.8-27B-DFlash2": "a DFlash 2 draft",
     "z-lab__Muse-Glimmer-30B-DFlash2": "a DFlash 2 draft",
     "incoai__GLM-5.3-Flash-DFlash2": "a DFlash 2 draft",
-    "RedHatAI__gemma-4-31B-it-speculator.dflash": "speculators layout",
-    "converted_z-lab__Qwen3.6-35B-A3B-DFlash": "speculators layout",
-    "early_speculators_test_repo": "speculators layout",
 }
+EARLY = "early_speculators_test_repo"
 NEMOTRON = "nvidia__NVIDIA-Nemotron-3.5-Lightning-30B-A3B-NVFP4-DFlash"
 
 
@@ -108,6 +134,16 @@ def test_the_config_without_a_block_size_asks_for_it_and_takes_it():
     assert config.rope_parameters["original_max_position_embeddings"] == 8192
 
 
+def test_an_early_speculators_config_asks_for_what_it_lacks_and_takes_it():
+    taps = {"target_layer_ids": [1, 17, 33]}
+    with pytest.raises(ValueError, match=r"does not say target_layer_ids \(aux_hidden_state_layer_ids is None\)"):
+        read(EARLY, mask_token_id=5)
+    with pytest.raises(ValueError, match=r"does not say mask_token_id \(no mask_token_id\)"):
+        read(EARLY, **taps)
+    config = read(EARLY, mask_token_id=5, **taps)
+    assert (config.draft_vocab_size, config.rope_parameters["rope_theta"]) == (32000, 10000.0)
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_run_is_refused_in_one_sentence_that_names_it(name):
     with pytest.raises(ValueError, match=REFUSED[name]) as caught:
@@ -117,7 +153,7 @@ def test_what_cannot_be_run_is_refused_in_one_sentence_that_names_it(name):
 
 
 def test_every_published_config_is_either_read_or_refused_by_these_tests():
-    assert {path.stem for path in PUBLISHED.glob("*.json")} == {*READ, *REFUSED, NEMOTRON}
+    assert {path.stem for path in PUBLISHED.glob("*.json")} == {*READ, *REFUSED, NEMOTRON, EARLY}
 
 
 @pytest.mark.parametrize("layout", ["hub", "engines"])
@@ -127,7 +163,7 @@ def test_reading_back_what_was_written_gives_an_equal_config(name, layout, tmp_p
     if layout == "engines" and config.vocab_size is None:
         config.vocab_size = 202048
     if layout == "engines" and config.num_target_layers is None:
-        config.num_target_layers = 52
+        config.num_target_layers = 60
     config.save_pretrained(tmp_path, layout=layout)
     again = DFlashConfig.from_pretrained(tmp_path)
     assert again == config

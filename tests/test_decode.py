@@ -203,15 +203,15 @@ def test_only_the_last_position_of_a_prompt_goes_through_the_head():
     assert set(widths[1:]) <= {4, 5}
 
 
-@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize(("window", "from_anchor"), [(None, False), (7, False), (7, True), (2, True)])
 @pytest.mark.parametrize("causal", [True, False])
-def test_masks_that_are_moved_on_equal_masks_that_are_built_there(window, causal):
+def test_masks_that_are_moved_on_equal_masks_that_are_built_there(window, from_anchor, causal):
     torch.manual_seed(0)
     padding_mask = torch.zeros(3, 120, dtype=torch.bool)
     padding_mask[1, :6] = padding_mask[2, 3] = True
     slots = torch.tensor([9, 12, 20])
     masks = BlockMasks(padding_mask, slots, size=5)
-    kind = MaskKind(window, causal, 2, torch.float32, torch.device("cpu"))
+    kind = MaskKind(window, causal, 2, torch.float32, torch.device("cpu"), from_anchor)
     masks.get(kind)
     for _ in range(15):
         slots = slots + torch.randint(0, 6, (3,))
@@ -225,15 +225,18 @@ def test_a_mask_shows_what_the_definition_of_a_window_says():
     padding_mask = torch.zeros(1, 16, dtype=torch.bool)
     padding_mask[0, 0] = True
     start, size = 8, 3
-    for window in (None, 4):
+    for window, from_anchor in ((None, False), (4, False), (4, True), (1, True)):
         for causal in (True, False):
             masks = BlockMasks(padding_mask, torch.tensor([start]), size)
-            shown = masks.get(MaskKind(window, causal, 1, torch.float32, padding_mask.device))
+            shown = masks.get(MaskKind(window, causal, 1, torch.float32, padding_mask.device, from_anchor))
             for query in range(size):
                 for column in range(16):
                     distance = start + query - column
                     visible = column != 0 and (distance >= 0 if causal else column < start + size)
-                    visible = visible and (window is None or abs(distance) < window)
+                    if from_anchor:
+                        visible = visible and start - column <= window
+                    elif window is not None:
+                        visible = visible and abs(distance) < window
                     assert (shown[0, 0, query, column] == 0) == visible
 
 

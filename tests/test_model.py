@@ -49,11 +49,15 @@ def test_hidden_states_agree_with_the_original_code_without_and_with_cache(name,
     torch.testing.assert_close(cached, data["hidden_cached"], atol=2e-5, rtol=0)
 
 
-def reference_mask(context: int, block: int, window: int | None, causal: bool) -> torch.Tensor:
+def reference_mask(
+    context: int, block: int, window: int | None, causal: bool, from_anchor: bool = False
+) -> torch.Tensor:
     """Which keys a block after `context` tokens sees, spelled out key by key: `[block, context + block]`."""
     rows = []
     for query in range(context, context + block):
         near = [window is None or abs(query - key) < window for key in range(context + block)]
+        if from_anchor:
+            near = [window is None or key >= context - window for key in range(context + block)]
         rows.append([ok and not (causal and key > query) for key, ok in enumerate(near)])
     return torch.tensor(rows)
 
@@ -73,6 +77,8 @@ LAYERS = [
     {"layer_types": [SLIDING, FULL], "sliding_window": 4},
     {"layer_types": [SLIDING, SLIDING], "sliding_window": 40, "is_causal": False},
     {"layer_types": [FULL, SLIDING], "sliding_window": 6, "is_causal": [True, False]},
+    {"layer_types": [SLIDING, SLIDING], "sliding_window": 4, "is_causal": False, "window_from_anchor": True},
+    {"layer_types": [SLIDING, FULL], "sliding_window": 2, "window_from_anchor": True},
 ]
 
 
@@ -86,7 +92,7 @@ def test_each_layers_attention_is_the_one_its_config_asks_for(layers):
     masks = []
     for layer_type, causal in zip(config.layer_types, config.causal_layers, strict=True):
         window = config.sliding_window if layer_type == SLIDING else None
-        visible = reference_mask(11, 5, window, causal)
+        visible = reference_mask(11, 5, window, causal, config.window_from_anchor)
         masks.append(torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)[None, None])
     reference = copy.deepcopy(draft)
     reference.set_attn_implementation("eager")
@@ -126,7 +132,7 @@ def test_padding_on_the_left_changes_nothing():
     torch.testing.assert_close(padded.last_hidden_state, draft(noise, context).last_hidden_state, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("layers", LAYERS, ids=str)
+@pytest.mark.parametrize("layers", [layers for layers in LAYERS if "window_from_anchor" not in layers], ids=str)
 def test_flash_attention_is_called_with_what_says_the_same(layers, monkeypatch):
     """The kernels need a GPU. What reaches them here is answered by their documented semantics, written out."""
     from transformers import AttentionInterface
@@ -148,6 +154,13 @@ def test_flash_attention_is_called_with_what_says_the_same(layers, monkeypatch):
     AttentionInterface.register("flash_written_out", flash)
     draft.config._attn_implementation = "flash_written_out"
     torch.testing.assert_close(draft(noise, context).last_hidden_state, expected, atol=1e-5, rtol=0)
+
+
+def test_flash_attention_refuses_a_window_that_is_counted_from_the_anchor():
+    draft = small(**LAYERS[-1])
+    draft.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match=r"window_from_anchor is True.*attn_implementation='sdpa'"):
+        draft(*inputs(draft, 11))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU and flash-attn; runs where both are")

@@ -74,8 +74,8 @@ def write_keys_elsewhere(patch, target):
 
 
 def widen_windows(patch, target):
-    def visible(honest, query, key, window, causal):
-        return honest(query, key, None if window is None else window + 1, causal)
+    def visible(honest, query, key, window, *kind):
+        return honest(query, key, None if window is None else window + 1, *kind)
 
     wrap(patch, attention_dflash, "visible", visible)
 

@@ -24,6 +24,8 @@ KINDS = {
     "full and causal": {"is_causal": True},
     "sliding and causal": SLIDING,
     "sliding, not causal": SLIDING | {"is_causal": False},
+    "sliding from the anchor": SLIDING | {"window_from_anchor": True},
+    "sliding from the anchor, not causal": SLIDING | {"is_causal": False, "window_from_anchor": True},
     "one layer causal": {"is_causal": [True, False]},
     "dflash2": tiny.SECOND,
     "dflash2, sliding": tiny.SECOND | SLIDING | {"is_causal": False, "input_embedding_scale": 1.5},
@@ -115,8 +117,10 @@ def test_a_block_sees_its_own_document_before_its_anchor_and_itself():
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize(("window", "causal"), [(None, False), (None, True), (4, False), (4, True)])
-def test_flex_attention_and_the_dense_mask_give_the_same(window, causal):
+@pytest.mark.parametrize(
+    "kind", [(None, False), (None, True), (4, False), (4, True), (3, False, True), (3, True, True)]
+)
+def test_flex_attention_and_the_dense_mask_give_the_same(kind):
     from torch.nn.attention.flex_attention import flex_attention
 
     rows = packed((30, 14), (44,))
@@ -125,10 +129,8 @@ def test_flex_attention_and_the_dense_mask_give_the_same(window, causal):
     torch.manual_seed(0)
     query = torch.randn(2, 2, queries, 8)
     key, value = torch.randn(2, 2, 2, 44 + queries, 8)
-    dense = torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=blocks.dense_mask(window, causal)
-    )
-    flex = flex_attention(query, key, value, block_mask=blocks.flex_mask(window, causal))
+    dense = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=blocks.dense_mask(*kind))
+    flex = flex_attention(query, key, value, block_mask=blocks.flex_mask(*kind))
     torch.testing.assert_close(flex, dense)
 
 

@@ -151,7 +151,9 @@ class Blocks:
         ids[..., 0] = self.tokens[..., 0]
         return ids.flatten(1)
 
-    def mask_function(self, window: int | None, causal: bool) -> Callable[..., torch.Tensor]:
+    def mask_function(
+        self, window: int | None, causal: bool, from_anchor: bool = False
+    ) -> Callable[..., torch.Tensor]:
         """Return the function `sees(b, h, q, kv)` that FlexAttention takes: True where query q sees key kv.
 
         Queries are the A * Q block positions of row b. Keys are the S columns of the row, then the block positions. A
@@ -166,6 +168,7 @@ class Blocks:
         | no window, not causal | 3 4, 10 11 12 | 3 4, 10 11 12 | 3 4, 10 11 12 |
         | no window, causal | 3 4, 10 | 3 4, 10 11 | 3 4, 10 11 12 |
         | window 2, not causal | 4, 10 11 | 10 11 12 | 11 12 |
+        | window 1 from the anchor, causal | 4, 10 | 4, 10 11 | 4, 10 11 12 |
         """
         length, documents = self.batch.input_ids.shape[1], self.batch.documents
         size, anchors = self.size, self.anchors
@@ -180,17 +183,24 @@ class Blocks:
             )
             inside = (other >= 0) & (other // size == block)
             key_column = torch.where(kv < length, column, anchor + other % size)
-            return (context | inside) & visible(anchor + q % size, key_column, window, causal)
+            seen = visible(
+                anchor + q % size, key_column, window, causal, anchor if from_anchor else None
+            )
+            return (context | inside) & seen
 
         return sees
 
     def dense_mask(
-        self, window: int | None, causal: bool, dtype: torch.dtype | None = None
+        self,
+        window: int | None,
+        causal: bool,
+        from_anchor: bool = False,
+        dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
         """Return the mask `[B, 1, A * Q, S + A * Q]`.
 
         Args:
-            window, causal: the kind of layer, as in `mask_function`.
+            window, causal, from_anchor: the kind of layer, as in `mask_function`.
             dtype: None for a boolean mask, True where visible, as `sdpa` takes it. With a dtype, 0 where visible and
                 its lowest number elsewhere, as `eager` attention takes it.
         """
@@ -199,12 +209,13 @@ class Blocks:
         keys = torch.arange(self.batch.input_ids.shape[1] + num_queries, device=device)
         rows = torch.arange(len(self.anchors), device=device)[:, None, None]
         queries = torch.arange(num_queries, device=device)[:, None]
-        seen = self.mask_function(window, causal)(rows, None, queries, keys)[:, None]
+        sees = self.mask_function(window, causal, from_anchor)
+        seen = sees(rows, None, queries, keys)[:, None]
         if dtype is None:
             return seen
         return torch.zeros((), dtype=dtype, device=device).where(seen, torch.finfo(dtype).min)
 
-    def flex_mask(self, window: int | None, causal: bool) -> Any:
+    def flex_mask(self, window: int | None, causal: bool, from_anchor: bool = False) -> Any:
         """Return the same mask as a `BlockMask` for FlexAttention."""
         from torch.nn.attention.flex_attention import create_block_mask
 
@@ -213,7 +224,7 @@ class Blocks:
         device = self.anchors.device.type
         # Compiled, the mask never exists as a whole in memory.
         return create_block_mask(
-            self.mask_function(window, causal),
+            self.mask_function(window, causal, from_anchor),
             rows,
             None,
             queries,

@@ -291,10 +291,8 @@ class Objective:
         flex = self.flex(blocks.anchors.device)
         make_mask = blocks.flex_mask if flex else blocks.dense_mask
         masks = {}
-        for name, (window, causal) in set(
-            zip(self.config.layer_types, layer_kinds(self.config), strict=True)
-        ):
-            masks[name, causal] = make_mask(window, causal)
+        for name, kind in set(zip(self.config.layer_types, layer_kinds(self.config), strict=True)):
+            masks[name, kind.causal] = make_mask(*kind)
         weights = next(draft.parameters())
         return draft(
             noise_embeds=noise_embeds.to(weights.device, weights.dtype),
