@@ -70,8 +70,7 @@ def test_a_recording_that_is_replayed_without_python_gives_the_same_text(family,
     torch.manual_seed(0)
     assert torch.equal(target.generate(**asked, capture="graphs"), plain)
     assert len(recorded) == 2
-    assert {*replayed} == {*recorded}  # the target's block and the draft's
-    assert len(replayed) > 20
+    assert min(replayed.count(run) for run in recorded) > 10  # the target's block and the draft's
 
 
 TREES = torch.tensor([[-1, 0, 0, 1, 2, 4], [-1, 0, 1, 2, 3, 4], [-1, 0, 0, 0, 3, 4]])
