@@ -88,7 +88,7 @@ def _new_card(draft: Any, repo_id: str, metadata: dict[str, Any]) -> ModelCard:
         "target": target[0] if isinstance(target, list) else target,
         "config": draft.config,
         "parameters": f"{draft.num_parameters():,}",
-        "drafted": draft.config.block_size - 1,
+        "drafted": draft.config.num_drafted,
         "engines_remarks": engines_remarks(draft.config),
     }
     text = template.read_text(encoding="utf-8")
