@@ -24,7 +24,6 @@ from dflash_hub.drafter_dflash import Drafter, Walk
 from dflash_hub.layouts_dflash import engines_remarks
 from dflash_hub.publishing.probe import digests
 from paths import DATA, ROOT
-from test_dflash2 import STRANGER
 
 GOLDEN = DATA / "golden"
 CASES = ("dspark-a", "dspark-b", "dspark-rank0")
@@ -394,6 +393,8 @@ def test_the_card_tells_what_it_is_and_what_an_engine_does_not_run(tmp_path, var
 
 @pytest.mark.filterwarnings("ignore:.*SGLang")
 def test_a_published_draft_is_used_by_a_stranger_from_both_branches(hub, repo_id, tmp_path, fresh_process):
+    from test_dflash2 import STRANGER
+
     target = tiny.target("qwen3")
     draft = draft_for(target, VARIANTS["reduced"])
     target.save_pretrained(tmp_path / "target")
