@@ -33,7 +33,7 @@ VARIANTS = {
     "gated": tiny.DSPARK | {"markov_head_type": "gated", "confidence_head_with_markov": False},
     "rnn": tiny.DSPARK | {"markov_head_type": "rnn"},
     "rank 0": {"markov_rank": 0},
-    "from the anchor's successor": tiny.DSPARK | {"sample_from_anchor": False},
+    "bonus anchor": tiny.DSPARK | {"sample_from_anchor": False},
     "reduced": tiny.DSPARK | tiny.REDUCED,
 }
 
@@ -282,7 +282,7 @@ def test_transformers_own_loop_refuses_what_predicts_from_its_anchor_and_runs_th
     native = {"speculation_type": "dflash"}
     with pytest.raises(ValueError, match=r"predicts from its anchor.*custom_generate=draft\.speculate"):
         target.generate(ids, **asked, **native, assistant_model=tiny.draft(target, **tiny.DSPARK))
-    other = draft_for(target, VARIANTS["from the anchor's successor"])
+    other = draft_for(target, VARIANTS["bonus anchor"])
     text = target.generate(ids, **asked, **native, assistant_model=other)
     assert torch.equal(text, target.generate(ids, **asked))
 
