@@ -2,8 +2,8 @@
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
 """dflash-hub: DFlash draft models for Transformers, from and to the Hugging Face Hub.
 
-Importing it registers `DFlashConfig` and `DFlash2Config` with `AutoConfig`, and their models with `AutoModel`. Drafts
-in the hub layout then load by the Auto classes without `trust_remote_code`, and no downloaded code runs.
+Importing it registers the configs of all kinds of drafts with `AutoConfig`, and their models with `AutoModel`.
+Drafts in the hub layout then load by the Auto classes without `trust_remote_code`, and no downloaded code runs.
 """
 
 from importlib import import_module

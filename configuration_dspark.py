@@ -44,6 +44,24 @@ class DSparkConfig(DFlashConfig):
         """Input width of the confidence head."""
         return self.hidden_size + (self.markov_rank if self.confidence_head_with_markov else 0)
 
+    @property
+    def engines_remarks(self) -> list[str]:
+        """What engines compute otherwise than here, a sentence each."""
+        remarks = []
+        if not self.markov_rank:
+            remarks.append("markov_rank is 0: SGLang (0.5.23) refuses such a draft.")
+        elif self.markov_head_type != "vanilla":
+            remarks.append(
+                f"markov_head_type is {self.markov_head_type!r}: SGLang (0.5.23) runs it, "
+                "vLLM (0.33) runs vanilla alone."
+            )
+        if self.draft_vocab_size is not None:
+            remarks.append(
+                f"draft_vocab_size is {self.draft_vocab_size}: vLLM and llama.cpp read a reduced vocabulary, "
+                "SGLang (0.5.23) does not."
+            )
+        return remarks
+
     def consistency_findings(self) -> Iterator[Finding]:
         """Yield every contradiction between fields that are valid alone."""
         rank, head_type = self.markov_rank, self.markov_head_type

@@ -94,7 +94,7 @@ _KEYS = {
         "shift_label",
         "dflash_config.shift_label",
     ),
-    "enable_confidence_head": ("dflash_config.use_confidence_head",),
+    "enable_confidence_head": ("use_confidence_head", "dflash_config.use_confidence_head"),
     "draft_vocab_size": ("draft_vocab_size", "dflash_config.draft_vocab_size"),
     "has_own_embed_tokens": (
         "has_own_embed_tokens",

@@ -598,10 +598,11 @@ def engines_remarks(config: Any) -> list[str]:
     """
     scale = getattr(config, "input_embedding_scale", 1)
     if scale == 1:
-        return []
+        return config.engines_remarks
     return [
+        *config.engines_remarks,
         f"input_embedding_scale is {scale:g}, which SGLang (0.5.23) does not read: it runs this draft on unscaled "
-        "embeddings, so it accepts fewer tokens there. vLLM and llama.cpp read it."
+        "embeddings, so it accepts fewer tokens there. vLLM and llama.cpp read it.",
     ]
 
 

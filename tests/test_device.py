@@ -50,8 +50,8 @@ def test_the_blocks_of_a_family_need_neither_the_data_nor_another_device(family,
 @pytest.mark.parametrize("family", CAPTURED)
 @pytest.mark.parametrize(
     ("second", "sampled"),
-    [({}, False), (tiny.SECOND, True), (tiny.DSPARK, False)],
-    ids=["dflash, greedy", "dflash2, sampled", "dspark, greedy"],
+    [({}, False), (tiny.SECOND, True), (tiny.DSPARK | tiny.REDUCED, False)],
+    ids=["dflash, greedy", "dflash2, sampled", "dspark, reduced, greedy"],
 )
 def test_a_recording_that_is_replayed_without_python_gives_the_same_text(family, second, sampled, monkeypatch):
     target = tiny.target(family)
@@ -70,7 +70,7 @@ def test_a_recording_that_is_replayed_without_python_gives_the_same_text(family,
     torch.manual_seed(0)
     assert torch.equal(target.generate(**asked, capture="graphs"), plain)
     assert len(recorded) == 2
-    assert len(replayed) > 20
+    assert min(replayed.count(run) for run in recorded) > 10  # the target's block and the draft's
 
 
 TREES = torch.tensor([[-1, 0, 0, 1, 2, 4], [-1, 0, 1, 2, 3, 4], [-1, 0, 0, 0, 3, 4]])

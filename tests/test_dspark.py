@@ -21,9 +21,9 @@ from dflash_hub import (
     load_draft,
 )
 from dflash_hub.drafter_dflash import Drafter, Walk
+from dflash_hub.layouts_dflash import engines_remarks
 from dflash_hub.publishing.probe import digests
 from paths import DATA, ROOT
-from test_dflash2 import STRANGER
 
 GOLDEN = DATA / "golden"
 CASES = ("dspark-a", "dspark-b", "dspark-rank0")
@@ -33,7 +33,7 @@ VARIANTS = {
     "gated": tiny.DSPARK | {"markov_head_type": "gated", "confidence_head_with_markov": False},
     "rnn": tiny.DSPARK | {"markov_head_type": "rnn"},
     "rank 0": {"markov_rank": 0},
-    "from the anchor's successor": tiny.DSPARK | {"sample_from_anchor": False},
+    "bonus anchor": tiny.DSPARK | {"sample_from_anchor": False},
     "reduced": tiny.DSPARK | tiny.REDUCED,
 }
 
@@ -282,7 +282,7 @@ def test_transformers_own_loop_refuses_what_predicts_from_its_anchor_and_runs_th
     native = {"speculation_type": "dflash"}
     with pytest.raises(ValueError, match=r"predicts from its anchor.*custom_generate=draft\.speculate"):
         target.generate(ids, **asked, **native, assistant_model=tiny.draft(target, **tiny.DSPARK))
-    other = draft_for(target, VARIANTS["from the anchor's successor"])
+    other = draft_for(target, VARIANTS["bonus anchor"])
     text = target.generate(ids, **asked, **native, assistant_model=other)
     assert torch.equal(text, target.generate(ids, **asked))
 
@@ -341,6 +341,7 @@ def test_other_projects_files_load_as_the_same_draft(tmp_path, rename, changes):
     assert found.config == draft.config
 
 
+@pytest.mark.filterwarnings("ignore:.*SGLang")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_saved_and_loaded_in_both_layouts_it_is_the_same_draft(tmp_path, variant):
     draft = draft_for(tiny.target("qwen3"), VARIANTS[variant])
@@ -354,6 +355,7 @@ def test_saved_and_loaded_in_both_layouts_it_is_the_same_draft(tmp_path, variant
         assert {path.name for path in (tmp_path / layout).iterdir()} >= OWN_FILES
 
 
+@pytest.mark.filterwarnings("ignore:.*SGLang")
 @pytest.mark.parametrize("name", CASES)
 def test_engines_find_the_names_that_they_read(tmp_path, name):
     draft = load_draft(GOLDEN / name / "draft")
@@ -370,7 +372,29 @@ def test_engines_find_the_names_that_they_read(tmp_path, name):
         assert content[key] == content["dflash_config"][key] == original[key]
 
 
+@pytest.mark.parametrize(
+    ("variant", "remark"),
+    [
+        ("vanilla", None),
+        ("gated", "vLLM (0.33) runs vanilla alone"),
+        ("rank 0", "markov_rank is 0: SGLang (0.5.23) refuses"),
+        ("reduced", "draft_vocab_size is 9: vLLM and llama.cpp read"),
+    ],
+)
+def test_the_card_tells_what_it_is_and_what_an_engine_does_not_run(tmp_path, variant, remark):
+    draft = draft_for(tiny.target("qwen3"), VARIANTS[variant])
+    assert engines_remarks(draft.config) == [text for text in draft.config.engines_remarks if remark and remark in text]
+    draft.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert (remark is None) == (not draft.config.engines_remarks)
+    for text in ("[DSpark](", "| 5, and as many drafted tokens |", '"method": "dspark"', "DSPARK", remark or ""):
+        assert text in card
+
+
+@pytest.mark.filterwarnings("ignore:.*SGLang")
 def test_a_published_draft_is_used_by_a_stranger_from_both_branches(hub, repo_id, tmp_path, fresh_process):
+    from test_dflash2 import STRANGER
+
     target = tiny.target("qwen3")
     draft = draft_for(target, VARIANTS["reduced"])
     target.save_pretrained(tmp_path / "target")
