@@ -318,7 +318,7 @@ FLIPPED = KNOWN ^ (torch.arange(24) == 3)
         ({"d2t": IDS + 9, "t2d": None}, "they must ascend, from 0 to 23"),
         ({"d2t": IDS - 9, "t2d": None}, "they must ascend, from 0 to 23"),
         ({"d2t": IDS[:-1]}, r"d2t: \(16,\) in the file, \(17,\) here"),
-        ({"d2t": IDS.float()}, r"tensors of other types .*: d2t \(F32\)"),
+        ({"d2t": IDS.float()}, r"has ids that are no integers: d2t \(F32\)"),
         ({"d2t": None}, "lacks tensors, which would be random: d2t"),
         ({"lm_head.weight": None}, "lacks tensors, which would be random: lm_head.weight"),
         ({"t2d": FLIPPED}, "t2d of .* is True for .* tokens, which are not the 17"),
