@@ -663,8 +663,9 @@ class _LayoutReader:
         defaults = self.speculators
         if fields["sample_from_anchor"] is None:
             fields["sample_from_anchor"] = defaults.sample_from_anchor
-        if fields["window_from_anchor"] is None:
-            fields["window_from_anchor"] = True
+        for field, value in {"window_from_anchor": True, **defaults.others}.items():
+            if fields[field] is None:
+                fields[field] = value
         non_causal = self.get(NON_CAUSAL)
         if non_causal is None:
             non_causal = defaults.sliding_window_non_causal
