@@ -7,6 +7,7 @@ and a plain decoding loop around the model.
 
 import json
 import shutil
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -512,9 +513,14 @@ def test_the_engines_layout_refuses_what_engines_cannot_do_and_stores_the_rest(t
     target = tiny.target("qwen3")
     with pytest.raises(ValueError, match=r'window_from_anchor is True.*layout="hub"'):
         MADE["a window from the anchor"](target).save_pretrained(tmp_path, layout="engines")
-    for how in ("a reduced vocabulary", "an embedding and a head", "the anchor predicts"):
+    remarks = {
+        "a reduced vocabulary": "draft_vocab_size is 7, of 12",
+        "the anchor predicts": "sample_from_anchor is True",
+    }
+    for how in (*remarks, "an embedding and a head"):
         draft = MADE[how](target)
-        draft.save_pretrained(tmp_path, layout="engines")
+        with pytest.warns(UserWarning, match=remarks[how]) if how in remarks else nullcontext():
+            draft.save_pretrained(tmp_path, layout="engines")
         again = DFlashDraftModel.from_pretrained(tmp_path)
         assert again.config == draft.config
         assert digests(again) == digests(draft)
