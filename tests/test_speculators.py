@@ -276,7 +276,7 @@ PARTLY = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 7.0, "partial_rotary
     [
         (
             {"speculators_model_type": None},
-            "has transformer_layer_config.*speculators_model_type is None; it must be one",
+            "has transformer_layer_config of the.*speculators_model_type is None; it must be one",
         ),
         (
             {"transformer_layer_config": {"hidden_size": None}},
