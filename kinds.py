@@ -6,7 +6,7 @@ A kind also has an entry in `layouts_dflash.DRAFT_LAYOUTS`, because that file tr
 CONTRIBUTING.md explains how to add a kind.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,10 +40,12 @@ class SpeculatorsDefaults:
     Args:
         sample_from_anchor: None where older files mean False and newer ones True.
         sliding_window_non_causal: whether sliding layers are bidirectional inside a block.
+        others: further fields, whose defaults there are not those of our config.
     """
 
     sample_from_anchor: bool | None = False
     sliding_window_non_causal: bool = False
+    others: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,9 @@ _ROWS = (
         architectures=("DSparkDraftModel", "Qwen3DSparkModel", "DSparkSpeculator"),
         name_part="DSpark",
         is_trained=False,
+        speculators=SpeculatorsDefaults(
+            sample_from_anchor=None, others={"enable_confidence_head": True}
+        ),
     ),
     DraftKind(
         DFlash2Config,

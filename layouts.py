@@ -468,8 +468,11 @@ class _LayoutReader:
                 what, found, right, f"in the speculators layout, it must be {right}", ONE_SENTENCE
             )
         for key in (BODY, TAPS, ABOUT):
-            if not self.is_speculators and self.config.get(key) not in _OFF:
-                what = f"The draft's config.json has {key}, a key of the speculators layout"
+            value = self.config.get(key)
+            if not self.is_speculators and value not in _OFF:
+                what = (
+                    f"The draft's config.json has {key} of the speculators layout ({shown(value)})"
+                )
                 yield must(f"{what}, but {TYPE} is {shown(found)}", found, right)
 
     def is_draft(self) -> bool:
@@ -663,8 +666,9 @@ class _LayoutReader:
         defaults = self.speculators
         if fields["sample_from_anchor"] is None:
             fields["sample_from_anchor"] = defaults.sample_from_anchor
-        if fields["window_from_anchor"] is None:
-            fields["window_from_anchor"] = True
+        for field, value in {"window_from_anchor": True, **defaults.others}.items():
+            if fields[field] is None:
+                fields[field] = value
         non_causal = self.get(NON_CAUSAL)
         if non_causal is None:
             non_causal = defaults.sliding_window_non_causal

@@ -596,14 +596,25 @@ def engines_remarks(config: Any) -> list[str]:
     Args:
         config: the config of a draft of any kind.
     """
+    remarks = list(config.engines_remarks)
     scale = getattr(config, "input_embedding_scale", 1)
-    if scale == 1:
-        return config.engines_remarks
-    return [
-        *config.engines_remarks,
-        f"input_embedding_scale is {scale:g}, which SGLang (0.5.23) does not read: it runs this draft on unscaled "
-        "embeddings, so it accepts fewer tokens there. vLLM and llama.cpp read it.",
-    ]
+    if scale != 1:
+        remarks.append(
+            f"input_embedding_scale is {scale:g}, which SGLang (0.5.23) does not read: it runs this draft on unscaled "
+            "embeddings, so it accepts fewer tokens there. vLLM and llama.cpp read it."
+        )
+    if config.draft_vocab_size is not None:
+        remarks.append(
+            f"draft_vocab_size is {config.draft_vocab_size}, of {config.vocab_size} tokens of the target; SGLang "
+            "(0.5.23) reads neither that nor the draft's head, so it accepts hardly any token. vLLM reads them."
+        )
+    usual = type(config).__dataclass_fields__["sample_from_anchor"].default
+    if config.sample_from_anchor and not usual:
+        remarks.append(
+            "sample_from_anchor is True, which vLLM (0.33) refuses for drafts of this kind; other engines do not read "
+            "it, and take the tokens of the wrong positions."
+        )
+    return remarks
 
 
 def _engines_rare(config: Any) -> dict[str, Any]:

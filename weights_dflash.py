@@ -161,7 +161,8 @@ def _compare(
 ) -> None:
     """Refuse stored tensors that are not those of the model, by name, shape or type."""
     found = {}
-    wrong_shapes, wrong_types = [], []
+    wrong_shapes, no_floats = [], []
+    no_integers = []
     for key, (dtype, shape) in stored.items():
         key = key.removeprefix("model.")
         for pattern, ours in RENAMED.items():
@@ -169,11 +170,19 @@ def _compare(
         found[key] = shape
         if key in expected and shape != expected[key]:
             wrong_shapes.append(f"{key}: {shape} in the file, {expected[key]} here")
-        if key in expected and dtype not in (_INTEGERS if key == _IDS else _FLOATS):
-            wrong_types.append(f"{key} ({dtype})")
+        if key == _IDS and dtype not in _INTEGERS:
+            no_integers.append(f"{key} ({dtype})")
+        elif key in expected and key != _IDS and dtype not in _FLOATS:
+            no_floats.append(f"{key} ({dtype})")
     unknown = _unknown(found.keys() - expected.keys())
     _refuse_misfits(name, wrong_shapes, expected.keys() - found.keys(), unknown)
-    _refuse(name, {"has tensors of other types (ids are integers, all others floats)": wrong_types})
+    _refuse(
+        name,
+        {
+            "has tensors that are no floats": no_floats,
+            "has ids that are no integers": no_integers,
+        },
+    )
 
 
 def _unknown(keys: Iterable[str]) -> set[str]:

@@ -11,13 +11,15 @@ from typing import Any
 from dflash_hub import DFlash2Config, DFlashConfig, DSparkConfig
 from dflash_hub.layouts import _KEYS, _NESTED, _RULES
 from dflash_hub.layouts_dflash import SLIDING
+from dflash_hub.layouts_speculators import BODY, IN_BODY, NON_CAUSAL, TAPS, TYPE
 from paths import DATA
 
 SEED = 20261125
 CASES = 1000
 FILES = {path.stem: json.loads(path.read_text()) for path in sorted((DATA / "published_configs").glob("*.json"))}
 NEMOTRON = "nvidia__NVIDIA-Nemotron-3.5-Lightning-30B-A3B-NVFP4-DFlash"
-GIVEN = {NEMOTRON: {"block_size": 8}}
+EARLY = "early_speculators_test_repo"
+GIVEN = {NEMOTRON: {"block_size": 8}, EARLY: {"mask_token_id": 9, "target_layer_ids": [1, 17, 33]}}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 10240, "rope_theta": 1000000}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 1000000}
 LONG = {"rope_type": "longrope", "short_factor": [1.0] * 64, "long_factor": [4.0] * 64, "rope_theta": 1000000}
@@ -47,7 +49,7 @@ FILES |= {
         architectures=["DSparkDraftModel"], dflash_config=MARKOV | {"projector_type": "dspark"}, **MARKOV
     ),
 }
-REFUSED = ("speculator", "MiMo", "Qwen3.6-35B")  # in the names of files that are refused anyway
+REFUSED = ("MiMo",)  # in the names of files that are refused anyway
 NUMBERS = (0, -1, 1, 2, 3, 7, 10**9, 10**40, -(10**12), 0.0, 0.5, 1.0, 16.0, -2.5, 1e300, math.nan, math.inf, -math.inf)
 TEXTS = ("", "16", "true", "banana", "sliding_attention", "bfloat16", "x" * 5000)
 LISTS = ([], [0], [1, 2], [2, 1], [1, 1], [None], [1, "2"], [True, False], [[1, 9]], [[[]]], [1.5], ["full_attention"])
@@ -88,6 +90,9 @@ OTHER_NAMES = {
     "torch_dtype": "dtype",
     "shift_label": "sample_from_anchor",
     "use_confidence_head": "enable_confidence_head",
+    TAPS: "target_layer_ids",
+    "has_embed_tokens": "has_own_embed_tokens",
+    "has_lm_head": "has_own_lm_head",
 }
 # Key -> the fields that it bears on, where it is more than the one of its name.
 LAYERS = ("layer_types", "is_causal", "sliding_window")
@@ -99,6 +104,8 @@ BEARS_ON = {
     "rope_theta": ("rope_parameters",),
     "rope_scaling": ("rope_parameters",),
     "max_position_embeddings": ("max_position_embeddings", "rope_parameters"),
+    "draft_vocab_size": ("draft_vocab_size", "has_own_lm_head"),
+    "vocab_size": ("vocab_size", "draft_vocab_size", "has_own_lm_head"),
     "dflash_config": ("final_logit_softcapping", "target_hidden_size", "num_target_layers", *LAYERS),
 }
 DEFAULTS = {
@@ -138,11 +145,15 @@ def mutated(draw: random.Random) -> Case:
     if kind == "whole" and draw.random() < 0.2:
         value = draw.choice([one for one in ODD if not isinstance(one, dict)])
         return Case(name, value, (), value)
-    inner = [(outer, key) for outer in ("dflash_config", *ROPE) for key in content.get(outer) or ()]
+    inner = [(outer, key) for outer in ("dflash_config", BODY, *ROPE) for key in content.get(outer) or ()]
+    body = content.get(BODY) or {}
+    inner += [(BODY, outer, key) for outer in ROPE for key in body.get(outer) or ()]
     path = draw.choice([(key,) for key in content] + 3 * inner)
     if kind == "add":
-        path = (*draw.choice(((), ("dflash_config",))), draw.choice(ADDED))
-    holder = content.setdefault(path[0], {}) if len(path) > 1 else content
+        path = (*draw.choice(((), ("dflash_config",), *[(BODY,) for _ in body][:1])), draw.choice(ADDED))
+    holder = content
+    for outer in path[:-1]:
+        holder = holder.setdefault(outer, {})
     was = holder.pop(path[-1], ABSENT)
     if kind in ("delete", "rename"):
         renamed = typo(draw, path[-1]) if kind == "rename" else None
@@ -176,12 +187,23 @@ def same(one: Any, other: Any) -> bool:
     return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
 
 
+def is_ignored(case: Case) -> bool:
+    """Whether no reader of a draft needs this key where it stands."""
+    key, outer = case.path[-1], case.path[:-1]
+    if TYPE not in FILES[case.name]:
+        return not outer and key in IGNORED
+    if outer == (BODY,):
+        return key not in IN_BODY
+    elsewhere = {*IN_BODY, *OTHER_NAMES, *IGNORED, "target_layer_ids", NON_CAUSAL, "speculators_config"} - {TAPS}
+    return outer == ("dflash_config",) or (not outer and key in elsewhere)
+
+
 def check_read(case: Case, config: Any, plain: dict[str, Any]) -> None:
     """The config says what the file says, and of everything else what the file says without the mutation."""
     found, key = fields(config), case.path[-1]
     field = OTHER_NAMES.get(key, key)
-    concerned = ("rope_parameters",) if case.path[0] in ROPE else BEARS_ON.get(key, (field,))
-    if (len(case.path) == 1 and key in IGNORED) or field in GIVEN.get(case.name, {}):
+    concerned = ("rope_parameters",) if in_rope(case) else BEARS_ON.get(key, (field,))
+    if is_ignored(case) or field in GIVEN.get(case.name, {}):
         concerned = ()
     for name in {*found, *plain} - {*concerned}:
         assert same(found.get(name), plain.get(name)), f"{name} is {found.get(name)!r}, not {plain.get(name)!r}"
@@ -191,17 +213,21 @@ def check_read(case: Case, config: Any, plain: dict[str, Any]) -> None:
         check_meaning(case, config, found.get(field))
 
 
+def in_rope(case: Case) -> bool:
+    return any(outer in ROPE for outer in case.path)
+
+
 def check_meaning(case: Case, config: Any, found: Any) -> None:
     key = case.path[-1]
     value = list(case.value) if isinstance(case.value, tuple) else case.value
-    if case.path[0] in ROPE:
-        rope = value if len(case.path) == 1 else {key: value}
+    if in_rope(case):
+        rope = value if key in ROPE else {key: value}
         assert config.rope_parameters | {one: rope[one] for one in rope if one != "type"} == config.rope_parameters
     elif key == "rope_theta":
         assert config.rope_parameters["rope_theta"] == value
     elif key == "use_swa":
         assert SLIDING in config.layer_types or value is False
-    elif key == "eagle_aux_hidden_state_layer_ids":
+    elif key in ("eagle_aux_hidden_state_layer_ids", TAPS):
         assert found == [index - 1 for index in value]
     elif found is not None and key not in ("model_type", "architectures"):
         assert same(json.loads(json.dumps(found)), value), f"it is {found!r}"
@@ -222,7 +248,7 @@ def check_refused(case: Case, error: BaseException) -> None:
     assert len(message) < 2000, len(message)
     if case.path and not any(part in case.name for part in REFUSED):
         assert case.path[-1] in message or (case.renamed and case.renamed in message), message
-        assert case.value is ABSENT or named(case.value, message), message
+        assert case.value is ABSENT or BODY in case.path[-1:] or named(case.value, message), message
 
 
 def check(case: Case, plain: dict[str, dict[str, Any]]) -> None:

@@ -7,6 +7,7 @@ and a plain decoding loop around the model.
 
 import json
 import shutil
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import tiny
 from dflash_hub import DecodeStatistics, DFlash2Config, DFlashConfig, DFlashDraftModel, load_draft
+from dflash_hub.cache_dflash import rewindable_cache
 from dflash_hub.drafter_dflash import Walk
 from dflash_hub.layouts import layout_findings, variant_of
 from dflash_hub.publishing.probe import digests
@@ -25,7 +27,7 @@ from test_hub import load_elsewhere
 from test_sampling import Plain, sample
 
 GOLDEN = DATA / "golden"
-DECODED = ["speculators-reduced"]
+DECODED = ["speculators-reduced", "speculators-dspark", "speculators-dspark-bonus"]
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
@@ -82,6 +84,11 @@ def test_states_logits_and_walk_are_those_of_the_original_code(name):
     noise, context = data["noise_embeds"], data["context_features"]
     states = draft(noise, context, position_ids=data["position_ids"]).last_hidden_state
     torch.testing.assert_close(states, data["hidden"], atol=2e-5, rtol=0)
+    cache, half = rewindable_cache(draft.config), context.shape[1] // 2
+    draft(noise, context[:, :half], past_key_values=cache)
+    cache.crop(-noise.shape[1])
+    cached = draft(noise, context[:, half:], past_key_values=cache).last_hidden_state
+    torch.testing.assert_close(cached, data["hidden"], atol=2e-5, rtol=0)
     torch.testing.assert_close(draft.draft_logits(states, draft.lm_head), data["base_logits"], atol=2e-5, rtol=0)
     states = states[:, -draft.config.num_drafted :]
     logits = draft.logits(states, draft.lm_head)
@@ -91,7 +98,11 @@ def test_states_logits_and_walk_are_those_of_the_original_code(name):
     assert torch.equal(logits.isfinite().sum(-1), torch.full(logits.shape[:2], known.shape[-1]))
     target = AutoModelForCausalLM.from_pretrained(home.parent / "target")
     walk = Walk(data["block_input_ids"][:, :1], target.get_input_embeddings())
-    assert torch.equal(draft.select_tokens(logits, states, walk).tokens, data["walk_ids"])
+    choice = draft.select_tokens(logits, states, walk)
+    assert torch.equal(choice.tokens, data["walk_ids"])
+    if "confidence_probs" in data:
+        chances = data["confidence_probs"][:, -draft.config.num_drafted :]
+        torch.testing.assert_close(choice.confidence, chances, atol=2e-5, rtol=0)
 
 
 @pytest.mark.quick
@@ -107,10 +118,10 @@ def test_drafted_and_committed_tokens_are_those_of_the_original_code_in_every_cy
     )
     assert torch.equal(text, data["generated_ids"])
     assert torch.equal(text, data["greedy_ids"])
-    committed = data["committed_per_cycle"].tolist()
-    assert len(statistics.committed) == len(committed)
-    assert statistics.committed[:-1] == committed[:-1]  # the last cycle ends with the text
-    assert torch.equal(torch.tensor(drafted)[:, 0], data["cycle_draft_ids"])
+    committed, cycles = data["committed_per_cycle"].tolist(), len(drafted)
+    assert cycles in (len(committed), len(committed) - 1)  # that loop also runs a cycle after a whole text
+    assert statistics.committed[:-1] == committed[: cycles - 1]  # the last ends with the text
+    assert torch.equal(torch.tensor(drafted)[:, 0], data["cycle_draft_ids"][:cycles])
 
 
 @torch.no_grad()
@@ -223,12 +234,35 @@ def test_the_keys_of_older_and_newer_files_are_read_as_that_project_reads_them(c
     assert {field: getattr(config, field) for field in fields} == fields
 
 
+DSPARK = GOLDEN / "speculators-dspark" / "draft"
+
+
+def test_a_dspark_draft_that_does_not_say_what_its_anchor_predicts_asks_for_it(tmp_path):
+    folder = changed(DSPARK, tmp_path / "draft", sample_from_anchor=None)
+    words = r"sample_from_anchor.*speculative_tokens is 7 of a block_size of 7.*sample_from_anchor=False.*=True"
+    with pytest.raises(ValueError, match=words) as caught:
+        load_draft(folder)
+    assert [str(caught.value)] == [
+        str(finding.error()) for finding in layout_findings(config_with(DSPARK, sample_from_anchor=None))
+    ]
+    assert load_draft(folder, sample_from_anchor=True).config == load_draft(DSPARK).config
+    assert load_draft(folder, sample_from_anchor=False).config.num_drafted == 6
+    assert not list(layout_findings(config_with(DSPARK)))
+
+
+def test_a_dspark_draft_has_a_confidence_head_unless_its_file_says_otherwise(tmp_path):
+    folder = changed(DSPARK, tmp_path / "draft", enable_confidence_head=None, confidence_head_with_markov=None)
+    assert load_draft(folder).config == load_draft(DSPARK).config
+    with pytest.raises(ValueError, match="confidence_head"):
+        load_draft(changed(DSPARK, tmp_path / "none", enable_confidence_head=False))
+
+
 @pytest.mark.parametrize("kind", ["eagle3", "peagle", "xpress", "mtp", ["dflash"], 3])
 def test_other_kinds_of_drafts_in_this_layout_are_refused_by_name(kind):
     words = rf"of the kind {kind!r} \(speculators_model_type\)".replace("[", r"\[")
     with pytest.raises(ValueError, match=words) as caught:
         read(speculators_model_type=kind)
-    assert "it must be one of dflash, dflash2" in str(caught.value)
+    assert "it must be one of dflash, dspark, dflash2" in str(caught.value)
     assert [str(caught.value)] == [
         str(finding.error()) for finding in layout_findings(config_with(speculators_model_type=kind))
     ]
@@ -242,7 +276,7 @@ PARTLY = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 7.0, "partial_rotary
     [
         (
             {"speculators_model_type": None},
-            "has transformer_layer_config.*speculators_model_type is None; it must be one",
+            "has transformer_layer_config of the.*speculators_model_type is None; it must be one",
         ),
         (
             {"transformer_layer_config": {"hidden_size": None}},
@@ -318,7 +352,7 @@ FLIPPED = KNOWN ^ (torch.arange(24) == 3)
         ({"d2t": IDS + 9, "t2d": None}, "they must ascend, from 0 to 23"),
         ({"d2t": IDS - 9, "t2d": None}, "they must ascend, from 0 to 23"),
         ({"d2t": IDS[:-1]}, r"d2t: \(16,\) in the file, \(17,\) here"),
-        ({"d2t": IDS.float()}, r"tensors of other types .*: d2t \(F32\)"),
+        ({"d2t": IDS.float()}, r"has ids that are no integers: d2t \(F32\)"),
         ({"d2t": None}, "lacks tensors, which would be random: d2t"),
         ({"lm_head.weight": None}, "lacks tensors, which would be random: lm_head.weight"),
         ({"t2d": FLIPPED}, "t2d of .* is True for .* tokens, which are not the 17"),
@@ -479,9 +513,14 @@ def test_the_engines_layout_refuses_what_engines_cannot_do_and_stores_the_rest(t
     target = tiny.target("qwen3")
     with pytest.raises(ValueError, match=r'window_from_anchor is True.*layout="hub"'):
         MADE["a window from the anchor"](target).save_pretrained(tmp_path, layout="engines")
-    for how in ("a reduced vocabulary", "an embedding and a head", "the anchor predicts"):
+    remarks = {
+        "a reduced vocabulary": "draft_vocab_size is 7, of 12",
+        "the anchor predicts": "sample_from_anchor is True",
+    }
+    for how in (*remarks, "an embedding and a head"):
         draft = MADE[how](target)
-        draft.save_pretrained(tmp_path, layout="engines")
+        with pytest.warns(UserWarning, match=remarks[how]) if how in remarks else nullcontext():
+            draft.save_pretrained(tmp_path, layout="engines")
         again = DFlashDraftModel.from_pretrained(tmp_path)
         assert again.config == draft.config
         assert digests(again) == digests(draft)
