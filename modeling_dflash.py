@@ -318,6 +318,10 @@ class DFlashDraftModel(DFlashPreTrainedModel):
             attention: Any = layer.self_attn
             cache.update(*attention.keys_and_values(features, position_embeddings), index)
 
+    def get_input_embeddings(self) -> nn.Module | None:
+        """Return the draft's own embedding, which torchao asks for when it quantises; None without one."""
+        return self.embed_tokens
+
     def scale_embeds(self, noise_embeds: torch.Tensor) -> torch.Tensor:
         """Return `noise_embeds [B, Q, H]` unchanged; other kinds override this to scale them."""
         return noise_embeds

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import safe_open
 from transformers.utils import logging
 
-from .compat_dflash import find_file
+from .compat_dflash import dequantises, find_file, reads_weights
 from .layouts_dflash import shown
 
 logger = logging.get_logger(__name__)
@@ -37,6 +38,8 @@ _OWN_PARTS = {
 }
 """Tensor -> the field of a config that says that the draft has it; published ones often lack the field."""
 _FLOATS = {"F64", "F32", "F16", "BF16"}
+_FLOAT_DTYPES = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
+_DEQUANTISED = ("compressed-tensors", "fp8", "mxfp8")
 _INTEGERS = {"I64", "I32", "I16", "U8"}
 _IDS, _KNOWN = "d2t", "t2d"
 """The tensors that say which of the target's tokens a draft knows: by id, and by one bool for each of the target's."""
@@ -74,7 +77,8 @@ def check_stored(model_class: Any, config: Any, name: Any, where: dict[str, Any]
     config = with_own_parts(config, stored)
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
-        if {dtype for dtype, _ in stored.values()} - _FLOATS:
+        ids = {_IDS, _KNOWN}
+        if {dtype for key, (dtype, _) in stored.items() if key not in ids} - _FLOATS:
             return config
         warnings.warn(
             f"The config.json of {name} has quantization_config ({shown(quantization)}), but none of its tensors is "
@@ -99,6 +103,47 @@ def with_own_parts(config: Any, stored: dict[str, tuple[str, tuple[int, ...]]]) 
             if config.vocab_size is None:
                 config.vocab_size = shape[0]
     return config
+
+
+def check_quantization(config: Any, name: Any) -> Any:
+    """Return a config with which transformers loads quantised weights as floats, where it can.
+
+    A draft's context is cached without its forward, in which some formats would unpack their weights.
+
+    Raises:
+        ValueError: transformers cannot load the format, or only a part of it.
+    """
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is None:
+        return config
+    fields = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    method = fields.get("quant_method")
+    if not reads_weights(method):
+        raise _unreadable(name, fields, "has no loader for this format")
+    if method not in _DEQUANTISED:
+        return config
+    if not dequantises(method):
+        raise _unreadable(name, fields, "cannot make floats of them; upgrade it")
+    schemes = [group.get("weights") for group in (fields.get("config_groups") or {}).values()]
+    if any(scheme != schemes[0] for scheme in schemes):
+        raise _unreadable(name, fields, "dequantises one of its config_groups")
+    config = copy.deepcopy(config)
+    config.quantization_config = {**fields, "dequantize": True}
+    return config
+
+
+def _unreadable(name: Any, fields: dict[str, Any], reason: str) -> ValueError:
+    """Return the error for quantised weights that are not loaded, with the name of their format."""
+    keys = ("quant_method", "quant_algo", "format")
+    words = [str(fields[key]) for key in keys if fields.get(key)]
+    producer = fields.get("producer")
+    if isinstance(producer, dict) and producer.get("name"):
+        words.insert(0, str(producer["name"]))
+    return ValueError(
+        f"The weights of {name} are quantised ({' '.join(words) or shown(fields)}), and transformers "
+        f"{transformers.__version__} {reason}. Load the draft in plain floats that they were made from, or a copy "
+        "quantised with compressed-tensors."
+    )
 
 
 def stored_files(name: Any, where: dict[str, Any]) -> list[Path]:
@@ -320,7 +365,8 @@ def check_values(model: Any, name: Any) -> None:
     not_finite, zero = [], []
     others = 0
     for key, tensor in model.named_parameters():
-        if tensor.device.type == "meta" or not tensor.is_floating_point() or not tensor.numel():
+        is_plain = type(tensor) is torch.nn.Parameter and tensor.dtype in _FLOAT_DTYPES
+        if not is_plain or tensor.device.type == "meta" or not tensor.numel():
             continue
         low, high = tensor.aminmax()
         if not bool(low.isfinite() & high.isfinite()):
