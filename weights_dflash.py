@@ -35,6 +35,7 @@ for _part in ("markov_w1", "markov_w2", "gate_proj", "joint_proj"):
 _OWN_PARTS = {
     "embed_tokens.weight": "has_own_embed_tokens",
     "lm_head.weight": "has_own_lm_head",
+    "mask_embedding": "has_own_mask_embedding",
 }
 """Tensor -> the field of a config that says that the draft has it; published ones often lack the field."""
 _FLOATS = {"F64", "F32", "F16", "BF16"}
@@ -73,6 +74,7 @@ def check_stored(model_class: Any, config: Any, name: Any, where: dict[str, Any]
     files = stored_files(name, where)
     stored = _headers(files)
     if not stored:
+        _refuse_pickled_weights(name, where)
         return config
     config = with_own_parts(config, stored)
     quantization = getattr(config, "quantization_config", None)
@@ -100,7 +102,7 @@ def with_own_parts(config: Any, stored: dict[str, tuple[str, tuple[int, ...]]]) 
         field = _OWN_PARTS.get(key.removeprefix("model."))
         if field is not None:
             setattr(config, field, True)
-            if config.vocab_size is None:
+            if config.vocab_size is None and len(shape) == 2:
                 config.vocab_size = shape[0]
     return config
 
@@ -283,12 +285,26 @@ def _refuse(name: Any, faults: dict[str, Any]) -> None:
             raise ValueError(f"{name} {fault}: {', '.join(sorted(keys)[:3])}{more}. {_NONSENSE}")
 
 
+def _refuse_pickled_weights(name: Any, where: dict[str, Any]) -> None:
+    """Refuse a draft whose weights are pickles alone.
+
+    Raises:
+        OSError: naming the file and the command that converts it.
+    """
+    for file in ("pytorch_model.bin", "pytorch_model.bin.index.json"):
+        if find_file(name, file, **where) is not None:
+            raise OSError(
+                f"{name} has no model.safetensors, and pickles ({file}) are not read, because they could run code. "
+                f"Make a copy in safetensors: dflash-hub convert {name} NEW_FOLDER --layout hub"
+            )
+
+
 def check_no_mask_embedding(name: Any, where: dict[str, Any]) -> None:
-    """Refuse a draft with a mask embedding of its own; only an extra file shows it, no key of config.json."""
+    """Refuse a pickle with a trained mask embedding beside the weights; no key of config.json shows it."""
     if find_file(name, "mask_embedding.pt", **where) is not None:
         raise ValueError(
-            f"{name} uses a trained mask embedding (mask_embedding.pt), which this version of dflash-hub does not run; "
-            "it would load and draft nonsense, so it is refused."
+            f"{name} has a trained mask embedding in a pickle (mask_embedding.pt), which is not read, because it could "
+            f"run code. Make a copy in safetensors: dflash-hub convert {name} NEW_FOLDER --layout hub"
         )
 
 

@@ -5,13 +5,18 @@
 No code in a pickle runs here: it is read with `weights_only=True`, which knows tensors and plain values alone.
 """
 
+import json
 import pickle
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
+
+from ..repository_dflash import is_own_file
 
 MASK_EMBEDDING = "mask_embedding"
 """The file of a trained mask embedding, without its ending, and the name of its tensor."""
@@ -19,9 +24,41 @@ _WEIGHTS = "pytorch_model"
 
 
 def pickles_in(folder: Path) -> list[Path]:
-    """Return the pickles in a folder, by their endings, in the order of their names."""
-    endings = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-    return sorted(path for path in Path(folder).iterdir() if path.suffix in endings)
+    """Return the pickles that a draft needs: its weights and its mask embedding, but no state of a training run."""
+    weights = (
+        [] if [*folder.glob("model*.safetensors")] else sorted(folder.glob(f"{_WEIGHTS}*.bin"))
+    )
+    masks = folder / f"{MASK_EMBEDDING}.pt"
+    return [path for path in (*weights, masks) if is_own_file(path, folder)]
+
+
+def without_pickles(folder: Path, staged: Path) -> Path:
+    """Write config and weights of a draft into the empty folder `staged`, as shards in safetensors; return it.
+
+    Raises:
+        ValueError: a pickle holds anything but tensors and plain values.
+    """
+    parts = [path for path in sorted(folder.glob("*.safetensors")) if is_own_file(path, folder)]
+    for path in pickles_in(folder):
+        copy = staged / path.name
+        shutil.copyfile(path, copy)
+        parts.append(convert_pickle(copy))
+        copy.unlink()
+    names = {}
+    for number, path in enumerate(parts, 1):
+        shard = staged / f"model-{number:05}-of-{len(parts):05}.safetensors"
+        if path.parent == staged:
+            path.rename(shard)
+        else:
+            shutil.copyfile(path, shard)
+        with safe_open(shard, framework="pt") as file:
+            names.update(dict.fromkeys(file.keys(), shard.name))
+    for name in ("config.json", "README.md"):
+        if (folder / name).exists():
+            shutil.copyfile(folder / name, staged / name)
+    index = {"metadata": {}, "weight_map": names}
+    (staged / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    return staged
 
 
 def convert_pickle(path: str | Path) -> Path:

@@ -5,8 +5,11 @@ import os
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
-from dflash_hub.publishing.pickles import convert_pickle, pickles_in
+import tiny
+from dflash_hub import load_draft
+from dflash_hub.publishing.pickles import convert_pickle, pickles_in, without_pickles
 
 VECTOR = torch.arange(8, dtype=torch.bfloat16)
 
@@ -48,6 +51,7 @@ def test_every_published_form_of_a_mask_embedding_becomes_one_named_vector(tmp_p
 def test_weights_keep_their_names_and_nested_ones_get_dots(tmp_path):
     shared = torch.randn(2, 3)
     torch.save({"fc": {"weight": shared, "same": shared.T}, "step": 3}, tmp_path / "pytorch_model-00001-of-00002.bin")
+    torch.save(VECTOR, tmp_path / "optimizer.pt")
     assert [path.name for path in pickles_in(tmp_path)] == ["pytorch_model-00001-of-00002.bin"]
     tensors, metadata = converted(tmp_path / "pytorch_model-00001-of-00002.bin")
     assert (tmp_path / "model-00001-of-00002.safetensors").exists()
@@ -88,3 +92,50 @@ def test_missing_damaged_and_existing_files_are_named(tmp_path):
     convert_pickle(tmp_path / "mask_embedding.pt")
     with pytest.raises(ValueError, match=r"mask_embedding.safetensors exists, so mask_embedding.pt was not"):
         convert_pickle(tmp_path / "mask_embedding.pt")
+
+
+@pytest.mark.parametrize("pickled", ["mask embedding", "all"])
+@pytest.mark.parametrize("fields", [{}, tiny.SECOND | {"input_embedding_scale": 2.0}], ids=["DFlash", "DFlash 2"])
+def test_a_draft_in_pickles_is_refused_with_the_command_and_its_copy_computes_with_its_mask_embedding(
+    tmp_path, fields, pickled
+):
+    target = tiny.target("qwen3")
+    draft, vector = tiny.draft(target, **fields), torch.randn(32)
+    draft.save_pretrained(tmp_path)
+    torch.save(vector, tmp_path / "mask_embedding.pt")
+    torch.save({"step": 3}, tmp_path / "training_state.pt")
+    with pytest.raises(ValueError, match=rf"\(mask_embedding\.pt\).*dflash-hub convert {tmp_path} NEW_FOLDER"):
+        load_draft(tmp_path)
+    if pickled == "all":
+        torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
+        (tmp_path / "model.safetensors").unlink()
+    staged = tmp_path / "staged"
+    staged.mkdir()
+    loaded = load_draft(without_pickles(tmp_path, staged))
+    assert loaded.config.has_own_mask_embedding
+    loaded.save_pretrained(tmp_path / "again")
+    again = load_draft(tmp_path / "again")
+    assert torch.equal(again.mask_embedding, vector)
+    with pytest.raises(ValueError, match=r"mask_embedding\.pt, which is not written"):
+        again.save_pretrained(tmp_path / "engines", layout="engines")
+    mask = draft.config.mask_token_id
+    ids = torch.tensor([[mask, *[mask] * 4]])  # an anchor of this id keeps the target's embedding
+    noise, context = target.get_input_embeddings()(ids), torch.randn(1, 7, 64)
+    replaced = noise.clone()
+    replaced[:, 1:] = vector
+    with torch.no_grad():
+        expected = draft(replaced, context).last_hidden_state
+        assert torch.equal(again(noise, context).last_hidden_state, expected)
+        assert not torch.equal(draft(noise, context).last_hidden_state, expected)
+    prompt = tiny.prompt(9)
+    asked = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 30, "do_sample": False}
+    text = target.generate(prompt, **asked, custom_generate=again.speculate)
+    assert torch.equal(text, tiny.greedy(target, prompt, 30))
+
+
+def test_weights_in_pickles_alone_are_refused_with_the_command(tmp_path):
+    tiny.draft(tiny.target("qwen3")).save_pretrained(tmp_path)
+    torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(OSError, match=r"no model\.safetensors.*\(pytorch_model\.bin\).*dflash-hub convert"):
+        load_draft(tmp_path)
