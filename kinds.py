@@ -62,6 +62,8 @@ class DraftKind:
         metrics: the metrics that training reports.
         is_trained: whether this package trains it.
         speculators: the defaults of its config.json in the speculators layout; None if that has no such kind.
+        layouts: published layouts of a config.json, but for that of speculators, from which it is read; by their names
+            in `drafts.json`.
     """
 
     config_class: type[DFlashConfig]
@@ -75,6 +77,7 @@ class DraftKind:
     metrics: tuple[str, ...] = METRICS
     is_trained: bool = True
     speculators: SpeculatorsDefaults | None = None
+    layouts: tuple[str, ...] = ("z-lab",)
 
     @property
     def name(self) -> str:
@@ -120,6 +123,8 @@ _ROWS = (
         architectures=("DSparkDraftModel", "Qwen3DSparkModel", "DSparkSpeculator"),
         name_part="DSpark",
         is_trained=False,
+        layouts=("deepspec", "specforge"),
+        layouts=("z-lab", "muse"),
     ),
     DraftKind(
         DFlash2Config,

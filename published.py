@@ -5,21 +5,15 @@
 from typing import Any
 
 from .families import families_of
-from .kinds import KINDS
+from .kinds import KINDS, DraftKind
 from .support_dflash import TESTED
 
 OTHER_KINDS = {"dspark": "DSpark", "domino": "Domino"}
 """Kinds of published drafts that may have no row in `KINDS` -> their titles."""
 
-LAYOUTS: dict[str, frozenset[str]] = {
-    "z-lab": frozenset({"dflash", "dflash2", "domino"}),
-    "muse": frozenset({"dflash"}),
-    "deepspec": frozenset({"dspark"}),
-    "specforge": frozenset({"dspark"}),
-    "laguna": frozenset(),
-    "speculators": frozenset(),
-}
-"""Layout of a published config.json -> the kinds of drafts that are read from it."""
+SPECULATORS = "speculators"
+LAYOUTS = ("z-lab", "muse", SPECULATORS, "deepspec", "specforge", "laguna")
+"""Layouts of published config.json files. `KINDS` tells for which kind of draft each is read."""
 
 UNREADABLE_WEIGHTS: dict[str, str] = {
     "modelopt NVFP4": "transformers has no loader for that format",
@@ -37,20 +31,26 @@ def refusal(entry: dict[str, Any]) -> str | None:
         ValueError: the row names a kind or a layout that nobody knows.
     """
     kind, layout = entry["variant"], entry["layout"]
-    _check(entry, "variant", [*KINDS, *OTHER_KINDS])
+    _check(entry, "variant", (*KINDS, *OTHER_KINDS))
     if layout is not None:
-        _check(entry, "layout", list(LAYOUTS))
+        _check(entry, "layout", LAYOUTS)
     if entry["unsupported"]:
         return entry["unsupported"]
-    title = KINDS[kind].title if kind in KINDS else OTHER_KINDS[kind]
     if kind not in KINDS:
-        return f"it is a {title} draft, a kind that is not run here"
-    if layout is not None and kind not in LAYOUTS[layout]:
-        return f"it is a {title} draft in the {layout} layout, which is not read"
+        return f"it is a {OTHER_KINDS[kind]} draft, a kind that is not run here"
+    if layout is not None and not _is_read(KINDS[kind], layout):
+        return f"it is a {KINDS[kind].title} draft in the {layout} layout, which is not read"
     weights = entry["quantization"]
     if weights in UNREADABLE_WEIGHTS:
         return f"its weights are quantised to {weights}; {UNREADABLE_WEIGHTS[weights]}"
     return None
+
+
+def _is_read(kind: DraftKind, layout: str) -> bool:
+    """Return whether a draft of a kind is read from a config.json in a layout."""
+    if layout == SPECULATORS:
+        return kind.speculators is not None
+    return layout in kind.layouts
 
 
 def target_refusal(architectures: tuple[str, ...]) -> str | None:
@@ -63,7 +63,7 @@ def target_refusal(architectures: tuple[str, ...]) -> str | None:
     return f"targets of its family are not decoded here ({', '.join(architectures)})"
 
 
-def _check(entry: dict[str, Any], field: str, known: list[str]) -> None:
+def _check(entry: dict[str, Any], field: str, known: tuple[str, ...]) -> None:
     """Refuse a value of a row that no table has."""
     if entry[field] not in known:
         words = ", ".join(dict.fromkeys(known))
