@@ -339,9 +339,9 @@ def _read_catalogue() -> list[DFlashDraftSpec]:
             else:
                 values[key] = tuple(value) if isinstance(value, list) else value
         values["unsupported"] = refusal(entry)
-        kind = KINDS.get(entry["variant"])
-        draft_cls = None if kind is None else kind.model_class
-        specs.append(DFlashDraftSpec(draft_cls=draft_cls, **values, details=details))
+        if entry["variant"] in KINDS:
+            values["draft_cls"] = KINDS[entry["variant"]].model_class
+        specs.append(DFlashDraftSpec(**values, details=details))
     return specs
 
 
