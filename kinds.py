@@ -115,6 +115,7 @@ _ROWS = (
         architectures=("DFlashDraftModel", "Qwen3DFlashDraftModel", MUSE),
         demo_folder="draft",
         speculators=SpeculatorsDefaults(),
+        layouts=("z-lab", "muse"),
     ),
     DraftKind(
         DSparkConfig,
@@ -124,7 +125,6 @@ _ROWS = (
         name_part="DSpark",
         is_trained=False,
         layouts=("deepspec", "specforge"),
-        layouts=("z-lab", "muse"),
     ),
     DraftKind(
         DFlash2Config,
@@ -142,6 +142,9 @@ _ROWS = (
 
 KINDS: dict[str, DraftKind] = {kind.name: kind for kind in _ROWS}
 """The kinds by name. Where a checkpoint has drafts of several kinds, the later kind is preferred."""
+
+OTHER_KINDS = {"domino": "Domino"}
+"""Kinds of published drafts that are not run here -> their titles."""
 
 SECOND_KIND = DFlash2Config.model_type
 """The kind whose class the reference implementation's registry calls `draft2_cls`."""

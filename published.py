@@ -5,11 +5,8 @@
 from typing import Any
 
 from .families import families_of
-from .kinds import KINDS, DraftKind
+from .kinds import KINDS, OTHER_KINDS, DraftKind
 from .support_dflash import TESTED
-
-OTHER_KINDS = {"dspark": "DSpark", "domino": "Domino"}
-"""Kinds of published drafts that may have no row in `KINDS` -> their titles."""
 
 SPECULATORS = "speculators"
 LAYOUTS = ("z-lab", "muse", SPECULATORS, "deepspec", "specforge", "laguna")

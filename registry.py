@@ -362,7 +362,7 @@ def drafts_for(target: str) -> list[DFlashDraftSpec]:
     """Return the drafts made for a checkpoint, by its Hub id: the preferred one first.
 
     Supported ones come first. Among them, those in plain floats do, then those whose config.json has been seen, then
-    the later kind.
+    those that are not of the community, then the later kind.
     """
     if not isinstance(target, str):
         raise ValueError(
@@ -372,11 +372,12 @@ def drafts_for(target: str) -> list[DFlashDraftSpec]:
     made_for = [spec for spec in CATALOGUE if name in map(str.casefold, spec.targets)]
     order = list(KINDS)
 
-    def rank(spec: DFlashDraftSpec) -> tuple[bool, bool, bool, int]:
+    def rank(spec: DFlashDraftSpec) -> tuple[bool, bool, bool, bool, int]:
         quantised = spec.details.get("quantization") is not None
         unseen = not spec.details.get("config_seen", True)
+        community = spec.details.get("published_by") == "community"
         kind = order.index(kind_of(spec.draft_cls.config_class).name)
-        return not spec.loads, quantised, unseen, -kind
+        return not spec.loads, quantised, unseen, community, -kind
 
     return sorted(made_for, key=rank)
 
