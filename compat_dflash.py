@@ -20,6 +20,7 @@ import transformers
 from huggingface_hub.errors import LocalEntryNotFoundError
 from packaging.version import Version
 from transformers import AutoModel, masking_utils
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils import cached_file
 
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
@@ -496,3 +497,21 @@ def pinned(name: Any, where: dict[str, Any], local_files_only: bool = False) -> 
     config = find_file(name, "config.json", local_files_only=local_files_only, **where)
     commit = re.search(r"[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]", str(config))
     return where if commit is None else where | {"revision": commit[1]}
+
+
+def reads_weights(method: Any) -> bool:
+    """Return whether transformers has a loader for weights that were quantised by this method.
+
+    Checked with 5.15.1 to 5.24.0; delete when there is a public list.
+    """
+    names = (method, f"{method}_8bit")  # bitsandbytes has one for each number of bits
+    return any(name in AUTO_QUANTIZER_MAPPING for name in names if isinstance(method, str))
+
+
+def dequantises(method: str) -> bool:
+    """Return whether `dequantize` makes plain floats of weights in this format; older versions leave their scales.
+
+    Checked with 5.15.1 to 5.24.0; delete when 5.24 is the oldest.
+    """
+    quantizer = AUTO_QUANTIZER_MAPPING[method]
+    return method != "compressed-tensors" or hasattr(quantizer, "get_load_operations")

@@ -22,6 +22,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "glm_moe_dsa": ("GlmMoeDsaForCausalLM",),
     "gpt_oss": ("GptOssForCausalLM",),
     "hy_v3": ("HYV3ForCausalLM",),
+    "inkling_text": ("InklingForCausalLM", "InklingForConditionalGeneration"),
     "kimi_linear": ("KimiK3ForConditionalGeneration", "KimiLinearForCausalLM"),
     "laguna": ("LagunaForCausalLM",),
     "lfm2": ("Lfm2ForCausalLM", "Lfm2VlForConditionalGeneration"),

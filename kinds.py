@@ -64,6 +64,8 @@ class DraftKind:
         metrics: the metrics that training reports.
         is_trained: whether this package trains it.
         speculators: the defaults of its config.json in the speculators layout; None if that has no such kind.
+        layouts: published layouts of a config.json, but for that of speculators, from which it is read; by their names
+            in `drafts.json`.
     """
 
     config_class: type[DFlashConfig]
@@ -77,6 +79,7 @@ class DraftKind:
     metrics: tuple[str, ...] = METRICS
     is_trained: bool = True
     speculators: SpeculatorsDefaults | None = None
+    layouts: tuple[str, ...] = ("z-lab",)
 
     @property
     def name(self) -> str:
@@ -114,6 +117,7 @@ _ROWS = (
         architectures=("DFlashDraftModel", "Qwen3DFlashDraftModel", MUSE),
         demo_folder="draft",
         speculators=SpeculatorsDefaults(),
+        layouts=("z-lab", "muse"),
     ),
     DraftKind(
         DSparkConfig,
@@ -125,6 +129,7 @@ _ROWS = (
         speculators=SpeculatorsDefaults(
             sample_from_anchor=None, others={"enable_confidence_head": True}
         ),
+        layouts=("deepspec", "specforge"),
     ),
     DraftKind(
         DFlash2Config,
@@ -142,6 +147,9 @@ _ROWS = (
 
 KINDS: dict[str, DraftKind] = {kind.name: kind for kind in _ROWS}
 """The kinds by name. Where a checkpoint has drafts of several kinds, the later kind is preferred."""
+
+OTHER_KINDS = {"domino": "Domino"}
+"""Kinds of published drafts that are not run here -> their titles."""
 
 SECOND_KIND = DFlash2Config.model_type
 """The kind whose class the reference implementation's registry calls `draft2_cls`."""

@@ -189,6 +189,7 @@ FIELDS = {
     "draft_vocab_size": int_from(1, 2**24),
     "has_own_embed_tokens": BOOL,
     "has_own_lm_head": BOOL,
+    "has_own_mask_embedding": BOOL,
     "hidden_size": _WIDTH,
     "intermediate_size": _WIDTH,
     "num_hidden_layers": int_from(1, LAYERS),
@@ -447,6 +448,7 @@ _RARE = (
     "draft_vocab_size",
     "has_own_embed_tokens",
     "has_own_lm_head",
+    "has_own_mask_embedding",
     "final_logit_softcapping",
     "dtype",
     "quantization_config",
@@ -573,6 +575,11 @@ def engines_layout(config: Any) -> dict[str, Any]:
         raise ValueError(
             "window_from_anchor is True: engines count a window from each position of the block, so the engines "
             'layout cannot express it. Save the hub layout: layout="hub".'
+        )
+    if config.has_own_mask_embedding:
+        raise ValueError(
+            "has_own_mask_embedding is True: engines read that vector from a pickle, mask_embedding.pt, which is not "
+            "written. Save the draft in the hub layout."
         )
     content = {name: getattr(config, name) for name in (*REQUIRED, *_USUAL, "sliding_window")}
     kind = DRAFT_LAYOUTS[config.model_type]

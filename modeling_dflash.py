@@ -199,6 +199,9 @@ class DFlashDraftModel(DFlashPreTrainedModel):
         self.lm_head: nn.Linear | None = None
         if config.has_own_lm_head:
             self.lm_head = nn.Linear(width, config.draft_vocab_size or vocab, bias=False)
+        self.mask_embedding: nn.Parameter | None = None
+        if config.has_own_mask_embedding:
+            self.mask_embedding = nn.Parameter(torch.zeros(width))
         if config.draft_vocab_size is not None:
             # As speculators stores it: a token of the draft is that of the target minus this.
             self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.long))
@@ -275,7 +278,7 @@ class DFlashDraftModel(DFlashPreTrainedModel):
         """
         self._check_inputs(noise_embeds, context_hidden_states)
         cache = _one_cache(cache, past_key_values)
-        noise_embeds = self.scale_embeds(noise_embeds)
+        noise_embeds = self.scale_embeds(self.with_own_masks(noise_embeds))
         if use_cache and cache is None:
             cache = rewindable_cache(self.config)
         context_length, block_length = context_hidden_states.shape[1], noise_embeds.shape[1]
@@ -317,6 +320,17 @@ class DFlashDraftModel(DFlashPreTrainedModel):
         for index, layer in enumerate(self.layers):
             attention: Any = layer.self_attn
             cache.update(*attention.keys_and_values(features, position_embeddings), index)
+
+    def get_input_embeddings(self) -> nn.Module | None:
+        """Return the draft's own embedding, which torchao asks for when it quantises; None without one."""
+        return self.embed_tokens
+
+    def with_own_masks(self, noise_embeds: torch.Tensor) -> torch.Tensor:
+        """Return `noise_embeds [B, Q, H]` of one block, with the draft's own mask embedding after the anchor's."""
+        if self.mask_embedding is None:
+            return noise_embeds
+        masks = self.mask_embedding.expand_as(noise_embeds[:, 1:])
+        return torch.cat([noise_embeds[:, :1], masks], dim=1)
 
     def scale_embeds(self, noise_embeds: torch.Tensor) -> torch.Tensor:
         """Return `noise_embeds [B, Q, H]` unchanged; other kinds override this to scale them."""

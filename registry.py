@@ -20,7 +20,7 @@ from .calls_dflash import PREPARED, Signature, check_direct_call
 from .checkpoints import Origin, TargetInfo, base_of_adapter, origin_of, out_of_cache
 from .compat_dflash import checkpoint_name, device_of, pinned
 from .configuration_dflash import DFlashConfig, build_target_layer_ids, same_vocabulary
-from .families import FAMILIES, families_of, siblings_of
+from .families import FAMILIES, siblings_of
 from .findings_dflash import LOADING, explained, explained_for
 from .generate_dflash import SpeculativeGenerate
 from .kinds import KINDS, SECOND_KIND, kind_named, kind_of
@@ -28,6 +28,7 @@ from .layouts import variant_of
 from .layouts_dflash import shown
 from .layouts_speculators import target_named
 from .modeling_dflash import DFlashDraftModel, Qwen3DFlashDraftModel
+from .published import refusal, target_refusal
 from .support_dflash import check_target
 
 # Field of a spec -> the class that it holds by default, and that any other must extend.
@@ -35,8 +36,6 @@ _DRAFT_CLASSES: dict[str, type[DFlashDraftModel]] = {
     "draft_cls": Qwen3DFlashDraftModel,
     "draft2_cls": KINDS[SECOND_KIND].model_class,
 }
-# Families with indexer caches or compressed ones, and Kimi K3: their drafts load and can be published, but not decode.
-NOT_DECODED = frozenset({"deepseek_v4", "glm5_next_text", "glm_moe_dsa", "kimi_linear"})
 
 
 @dataclass(frozen=True)
@@ -121,10 +120,22 @@ class DFlashDraftSpec:
     @property
     def target_state(self) -> str | None:
         """Reason why this version does not decode its target, though the draft loads; None if it does."""
-        families = frozenset[str]().union(*map(families_of, self.architectures))
-        if families and families <= NOT_DECODED:
-            return "targets of its family are not decoded here"
-        return None
+        return target_refusal(self.architectures)
+
+    @property
+    def loads(self) -> bool:
+        """Whether this version can run it."""
+        return self.unsupported is None
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it loads, and targets of its own target's family decode here."""
+        return self.loads and self.target_state is None
+
+    @property
+    def reason(self) -> str | None:
+        """Reason why it does not load, or else not decode; None if it decodes."""
+        return self.unsupported or self.target_state
 
     @property
     def target(self) -> str | None:
@@ -327,13 +338,10 @@ def _read_catalogue() -> list[DFlashDraftSpec]:
                 details[key] = value
             else:
                 values[key] = tuple(value) if isinstance(value, list) else value
-        if entry["variant"] not in KINDS:
-            known = ", ".join(KINDS)
-            raise ValueError(
-                f"{entry['repo_id']}: variant is {entry['variant']!r} in drafts.json, not one of {known}."
-            )
-        draft_cls = KINDS[entry["variant"]].model_class
-        specs.append(DFlashDraftSpec(draft_cls=draft_cls, **values, details=details))
+        values["unsupported"] = refusal(entry)
+        if entry["variant"] in KINDS:
+            values["draft_cls"] = KINDS[entry["variant"]].model_class
+        specs.append(DFlashDraftSpec(**values, details=details))
     return specs
 
 
@@ -351,7 +359,11 @@ def _default_for(architecture: str) -> DFlashDraftSpec:
 
 
 def drafts_for(target: str) -> list[DFlashDraftSpec]:
-    """Return the drafts made for a checkpoint, by its Hub id: supported ones first, and among them the later kind."""
+    """Return the drafts made for a checkpoint, by its Hub id: the preferred one first.
+
+    Supported ones come first. Among them, those in plain floats do, then those whose config.json has been seen, then
+    those that are not of the community, then the later kind.
+    """
     if not isinstance(target, str):
         raise ValueError(
             f"target is {target!r}; pass the Hub id of a checkpoint, such as 'org/model'."
@@ -360,8 +372,12 @@ def drafts_for(target: str) -> list[DFlashDraftSpec]:
     made_for = [spec for spec in CATALOGUE if name in map(str.casefold, spec.targets)]
     order = list(KINDS)
 
-    def rank(spec: DFlashDraftSpec) -> tuple[bool, int]:
-        return spec.unsupported is not None, -order.index(kind_of(spec.draft_cls.config_class).name)
+    def rank(spec: DFlashDraftSpec) -> tuple[bool, bool, bool, bool, int]:
+        quantised = spec.details.get("quantization") is not None
+        unseen = not spec.details.get("config_seen", True)
+        community = spec.details.get("published_by") == "community"
+        kind = order.index(kind_of(spec.draft_cls.config_class).name)
+        return not spec.loads, quantised, unseen, community, -kind
 
     return sorted(made_for, key=rank)
 

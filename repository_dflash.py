@@ -40,6 +40,7 @@ from .layouts_dflash import engines_layout, engines_remarks
 from .weights_dflash import (
     RENAMED,
     check_no_mask_embedding,
+    check_quantization,
     check_stored,
     check_tensors,
     check_values,
@@ -104,6 +105,8 @@ class RepositoryMixin:
             try:
                 config = _own_config(cls.config_class, config, name, kwargs)  # type: ignore[attr-defined]
                 config = check_stored(cls, config, name, where | local)
+                if kwargs.get("quantization_config") is None:
+                    config = check_quantization(config, name)
                 defaults = {"use_safetensors": True, "key_mapping": RENAMED}
                 defaults |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
                 model, info = super().from_pretrained(  # type: ignore[misc]

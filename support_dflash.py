@@ -141,7 +141,7 @@ TESTED = frozenset(
             "roberta-prelayernorm",
         ),
         *("roc_bert", "sarvam_mla", "sarvam_moe", "seed_oss", "smollm3", "solar_open", "stablelm"),
-        *("starcoder2", "vaultgemma", "xlm-roberta", "xlm-roberta-xl", "youtu"),
+        *("starcoder2", "step3p5", "vaultgemma", "xlm-roberta", "xlm-roberta-xl", "youtu"),
     }
 )
 """Text model types that decode token for token like their own `generate`, by the tests or by benchmarks/families.py."""

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import safe_open
 from transformers.utils import logging
 
-from .compat_dflash import find_file
+from .compat_dflash import dequantises, find_file, reads_weights
 from .layouts_dflash import shown
 
 logger = logging.get_logger(__name__)
@@ -34,9 +35,12 @@ for _part in ("markov_w1", "markov_w2", "gate_proj", "joint_proj"):
 _OWN_PARTS = {
     "embed_tokens.weight": "has_own_embed_tokens",
     "lm_head.weight": "has_own_lm_head",
+    "mask_embedding": "has_own_mask_embedding",
 }
 """Tensor -> the field of a config that says that the draft has it; published ones often lack the field."""
 _FLOATS = {"F64", "F32", "F16", "BF16"}
+_FLOAT_DTYPES = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
+_DEQUANTISED = ("compressed-tensors", "fp8", "mxfp8")
 _INTEGERS = {"I64", "I32", "I16", "U8"}
 _IDS, _KNOWN = "d2t", "t2d"
 """The tensors that say which of the target's tokens a draft knows: by id, and by one bool for each of the target's."""
@@ -70,11 +74,13 @@ def check_stored(model_class: Any, config: Any, name: Any, where: dict[str, Any]
     files = stored_files(name, where)
     stored = _headers(files)
     if not stored:
+        _refuse_pickled_weights(name, where)
         return config
     config = with_own_parts(config, stored)
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
-        if {dtype for dtype, _ in stored.values()} - _FLOATS:
+        ids = {_IDS, _KNOWN}
+        if {dtype for key, (dtype, _) in stored.items() if key not in ids} - _FLOATS:
             return config
         warnings.warn(
             f"The config.json of {name} has quantization_config ({shown(quantization)}), but none of its tensors is "
@@ -96,9 +102,50 @@ def with_own_parts(config: Any, stored: dict[str, tuple[str, tuple[int, ...]]]) 
         field = _OWN_PARTS.get(key.removeprefix("model."))
         if field is not None:
             setattr(config, field, True)
-            if config.vocab_size is None:
+            if config.vocab_size is None and len(shape) == 2:
                 config.vocab_size = shape[0]
     return config
+
+
+def check_quantization(config: Any, name: Any) -> Any:
+    """Return a config with which transformers loads quantised weights as floats, where it can.
+
+    A draft's context is cached without its forward, in which some formats would unpack their weights.
+
+    Raises:
+        ValueError: transformers cannot load the format, or only a part of it.
+    """
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is None:
+        return config
+    fields = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    method = fields.get("quant_method")
+    if not reads_weights(method):
+        raise _unreadable(name, fields, "has no loader for this format")
+    if method not in _DEQUANTISED:
+        return config
+    if not dequantises(method):
+        raise _unreadable(name, fields, "cannot make floats of them; upgrade it")
+    schemes = [group.get("weights") for group in (fields.get("config_groups") or {}).values()]
+    if any(scheme != schemes[0] for scheme in schemes):
+        raise _unreadable(name, fields, "dequantises one of its config_groups")
+    config = copy.deepcopy(config)
+    config.quantization_config = {**fields, "dequantize": True}
+    return config
+
+
+def _unreadable(name: Any, fields: dict[str, Any], reason: str) -> ValueError:
+    """Return the error for quantised weights that are not loaded, with the name of their format."""
+    keys = ("quant_method", "quant_algo", "format")
+    words = [str(fields[key]) for key in keys if fields.get(key)]
+    producer = fields.get("producer")
+    if isinstance(producer, dict) and producer.get("name"):
+        words.insert(0, str(producer["name"]))
+    return ValueError(
+        f"The weights of {name} are quantised ({' '.join(words) or shown(fields)}), and transformers "
+        f"{transformers.__version__} {reason}. Load the draft in plain floats that they were made from, or a copy "
+        "quantised with compressed-tensors."
+    )
 
 
 def stored_files(name: Any, where: dict[str, Any]) -> list[Path]:
@@ -247,12 +294,26 @@ def _refuse(name: Any, faults: dict[str, Any]) -> None:
             raise ValueError(f"{name} {fault}: {', '.join(sorted(keys)[:3])}{more}. {_NONSENSE}")
 
 
+def _refuse_pickled_weights(name: Any, where: dict[str, Any]) -> None:
+    """Refuse a draft whose weights are pickles alone.
+
+    Raises:
+        OSError: naming the file and the command that converts it.
+    """
+    for file in ("pytorch_model.bin", "pytorch_model.bin.index.json"):
+        if find_file(name, file, **where) is not None:
+            raise OSError(
+                f"{name} has no model.safetensors, and pickles ({file}) are not read, because they could run code. "
+                f"Make a copy in safetensors: dflash-hub convert {name} NEW_FOLDER --layout hub"
+            )
+
+
 def check_no_mask_embedding(name: Any, where: dict[str, Any]) -> None:
-    """Refuse a draft with a mask embedding of its own; only an extra file shows it, no key of config.json."""
+    """Refuse a pickle with a trained mask embedding beside the weights; no key of config.json shows it."""
     if find_file(name, "mask_embedding.pt", **where) is not None:
         raise ValueError(
-            f"{name} uses a trained mask embedding (mask_embedding.pt), which this version of dflash-hub does not run; "
-            "it would load and draft nonsense, so it is refused."
+            f"{name} has a trained mask embedding in a pickle (mask_embedding.pt), which is not read, because it could "
+            f"run code. Make a copy in safetensors: dflash-hub convert {name} NEW_FOLDER --layout hub"
         )
 
 
@@ -329,7 +390,8 @@ def check_values(model: Any, name: Any) -> None:
     not_finite, zero = [], []
     others = 0
     for key, tensor in model.named_parameters():
-        if tensor.device.type == "meta" or not tensor.is_floating_point() or not tensor.numel():
+        is_plain = type(tensor) is torch.nn.Parameter and tensor.dtype in _FLOAT_DTYPES
+        if not is_plain or tensor.device.type == "meta" or not tensor.numel():
             continue
         low, high = tensor.aminmax()
         if not bool(low.isfinite() & high.isfinite()):

@@ -1,5 +1,6 @@
 """The command line, as a user types it."""
 
+import json
 import sys
 
 import pytest
@@ -127,7 +128,8 @@ def test_generate_finds_the_draft_of_a_target_that_sees_images(architecture, hub
 
 def test_drafts_lists_by_target_and_by_architecture():
     everything = run("drafts").output
-    assert "90 DFlash drafts" in everything
+    loaded, decoded = sum(spec.loads for spec in CATALOGUE), sum(spec.decodes for spec in CATALOGUE)
+    assert f"{len(CATALOGUE)} DFlash drafts: {loaded} load, {decoded} decode here" in everything
     assert "attention sinks" in everything
     of_target = run("drafts", "--target", "Qwen/Qwen3-4B").output
     assert "z-lab/Qwen3-4B-DFlash-b16" in of_target
@@ -142,6 +144,16 @@ def test_drafts_lists_by_target_and_by_architecture():
     assert "not decoded here" not in run("drafts", "--target", "moonshotai/Kimi-K2.5").output
     with pytest.raises(ValueError, match="No draft is known for me/nothing"):
         run("drafts", "--target", "me/nothing")
+
+
+def test_drafts_for_programs_say_of_each_whether_it_loads_and_decodes():
+    entries = json.loads(run("drafts", "--json").output)
+    assert [entry["repo_id"] for entry in entries] == [spec.repo_id for spec in CATALOGUE]
+    for entry, spec in zip(entries, CATALOGUE, strict=True):
+        assert (entry["loads"], entry["decodes"], entry["reason"]) == (spec.loads, spec.decodes, spec.reason)
+        assert {"variant", "layout", "quantization", "targets", "config_seen"} <= {*entry}
+    of_target = json.loads(run("drafts", "--json", "--target", "zai-org/GLM-5.3").output)
+    assert not any(entry["decodes"] for entry in of_target)
 
 
 def test_resolve_shows_what_would_be_loaded_and_why():

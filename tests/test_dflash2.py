@@ -21,6 +21,7 @@ from dflash_hub import (
     resolve_dflash_draft_spec,
 )
 from dflash_hub.drafter_dflash import Walk
+from dflash_hub.kinds import KINDS
 from dflash_hub.publishing import publish
 from dflash_hub.publishing.probe import digests
 from dflash_hub.registry import CATALOGUE, drafts_for
@@ -539,8 +540,8 @@ def test_a_target_with_both_gets_its_dflash_2_draft(target, draft):
 
 def test_every_kind_of_draft_in_the_catalogue_has_its_class():
     for spec in CATALOGUE:
-        second = spec.details["variant"] == "dflash2"
-        assert spec.draft_cls is (DFlash2DraftModel if second else DFlashDraftModel)
+        kind = KINDS.get(spec.details["variant"])
+        assert spec.draft_cls is (DFlashDraftModel if kind is None else kind.model_class)
     assert sum(spec.draft_cls is DFlash2DraftModel and not spec.unsupported for spec in CATALOGUE) >= 9
 
 

@@ -27,8 +27,12 @@ from dflash_hub import (
     resolve_dflash_draft_spec,
 )
 from dflash_hub.families import FAMILIES, families_of, siblings_of
-from dflash_hub.registry import CATALOGUE, NOT_DECODED, drafts_for, explain_resolution, spread_taps
-from paths import ROOT
+from dflash_hub.kinds import KINDS, OTHER_KINDS
+from dflash_hub.layouts import layout_findings, variant_of
+from dflash_hub.published import refusal, target_refusal
+from dflash_hub.registry import CATALOGUE, drafts_for, explain_resolution, spread_taps
+from dflash_hub.support_dflash import TESTED
+from paths import DATA, ROOT
 
 # What code in repositories on the Hub calls models of these families.
 OF_REPOSITORIES = {
@@ -97,7 +101,74 @@ def test_each_architecture_of_the_catalogue_has_a_family_and_the_refused_ones_sa
     assert {name for name, state in states.items() if state} >= refused
     assert states["KimiK25ForConditionalGeneration"] is None
     assert states["Qwen3_5ForConditionalGeneration"] is None
-    assert set(FAMILIES) >= NOT_DECODED
+
+
+def test_every_draft_loads_and_decodes_or_has_a_reason():
+    for spec in CATALOGUE:
+        assert spec.loads == (spec.unsupported is None)
+        assert spec.decodes == (spec.reason is None)
+        assert spec.loads or not spec.decodes
+        assert spec.reason is None or spec.reason[0].islower()
+        if spec.decodes:
+            assert any(family in TESTED for name in spec.architectures for family in families_of(name))
+
+
+ROW = {"repo_id": "me/draft", "variant": "dflash", "layout": "z-lab", "quantization": None, "unsupported": None}
+
+
+@pytest.mark.parametrize(
+    ("layout", "file"),
+    [
+        ("z-lab", "z-lab__Qwen3-4B-DFlash-b16"),
+        ("z-lab", "z-lab__Qwen3.8-27B-DFlash2"),
+        ("muse", "meta-models__Muse-Glimmer-30B-assistant"),
+        ("speculators", "RedHatAI__gemma-4-31B-it-speculator.dflash"),
+    ],
+)
+def test_the_layouts_that_the_catalogue_calls_readable_are_those_that_are_read(layout, file):
+    content = json.loads((DATA / "published_configs" / f"{file}.json").read_text())
+    row = ROW | {"variant": variant_of(content), "layout": layout}
+    assert (refusal(row) is None) == (not [*layout_findings(content)])
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({}, None),
+        ({"layout": None}, None),
+        ({"unsupported": "it is odd"}, "it is odd"),
+        ({"layout": "laguna"}, "it is a DFlash draft in the laguna layout, which is not read"),
+        ({"variant": "dflash2", "layout": "muse"}, "it is a DFlash 2 draft in the muse layout, which is not read"),
+        ({"quantization": "compressed-tensors W4A16"}, None),
+        (
+            {"quantization": "modelopt NVFP4"},
+            "its weights are quantised to modelopt NVFP4; transformers has no loader for that format",
+        ),
+    ],
+)
+def test_a_row_loads_by_its_kind_its_layout_and_the_format_of_its_weights(row, reason):
+    assert refusal(ROW | row) == reason
+
+
+def test_a_row_of_a_kind_that_is_not_run_is_refused_until_the_table_of_kinds_has_it(monkeypatch):
+    monkeypatch.setitem(OTHER_KINDS, "dfly", "DFly")
+    assert refusal(ROW | {"variant": "dfly", "layout": None}) == "it is a DFly draft, a kind that is not run here"
+    monkeypatch.setitem(KINDS, "dfly", KINDS["dflash"])
+    assert refusal(ROW | {"variant": "dfly", "layout": None}) is None
+
+
+def test_a_target_of_an_unknown_or_untested_family_is_not_decoded():
+    assert target_refusal(("Qwen3ForCausalLM",)) is None
+    assert target_refusal(()) == "the architecture of its target is not known"
+    assert "(GlmMoeDsaForCausalLM)" in target_refusal(("GlmMoeDsaForCausalLM",))
+    assert "(Unheard)" in target_refusal(("Unheard",))
+
+
+@pytest.mark.quick
+def test_the_readme_counts_the_rows_that_load_and_decode():
+    counts = [len(CATALOGUE), sum(spec.loads for spec in CATALOGUE), sum(spec.decodes for spec in CATALOGUE)]
+    words = "list the {} published drafts, of which {} load and {} decode here".format(*counts)
+    assert words in (ROOT / "README.md").read_text()
 
 
 def test_the_first_registered_architecture_in_the_list_wins():
@@ -155,13 +226,16 @@ def test_known_commits_are_pinned():
     assert all(spec.revision is None or len(spec.revision) == 40 for spec in CATALOGUE)
 
 
-def test_a_row_of_an_unknown_variant_is_an_error_at_import_that_names_it(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("field", "value", "known"), [("variant", "dflash1", "dflash, "), ("layout", "hf", "z-lab, muse")]
+)
+def test_a_row_of_an_unknown_variant_or_layout_is_an_error_at_import(field, value, known, tmp_path, monkeypatch):
     rows = json.loads((ROOT / "drafts.json").read_text())
-    rows[1]["variant"] = "dflash1"
+    rows[1][field] = value
     (tmp_path / "drafts.json").write_text(json.dumps(rows))
     module = sys.modules[DFlashDraftSpec.__module__]
     monkeypatch.setattr(module, "__file__", str(tmp_path / "registry.py"))
-    with pytest.raises(ValueError, match=r"z-lab/Qwen3-8B-DFlash-b16: variant is 'dflash1'.*not one of dflash, "):
+    with pytest.raises(ValueError, match=f"z-lab/Qwen3-8B-DFlash-b16: {field} is '{value}'.*not one of {known}"):
         module._read_catalogue()
 
 
@@ -236,8 +310,8 @@ def test_a_spec_that_cannot_be_run_does_not_load():
 
 
 def test_the_catalogue_is_clean():
-    assert len(CATALOGUE) == 90
-    assert len({(spec.repo_id, spec.subfolder) for spec in CATALOGUE}) == 90
+    assert len({(spec.repo_id, spec.subfolder) for spec in CATALOGUE}) == len(CATALOGUE) >= 115
+    assert len({tuple(spec.details) for spec in CATALOGUE}) == 1
     for spec in CATALOGUE:
         assert spec.repo_id.count("/") == 1
         assert all(name.count("/") == 1 and " " not in name for name in spec.targets)

@@ -34,6 +34,9 @@ NO_ROTARY = {
 EYES = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "patch_size": 4}
 QWEN_EYES = {"num_heads": 2, "depth": 1, "out_hidden_size": 16, "num_position_embeddings": 16}
 QWEN_EYES |= {key: EYES[key] for key in ("hidden_size", "intermediate_size", "patch_size")}
+STEP = {"model_type": "step3p5", "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+STEP |= SLIDING | {"share_expert_dim": 16, "mlp_layer_types": ["dense", "sparse"]}
+STEP_EYES = {"width": 16, "layers": 1, "heads": 2, "patch_size": 4, "image_size": 16}
 GLM_EYES = QWEN_EYES | {"image_size": 16, "projection_intermediate_size": 16}
 
 # Architecture -> model type, fields of its text part, fields of its vision part; None where its config has no parts.
@@ -59,9 +62,13 @@ ARCHITECTURES: dict[str, tuple[str, dict, dict | None]] = {
     "HYV3ForCausalLM": ("hy_v3", ROUTED, None),
     "NemotronHForCausalLM": ("nemotron_h", tiny.FAMILIES["nemotron_h"], None),
     "LagunaForCausalLM": ("laguna", SHARED, None),
+    "BeamForCausalLM": ("beam", ROUTED | SLIDING | {"n_group": 1, "topk_group": 1}, None),
+    "MellumForCausalLM": ("mellum", {"num_local_experts": 4} | ROUTED, None),
+    "Step3p7ForConditionalGeneration": ("step3p7", STEP, STEP_EYES),
     "DeepseekV4ForCausalLM": ("deepseek_v4", ROUTED | INDEXED | COMPRESSED, None),
 }
-UNKNOWN_TO_TRANSFORMERS = {"KimiK3ForConditionalGeneration"}
+NOT_BUILT = {"KimiK3ForConditionalGeneration", "InklingForConditionalGeneration"}
+"""Architectures that transformers does not know, or builds only with packages that the tests do not install."""
 
 
 def config_of(architecture: str):

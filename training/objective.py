@@ -67,7 +67,8 @@ def check_trainable(config: Any) -> None:
     kind = kind_of(config)
     if not kind.is_trained:
         raise ValueError(f"A {kind.title} draft decodes here, but training one is not implemented.")
-    for name in ("sample_from_anchor", "has_own_embed_tokens", "has_own_lm_head"):
+    own = ("has_own_embed_tokens", "has_own_lm_head", "has_own_mask_embedding")
+    for name in ("sample_from_anchor", *own):
         if getattr(config, name):
             raise ValueError(
                 f"{name} is True; training such a draft is not implemented. Train one that predicts from the positions "
