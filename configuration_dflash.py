@@ -190,6 +190,11 @@ class DFlashConfig(PretrainedConfig):
         return self.block_size - 1 + self.sample_from_anchor
 
     @property
+    def engines_remarks(self) -> list[str]:
+        """What engines compute otherwise than here because of the kind of the draft, a sentence each."""
+        return []
+
+    @property
     def causal_layers(self) -> list[bool]:
         """`is_causal` as a list with one value per layer."""
         if isinstance(self.is_causal, list):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from .configuration_dflash import DFlashConfig
 from .configuration_dflash2 import DFlash2Config
+from .configuration_domino import DominoConfig
 from .configuration_dspark import DSparkConfig
 
 if TYPE_CHECKING:
@@ -132,6 +133,14 @@ _ROWS = (
         head_fields=("selector_rank", "selector_top_k"),
         metrics=(*METRICS, *SELECTOR_METRICS),
         speculators=SpeculatorsDefaults(sliding_window_non_causal=True),
+    ),
+    DraftKind(
+        DominoConfig,
+        ("modeling_domino", "DominoDraftModel"),
+        title="Domino",
+        architectures=("DominoDraftModel", "DFlashDraftModel"),
+        name_part="Domino",
+        is_trained=False,
     ),
 )
 

@@ -8,7 +8,7 @@ import string
 from dataclasses import dataclass
 from typing import Any
 
-from dflash_hub import DFlash2Config, DFlashConfig
+from dflash_hub import DFlash2Config, DFlashConfig, DominoConfig
 from dflash_hub.layouts import _KEYS, _NESTED, _RULES
 from dflash_hub.layouts_dflash import SLIDING
 from paths import DATA
@@ -21,6 +21,7 @@ GIVEN = {NEMOTRON: {"block_size": 8}}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 10240, "rope_theta": 1000000}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 1000000}
 LONG = {"rope_type": "longrope", "short_factor": [1.0] * 64, "long_factor": [4.0] * 64, "rope_theta": 1000000}
+DOMINO = {"projector_type": "domino", "emb_dim": 256, "gru_hidden_dim": 1024, "pure_draft_prefix_len": 1}
 WINDOW = {"use_swa": True, "swa_window_size": 512, "causal": False}
 
 
@@ -41,6 +42,7 @@ FILES |= {
     ),
     "llama3": dialect(rope_parameters=LLAMA3),
     "longrope": dialect(rope_parameters=LONG),
+    "Domino": dialect(dflash_config=DOMINO | {"shift_label": True}, emb_dim=256),
 }
 REFUSED = ("speculator", "MiMo", "Qwen3.6-35B")  # in the names of files that are refused anyway
 NUMBERS = (0, -1, 1, 2, 3, 7, 10**9, 10**40, -(10**12), 0.0, 0.5, 1.0, 16.0, -2.5, 1e300, math.nan, math.inf, -math.inf)
@@ -81,6 +83,7 @@ OTHER_NAMES = {
     "eagle_aux_hidden_state_layer_ids": "target_layer_ids",
     "swa_window_size": "sliding_window",
     "torch_dtype": "dtype",
+    "shift_label": "sample_from_anchor",
 }
 # Key -> the fields that it bears on, where it is more than the one of its name.
 LAYERS = ("layer_types", "is_causal", "sliding_window")
@@ -151,6 +154,8 @@ def mutated(draw: random.Random) -> Case:
 
 
 def reader(name: str) -> Any:
+    if name == "Domino":
+        return DominoConfig
     return DFlash2Config if "DFlash2" in name else DFlashConfig
 
 

@@ -453,7 +453,7 @@ def test_the_originals_config_builds_the_originals_draft(draft_cls, fields, expe
         (FIRST, {}, "describes qwen3, not a DFlash draft"),
         (FIRST, TARGETS_OWN, "describes Qwen3ForCausalLM, not a DFlash draft"),
         (FIRST, {"dflash_config": {"block_size": 8, "target_layer_ids": [1]}}, "does not say mask_token_id"),
-        (FIRST, {"dflash_config": NESTED | {"projector_type": "domino"}}, "a head of its own"),
+        (FIRST, {"dflash_config": NESTED | {"projector_type": "lilicorr"}}, "a head of its own"),
         (FIRST, {"dflash_config": NESTED, "block_size": 4}, "contradicts itself about block_size"),
         (FIRST, {"dflash_config": NESTED | {"selector_rank": 4}}, "describes a DFlash 2 draft"),
     ],
