@@ -249,6 +249,22 @@ def test_the_layouts_of_its_writers_are_read(who, tmp_path):
         assert DominoConfig.from_dict(published(who, projector_type=None)) == config
 
 
+@pytest.mark.parametrize("who", ["author", "SpecForge"])
+def test_a_qwen3_config_that_was_loaded_is_read_as_its_file_and_of_a_new_one_nothing_is_guessed(who, tmp_path):
+    sliding = {"layer_types": ["sliding_attention"] * (2 if who == "author" else 3), "sliding_window": 8}
+    content = published(who) | sliding | {"use_sliding_window": True}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    read = AutoConfig.from_pretrained(tmp_path)
+    assert read.model_type == "qwen3"
+    assert DominoDraftModel(read).config == DominoConfig.from_pretrained(tmp_path)
+    assert DominoDraftModel(read).config.is_causal is True
+    for name in ("gru_hidden_dim", "pure_draft_prefix_len"):
+        lacking = published(who, **{name: None})
+        new = AutoConfig.for_model(**lacking | {"architectures": None})
+        with pytest.raises(ValueError, match=f"does not say {name}"):
+            DominoDraftModel(new)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
