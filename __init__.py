@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from .configuration_dflash import EXTENSIONS, DFlashConfig, __version__
 from .configuration_dflash2 import DFlash2Config
+from .configuration_domino import DominoConfig
 from .configuration_dspark import DSparkConfig
 from .kinds import KINDS
 from .layouts import read_layout
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from .generation_dflash import DecodeStatistics
     from .modeling_dflash import DFlashDraftModel, Qwen3DFlashDraftModel
     from .modeling_dflash2 import DFlash2DraftModel, Qwen3DFlash2DraftModel
+    from .modeling_domino import DominoDraftModel
     from .modeling_dspark import DSparkDraftModel, Qwen3DSparkModel
     from .registry import (
         DFLASH_DRAFT_REGISTRY,
@@ -38,6 +40,7 @@ _ON_DEMAND = {
     "DFlash2DraftModel": "modeling_dflash2",
     "DFlashDraftModel": "modeling_dflash",
     "DSparkDraftModel": "modeling_dspark",
+    "DominoDraftModel": "modeling_domino",
     "Qwen3DFlash2DraftModel": "modeling_dflash2",
     "Qwen3DFlashDraftModel": "modeling_dflash",
     "Qwen3DSparkModel": "modeling_dspark",
@@ -61,6 +64,8 @@ __all__ = [
     "DSparkConfig",
     "DSparkDraftModel",
     "DecodeStatistics",
+    "DominoConfig",
+    "DominoDraftModel",
     "Qwen3DFlash2DraftModel",
     "Qwen3DFlashDraftModel",
     "Qwen3DSparkModel",

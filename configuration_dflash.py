@@ -414,7 +414,7 @@ class DFlashConfig(PretrainedConfig):
         """
         content = config.to_dict()
         names = content.get("architectures") or []
-        is_new = not (config.name_or_path and any("DFlash" in name for name in names))
+        is_new = not config.name_or_path or all(map(_is_targets, names))
         if is_new and content.get("dflash_config") and all(map(_is_targets, names)):
             content["architectures"] = None  # of a target, whose config was copied to be changed
         try:

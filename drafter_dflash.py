@@ -251,6 +251,7 @@ class Drafter:
 
     def _embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Return the embeddings `[B, N, H]` of tokens `[B, N]`, on the draft's device."""
+        ids = ids.to(device_of_inputs(self.embed, ids.device))
         return self._to_draft(embed_noise(self.embed, ids))
 
     def _to_draft(self, states: torch.Tensor) -> torch.Tensor:

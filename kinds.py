@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from .configuration_dflash import DFlashConfig
 from .configuration_dflash2 import DFlash2Config
+from .configuration_domino import DominoConfig
 from .configuration_dspark import DSparkConfig
 
 if TYPE_CHECKING:
@@ -143,13 +144,18 @@ _ROWS = (
         metrics=(*METRICS, *SELECTOR_METRICS),
         speculators=SpeculatorsDefaults(sliding_window_non_causal=True),
     ),
+    DraftKind(
+        DominoConfig,
+        ("modeling_domino", "DominoDraftModel"),
+        title="Domino",
+        architectures=("DominoDraftModel", "DFlashDraftModel"),
+        name_part="Domino",
+        is_trained=False,
+    ),
 )
 
 KINDS: dict[str, DraftKind] = {kind.name: kind for kind in _ROWS}
 """The kinds by name. Where a checkpoint has drafts of several kinds, the later kind is preferred."""
-
-OTHER_KINDS = {"domino": "Domino"}
-"""Kinds of published drafts that are not run here -> their titles."""
 
 SECOND_KIND = DFlash2Config.model_type
 """The kind whose class the reference implementation's registry calls `draft2_cls`."""

@@ -145,18 +145,17 @@ _REPLACED_BY = {
     NON_CAUSAL: "is_causal",
 }
 _ONLY_AT_TOP = ("layer_types", "rope_theta", "rope_parameters", "rope_scaling")
+# Every projector_type of a kind.
+_PROJECTORS = {*DRAFT_LAYOUTS}.union(*(kind.projectors for kind in DRAFT_LAYOUTS.values()))
 # (feature, key, values that mean "not used"). Any other value is refused. A plain key is looked up at the top and in
 # dflash_config.
 _OFF = (None, False, 0)
 _FEATURES = (
     ("a Markov head inside the target's checkpoint", "dspark_markov_rank", _OFF),
     ("a DSpark head", "dspark_fixup_head_type", _OFF),
-    ("a head of its own (Domino, DSpark ...)", "projector_type", (*_OFF, *DRAFT_LAYOUTS)),
-    ("a Domino head", "gru_hidden_dim", _OFF),
-    ("a Domino head", "dflash_config.emb_dim", _OFF),
-    ("a Domino head", "dflash_config.pure_draft_prefix_len", _OFF),
-    ("a Domino head", "dflash_config.use_bias_gate", _OFF),
-    ("a Domino head", "dflash_config.use_bias_norm", _OFF),
+    ("a head of its own", "projector_type", (*_OFF, *_PROJECTORS)),
+    ("a gate on Domino's correction", "use_bias_gate", _OFF),
+    ("a norm of Domino's correction", "use_bias_norm", _OFF),
     ("attention sinks", "attention_sink_bias", _OFF),
     ("scaled attention values", "attention_value_scale", (None, 1.0)),
     ("per-tap norms", "aux_hidden_norms", _OFF),
@@ -204,7 +203,6 @@ _HEADS_BY_ARCHITECTURE = (
     ("K3DSpark", "MLA attention (DSpark of Kimi K3)"),
     ("MuseSparkDSpark", "Muse Spark's own layers (DSpark)"),
     ("DSparkMiniMax", "MiniMax's own layers (DSpark)"),
-    ("Domino", "a Domino head"),
     ("Laguna", "per-tap norms and attention gates (Laguna)"),
     ("LiLiCorr", "a LiLiCorr re-ranking head"),
     ("XPress", "an XPress mixing head"),
@@ -248,8 +246,9 @@ def _signs_of(name: str, config: dict[str, Any]) -> dict[str, Any]:
     if model_type_of(config) == name:
         signs["model_type"] = name
     for prefix, level in levels.items():
-        if level.get("projector_type") == name:
-            signs[f"{prefix}projector_type"] = name
+        projector = level.get("projector_type")
+        if is_among(projector, (name, *DRAFT_LAYOUTS[name].projectors)):
+            signs[f"{prefix}projector_type"] = projector
     architectures = config.get("architectures")
     names = architectures if isinstance(architectures, list | tuple) else [architectures]
     part = KINDS[name].name_part

@@ -7,8 +7,8 @@ it stays in the package.
 """
 
 import difflib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -36,6 +36,8 @@ class DraftLayout:
         optional: further fields that only this kind has, which a file may lack. They stand where `fields` do.
         on_top: those of `fields` and `optional` that engines read at the top too.
         engines_architecture: the name of its class in engines, where it is not that of its own.
+        renamed: field -> its key in dflash_config, where engines have a name of their own for it.
+        projectors: names of this kind in the key projector_type of dflash_config; the first is written.
     """
 
     fields: tuple[str, ...] = ()
@@ -45,6 +47,8 @@ class DraftLayout:
     optional: tuple[str, ...] = ()
     on_top: tuple[str, ...] = ()
     engines_architecture: str | None = None
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    projectors: tuple[str, ...] = ()
 
     @property
     def own(self) -> tuple[str, ...]:
@@ -72,6 +76,14 @@ DRAFT_LAYOUTS = {
         required=("vocab_size",),
         scales=("output_multiplier", "input_embedding_scale"),
         mirrored=("final_logit_softcapping",),
+    ),
+    "domino": DraftLayout(
+        fields=("emb_dim", "gru_hidden_dim", "pure_draft_prefix_len"),
+        required=("vocab_size", "sample_from_anchor"),
+        on_top=("emb_dim",),
+        engines_architecture="DFlashDraftModel",
+        renamed={"sample_from_anchor": "shift_label"},
+        projectors=("domino", "causal_v5"),
     ),
 }
 """The kinds by name, which is their `model_type` in the hub layout. The first is the one that others extend."""
@@ -218,6 +230,9 @@ FIELDS = {
     "markov_head_type": _choice(("vanilla", "gated", "rnn")),
     "enable_confidence_head": BOOL,
     "confidence_head_with_markov": BOOL,
+    "emb_dim": _WIDTH,
+    "gru_hidden_dim": _WIDTH,
+    "pure_draft_prefix_len": int_from(0, 1024),
     # No fields of a draft, but transformers stores them on every config.
     "architectures": FieldRule(
         "a list of names of classes",
@@ -464,6 +479,8 @@ _NESTED |= {
 }
 for _layout in DRAFT_LAYOUTS.values():
     _NESTED |= {name: name for name in (*_layout.own, *_layout.scales, *_layout.mirrored)}
+    _NESTED |= {key: name for name, key in _layout.renamed.items()}
+_NESTED["projector_type"] = "projector_type"
 
 
 def model_type_of(config: dict[str, Any]) -> Any:
@@ -654,6 +671,9 @@ def _engines_nested(config: Any, content: dict[str, Any]) -> dict[str, Any]:
     nested |= {name: getattr(config, name) for name in (*kind.own, *kind.scales, *kind.mirrored)}
     unused = [name for name in kind.scales if nested[name] == 1]
     unused += [name for name in kind.mirrored if not nested[name]]
+    nested |= {key: getattr(config, name) for name, key in kind.renamed.items()}
+    if kind.projectors:
+        nested["projector_type"] = kind.projectors[0]
     return {name: value for name, value in nested.items() if name not in unused}
 
 

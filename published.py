@@ -5,7 +5,7 @@
 from typing import Any
 
 from .families import families_of
-from .kinds import KINDS, OTHER_KINDS, DraftKind
+from .kinds import KINDS, DraftKind
 from .support_dflash import TESTED
 
 SPECULATORS = "speculators"
@@ -28,13 +28,11 @@ def refusal(entry: dict[str, Any]) -> str | None:
         ValueError: the row names a kind or a layout that nobody knows.
     """
     kind, layout = entry["variant"], entry["layout"]
-    _check(entry, "variant", (*KINDS, *OTHER_KINDS))
+    _check(entry, "variant", tuple(KINDS))
     if layout is not None:
         _check(entry, "layout", LAYOUTS)
     if entry["unsupported"]:
         return entry["unsupported"]
-    if kind not in KINDS:
-        return f"it is a {OTHER_KINDS[kind]} draft, a kind that is not run here"
     if layout is not None and not _is_read(KINDS[kind], layout):
         return f"it is a {KINDS[kind].title} draft in the {layout} layout, which is not read"
     weights = entry["quantization"]

@@ -339,9 +339,8 @@ def _read_catalogue() -> list[DFlashDraftSpec]:
             else:
                 values[key] = tuple(value) if isinstance(value, list) else value
         values["unsupported"] = refusal(entry)
-        if entry["variant"] in KINDS:
-            values["draft_cls"] = KINDS[entry["variant"]].model_class
-        specs.append(DFlashDraftSpec(**values, details=details))
+        draft_cls = KINDS[entry["variant"]].model_class
+        specs.append(DFlashDraftSpec(draft_cls=draft_cls, **values, details=details))
     return specs
 
 

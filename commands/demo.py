@@ -17,11 +17,13 @@ from .shared import Capture, console, fail_differing, show_speed
 if TYPE_CHECKING:
     from ..evaluation import Comparison
 
+SHOWN = [name for name, kind in KINDS.items() if kind.demo_folder]
+
 
 def demo(
     prompts: Annotated[int, typer.Option(min=1, help="Number of held-out prompts.")] = 8,
     capture: Capture = "compile",
-    variant: Annotated[str, typer.Option(help=f"Kind of draft: {' or '.join(KINDS)}.")] = DEMO_KIND,
+    variant: Annotated[str, typer.Option(help=f"Kind of draft: {' or '.join(SHOWN)}.")] = DEMO_KIND,
 ) -> None:
     """Run the built-in models: plain and DFlash output side by side, with speeds. Offline; 30 s the first time."""
     import torch

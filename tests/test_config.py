@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dflash_hub import DFlash2Config, DFlashConfig, DSparkConfig, load_draft
+from dflash_hub import DFlash2Config, DFlashConfig, DominoConfig, DSparkConfig, load_draft
 from dflash_hub.configuration_dflash import EXTENSIONS
 from dflash_hub.layouts import _HARMLESS, read_layout
 from dflash_hub.layouts_dflash import engines_layout, read_own_layout
@@ -508,7 +508,7 @@ def test_a_file_that_holds_no_dict_is_refused(content, tmp_path):
             load(tmp_path)
 
 
-@pytest.mark.parametrize("config", [DFlashConfig, DFlash2Config])
+@pytest.mark.parametrize("config", [DFlashConfig, DFlash2Config, DominoConfig])
 def test_every_keyword_of_a_config_that_holds_nonsense_is_a_plain_value_error(config):
     shape = {"block_size": 4, "mask_token_id": 3, "target_layer_ids": [0, 2], "vocab_size": 99}
     for field in [*config.own_fields(), "dtype", "torch_dtype", "rope_theta", "id2label", "num_labels"]:
@@ -586,6 +586,8 @@ OURS = {
     "dflash2": DFlash2Config(**SHAPE, rope_theta=1e6, final_logit_softcapping=30.0, output_multiplier=2.0),
     "dspark": DSparkConfig(**SHAPE, rope_theta=1e6, markov_head_type="gated", enable_confidence_head=True),
     "dspark, rank 0": DSparkConfig(**SHAPE, rope_theta=1e6, markov_rank=0, sample_from_anchor=False),
+    "domino": DominoConfig(**SHAPE, rope_theta=1e6, pure_draft_prefix_len=0),
+    "domino, not shifted": DominoConfig(**SHAPE, rope_theta=1e6, sample_from_anchor=False),
 }
 
 
@@ -610,7 +612,7 @@ def test_the_reader_that_travels_reads_our_layouts_as_the_package_does(config, l
 @pytest.mark.parametrize("path", sorted(PUBLISHED.glob("*.json")), ids=lambda path: path.stem)
 def test_the_reader_that_travels_reads_another_layout_as_the_package_does_or_refuses_it(path, without_package):
     content = json.loads(path.read_text())
-    for kind in (DFlashConfig, DFlash2Config):
+    for kind in (DFlashConfig, DFlash2Config, DominoConfig):
         expected, refusal = None, ""
         try:
             config = kind.from_dict(dict(content))

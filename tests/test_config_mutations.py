@@ -8,7 +8,7 @@ import string
 from dataclasses import dataclass
 from typing import Any
 
-from dflash_hub import DFlash2Config, DFlashConfig, DSparkConfig
+from dflash_hub import DFlash2Config, DFlashConfig, DominoConfig, DSparkConfig
 from dflash_hub.layouts import _KEYS, _NESTED, _RULES
 from dflash_hub.layouts_dflash import SLIDING
 from dflash_hub.layouts_speculators import BODY, IN_BODY, NON_CAUSAL, TAPS, TYPE
@@ -25,6 +25,7 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
 LONG = {"rope_type": "longrope", "short_factor": [1.0] * 64, "long_factor": [4.0] * 64, "rope_theta": 1000000}
 MARKOV = {"markov_rank": 256, "markov_head_type": "gated", "enable_confidence_head": True}
 MARKOV["confidence_head_with_markov"] = False
+DOMINO = {"projector_type": "domino", "emb_dim": 256, "gru_hidden_dim": 1024, "pure_draft_prefix_len": 1}
 WINDOW = {"use_swa": True, "swa_window_size": 512, "causal": False}
 
 
@@ -48,6 +49,7 @@ FILES |= {
     "DSpark": dialect(
         architectures=["DSparkDraftModel"], dflash_config=MARKOV | {"projector_type": "dspark"}, **MARKOV
     ),
+    "Domino": dialect(dflash_config=DOMINO | {"shift_label": True}, emb_dim=256),
 }
 REFUSED = ("MiMo",)  # in the names of files that are refused anyway
 NUMBERS = (0, -1, 1, 2, 3, 7, 10**9, 10**40, -(10**12), 0.0, 0.5, 1.0, 16.0, -2.5, 1e300, math.nan, math.inf, -math.inf)
@@ -171,6 +173,8 @@ def mutated(draw: random.Random) -> Case:
 def reader(name: str) -> Any:
     if name == "DSpark":
         return DSparkConfig
+    if name == "Domino":
+        return DominoConfig
     return DFlash2Config if "DFlash2" in name else DFlashConfig
 
 

@@ -21,8 +21,14 @@ CAPTURED = ("qwen3", "gemma3_text", "mistral", "gemma4_text-shared")
 @pytest.mark.parametrize("family", DENSE)
 @pytest.mark.parametrize(
     ("second", "rows"),
-    [({}, 1), (tiny.SECOND, 3), (tiny.DSPARK | tiny.REDUCED, 3), (tiny.DSPARK | {"markov_head_type": "rnn"}, 1)],
-    ids=["dflash", "dflash2", "dspark, reduced", "dspark, rnn"],
+    [
+        ({}, 1),
+        (tiny.SECOND, 3),
+        (tiny.DSPARK | tiny.REDUCED, 3),
+        (tiny.DSPARK | {"markov_head_type": "rnn"}, 1),
+        (tiny.DOMINO, 2),
+    ],
+    ids=["dflash", "dflash2", "dspark, reduced", "dspark, rnn", "domino"],
 )
 def test_the_blocks_of_a_family_need_neither_the_data_nor_another_device(family, second, rows):
     model = tiny.target(family)
@@ -50,8 +56,8 @@ def test_the_blocks_of_a_family_need_neither_the_data_nor_another_device(family,
 @pytest.mark.parametrize("family", CAPTURED)
 @pytest.mark.parametrize(
     ("second", "sampled"),
-    [({}, False), (tiny.SECOND, True), (tiny.DSPARK | tiny.REDUCED, False)],
-    ids=["dflash, greedy", "dflash2, sampled", "dspark, reduced, greedy"],
+    [({}, False), (tiny.SECOND, True), (tiny.DSPARK | tiny.REDUCED, False), (tiny.DOMINO, False)],
+    ids=["dflash, greedy", "dflash2, sampled", "dspark, reduced, greedy", "domino, greedy"],
 )
 def test_a_recording_that_is_replayed_without_python_gives_the_same_text(family, second, sampled, monkeypatch):
     target = tiny.target(family)
@@ -106,7 +112,9 @@ def test_a_tree_that_changes_from_cycle_to_cycle_and_row_to_row_is_replayed_as_i
     assert len(set(statistics.committed)) > 1
 
 
-@pytest.mark.parametrize("second", [{}, tiny.SECOND, tiny.DSPARK], ids=["dflash", "dflash2", "dspark"])
+@pytest.mark.parametrize(
+    "second", [{}, tiny.SECOND, tiny.DSPARK, tiny.DOMINO], ids=["dflash", "dflash2", "dspark", "domino"]
+)
 @pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("tree", [False, True], ids=["chain", "tree"])
 def test_a_cycle_brings_one_tensor_to_the_host(second, sampled, tree, monkeypatch):

@@ -583,7 +583,7 @@ def golden_config(**changes) -> dict:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dflash_config": {"projector_type": "domino"}}, "a head of its own .Domino"),
+        ({"dflash_config": {"projector_type": "domino"}}, "a Domino draft"),
         ({"dflash_config": {"markov_rank": 256}}, "a DSpark draft"),
         ({"architectures": ["DFlash2BeamDraftModel"]}, "beam head"),
         ({"dflash_config": {"selector_rank": None}}, "does not say selector_rank"),

@@ -76,7 +76,7 @@ def test_a_published_config_has_findings_exactly_where_it_is_refused(path):
     [
         (
             {
-                "dflash_config": {"gru_hidden_dim": 8, "attention_sink_bias": True},
+                "dflash_config": {"hidden_dim_adapter": 8, "attention_sink_bias": True},
                 "kv_lora_rank": 5,
                 "model_type": "laguna",
             },

@@ -42,7 +42,7 @@ def test_a_kind_that_does_not_exist_is_refused_with_the_kinds_there_are():
         DFlashDraftSpec("x").build(tiny.target("qwen3").config, "eagle", mask_token_id=3)
 
 
-@pytest.mark.parametrize(("name", "pattern"), [("dflash2", "dflash ?2"), ("dspark", "dspark")])
+@pytest.mark.parametrize(("name", "pattern"), [("dflash2", "dflash ?2"), ("dspark", "dspark"), ("domino", "domino")])
 def test_a_further_kind_is_named_in_its_own_files_and_the_tables_alone(name, pattern):
     """Its config, model and entry for engines, the two tables, and the public names."""
     code = [*ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py")]

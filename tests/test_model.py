@@ -33,7 +33,7 @@ def small(**fields):
 
 @pytest.mark.quick
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("name", [*GOLDEN, "dflash2", "dspark-a", "dspark-b", "dspark-rank0"])
+@pytest.mark.parametrize("name", [*GOLDEN, "dflash2", "dspark-a", "dspark-b", "dspark-rank0", "domino-a", "domino-b"])
 @torch.no_grad()
 def test_hidden_states_agree_with_the_original_code_without_and_with_cache(name, attention):
     data, home = golden(name)

@@ -13,7 +13,7 @@ import pytest
 import dflash_hub
 from paths import ROOT, TINY
 
-LATER = ("dflash2", "dspark")
+LATER = ("dflash2", "dspark", "domino")
 """The kinds of drafts that have files of their own."""
 TRAVELLING = sorted(path for name in ("dflash", *LATER) for path in ROOT.glob(f"*{name}.py"))
 DATA_FILES = ["drafts.json", "py.typed", "hub_repo/README.md", "hub_repo/.gitattributes"]
@@ -33,6 +33,8 @@ def test_the_public_names_are_these():
         "DSparkConfig",
         "DSparkDraftModel",
         "DecodeStatistics",
+        "DominoConfig",
+        "DominoDraftModel",
         "Qwen3DFlash2DraftModel",
         "Qwen3DFlashDraftModel",
         "Qwen3DSparkModel",

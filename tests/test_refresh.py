@@ -11,12 +11,12 @@ from transformers import AutoModel
 from typer.testing import CliRunner
 
 import tiny
-from dflash_hub import DFlash2DraftModel, DFlashDraftModel, __version__, cli
+from dflash_hub import DFlash2DraftModel, DFlashDraftModel, DominoDraftModel, __version__, cli
 from dflash_hub.publishing import refresh as refreshing
 from dflash_hub.publishing.probe import digests
 from dflash_hub.publishing.refresh import RefreshOptions, refresh, travelling_code
 from hubserver import Entry, git_blob
-from paths import ROOT, TINY
+from paths import DATA, ROOT, TINY
 
 HEADER = b"# Copyright 2026 the dflash-hub authors.\n"
 CARD = b"---\nlicense: mit\n---\n# Words of my own  \r\nand no newline at the end"
@@ -209,11 +209,18 @@ def test_a_value_of_either_layout_that_is_read_otherwise_is_refused(hub, old, dr
             branch.check_config_values(draft.config.to_dict() | {key: value})
 
 
-@pytest.mark.parametrize("draft_class", [DFlashDraftModel, DFlash2DraftModel])
+@pytest.mark.filterwarnings("ignore:.*SGLang")
+@pytest.mark.parametrize(
+    ("draft_class", "folder"),
+    [
+        (DFlashDraftModel, TINY / "draft"),
+        (DFlash2DraftModel, TINY / "draft2"),
+        (DominoDraftModel, DATA / "golden" / "domino-a" / "draft"),
+    ],
+)
 @pytest.mark.parametrize("layout", ["hub", "engines"])
-def test_the_code_of_a_refresh_is_the_code_of_a_push(draft_class, layout, tmp_path):
-    folder = "draft" if draft_class is DFlashDraftModel else "draft2"
-    draft_class.from_pretrained(TINY / folder).save_pretrained(tmp_path, layout=layout)
+def test_the_code_of_a_refresh_is_the_code_of_a_push(draft_class, folder, layout, tmp_path):
+    draft_class.from_pretrained(folder).save_pretrained(tmp_path, layout=layout)
     written = {str(path.relative_to(tmp_path)): path.read_bytes() for path in tmp_path.rglob("*.py")}
     assert travelling_code(draft_class) == written
     assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == refreshing._auto_maps(draft_class)[layout]

@@ -220,6 +220,10 @@ def reduce(draft, known=(0, 1, 3, 4, 6, 7, 8, 10, 11)):
     return draft
 
 
+DOMINO = {"emb_dim": 12, "gru_hidden_dim": 10, "pure_draft_prefix_len": 1, "sample_from_anchor": True}
+"""What makes a draft a Domino draft."""
+
+
 def prompt(length: int, seed: int = 2) -> torch.Tensor:
     return torch.randint(0, VOCAB, (1, length), generator=torch.Generator().manual_seed(seed))
 
