@@ -15,6 +15,7 @@ META = torch.device("meta")
 # Their experts are chosen by the data, so that their blocks are not captured by default.
 BY_DATA = {name for name in tiny.FAMILIES if "expert" in str(tiny.FAMILIES[name])}
 DENSE = [name for name in tiny.FAMILIES if name not in BY_DATA]
+RECORD = execution_dflash.record if tiny.DEVICE.type == "cuda" else record
 CAPTURED = ("qwen3", "gemma3_text", "mistral", "gemma4_text-shared")
 
 
@@ -55,8 +56,8 @@ def test_a_recording_that_is_replayed_without_python_gives_the_same_text(family,
     plain = target.generate(**asked)
     recorded, replayed = [], []
 
-    def counted(run):
-        replay, outputs = record(run)
+    def counted(run, device):
+        replay, outputs = RECORD(run, device)
         recorded.append(run)
         return lambda: (replayed.append(run), replay()), outputs
 
@@ -92,7 +93,7 @@ def test_a_tree_that_changes_from_cycle_to_cycle_and_row_to_row_is_replayed_as_i
                 tokens[row, position] = truth if last == position else (truth + 1) % tiny.VOCAB
         return Proposal(tokens, parents)
 
-    monkeypatch.setattr(execution_dflash, "record", record)
+    monkeypatch.setattr(execution_dflash, "record", RECORD)
     draft, statistics = tiny.draft(target, block_size=6), DecodeStatistics()
     more = {"custom_generate": draft.speculate, "statistics": statistics, "capture": capture}
     more["proposer"] = tiny.steered(branch)

@@ -1,11 +1,15 @@
 """Tiny random targets and drafts of real architectures, made so that their text is not one token over and over."""
 
+import os
+
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, GenerationMixin
 
 from dflash_hub import DFlash2Config, DFlash2DraftModel, DFlashConfig, DFlashDraftModel
 from dflash_hub.compat_dflash import cache_name
 
+DEVICE = torch.device(os.environ.get("DFLASH_TEST_DEVICE", "cpu"))
+"""Where targets, drafts and prompts lie: `DFLASH_TEST_DEVICE=cuda` decodes on a GPU."""
 VOCAB = 12
 CACHE = cache_name(GenerationMixin.prepare_inputs_for_generation)
 """What the installed transformers calls a cache that is handed to `generate`."""
@@ -127,7 +131,7 @@ def scaled(model, family: str):
             if weight.ndim > 1:
                 weight.mul_(next(scale for part, scale in scales.items() if part in name))
     model.generation_config.eos_token_id = None
-    return model
+    return model.to(DEVICE)
 
 
 VISION = {"hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "num_attention_heads": 2, "patch_size": 4}
@@ -171,7 +175,7 @@ def seeing(family: str, image: bool):
     elif image:
         inputs["pixel_values"] = torch.randn(2, 3, 16, 16)
         inputs["token_type_ids"] = (ids == 10).long()
-    return model, inputs
+    return model, {name: value.to(DEVICE) for name, value in inputs.items()}
 
 
 def draft(model, seed: int = 1, **fields):
@@ -201,7 +205,7 @@ def draft(model, seed: int = 1, **fields):
                 weight.add_(0.3 * torch.randn_like(weight))
             else:
                 weight.mul_(10 if weight.ndim > 1 else 1)
-    return model
+    return model.to(DEVICE)
 
 
 SECOND = {"conv_kernel_size": 2, "conv_group_size": 8, "selector_rank": 6, "selector_top_k": 4}
@@ -209,7 +213,8 @@ SECOND = {"conv_kernel_size": 2, "conv_group_size": 8, "selector_rank": 6, "sele
 
 
 def prompt(length: int, seed: int = 2) -> torch.Tensor:
-    return torch.randint(0, VOCAB, (1, length), generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, VOCAB, (1, length), generator=generator).to(DEVICE)
 
 
 def greedy(model, ids: torch.Tensor, new: int) -> torch.Tensor:
