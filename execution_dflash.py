@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from .compat_dflash import configs_of, detours, is_offloaded
+from .compat_dflash import configs_of, detours, end_broken_recording, is_offloaded
 
 logger = logging.get_logger(__name__)
 
@@ -108,7 +108,7 @@ class BlockRunner:
         self.last_key: Any = None
         self.replay: Callable | None = None
         self.verified_keys: set[Any] = set()
-        """Keys for which compiled code was compared. A graph is compared whenever it is recorded."""
+        """Keys for which compiled code was compared. A graph is compared when a decode first records it."""
 
     @contextmanager
     def using(self, mode: str) -> Iterator[None]:
@@ -125,18 +125,20 @@ class BlockRunner:
         """Return what the function returns."""
         if self.mode == "eager":
             return self.function(state, *inputs)
-        key = (self.key(state), *(tensor.shape for tensor in inputs))
+        key = (self.key(state), tuple(tensor.shape for tensor in inputs))
         if self.mode == "compile" and key in self.verified_keys:
             return self._run_compiled(key, state, *inputs)
-        # Run eagerly, so that buffers made when first used exist before recording.
-        if key != self.last_key:
-            self.last_key, self.replay = key, None
+        if key == self.last_key and self.replay is not None:
+            return self.replay(*inputs)  # the state is part of the recording
+        # Over larger buffers, the block is the one that was recorded.
+        grown = self.replay is not None and key[1] == self.last_key[1]
+        repeated = grown or key == self.last_key
+        self.last_key, self.replay = key, None  # a recording that is over makes room
+        if not repeated:  # blocks of this size may not come again
             return self.function(state, *inputs)
-        if self.replay is None:
-            return self._capture_and_compare(state, *inputs)
-        return self.replay(
-            *inputs
-        )  # the state is part of the recording, which ends with the decode
+        if grown and self.mode == "graphs":
+            return self._capture_again(state, *inputs)
+        return self._capture_and_compare(state, *inputs)
 
     def _run_compiled(self, key: Any, state: Any, *inputs: torch.Tensor) -> Any:
         """Run compiled code; its guards cost a quarter of a call, so skip them while the key stays the same."""
@@ -150,6 +152,18 @@ class BlockRunner:
     def _capture_and_compare(self, state: Any, *inputs: torch.Tensor) -> Any:
         """Record, compare with the eager function, and return what that one gave."""
         expected = self.function(state, *inputs)
+        self._record(state, inputs, lambda result: _close(result, expected))
+        return expected
+
+    def _capture_again(self, state: Any, *inputs: torch.Tensor) -> Any:
+        """Record what was compared before, over larger buffers; all outputs must be written, and are returned."""
+        result = self._record(state, inputs, _is_written)
+        return self.function(state, *inputs) if self.replay is None else result
+
+    def _record(
+        self, state: Any, inputs: tuple[torch.Tensor, ...], is_right: Callable[[Any], bool]
+    ) -> Any:
+        """Record, and return what the recording gives. If it fails or that is not right, blocks run eagerly."""
         # A compiler or a driver may raise anything; the function itself still runs.
         try:
             capture = self._capture(state, inputs)
@@ -157,14 +171,14 @@ class BlockRunner:
         except Exception as error:
             first_line = (str(error).splitlines() or [""])[0]
             self._run_eagerly(f"{type(error).__name__}: {first_line}")
-            return expected
-        if not _close(result, expected):
+            return None
+        if not is_right(result):
             self._run_eagerly("it gave other numbers")
-            return expected
+            return None
         self.replay = capture
         if self.mode == "compile":
             self.verified_keys.add(self.last_key)
-        return expected
+        return result
 
     def _capture(self, state: Any, inputs: tuple[torch.Tensor, ...]) -> Callable:
         if self.mode == "compile":
@@ -206,12 +220,16 @@ def record(run: Callable[[], Any], device: torch.device) -> tuple[Callable[[], N
     """
     if device.type != "cuda":
         raise RuntimeError("CUDA graphs need a CUDA device")
-    graph = torch.cuda.CUDAGraph()
-    # A recording that fails leaves its stream in place of the current one; the outer context puts that back.
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    stream, mode = _stream(device), "thread_local"  # other threads may go on, such as a streamer's
     with _RECORDING, torch.cuda.stream(torch.cuda.current_stream(device)):
-        # Other threads may go on meanwhile, such as the reader of a streamer.
-        with torch.cuda.graph(graph, stream=_stream(device), capture_error_mode="thread_local"):
-            outputs = run()
+        try:
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode=mode):
+                outputs = run()
+        except BaseException:
+            if torch.cuda.current_stream(device) == stream:  # it could not even be ended
+                end_broken_recording(device, pool)
+            raise
     return graph.replay, outputs
 
 
@@ -224,7 +242,7 @@ def _stream(device: torch.device) -> Any:
 def _spoil(outputs: Any) -> None:
     """Overwrite the outputs of a recording with what no block gives, NaN and -1.
 
-    A recording that does not write them, such as one of another device, then gives other numbers than the block.
+    So a recording that does not write them, such as one of another device, is found out.
     """
     if isinstance(outputs, tuple):
         for part in outputs:
@@ -233,11 +251,20 @@ def _spoil(outputs: Any) -> None:
         outputs.fill_(torch.nan if outputs.is_floating_point() else -1)
 
 
+def _is_written(result: Any) -> bool:
+    """Tell whether nothing is left of what `_spoil` wrote."""
+    if isinstance(result, tuple):
+        return all(map(_is_written, result))
+    if result.is_floating_point():
+        return not bool(result.isnan().any())
+    return bool((result >= 0).all())
+
+
 def _close(result: Any, expected: Any) -> bool:
     """Tell whether two results agree as far as another order of additions allows."""
     if isinstance(expected, tuple):
         return all(_close(*both) for both in zip(result, expected, strict=True))
     if not expected.is_floating_point():  # tokens, which near-ties may turn
-        return result.shape == expected.shape and bool((result >= 0).all())
+        return result.shape == expected.shape and _is_written(result)
     scale = expected.float().abs().amax().clamp_min(1e-6)
     return bool(((result.float() - expected.float()).abs().amax() / scale) < 0.05)

@@ -3,6 +3,7 @@
 With `DFLASH_TEST_DEVICE=cpu` the same tests run on a CPU, with the stand-in for CUDA graphs.
 """
 
+import itertools
 import os
 import threading
 import warnings
@@ -208,17 +209,16 @@ def test_a_cycle_waits_for_the_device_once(family, capture, sampled):
         return proposal
 
     more = {"custom_generate": draft.speculate, "capture": capture, "proposer": tiny.steered(count)}
-    target.generate(**asked, **more)
-    waits.clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        target.generate(**asked, **more)  # checks itself
+        waits.clear()
         torch.cuda.set_sync_debug_mode("warn")
         try:
             target.generate(**asked, **more)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    per_cycle = [after - before for before, after in zip(waits[4:], waits[5:], strict=False)]
-    assert per_cycle
-    # Rows that end are told to the device.
-    where = [f"{one.filename.rsplit('/', 1)[-1]}:{one.lineno}" for one in caught[waits[4] : waits[6]]]
-    assert sorted(per_cycle)[len(per_cycle) // 2] == 1, where
+    per_cycle = [after - before for before, after in itertools.pairwise(waits[4:])]
+    places = [f"{one.filename.rsplit('/', 1)[-1]}:{one.lineno}" for one in caught[waits[4] : waits[6]]]
+    # More only where a row ends.
+    assert sorted(per_cycle)[len(per_cycle) // 2] == 1, places

@@ -263,7 +263,7 @@ def partly_right(expected: torch.Tensor, seed: int = 0):
     def change(proposal, state):
         size = proposal.size
         for row, slot in enumerate(state.last_slots):
-            right = int(torch.randint(0, size, (), generator=wanted))
+            right = int(torch.randint(0, size, (), generator=wanted, device="cpu"))
             truth = expected[row, slot + 1 : slot + 1 + right]
             proposal.tokens[row, 1 : 1 + len(truth)] = truth
             wrong = expected[row, slot + 1 + right : slot + 2 + right]
