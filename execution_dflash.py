@@ -11,7 +11,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -126,7 +126,8 @@ class BlockRunner:
         if self.mode == "eager":
             return self.function(state, *inputs)
         key = (self.key(state), tuple(tensor.shape for tensor in inputs))
-        if self.mode == "compile" and key in self.verified_keys:
+        known = key in self.verified_keys
+        if known and not inputs[0].is_cuda:
             return self._run_compiled(key, state, *inputs)
         if key == self.last_key and self.replay is not None:
             return self.replay(*inputs)  # the state is part of the recording
@@ -134,10 +135,10 @@ class BlockRunner:
         grown = self.replay is not None and key[1] == self.last_key[1]
         repeated = grown or key == self.last_key
         self.last_key, self.replay = key, None  # a recording that is over makes room
+        if known or (grown and self.mode == "graphs"):
+            return self._capture_again(state, *inputs)
         if not repeated:  # blocks of this size may not come again
             return self.function(state, *inputs)
-        if grown and self.mode == "graphs":
-            return self._capture_again(state, *inputs)
         return self._capture_and_compare(state, *inputs)
 
     def _run_compiled(self, key: Any, state: Any, *inputs: torch.Tensor) -> Any:
@@ -181,9 +182,14 @@ class BlockRunner:
         return result
 
     def _capture(self, state: Any, inputs: tuple[torch.Tensor, ...]) -> Callable:
+        """Return what is called in place of the function: a graph of it, compiled code, or a graph of that on a GPU."""
+        run = self.function
         if self.mode == "compile":
-            return lambda *tensors: self._compiled(False, state, *tensors)
-        return Graph(lambda *tensors: self.function(state, *tensors), inputs)
+            run = partial(self._compiled, False)
+            if not inputs[0].is_cuda:
+                return partial(run, state)
+            run(state, *inputs)  # compiles, which cannot be recorded
+        return Graph(partial(run, state), inputs)
 
     def _run_eagerly(self, reason: str) -> None:
         logger.warning_once(

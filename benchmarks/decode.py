@@ -219,7 +219,7 @@ def measure(
     cycles: dict[str, list[Cycles]] = {name: [] for name in kwargs_of}
     plain: dict[int, torch.Tensor] = {}
     vocab_size = target.config.get_text_config(decoder=True).vocab_size
-    for run in range(-3 if "compile" in options.capture else -1, options.runs):
+    for run in range(-2 if "compile" in options.capture else -1, options.runs):
         totals = dict.fromkeys(kwargs_of, 0.0)
         for index, inputs in enumerate(prompts):
             for name, generate_kwargs in kwargs_of.items():

@@ -126,7 +126,7 @@ def test_half_precision_passes_its_self_check(family, dtype):
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma3_text"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_compiled_blocks_give_plain_greedy_text(family, kind):
+def test_compiled_blocks_give_plain_greedy_text(family, kind, recorded):
     target, inputs = tiny.target(family), tiny.batch(20, PADS[1])
     expected = target.generate(**inputs, **GREEDY)
     draft, told = tiny.draft(target, **KINDS[kind]), []
@@ -136,6 +136,7 @@ def test_compiled_blocks_give_plain_greedy_text(family, kind):
             patch.setattr(execution_dflash.logger, "warning_once", told.append)
             assert torch.equal(target.generate(**inputs, **GREEDY, **ours, proposer=proposer), expected)
     assert not told
+    assert len(recorded) == (6 if ON_GPU else 0)
 
 
 def test_a_recording_that_fails_leaves_the_device_as_it_was():
