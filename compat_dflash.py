@@ -286,6 +286,27 @@ def set_slots_seen(layer: Any, slots: int) -> None:
         layer.cumulative_length_int = slots
 
 
+# CUDA graphs ----------------------------------------------------------------------------------------------------------
+
+
+def end_broken_recording(device: torch.device, pool: Any) -> None:
+    """Clean up after a CUDA graph whose recording an operation broke off, so that torch could not end it.
+
+    Until then torch draws no random numbers on the device, and returns no memory to it.
+
+    Args:
+        pool: of the graph's memory.
+
+    Checked with torch 2.11; delete when `torch.cuda.graph` cleans up itself.
+    """
+    generator = torch.cuda.default_generators[device.index]
+    generator.graphsafe_set_state(generator.clone_state())
+    end_pool = getattr(torch._C, "_cuda_endAllocateToPool", None)
+    if end_pool is not None:
+        with suppress(RuntimeError):  # already ended
+            end_pool(device.index, pool)
+
+
 # Weights that accelerate loads for each forward, adapters of PEFT ----------------------------------------------------
 
 

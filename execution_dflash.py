@@ -11,13 +11,14 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.utils import logging
 
-from .compat_dflash import configs_of, detours, is_offloaded
+from .compat_dflash import configs_of, detours, end_broken_recording, is_offloaded
 
 logger = logging.get_logger(__name__)
 
@@ -107,7 +108,7 @@ class BlockRunner:
         self.last_key: Any = None
         self.replay: Callable | None = None
         self.verified_keys: set[Any] = set()
-        """Keys for which compiled code was compared. A graph is compared whenever it is recorded."""
+        """Keys for which compiled code was compared. A graph is compared when a decode first records it."""
 
     @contextmanager
     def using(self, mode: str) -> Iterator[None]:
@@ -124,18 +125,21 @@ class BlockRunner:
         """Return what the function returns."""
         if self.mode == "eager":
             return self.function(state, *inputs)
-        key = (self.key(state), *(tensor.shape for tensor in inputs))
-        if self.mode == "compile" and key in self.verified_keys:
+        key = (self.key(state), tuple(tensor.shape for tensor in inputs))
+        known = key in self.verified_keys
+        if known and not inputs[0].is_cuda:
             return self._run_compiled(key, state, *inputs)
-        # Run eagerly, so that buffers made when first used exist before recording.
-        if key != self.last_key:
-            self.last_key, self.replay = key, None
+        if key == self.last_key and self.replay is not None:
+            return self.replay(*inputs)  # the state is part of the recording
+        # Over larger buffers, the block is the one that was recorded.
+        grown = self.replay is not None and key[1] == self.last_key[1]
+        repeated = grown or key == self.last_key
+        self.last_key, self.replay = key, None  # a recording that is over makes room
+        if known or (grown and self.mode == "graphs"):
+            return self._capture_again(state, *inputs)
+        if not repeated:  # blocks of this size may not come again
             return self.function(state, *inputs)
-        if self.replay is None:
-            return self._capture_and_compare(state, *inputs)
-        return self.replay(
-            *inputs
-        )  # the state is part of the recording, which ends with the decode
+        return self._capture_and_compare(state, *inputs)
 
     def _run_compiled(self, key: Any, state: Any, *inputs: torch.Tensor) -> Any:
         """Run compiled code; its guards cost a quarter of a call, so skip them while the key stays the same."""
@@ -149,6 +153,18 @@ class BlockRunner:
     def _capture_and_compare(self, state: Any, *inputs: torch.Tensor) -> Any:
         """Record, compare with the eager function, and return what that one gave."""
         expected = self.function(state, *inputs)
+        self._record(state, inputs, lambda result: _close(result, expected))
+        return expected
+
+    def _capture_again(self, state: Any, *inputs: torch.Tensor) -> Any:
+        """Record what was compared before, over larger buffers; all outputs must be written, and are returned."""
+        result = self._record(state, inputs, _is_written)
+        return self.function(state, *inputs) if self.replay is None else result
+
+    def _record(
+        self, state: Any, inputs: tuple[torch.Tensor, ...], is_right: Callable[[Any], bool]
+    ) -> Any:
+        """Record, and return what the recording gives. If it fails or that is not right, blocks run eagerly."""
         # A compiler or a driver may raise anything; the function itself still runs.
         try:
             capture = self._capture(state, inputs)
@@ -156,19 +172,24 @@ class BlockRunner:
         except Exception as error:
             first_line = (str(error).splitlines() or [""])[0]
             self._run_eagerly(f"{type(error).__name__}: {first_line}")
-            return expected
-        if not _close(result, expected):
+            return None
+        if not is_right(result):
             self._run_eagerly("it gave other numbers")
-            return expected
+            return None
         self.replay = capture
         if self.mode == "compile":
             self.verified_keys.add(self.last_key)
-        return expected
+        return result
 
     def _capture(self, state: Any, inputs: tuple[torch.Tensor, ...]) -> Callable:
+        """Return what is called in place of the function: a graph of it, compiled code, or a graph of that on a GPU."""
+        run = self.function
         if self.mode == "compile":
-            return lambda *tensors: self._compiled(False, state, *tensors)
-        return Graph(lambda *tensors: self.function(state, *tensors), inputs)
+            run = partial(self._compiled, False)
+            if not inputs[0].is_cuda:
+                return partial(run, state)
+            run(state, *inputs)  # compiles, which cannot be recorded
+        return Graph(partial(run, state), inputs)
 
     def _run_eagerly(self, reason: str) -> None:
         logger.warning_once(
@@ -183,7 +204,8 @@ class Graph:
 
     def __init__(self, function: Callable, inputs: tuple[torch.Tensor, ...]):
         self.inputs = [tensor.clone() for tensor in inputs]
-        self.replay, self.outputs = record(lambda: function(*self.inputs))
+        self.replay, self.outputs = record(lambda: function(*self.inputs), inputs[0].device)
+        _spoil(self.outputs)
 
     def __call__(self, *inputs: torch.Tensor) -> Any:
         for static, current in zip(self.inputs, inputs, strict=True):
@@ -192,19 +214,58 @@ class Graph:
         return self.outputs
 
 
-def record(run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-    """Record `run` on the device.
+_RECORDING = threading.Lock()
+"""One thread records at a time: CUDA has one state of recording for all."""
+
+
+def record(run: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
+    """Record `run`, which works on this device.
 
     Returns:
         What repeats it, and what it returned; each repetition writes those tensors again.
     """
-    if not torch.cuda.is_available():
+    if device.type != "cuda":
         raise RuntimeError("CUDA graphs need a CUDA device")
-    graph = torch.cuda.CUDAGraph()
-    # Other threads may go on meanwhile, such as the reader of a streamer.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        outputs = run()
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    stream, mode = _stream(device), "thread_local"  # other threads may go on, such as a streamer's
+    with _RECORDING, torch.cuda.stream(torch.cuda.current_stream(device)):
+        try:
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode=mode):
+                outputs = run()
+        except BaseException:
+            if torch.cuda.current_stream(device) == stream:  # it could not even be ended
+                end_broken_recording(device, pool)
+            raise
     return graph.replay, outputs
+
+
+@lru_cache
+def _stream(device: torch.device) -> Any:
+    """Return the stream of this device for recordings; one for all, since libraries hold memory for each stream."""
+    return torch.cuda.Stream(device)
+
+
+def _spoil(outputs: Any) -> None:
+    """Overwrite the outputs of a recording with what no block gives, NaN and -1.
+
+    So a recording that does not write them, such as one of another device, is found out.
+    """
+    if isinstance(outputs, tuple):
+        for part in outputs:
+            _spoil(part)
+    elif outputs is not None:
+        outputs.fill_(torch.nan if outputs.is_floating_point() else -1)
+
+
+def _is_written(result: Any) -> bool:
+    """Tell whether nothing is left of what `_spoil` wrote."""
+    if isinstance(result, tuple):
+        return all(map(_is_written, result))
+    if result is None:
+        return True
+    if result.is_floating_point():
+        return not bool(result.isnan().any())
+    return bool((result >= 0).all())
 
 
 def _close(result: Any, expected: Any) -> bool:
@@ -214,10 +275,9 @@ def _close(result: Any, expected: Any) -> bool:
     if expected is None:
         return result is None
     if not expected.is_floating_point():  # tokens, which near-ties may turn
-        return result.shape == expected.shape
-    finite = (
-        expected.isfinite()
-    )  # a draft may know fewer tokens than the target: -inf for the others
+        return result.shape == expected.shape and _is_written(result)
+    # A draft may know fewer tokens than the target: -inf for the others.
+    finite = expected.isfinite()
     if not torch.equal(finite, result.isfinite()):
         return False
     result, expected = result.where(finite, 0), expected.where(finite, 0)

@@ -324,7 +324,8 @@ def _import_context(
         draft_state.cache = own.cache
         draft_state.hide(own.hidden)
     else:
-        draft_state.hide(torch.ones(len(layer.keys), slots, dtype=torch.bool))
+        hidden = layer.keys.new_ones(len(layer.keys), slots, dtype=torch.bool)
+        draft_state.hide(hidden)
 
 
 def _import_states(cache: Cache, target_state: TargetState) -> None:

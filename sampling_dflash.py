@@ -68,7 +68,7 @@ class PositionNoise:
 
     def __init__(self, seed: int | None = None):
         # `torch.manual_seed` governs it.
-        self.seed = int(torch.randint(2**62, ())) if seed is None else seed
+        self.seed = int(torch.randint(2**62, (), device="cpu")) if seed is None else seed
 
     def at(self, row: int, slot: int, like: torch.Tensor) -> torch.Tensor:
         """Return `[V]`, the same however often and in whatever block it is asked for."""

@@ -91,10 +91,10 @@ def check_windows(target: Target) -> list[int]:
         if window is None:
             continue
         size, start = 4, window + 2
-        slots = torch.arange(start + size)
+        slots = torch.arange(start + size, device="cpu")
         theirs = visible_in_window(window, slots[start:], slots)
         masks = BlockMasks(
-            torch.zeros(1, start + size, dtype=torch.bool), torch.tensor([start]), size
+            torch.zeros_like(slots, dtype=torch.bool)[None], slots[start, None], size
         )
         if theirs is None:
             unknown.append(window)
@@ -117,14 +117,13 @@ def probe_ids(model: Any, length: int) -> torch.Tensor:
         model.get_input_embeddings().weight.shape[0],
         model.config.get_text_config(decoder=True).vocab_size,
     )
-    generator = torch.Generator().manual_seed(0)
-    ordinary = [
-        token
-        for token in torch.randperm(rows, generator=generator).tolist()
-        if token not in special
-    ]
-    chosen = torch.randint(len(ordinary), (1, length), generator=generator)
-    return torch.tensor(ordinary)[chosen]
+    # On the CPU, whatever device is the default: the same text for every target.
+    with torch.device("cpu"):
+        generator = torch.Generator().manual_seed(0)
+        shuffled = torch.randperm(rows, generator=generator)
+        ordinary = [token for token in shuffled.tolist() if token not in special]
+        chosen = torch.randint(len(ordinary), (1, length), generator=generator)
+        return torch.tensor(ordinary)[chosen]
 
 
 @dataclass

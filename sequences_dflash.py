@@ -30,7 +30,7 @@ UNLIMITED = 2**62
 """A length that no text reaches."""
 
 # On the CPU, for time limits, which do not look at it.
-_ANY_TEXT = torch.zeros(1, 1, dtype=torch.long)
+_ANY_TEXT = torch.zeros(1, 1, dtype=torch.long, device="cpu")
 
 
 class Prompt:
@@ -318,7 +318,7 @@ class Sequences:
         ]
         filled = min(growing, default=self.longest)
         while self.num_streamed < filled:
-            slot = torch.full((len(self.generated),), self.pad_token_id)
+            slot = torch.full((len(self.generated),), self.pad_token_id, device="cpu")
             for row, tokens in enumerate(self.generated):
                 if self.num_streamed < len(tokens):
                     slot[row] = tokens[self.num_streamed]

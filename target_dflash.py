@@ -311,7 +311,8 @@ class Target:
         """Return 0 for all positions, else a tensor: given a number, some models skip positions in upper layers."""
         if num_logits == length:
             return 0
-        return torch.arange(length - num_logits, length)  # on the CPU, it indexes on every device
+        # On the CPU, it indexes on every device.
+        return torch.arange(length - num_logits, length, device="cpu")
 
 
 def num_tokens(inputs: dict[str, Any]) -> int:

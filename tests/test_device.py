@@ -15,6 +15,7 @@ META = torch.device("meta")
 # Their experts are chosen by the data, so that their blocks are not captured by default.
 BY_DATA = {name for name in tiny.FAMILIES if "expert" in str(tiny.FAMILIES[name])}
 DENSE = [name for name in tiny.FAMILIES if name not in BY_DATA]
+RECORD = execution_dflash.record if tiny.DEVICE.type == "cuda" else record
 CAPTURED = ("qwen3", "gemma3_text", "mistral", "gemma4_text-shared")
 
 
@@ -67,8 +68,8 @@ def test_a_recording_that_is_replayed_without_python_gives_the_same_text(family,
     plain = target.generate(**asked)
     recorded, replayed = [], []
 
-    def counted(run):
-        replay, outputs = record(run)
+    def counted(run, device):
+        replay, outputs = RECORD(run, device)
         recorded.append(run)
         return lambda: (replayed.append(run), replay()), outputs
 
@@ -77,6 +78,41 @@ def test_a_recording_that_is_replayed_without_python_gives_the_same_text(family,
     assert torch.equal(target.generate(**asked, capture="graphs"), plain)
     assert len(recorded) == 2
     assert min(replayed.count(run) for run in recorded) > 10  # the target's block and the draft's
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_5_text"])
+@pytest.mark.parametrize("second", [{}, tiny.SECOND], ids=["dflash", "dflash2"])
+def test_the_default_device_of_torch_may_be_any_other(family, second):
+    target, inputs = tiny.target(family), tiny.batch(20, pads=(0, 9, 3))
+    asked = inputs | {"max_new_tokens": 20, "do_sample": False}
+    expected = target.generate(**asked)
+    draft = tiny.draft(target, **second)
+    torch.set_default_device(META)  # where whatever names no device would be
+    try:
+        assert torch.equal(target.generate(**asked, custom_generate=draft.speculate), expected)
+        target.generate(**asked | {"do_sample": True}, custom_generate=draft.speculate)
+    finally:
+        torch.set_default_device(None)
+
+
+def test_blocks_are_recorded_again_where_buffers_grew_and_compared_once(monkeypatch):
+    monkeypatch.setattr("dflash_hub.cache_dflash.BUCKET", 16)
+    target, recorded, runs = tiny.target("gemma3_text"), [], []
+    inputs, asked = tiny.batch(20, pads=(0, 9, 3)), {"max_new_tokens": 100, "do_sample": False}
+    expected = target.generate(**inputs, **asked)
+
+    def counted(run, device):
+        recorded.append(len(runs))
+        return RECORD(run, device)
+
+    monkeypatch.setattr(execution_dflash, "record", counted)
+    more = {"custom_generate": tiny.draft(target).speculate, "capture": "graphs"}
+    hook = target.get_decoder().layers[0].register_forward_hook(lambda module, args, output: runs.append(1))
+    assert torch.equal(target.generate(**inputs, **asked, **more), expected)
+    hook.remove()
+    assert len(recorded) > 10
+    # The self-check, the prompt, one block before the first recording, one to compare with, and those recorded.
+    assert len(runs) <= 6 + len(recorded) / 2
 
 
 TREES = torch.tensor([[-1, 0, 0, 1, 2, 4], [-1, 0, 1, 2, 3, 4], [-1, 0, 0, 0, 3, 4]])
@@ -104,7 +140,7 @@ def test_a_tree_that_changes_from_cycle_to_cycle_and_row_to_row_is_replayed_as_i
                 tokens[row, position] = truth if last == position else (truth + 1) % tiny.VOCAB
         return Proposal(tokens, parents)
 
-    monkeypatch.setattr(execution_dflash, "record", record)
+    monkeypatch.setattr(execution_dflash, "record", RECORD)
     draft, statistics = tiny.draft(target, block_size=6), DecodeStatistics()
     more = {"custom_generate": draft.speculate, "statistics": statistics, "capture": capture}
     more["proposer"] = tiny.steered(branch)
@@ -132,4 +168,5 @@ def test_a_cycle_brings_one_tensor_to_the_host(second, sampled, tree, monkeypatc
 
     target.generate(**asked, proposer=tiny.steered(count))
     assert len(per_cycle) > 8
-    assert all(names == ["tolist"] for names in per_cycle[1:]), per_cycle[1:3]
+    settled = per_cycle[4:]  # on a GPU, blocks are recorded and compared before
+    assert all(names == ["tolist"] for names in settled), settled[:3]

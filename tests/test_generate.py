@@ -359,14 +359,16 @@ def test_a_target_that_is_gone_is_not_kept_alive():
     assert gone() is None
 
 
-@pytest.mark.parametrize("fault", ["raises", "lies"])
+@pytest.mark.parametrize("fault", ["raises", "lies", "does nothing"])
 def test_what_cannot_be_captured_runs_as_it_is_and_says_so(pair, fault, monkeypatch, caplog):
     from dflash_hub import execution_dflash
 
-    def record(run):
+    def record(run, device):
         if fault == "raises":
             raise RuntimeError("operation not permitted when stream is capturing")
         outputs = run()
+        if fault == "does nothing":  # as a graph of another device than that of the block
+            return lambda: None, outputs
         return (
             lambda: [one.mul_(-1) for one in ([outputs] if isinstance(outputs, torch.Tensor) else outputs)]
         ), outputs

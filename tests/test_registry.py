@@ -27,7 +27,6 @@ from dflash_hub import (
     resolve_dflash_draft_spec,
 )
 from dflash_hub.families import FAMILIES, families_of, siblings_of
-from dflash_hub.kinds import KINDS
 from dflash_hub.layouts import layout_findings, variant_of
 from dflash_hub.published import refusal, target_refusal
 from dflash_hub.registry import CATALOGUE, drafts_for, explain_resolution, spread_taps

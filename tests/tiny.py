@@ -1,5 +1,7 @@
 """Tiny random targets and drafts of real architectures, made so that their text is not one token over and over."""
 
+import os
+
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, GenerationMixin
 
@@ -7,6 +9,8 @@ from dflash_hub.compat_dflash import cache_name
 from dflash_hub.kinds import KINDS
 from dflash_hub.layouts_dflash import BASE, DRAFT_LAYOUTS
 
+DEVICE = torch.device(os.environ.get("DFLASH_TEST_DEVICE", "cpu"))
+"""Where targets, drafts and prompts lie: `DFLASH_TEST_DEVICE=cuda` decodes on a GPU."""
 VOCAB = 12
 CACHE = cache_name(GenerationMixin.prepare_inputs_for_generation)
 """What the installed transformers calls a cache that is handed to `generate`."""
@@ -128,7 +132,7 @@ def scaled(model, family: str):
             if weight.ndim > 1:
                 weight.mul_(next(scale for part, scale in scales.items() if part in name))
     model.generation_config.eos_token_id = None
-    return model
+    return model.to(DEVICE)
 
 
 VISION = {"hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "num_attention_heads": 2, "patch_size": 4}
@@ -172,7 +176,7 @@ def seeing(family: str, image: bool):
     elif image:
         inputs["pixel_values"] = torch.randn(2, 3, 16, 16)
         inputs["token_type_ids"] = (ids == 10).long()
-    return model, inputs
+    return model, {name: value.to(DEVICE) for name, value in inputs.items()}
 
 
 def draft(model, seed: int = 1, **fields):
@@ -203,7 +207,7 @@ def draft(model, seed: int = 1, **fields):
                 weight.add_(3 * torch.randn_like(weight))
             else:
                 weight.mul_(10 if weight.ndim > 1 else 1)
-    return model
+    return model.to(DEVICE)
 
 
 SECOND = {"conv_kernel_size": 2, "conv_group_size": 8, "selector_rank": 6, "selector_top_k": 4}
@@ -225,7 +229,8 @@ DOMINO = {"emb_dim": 12, "gru_hidden_dim": 10, "pure_draft_prefix_len": 1, "samp
 
 
 def prompt(length: int, seed: int = 2) -> torch.Tensor:
-    return torch.randint(0, VOCAB, (1, length), generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, VOCAB, (1, length), generator=generator).to(DEVICE)
 
 
 def greedy(model, ids: torch.Tensor, new: int) -> torch.Tensor:
@@ -274,7 +279,7 @@ def partly_right(expected: torch.Tensor, seed: int = 0):
     def change(proposal, state):
         size = proposal.size
         for row, slot in enumerate(state.last_slots):
-            right = int(torch.randint(0, size, (), generator=wanted))
+            right = int(torch.randint(0, size, (), generator=wanted, device="cpu"))
             truth = expected[row, slot + 1 : slot + 1 + right]
             proposal.tokens[row, 1 : 1 + len(truth)] = truth
             wrong = expected[row, slot + 1 + right : slot + 2 + right]
