@@ -241,7 +241,11 @@ def test_a_revision_pins_weights_and_config(hub, repo_id, draft):
 # Publishing ------------------------------------------------------------------------------------------------------
 
 
-def test_publish_puts_the_hub_layout_on_main_and_the_engines_layout_on_its_branch(hub, repo_id, fresh_process):
+def test_publish_puts_the_hub_layout_on_main_and_the_engines_layout_on_its_branch(
+    hub, repo_id, fresh_process, forked_probe, apart
+):
+    """One layout is checked in a process that is new, as both are on users' machines."""
+    apart.add("engines")
     options = PublishOptions(card={"base_model": "tester/tiny-target", "license": "apache-2.0"})
     steps: list[str] = []
     done = publish(TINY / "draft", repo_id, options, report=steps.append)

@@ -229,7 +229,7 @@ def test_runs_ended_by_each_signal_and_resumed_are_those_that_were_not(hub, serv
 
 
 def test_many_decodes_leave_no_memory_hook_thread_or_file(servers):
-    done = servers.training.run(code=KILLS + "kills.main(['--jobs', 'decodes', '--decodes', '60', '--longest', '60'])")
+    done = servers.training.run(code=KILLS + "kills.main(['--jobs', 'decodes', '--decodes', '40', '--longest', '40'])")
     assert done.returncode == 0, done.stderr
 
 
