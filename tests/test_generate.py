@@ -268,7 +268,11 @@ def test_traced_blocks_give_the_same_text_while_batches_change_and_buffers_grow(
 
     The target has a layer of either kind of attention.
     """
-    kinds = {"model_type": "gemma3_text", "layer_types": ["sliding_attention", "full_attention"], "num_hidden_layers": 2}
+    kinds = {
+        "model_type": "gemma3_text",
+        "layer_types": ["sliding_attention", "full_attention"],
+        "num_hidden_layers": 2,
+    }
     monkeypatch.setitem(tiny.FAMILIES, "gemma3 of two layers", tiny.FAMILIES["gemma3_text"] | kinds)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     target = tiny.target("gemma3 of two layers")

@@ -622,6 +622,20 @@ def test_bytes_that_do_not_match_their_hash_are_refused_and_not_kept(hub, repo_i
     assert digests(DFlashDraftModel.from_pretrained(repo_id)) == digests(draft)
 
 
+@pytest.mark.parametrize("load", [DFlashDraftModel.from_pretrained, load_draft], ids=["from_pretrained", "load_draft"])
+def test_a_config_that_does_not_match_its_hash_is_refused_and_not_kept(hub, repo_id, draft, load):
+    """It is a valid one, of another draft."""
+    draft.push_to_hub(repo_id)
+    entry = hub.state.repos["models", repo_id].resolve("main").tree["config.json"]
+    good, entry.data = entry.data, entry.data.replace(b'"sliding_window": 8', b'"sliding_window": 9')
+    assert entry.data != good
+    for _ in range(2):
+        with pytest.raises(OSError, match=r"config\.json of .* arrived damaged: its hash of git is .*load again"):
+            load(repo_id)
+    entry.data = good
+    assert load(repo_id).config.sliding_window == 8
+
+
 def test_a_download_that_breaks_off_leaves_nothing_that_loads(hub, repo_id, draft):
     draft.push_to_hub(repo_id)
     hub.state.fail["GET /_lfs/"] = 404
