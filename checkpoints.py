@@ -24,6 +24,7 @@ from yaml import YAMLError
 
 from .compat_dflash import is_unreachable
 from .configuration_dflash import same_vocabulary
+from .findings_dflash import reason
 from .repository_dflash import check_repo_id
 
 _QUANTISED = (
@@ -316,8 +317,8 @@ def _on_hub(name: str, file: str) -> bool:
 def _warn(name: str, file: str, error: Exception) -> None:
     """Warn that the Hub failed: a copy that its card names, or an adapter, may get the draft of another target."""
     warnings.warn(
-        f"The Hub did not send {file} of {name}, so the draft is chosen without it: {error}\nRun the same again to "
-        "choose with it.",
+        f"The Hub did not send {file} of {name}, so the draft is chosen without it: {reason(error)}\nRun the same "
+        "again to choose with it.",
         UserWarning,
         stacklevel=2,
     )

@@ -6,9 +6,11 @@ This file travels with every pushed draft. Each function notes the versions that
 be deleted. No other file uses a private name of transformers.
 """
 
+import hashlib
 import inspect
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager, suppress
 from dataclasses import fields
@@ -22,6 +24,8 @@ from packaging.version import Version
 from transformers import AutoModel, masking_utils
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils import cached_file
+
+from .findings_dflash import reason
 
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 """Names of the cache argument in transformers: the first from 5.24 on; the others before, and until 5.40 too."""
@@ -480,8 +484,9 @@ def find_file(name: Any, file: str, **where: Any) -> Path | None:
     Checked with 5.15.1 to 5.24.0; delete when `cached_file` has public arguments for that.
 
     Raises:
-        OSError: the Hub answers with an error or breaks off.
+        OSError: the Hub answers with an error or breaks off, or a small file arrives damaged.
     """
+    started = time.time()
     try:
         found = cached_file(name, file, **where)
     except OSError as error:
@@ -490,13 +495,42 @@ def find_file(name: Any, file: str, **where: Any) -> Path | None:
             if is_unreachable(cause.__cause__):
                 return None
             raise OSError(
-                f"The Hub did not send {file} of {name}: {cause.__cause__}\nRun the same again."
+                f"The Hub did not send {file} of {name}: {reason(cause.__cause__ or cause)}\nRun the same again."
             ) from error
         if cause is not None:
             raise
         # a missing file, or a damaged download, which raises again
         found = cached_file(name, file, **where, _raise_exceptions_for_missing_entries=False)
-    return None if found is None else Path(found)
+    if found is None:
+        return None
+    _check_small(Path(found), name, started)
+    return Path(found)
+
+
+def _check_small(path: Path, name: Any, started: float) -> None:
+    """Check a file downloaded since `started` against its published hash of git, its name in the Hub's cache.
+
+    Some mirrors publish the plain SHA-1 in its place. Weights have a SHA-256, and are checked once they are read.
+
+    Raises:
+        OSError: the bytes differ. The file is removed, so that the next load downloads it again.
+    """
+    blob = path.resolve()
+    if not re.fullmatch(r"[0-9a-f]{40}", blob.name) or blob.stat().st_mtime < started - 1:
+        return
+    data = blob.read_bytes()
+    git, plain = (
+        hashlib.sha1(head + data, usedforsecurity=False).hexdigest()
+        for head in (b"blob %d\0" % len(data), b"")
+    )
+    if blob.name in (git, plain):
+        return
+    blob.unlink()
+    path.unlink(missing_ok=True)
+    raise OSError(
+        f"{path.name} of {name} arrived damaged: its hash of git is {git}, the published one {blob.name}. "
+        "The damaged file was removed; load again to download it again."
+    )
 
 
 def is_unreachable(error: BaseException | None) -> bool:

@@ -83,15 +83,13 @@ def explained(asked: str, advice: str) -> Iterator[None]:
     except Exception as error:
         if _is_ours(error) or type(error).__name__ == "OutOfMemoryError":
             raise
-        if isinstance(error, OSError) and error.errno in _OF_FOLDERS:
-            advice = FOLDERS
         known: dict[type[Exception], Any] = {
             OSError: (OSError, HTTPError),
             ImportError: ImportError,
             RuntimeError: RuntimeError,
         }
         kind = next((kind for kind, those in known.items() if isinstance(error, those)), ValueError)
-        raise kind(f"{asked}: {error or type(error).__name__}\n{advice}") from error
+        raise kind(f"{asked}: {reason(error)}\n{advice_on(error, advice)}") from error
 
 
 def explained_for(
@@ -120,6 +118,24 @@ def explained_for(
         return call
 
     return decorate
+
+
+def reason(error: BaseException) -> str:
+    """Return what an error says, and after how many seconds the Hub takes the next request, if it said so."""
+    said = str(error) or type(error).__name__
+    cause: BaseException | None = error
+    while cause is not None:
+        headers = getattr(getattr(cause, "response", None), "headers", {})
+        seconds = str(headers.get("Retry-After", ""))
+        if seconds.isdigit():
+            return f"{said}\nThe Hub asks to wait {seconds} seconds."
+        cause = cause.__cause__
+    return said
+
+
+def advice_on(error: BaseException, advice: str) -> str:
+    """Return what to do after an error: `advice`, unless a folder or a disk is at fault."""
+    return FOLDERS if isinstance(error, OSError) and error.errno in _OF_FOLDERS else advice
 
 
 def _names(function: Callable) -> tuple[str, ...]:

@@ -11,14 +11,20 @@ import inspect
 import os
 import re
 import shutil
+import stat
 import tempfile
 import time
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.errors import (
@@ -35,7 +41,7 @@ from transformers.utils import logging
 from .compat_dflash import copy_loading_options, find_file, pinned
 from .configuration_dflash import EXTENSIONS, check_layout
 from .custom_generate_dflash import generate as custom_generate
-from .findings_dflash import LOADING, PUSHING, SAVING, check_path, explained_for
+from .findings_dflash import LOADING, PUSHING, SAVING, check_path, explained_for, reason
 from .layouts_dflash import engines_layout, engines_remarks
 from .weights_dflash import (
     RENAMED,
@@ -59,6 +65,8 @@ PLACEHOLDER = "your-name/your-draft"
 _PLAIN_CARD = f"---\nlibrary_name: transformers\n---\n# {PLACEHOLDER}\n\nA DFlash draft model.\n"
 LAYOUT_BRANCHES: dict[str, str | None] = {"hub": None, "engines": "engines"}
 """The branch to which each layout is pushed; None is main."""
+_STAGED, _LOCK = "dflash-hub-push-", "lock"
+"""How the names of temporary folders for a push begin, and the file in them that a running push locks."""
 _LOG_IN = "Log in with a token that may write there: hf auth login, or HF_TOKEN."
 # A failed request: the HTTP client's own errors, and an answer that is cut short, which is no JSON.
 _HUB_ERRORS = (OSError, RuntimeError, ValueError, HTTPError)
@@ -210,19 +218,19 @@ class RepositoryMixin:
             check_for_engines(self.config)  # type: ignore[attr-defined]  # before a repository is created
         api = HfApi(token=token)
         repo_id = check_destination(api, repo_id, private)
-        card = card_on_hub(api, repo_id)
+        card, read = card_on_hub(api, repo_id)
         repo_id = make_repo(api, repo_id, private)
-        with tempfile.TemporaryDirectory() as folder:
+        with staging_folder() as folder:
             folders = []
             for name, branch in branches.items():
-                path = Path(folder) / name
-                with staging(name):
+                path = folder / name
+                with staging(f"The {name} layout"):
                     self.save_pretrained(path, layout=name, max_shard_size=max_shard_size)
                     (path / "README.md").unlink()
                     self.write_card(path, card, repo_id, tags=tags)
                 folders.append((path, branch))
             details = {"commit_message": commit_message, "commit_description": commit_description}
-            return upload_all(api, repo_id, folders, create_pr=create_pr, **details)[0]
+            return upload_all(api, repo_id, folders, read, create_pr=create_pr, **details)[0]
 
     def write_card(
         self,
@@ -264,19 +272,52 @@ class RepositoryMixin:
 
 
 @contextmanager
-def staging(layout: str) -> Iterator[None]:
-    """Write a layout for a push in this context, into a temporary folder.
+def staging(what: str) -> Iterator[None]:
+    """Write what is pushed in this context, into a temporary folder.
 
     Raises:
-        OSError: it could not be written; says which layout, and where such folders are made.
+        OSError: it could not be written; says what, and where such folders are made.
     """
     try:
         yield
     except OSError as error:
         raise OSError(
-            f"The {layout} layout could not be staged: {error}\nNothing was pushed. Staging needs room for two copies "
-            f"of the draft in {tempfile.gettempdir()}; TMPDIR chooses another folder."
+            f"{what} could not be staged: {error}\nNothing was pushed. Staging needs room for two copies of the draft "
+            f"in {tempfile.gettempdir()}; TMPDIR chooses another folder."
         ) from error
+
+
+@contextmanager
+def staging_folder() -> Iterator[Path]:
+    """Make a temporary folder for a push; remove it at the end, and those of pushes that were killed.
+
+    A push locks a file in its folder while it runs. Without such locks (Windows), nothing of others is removed.
+    """
+    if fcntl is None:
+        with tempfile.TemporaryDirectory(prefix=_STAGED) as folder:
+            yield Path(folder)
+        return
+    for left in Path(tempfile.gettempdir()).glob(f"{_STAGED}*"):
+        with suppress(OSError):  # another push is removing it
+            _remove_if_left(left)
+    with (
+        tempfile.TemporaryDirectory(prefix=_STAGED) as folder,
+        (Path(folder) / _LOCK).open("w") as lock,
+    ):
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield Path(folder)
+
+
+def _remove_if_left(folder: Path) -> None:
+    """Remove the folder of a push of this user's that has ended, as its lock shows; not one just made."""
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        return
+    if time.time() - found.st_mtime < 60:  # it may not be locked yet
+        return
+    with (folder / _LOCK).open("r+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder)
 
 
 @contextmanager
@@ -385,7 +426,8 @@ def check_destination(api: HfApi, repo_id: str, private: bool | None) -> str:
         found = api.model_info(full_name) if api.repo_exists(full_name) else None
     except _HUB_ERRORS as error:
         raise RuntimeError(
-            f"The Hub was asked about {repo_id} and refused: {error}\nNothing was pushed. Run the same again. {_LOG_IN}"
+            f"The Hub was asked about {repo_id} and refused: {reason(error)}\nNothing was pushed. Run the same "
+            f"again. {_LOG_IN}"
         ) from error
     owners = [who["name"], *(one["name"] for one in who.get("orgs") or ())]
     if owner not in owners:
@@ -430,15 +472,22 @@ def make_repo(api: HfApi, repo_id: str, private: bool | None) -> str:
         return api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     except _HUB_ERRORS as error:
         raise RuntimeError(
-            f"The Hub did not allow {repo_id} to be created or written: {error}\nNothing was pushed. Run the same "
-            f"again. {_LOG_IN}"
+            f"The Hub did not allow {repo_id} to be created or written: {reason(error)}\nNothing was pushed. Run "
+            f"the same again. {_LOG_IN}"
         ) from error
 
 
 def upload_all(
-    api: HfApi, repo_id: str, folders: list[tuple[Path, str | None]], **commit: Any
+    api: HfApi,
+    repo_id: str,
+    folders: list[tuple[Path, str | None]],
+    read: str | None = None,
+    **commit: Any,
 ) -> list[Any]:
     """Upload each folder to its branch, in one commit each, and return the commits.
+
+    Args:
+        read: the commit of `main` whose card the new one was made from; None if it was made from none.
 
     Raises:
         RuntimeError: the Hub did not take one; the message says which branches are new, and which are not.
@@ -446,7 +495,8 @@ def upload_all(
     done: list[Any] = []
     for folder, branch in folders:
         try:
-            done.append(upload(api, folder, repo_id, branch, **commit))
+            card_of = read if (branch or "main") == "main" else None
+            done.append(upload(api, folder, repo_id, branch, read=card_of, **commit))
         except RuntimeError as error:
             if not done:
                 raise
@@ -459,9 +509,18 @@ def upload_all(
 
 
 def upload(
-    api: HfApi, folder: Any, repo_id: str, revision: str | None = None, **commit: Any
+    api: HfApi,
+    folder: Any,
+    repo_id: str,
+    revision: str | None = None,
+    *,
+    read: str | None = None,
+    **commit: Any,
 ) -> Any:
     """Upload `folder` in one commit, to a branch that is created if missing; older weights there are deleted.
+
+    Args:
+        read: the commit on which the branch must still be; None for the one on which it is.
 
     Raises:
         RuntimeError: the Hub did not take it, or somebody else pushed meanwhile; the message says what the branch is.
@@ -471,7 +530,7 @@ def upload(
     try:
         if not commit.get("create_pr") and not branch.startswith("refs/"):
             heads = _heads(api, repo_id)
-            start, is_new = heads.get(branch, heads.get("main")), branch not in heads
+            start, is_new = read or heads.get(branch, heads.get("main")), branch not in heads
         if is_new:
             api.create_branch(repo_id, branch=branch, exist_ok=True)
         there = api.list_repo_files(repo_id, revision=start or revision)
@@ -485,8 +544,8 @@ def upload(
     except _HUB_ERRORS as error:
         state = _branch_after_failure(api, repo_id, branch, start, is_new)
         raise RuntimeError(
-            f"The Hub did not take the upload to {repo_id}: {error}\n{state} Run the same again, with a token that may "
-            "write there (hf auth login, or HF_TOKEN); files that arrived are not sent twice."
+            f"The Hub did not take the upload to {repo_id}: {reason(error)}\n{state} Run the same again, with a "
+            "token that may write there (hf auth login, or HF_TOKEN); files that arrived are not sent twice."
         ) from error
 
 
@@ -521,38 +580,40 @@ def _branch_after_failure(
         head = _heads(api, repo_id).get(branch)
         if start is not None and head not in (None, start):
             return (
-                f"The branch {branch} moved meanwhile and is at commit {head}: somebody else pushed to it, or the "
-                "answer to this push was lost."
+                f"The branch {branch} moved meanwhile and is at commit {head}: somebody else pushed to it or edited "
+                "its card, or the answer to this push was lost."
             )
         if is_new and head is not None:
             api.delete_branch(repo_id, branch=branch)
     except _HUB_ERRORS as error:
         return (
-            f"The branch {branch} could not be asked about ({error}). It is the old one or the new one, for a commit "
-            "is whole or absent."
+            f"The branch {branch} could not be asked about ({reason(error)}). It is the old one or the new one, for a "
+            "commit is whole or absent."
         )
     return f"The branch {branch} is as it was: a commit is whole or absent."
 
 
-def card_on_hub(api: HfApi, repo_id: str) -> ModelCard | None:
-    """Return the current card of `repo_id`; None without one.
+def card_on_hub(api: HfApi, repo_id: str) -> tuple[ModelCard | None, str | None]:
+    """Return the current card of `repo_id`, None without one, and its commit, None without a repository.
 
     Raises:
         ValueError: it cannot be read.
         RuntimeError: the Hub did not send it.
     """
+    commit = None
     try:
         # of this commit, since for a branch an older copy in the cache would stand in
         commit = api.model_info(repo_id).sha
         path = api.hf_hub_download(repo_id, "README.md", revision=commit)
     except (RemoteEntryNotFoundError, RepositoryNotFoundError):
-        return None
+        return None, commit
     except _HUB_ERRORS as error:
         raise RuntimeError(
-            f"The card of {repo_id} could not be read from the Hub: {error}\nNothing was pushed, so that it is not "
-            "replaced. Run the same again."
+            f"The card of {repo_id} could not be read from the Hub: {reason(error)}\nNothing was pushed, so that it is "
+            "not replaced. Run the same again."
         ) from error
-    return read_card(Path(path), f"https://huggingface.co/{repo_id}/blob/main/README.md")
+    name = f"https://huggingface.co/{repo_id}/blob/main/README.md"
+    return read_card(Path(path), name), commit
 
 
 def read_card(path: Path, name: str) -> ModelCard:

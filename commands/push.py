@@ -9,7 +9,7 @@ import typer
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.syntax import Syntax
 
-from .shared import Token, console
+from .shared import Token, console, tidy_when_terminated
 
 if TYPE_CHECKING:
     from ..publishing import Plan, Published
@@ -40,7 +40,7 @@ def push(
     metadata = {"base_model": base_model, "license": license}
     card = {key: value for key, value in metadata.items() if value}
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
+    with tidy_when_terminated(), Progress(*columns, console=console) as progress:
         task = progress.add_task("Starting", total=None)
         options = PublishOptions(private=private or None, token=token, message=message, card=card)
         run = plan if dry_run else publish

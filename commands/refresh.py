@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from .shared import Token, console
+from .shared import Token, console, tidy_when_terminated
 
 if TYPE_CHECKING:
     from ..publishing.refresh import BranchDifference
@@ -35,7 +35,7 @@ def refresh(
     logging.disable_progress_bar()
     options = RefreshOptions(token=token, dry_run=dry_run)
     options.message = message or options.message
-    with console.status("Starting") as status:
+    with tidy_when_terminated(), console.status("Starting") as status:
 
         def agree(branches: "tuple[BranchDifference, ...]") -> bool:
             status.stop()

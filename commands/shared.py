@@ -2,6 +2,10 @@
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
 """Share the console, options and the table of speeds between commands."""
 
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -24,6 +28,20 @@ Capture = Annotated[
         help="Execution mode: auto, eager, graphs (CUDA) or compile (about 30 s warm-up)."
     ),
 ]
+
+
+@contextmanager
+def tidy_when_terminated() -> Iterator[None]:
+    """Let SIGTERM end what runs in this context as an exception does, so that it removes its temporary folders."""
+
+    def end(number: int, frame: Any) -> None:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def load_tokenizer(target: str) -> Any:

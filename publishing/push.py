@@ -26,6 +26,7 @@ from ..repository_dflash import (
     check_destination,
     make_repo,
     staging,
+    staging_folder,
     upload_all,
 )
 from .contents import Contents, LeftOut, contents
@@ -107,13 +108,13 @@ def publish(
     options = _options(options)
     api = HfApi(token=options.token)
     with _staged(api, directory, repo_id, options, report) as (draft, folders, found, repo_id):
-        card = _existing_card(found, api, repo_id)
+        card, read = _existing_card(found, api, repo_id)
         repo_id = make_repo(api, repo_id, options.private)
         for path, _ in folders:
             (path / "README.md").unlink()
             draft.write_card(path, card, repo_id)
         report("Pushing the hub layout to main, the engines layout to engines")
-        commits = upload_all(api, repo_id, folders, commit_message=options.message)
+        commits = upload_all(api, repo_id, folders, read, commit_message=options.message)
     main, engines = (commit.oid for commit in commits)
     return Published(repo_id, main, engines, found.left_out)
 
@@ -169,12 +170,12 @@ def _staged(
     found = contents(directory)
     report("Loading the draft")
     draft = load_draft(directory)
-    with tempfile.TemporaryDirectory() as folder:
+    with staging_folder() as folder:
         folders = []
         for layout, branch in LAYOUT_BRANCHES.items():
-            path = Path(folder) / layout
+            path = folder / layout
             report(f"Staging and checking the {layout} layout")
-            with staging(layout):
+            with staging(f"The {layout} layout"):
                 stage(draft, path, layout, options.card)
                 for picture in found.pictures:  # the card may show them
                     shutil.copyfile(picture, path / picture.name, follow_symlinks=False)
@@ -216,7 +217,7 @@ def load_apart(folder: Path) -> dict[str, Any]:
         ValueError: it does not load there.
     """
     probe = Path(__file__).with_name("probe.py")
-    with tempfile.TemporaryDirectory() as modules:
+    with tempfile.TemporaryDirectory(dir=folder.parent) as modules:
         env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": modules}
         command = [sys.executable, "-I", str(probe), str(folder)]
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
@@ -238,8 +239,14 @@ def check_same_tensors(folder: Path, loaded: dict[str, str], expected: dict[str,
         )
 
 
-def _existing_card(found: Contents, api: HfApi, repo_id: str) -> ModelCard | None:
-    """Return the card to complete: the folder's if a person wrote it, else the Hub's, else the folder's, else None."""
+def _existing_card(
+    found: Contents, api: HfApi, repo_id: str
+) -> tuple[ModelCard | None, str | None]:
+    """Return the card to complete, and the commit on the Hub whose card was read.
+
+    It is the folder's card if a person wrote it, else the Hub's, else the folder's, else None.
+    """
     if found.card is not None and PLACEHOLDER not in found.card.text:
-        return found.card
-    return card_on_hub(api, repo_id) or found.card
+        return found.card, None
+    card, commit = card_on_hub(api, repo_id)
+    return card or found.card, commit

@@ -12,7 +12,6 @@ import io
 import json
 import re
 import shutil
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -30,10 +29,11 @@ from safetensors import safe_open
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from ..configuration_dflash import __version__
+from ..findings_dflash import advice_on, reason
 from ..kinds import KINDS
 from ..layouts_dflash import engines_layout
 from ..modeling_dflash import DFlashDraftModel
-from ..repository_dflash import check_repo_id, custom_generate
+from ..repository_dflash import check_repo_id, custom_generate, staging, staging_folder
 from ..weights_dflash import verify_downloads
 from .probe import digest
 from .push import ENGINES_BRANCH, check_same_tensors, hub_files, load_apart
@@ -176,8 +176,9 @@ def check_branch(branch: "_Branch") -> None:
         ValueError: it does not load, or a tensor or a value of config.json differs.
         RuntimeError: the weights could not be downloaded.
     """
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with staging_folder() as parent:
+        folder = parent / branch.name
+        folder.mkdir()
         weights = branch.stage(folder)
         loaded = load_apart(folder)
         dtype = branch.config.get("dtype", branch.config.get("torch_dtype"))
@@ -331,13 +332,14 @@ class _Branch:
             )
         except _HUB_ERRORS as error:
             raise _read_error(self.repo_id, error) from error
-        for path, file in json_files.items():
-            shutil.copyfile(file, folder / path)
-        for path, file in weights.items():
-            _link(file.resolve(), folder / path)
-        for path, content in self.wanted.items():
-            (folder / path).parent.mkdir(exist_ok=True)
-            (folder / path).write_bytes(content)
+        with staging(f"The new {self.label}"):
+            for path, file in json_files.items():
+                shutil.copyfile(file, folder / path)
+            for path, file in weights.items():
+                _link(file.resolve(), folder / path)
+            for path, content in self.wanted.items():
+                (folder / path).parent.mkdir(exist_ok=True)
+                (folder / path).write_bytes(content)
         return [folder / path for path in weights]
 
     def _weights(self) -> list[str]:
@@ -401,8 +403,8 @@ def _commit(
                 "Run the same again; it reads the new state of the branch."
             ) from error
         raise RuntimeError(
-            f"The new code could not be pushed to {repo_id} (branch {found.branch}): {error}\n{on_hub} Run the same "
-            "again with a token that has write access (hf auth login, or HF_TOKEN); it completes what is missing."
+            f"The new code could not be pushed to {repo_id} (branch {found.branch}): {reason(error)}\n{on_hub} Run the "
+            "same again with a token that has write access (hf auth login, or HF_TOKEN); it completes what is missing."
         ) from error
     return info.oid
 
@@ -429,9 +431,13 @@ def _on_hub_now(done: dict[str, str], failed: str, answered: bool) -> str:
 
 def _read_error(repo_id: str, error: Exception) -> RuntimeError:
     """Return the error for a repository that cannot be read."""
+    advice = (
+        "Run the same again with a connection, the right name, and a token with read and write access (hf auth login, "
+        "or HF_TOKEN)."
+    )
     return RuntimeError(
-        f"{repo_id} could not be read from the Hub: {error}\nNothing was pushed: all is as it was. Run the same again "
-        "with a connection, the right name, and a token with read and write access (hf auth login, or HF_TOKEN)."
+        f"{repo_id} could not be read from the Hub: {reason(error)}\nNothing was pushed: all is as it was. "
+        f"{advice_on(error, advice)}"
     )
 
 

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 MODELS = ("transformers.models.auto.modeling_auto", "transformers.models.qwen3.modeling_qwen3", "safetensors.torch")
 """What everyone imports who loads and runs a model by name."""
 TRAINING = (*MODELS, "transformers.trainer", "accelerate", "datasets", "dflash_hub.training")
+TRAINING += ("matplotlib.projections", "matplotlib.backends.backend_agg")  # for the plot of a saved draft
 
 
 class Done(NamedTuple):

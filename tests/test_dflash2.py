@@ -242,11 +242,9 @@ def test_a_walk_coupled_to_the_noise_is_accepted_more_often(pair):
 
 def test_three_sampled_tokens_are_distributed_as_generate_distributes_them(monkeypatch):
     """8,000 triples with the draft and without, as in the sampling tests; right code fails once in 10,000 seeds."""
-    from test_sampling import triples, two_sample_excess
+    from test_sampling import small_pair, triples, two_sample_excess
 
-    target = tiny.target("qwen3")
-    draft = tiny.draft(target, block_size=3, **tiny.SECOND)
-    monkeypatch.setattr("dflash_hub.cache_dflash.BUCKET", 16)
+    target, draft = small_pair(monkeypatch, **tiny.SECOND)
     asked = {"top_k": 5, "top_p": 0.9, "temperature": 1.3}
     torch.manual_seed(1)
     plain = triples(target, **asked)
@@ -427,17 +425,17 @@ def test_options_of_the_trainer_hold_for_it_too(tmp_path, options):
     assert trainer.state.log_history[-2]["loss"] < 8
 
 
-@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
-def test_two_processes_are_one_with_twice_the_batch(tmp_path, how, train_apart):
+def test_two_processes_are_one_with_twice_the_batch(tmp_path, train_apart):
     options = {"packing": False, "max_steps": 4}
     one = train_apart(tmp_path / "one", "--second", per_device_train_batch_size=4, **options)
-    sharded = {"fsdp": True, "fsdp_config": {"fsdp_version": 2}} if how == "fsdp2" else {}
-    options |= {"per_device_train_batch_size": 2, "ddp_backend": "gloo", **sharded}
-    two = train_apart(tmp_path / "two", "--second", processes=2, **options)
-    assert list(two["losses"].values()) == pytest.approx(list(one["losses"].values()), rel=1e-4)
-    weights = [load_file(tmp_path / name / "draft" / "model.safetensors") for name in ("one", "two")]
-    for name, values in weights[0].items():
-        torch.testing.assert_close(weights[1][name], values, rtol=1e-3, atol=1e-4)
+    weights = load_file(tmp_path / "one" / "draft" / "model.safetensors")
+    options |= {"per_device_train_batch_size": 2, "ddp_backend": "gloo"}
+    for how, more in (("ddp", {}), ("fsdp2", {"fsdp": True, "fsdp_config": {"fsdp_version": 2}})):
+        two = train_apart(tmp_path / how, "--second", processes=2, **options, **more)
+        assert list(two["losses"].values()) == pytest.approx(list(one["losses"].values()), rel=1e-4)
+        found = load_file(tmp_path / how / "draft" / "model.safetensors")
+        for name, values in weights.items():
+            torch.testing.assert_close(found[name], values, rtol=1e-3, atol=1e-4)
 
 
 # On the Hub ---------------------------------------------------------------------------------------------------------

@@ -264,10 +264,19 @@ def test_two_threads_on_one_target_take_turns(pair):
 
 @pytest.mark.filterwarnings("ignore")
 def test_traced_blocks_give_the_same_text_while_batches_change_and_buffers_grow(monkeypatch):
-    """The graphs that were traced, with their guards, run as they are; to compile each of them takes a minute."""
+    """The graphs that were traced, with their guards, run as they are; to compile each of them takes a minute.
+
+    The target has a layer of either kind of attention.
+    """
+    kinds = {
+        "model_type": "gemma3_text",
+        "layer_types": ["sliding_attention", "full_attention"],
+        "num_hidden_layers": 2,
+    }
+    monkeypatch.setitem(tiny.FAMILIES, "gemma3 of two layers", tiny.FAMILIES["gemma3_text"] | kinds)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    target = tiny.target("gemma3_text")
-    draft = tiny.draft(target)
+    target = tiny.target("gemma3 of two layers")
+    draft = tiny.draft(target, target_layer_ids=[0, 1], num_hidden_layers=1)
     for rows, length, new in ((1, 240, 40), (3, 12, 20)):
         inputs = tiny.batch(length, pads=(0, 3, 5)[:rows])
         asked = inputs | {"max_new_tokens": new, "do_sample": False}

@@ -241,7 +241,11 @@ def test_a_revision_pins_weights_and_config(hub, repo_id, draft):
 # Publishing ------------------------------------------------------------------------------------------------------
 
 
-def test_publish_puts_the_hub_layout_on_main_and_the_engines_layout_on_its_branch(hub, repo_id, fresh_process):
+def test_publish_puts_the_hub_layout_on_main_and_the_engines_layout_on_its_branch(
+    hub, repo_id, fresh_process, forked_probe, apart
+):
+    """One layout is checked in a process that is new, as both are on users' machines."""
+    apart.add("engines")
     options = PublishOptions(card={"base_model": "tester/tiny-target", "license": "apache-2.0"})
     steps: list[str] = []
     done = publish(TINY / "draft", repo_id, options, report=steps.append)
@@ -616,6 +620,20 @@ def test_bytes_that_do_not_match_their_hash_are_refused_and_not_kept(hub, repo_i
             DFlashDraftModel.from_pretrained(repo_id)
     hub.state.lfs[sha] = good
     assert digests(DFlashDraftModel.from_pretrained(repo_id)) == digests(draft)
+
+
+@pytest.mark.parametrize("load", [DFlashDraftModel.from_pretrained, load_draft], ids=["from_pretrained", "load_draft"])
+def test_a_config_that_does_not_match_its_hash_is_refused_and_not_kept(hub, repo_id, draft, load):
+    """It is a valid one, of another draft."""
+    draft.push_to_hub(repo_id)
+    entry = hub.state.repos["models", repo_id].resolve("main").tree["config.json"]
+    good, entry.data = entry.data, entry.data.replace(b'"sliding_window": 8', b'"sliding_window": 9')
+    assert entry.data != good
+    for _ in range(2):
+        with pytest.raises(OSError, match=r"config\.json of .* arrived damaged: its hash of git is .*load again"):
+            load(repo_id)
+    entry.data = good
+    assert load(repo_id).config.sliding_window == 8
 
 
 def test_a_download_that_breaks_off_leaves_nothing_that_loads(hub, repo_id, draft):

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModel
 
 import tiny
 from dflash_hub import DFlashDraftModel, load_draft
+from dflash_hub.publishing import push as pushing
 from dflash_hub.publishing import refresh as refreshing
 from dflash_hub.publishing.probe import digests
 from dflash_hub.publishing.refresh import refresh, travelling_code
@@ -335,8 +336,9 @@ def test_after_a_fault_all_is_old_or_new_and_a_second_run_completes(hub, way, fa
     if says in (OLD, NEW):
         assert way.act() == says
     else:
-        with pytest.raises((OSError, RuntimeError), match=says):
+        with pytest.raises((OSError, RuntimeError), match=says) as error:
             way.act()
+        assert ("The Hub asks to wait 7 seconds." in str(error.value)) == (fault.retry_after == 7)
     assert fault.struck
     assert 8 in waits or not (fault.times == 1 and fault.retry_after)  # the client adds a second
     assert not [request for request in hub.state.log if request["origin"] == "cdn" and request["auth"]]
@@ -409,7 +411,9 @@ def test_a_revision_that_moves_while_it_is_read_gives_one_commit(hub, repo_id, c
     assert move.struck
 
 
-@pytest.mark.parametrize(("at", "loses"), [("/refs", False), ("PUT", True), ("/commit/main", True)], ids="123")
+@pytest.mark.parametrize(
+    ("at", "loses"), [("/whoami", False), ("/refs", True), ("PUT", True), ("/commit/main", True)], ids="1234"
+)
 def test_of_two_pushes_at_once_one_wins_and_the_other_hears_of_it(hub, repo_id, drafts, configured, at, loses):
     """The second comes in while the first is at work, and brings shards, which the first would leave behind."""
     way = Push(hub, repo_id, drafts)
@@ -425,6 +429,24 @@ def test_of_two_pushes_at_once_one_wins_and_the_other_hears_of_it(hub, repo_id, 
     way.push(NEW)
     assert meanwhile.struck
     assert [path for path in way.tree() if "safetensors" in path] == ["model.safetensors"]
+    assert digests(load_draft(repo_id)) == digests(drafts[NEW])
+
+
+@pytest.mark.parametrize("publishes", [False, True], ids=["push_to_hub", "publish"])
+def test_a_card_that_is_edited_during_a_push_is_not_overwritten(hub, repo_id, drafts, publishes, tmp_path, monkeypatch):
+    monkeypatch.setattr(pushing, "check_staged", lambda draft, folder: None)  # slow, and tested elsewhere
+    way = Push(hub, repo_id, drafts)
+    words = b"---\nlicense: mit\n---\n# Words of its owner\n"
+    edited = Fault("meanwhile", meanwhile=lambda: put(way.repository(), "main", {"README.md": words}), times=1)
+    hub.state.fail["/refs"] = edited
+    drafts[NEW].save_pretrained(tmp_path)
+    push = (lambda: pushing.publish(tmp_path, repo_id)) if publishes else lambda: way.push(NEW)
+    with pytest.raises(RuntimeError, match=r"(?s)main moved meanwhile.* edited its card.* Run the same again"):
+        push()
+    assert way.tree()["README.md"].data == words
+    push()
+    assert edited.struck
+    assert b"# Words of its owner" in way.tree()["README.md"].data
     assert digests(load_draft(repo_id)) == digests(drafts[NEW])
 
 

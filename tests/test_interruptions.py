@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import tempfile
 import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,12 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import HfApi
 
 import tiny
 import training_run
-from dflash_hub import DFlashDraftModel
+from dflash_hub import DFlashDraftModel, load_draft
 from dflash_hub.publishing.probe import digests
+from dflash_hub.repository_dflash import staging_folder
 from dflash_hub.training.regenerate import regenerate
+from hubserver import Fault
 from paths import ROOT, TINY
 
 KILLS = f"import sys; sys.path[:0] = [{str(ROOT / 'benchmarks')!r}, {str(ROOT / 'tests')!r}]; import kills; "
@@ -188,6 +192,21 @@ def test_a_layout_that_meets_a_full_disk_is_named_and_nothing_is_pushed(hub, rep
     assert not hub.state.repos
 
 
+def test_a_refresh_that_meets_a_full_disk_is_named_and_nothing_is_pushed(hub, repo_id, servers, tiny_draft):
+    tiny_draft.push_to_hub(repo_id, layouts=("hub",))
+    HfApi().upload_file(path_or_fileobj=b"# old", path_in_repo="sampling_dflash.py", repo_id=repo_id)
+    load_draft(repo_id)  # so that the weights are in the cache
+    before = hub.state.repos["models", repo_id].branches["main"]
+    step = f"""
+        from dflash_hub.publishing.refresh import refresh
+        refresh({repo_id!r}, report=lambda step: "Checking" in step and disk(5_000))
+    """
+    said = full_disk(servers.models, step)
+    assert said.startswith(f"The new {repo_id} (branch main) could not be staged: ")
+    assert "Nothing was pushed. Staging needs room for two copies of the draft in" in said
+    assert hub.state.repos["models", repo_id].branches["main"] == before
+
+
 # Folders that cannot be written --------------------------------------------------------------------------------------
 
 
@@ -225,11 +244,49 @@ def test_runs_ended_by_each_signal_and_resumed_are_those_that_were_not(hub, serv
     assert json.loads(done.stdout.splitlines()[-1])["job"] == job
 
 
+PUSH = """
+import os, sys, tempfile
+from pathlib import Path
+from dflash_hub import cli
+from dflash_hub.publishing import push
+push.check_staged = lambda draft, folder: None
+tempfile.tempdir = {folder!r}
+Path({pid!r}).write_text(str(os.getpid()))
+sys.argv = ["dflash-hub", "push", {draft!r}, {repo!r}]
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_push_that_is_ended_removes_its_folder_or_a_later_push_does(
+    hub, repo_id, servers, tmp_path, tiny_draft, monkeypatch, number
+):
+    folder, pid = tmp_path / "temporary", tmp_path / "pid"
+    folder.mkdir()
+    kill = Fault("meanwhile", meanwhile=lambda: os.kill(int(pid.read_text()), number), times=1)
+    hub.state.fail["/preupload/main"] = kill
+    code = PUSH.format(folder=str(folder), pid=str(pid), draft=str(TINY / "draft"), repo=repo_id)
+    done = servers.models.run(code=code)
+    assert kill.struck
+    assert done.returncode == (143 if number == signal.SIGTERM else -9), done.stderr
+    left = list(folder.iterdir())
+    assert len(left) == (number == signal.SIGKILL)
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    with staging_folder() as running:
+        os.utime(running, (0, 0))
+        tiny_draft.push_to_hub(repo_id, layouts=("hub",))
+        assert {*folder.iterdir()} == {*left, running}  # it may be of a push that begins
+        for one in left:
+            os.utime(one, (0, 0))
+        tiny_draft.push_to_hub(repo_id, layouts=("hub",))
+        assert list(folder.iterdir()) == [running]
+
+
 # Many decodes --------------------------------------------------------------------------------------------------------
 
 
 def test_many_decodes_leave_no_memory_hook_thread_or_file(servers):
-    done = servers.training.run(code=KILLS + "kills.main(['--jobs', 'decodes', '--decodes', '60', '--longest', '60'])")
+    done = servers.training.run(code=KILLS + "kills.main(['--jobs', 'decodes', '--decodes', '40', '--longest', '40'])")
     assert done.returncode == 0, done.stderr
 
 

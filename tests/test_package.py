@@ -1,6 +1,8 @@
 """What is shipped: every file in every kind of install, and nothing that travels leaning on what does not."""
 
 import ast
+import fcntl
+import os
 import re
 import subprocess
 import sys
@@ -82,11 +84,18 @@ def test_travelling_files_import_only_each_other_and_what_every_transformers_has
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory):
-    """An sdist, and a wheel built from that sdist."""
-    folder = tmp_path_factory.mktemp("dist")
+    """An sdist, and a wheel built from that sdist, once for all workers.
+
+    setuptools collects an sdist in the folder that it packs, so one build at a time.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "dist"
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    with (ROOT / "pyproject.toml").open() as locked:
+        fcntl.flock(locked, fcntl.LOCK_EX)
+        if not list(folder.glob("*.whl")):
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return next(folder.glob("*.tar.gz")), next(folder.glob("*.whl"))
 
 
@@ -113,7 +122,7 @@ def test_the_wheel_installs_and_its_demo_runs_elsewhere(built, tmp_path):
     borrowed = [path for path in sys.path if path.endswith("site-packages")]
     (site / "borrowed.pth").write_text("\n".join(borrowed))
     code = "import dflash_hub, sys; print(dflash_hub.__file__); from dflash_hub.cli import main; main()"
-    command = [home / "bin" / "python", "-c", code, "demo", "--prompts", "1", "--capture", "off"]
+    command = [home / "bin" / "python", "-I", "-c", code, "demo", "--prompts", "1", "--capture", "off"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(str(home))

@@ -19,7 +19,7 @@ from paths import ROOT
 
 def test_a_run_killed_at_any_step_and_resumed_is_the_run_that_was_not(tmp_path, train_apart):
     """Killed by SIGKILL, with a checkpoint every third step: losses and weights are the same, bit by bit."""
-    options = {"save_strategy": "steps", "save_steps": 3, "max_steps": 10, "gradient_accumulation_steps": 2}
+    options = {"save_strategy": "steps", "save_steps": 3, "max_steps": 7, "gradient_accumulation_steps": 2}
     options |= {"per_device_train_batch_size": 2}
     whole = train_apart(tmp_path / "whole", **options)
     for step in (4, 6):
@@ -54,19 +54,18 @@ def test_a_pickle_in_a_checkpoint_is_not_executed_on_resuming(tmp_path, file):
     assert not trace.exists()
 
 
-@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
-def test_two_processes_are_one_with_twice_the_batch(tmp_path, how, train_apart):
+def test_two_processes_are_one_with_twice_the_batch(tmp_path, train_apart):
     """Rows divide evenly among steps here; else processes repeat some at the end of an epoch, as always."""
     one = train_apart(tmp_path / "one", per_device_train_batch_size=4, packing=False)
-    sharded = {"fsdp": True, "fsdp_config": {"fsdp_version": 2}} if how == "fsdp2" else {}
-    two = train_apart(
-        tmp_path / "two", processes=2, per_device_train_batch_size=2, packing=False, ddp_backend="gloo", **sharded
-    )
-    assert list(two["losses"].values()) == pytest.approx(list(one["losses"].values()), rel=1e-4)
-    assert two["figures"] == pytest.approx(one["figures"], rel=0.05)
-    weights = [load_file(tmp_path / name / "draft" / "model.safetensors") for name in ("one", "two")]
-    for name, values in weights[0].items():
-        torch.testing.assert_close(weights[1][name], values, rtol=1e-3, atol=1e-4)
+    weights = load_file(tmp_path / "one" / "draft" / "model.safetensors")
+    options = {"packing": False, "per_device_train_batch_size": 2, "ddp_backend": "gloo"}
+    for how, more in (("ddp", {}), ("fsdp2", {"fsdp": True, "fsdp_config": {"fsdp_version": 2}})):
+        two = train_apart(tmp_path / how, processes=2, **options, **more)
+        assert list(two["losses"].values()) == pytest.approx(list(one["losses"].values()), rel=1e-4)
+        assert two["figures"] == pytest.approx(one["figures"], rel=0.05)
+        found = load_file(tmp_path / how / "draft" / "model.safetensors")
+        for name, values in weights.items():
+            torch.testing.assert_close(found[name], values, rtol=1e-3, atol=1e-4)
 
 
 def test_accumulated_gradients_are_those_of_the_larger_batch(tmp_path):
@@ -138,7 +137,7 @@ def test_learning_shows_in_loss_and_acceptance_on_held_out_text(tmp_path, tiny_t
     rows = [{"input_ids": ids, "supervised": [0] * 8 + [1] * 88} for ids in text.tolist()]
     args = DFlashTrainingArguments(
         str(tmp_path),
-        **training_run.SMALL | {"max_steps": 80, "learning_rate": 6e-3, "max_length": 96, "num_anchors": 16},
+        **training_run.SMALL | {"max_steps": 50, "learning_rate": 1e-2, "max_length": 96, "num_anchors": 16},
         eval_acceptance_prompts=4,
         eval_acceptance_tokens=48,
     )
@@ -147,8 +146,8 @@ def test_learning_shows_in_loss_and_acceptance_on_held_out_text(tmp_path, tiny_t
     trainer.train()
     after = trainer.evaluate()
     assert after["eval_loss"] < 0.7 * before["eval_loss"]
-    assert before["eval_acceptance_length"] < 1.05
-    assert after["eval_acceptance_length"] > 1.12
+    assert before["eval_acceptance_length"] < 1.02
+    assert after["eval_acceptance_length"] > 1.05
     assert after["eval_decoded_acceptance_length"] > before["eval_decoded_acceptance_length"] + 0.02
 
 

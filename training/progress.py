@@ -100,7 +100,8 @@ def draw(path: Path, history: list[dict[str, float]]) -> bool:
     drawn = {key for series in panels.values() for key in series.values()}
     if not any(drawn & line.keys() for line in history):
         return False
-    figure = Figure(figsize=(11, 3.2), layout="constrained")
+    figure = Figure(figsize=(11, 3.2))
+    figure.subplots_adjust(left=0.05, right=0.99, bottom=0.16, top=0.9, wspace=0.18)
     *line_axes, accuracy_axes = figure.subplots(1, 3)
     for axes, (title, series) in zip(line_axes, panels.items(), strict=True):
         _draw_lines(axes, series, history)
