@@ -134,7 +134,16 @@ def _write_card(*args: Any) -> None:
     write_card(*args)
 
 
+def _write_layout(*args: Any, **kwargs: Any) -> list[str]:
+    """Write a draft in the layout of another project; import the code for it only then."""
+    from .publishing.layouts import write_layout
+
+    return write_layout(*args, **kwargs)
+
+
 EXTENSIONS.read_layout = read_layout
+EXTENSIONS.other_layouts = ("speculators", "muse")
+EXTENSIONS.write_layout = _write_layout
 EXTENSIONS.write_card = _write_card
 for _kind in KINDS.values():
     _register(_kind.config_class)

@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from .commands.convert import convert
 from .commands.demo import demo
 from .commands.drafts import drafts
 from .commands.generate import generate
@@ -37,6 +38,7 @@ app.command()(drafts)
 app.command()(resolve)
 app.command(context_settings=PASS_ALL_OPTIONS, add_help_option=False)(train)
 app.command()(regenerate)
+app.command()(convert)
 app.command()(push)
 app.command()(refresh)
 

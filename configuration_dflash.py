@@ -61,10 +61,14 @@ class Extensions:
     Args:
         read_layout: reads a config.json. The default reads the hub and the engines layout, the package's any layout.
         write_card: writes a model card from the package's template. With None, the existing card is passed on.
+        other_layouts: names of the layouts of other projects that `write_layout` writes.
+        write_layout: writes config and weights of a draft into a folder, in one of them; returns remarks.
     """
 
     read_layout: Callable[[dict[str, Any], dict[str, Any], str], dict[str, Any]] = read_own_layout
     write_card: Callable[..., None] | None = None
+    other_layouts: tuple[str, ...] = ()
+    write_layout: Callable[..., list[str]] | None = None
 
 
 EXTENSIONS = Extensions()
@@ -458,7 +462,7 @@ class DFlashConfig(PretrainedConfig):
         self, save_directory: Any, push_to_hub: bool = False, layout: str = "hub", **kwargs: Any
     ):
         """Write config.json in the hub layout, or with `layout="engines"` in the layout that serving engines load."""
-        if check_layout(layout) == "engines":
+        if check_layout(layout, LAYOUTS) == "engines":
             if push_to_hub:
                 raise ValueError(
                     "A config alone is not pushed in the engines layout; push the draft: draft.push_to_hub()."
@@ -529,10 +533,18 @@ def build_target_layer_ids(num_target_layers: int, num_draft_layers: int = 5) ->
     return [round(first + index * (last - first) / (taps - 1)) for index in range(taps)]
 
 
-def check_layout(layout: str) -> str:
-    """Return `layout`; raise a ValueError if it is not a layout that can be written."""
-    if layout not in ("hub", "engines"):
-        raise ValueError(f"layout is {layout!r}; it must be 'hub' (the default) or 'engines'.")
+LAYOUTS = ("hub", "engines")
+"""The layouts in which a repository is complete: with code, and a card."""
+
+
+def check_layout(layout: str, layouts: tuple[str, ...]) -> str:
+    """Return `layout`; raise a ValueError if it is not one of `layouts`, which can be written here."""
+    if layout not in list(layouts):
+        more = ""
+        if not EXTENSIONS.other_layouts:
+            more = " Importing dflash_hub, where it is installed, adds those of other projects."
+        names = ", ".join(map(repr, layouts))
+        raise ValueError(f"layout is {layout!r}; it must be one of {names}.{more}")
     return layout
 
 

@@ -39,7 +39,7 @@ from transformers.configuration_utils import PretrainedConfig
 from transformers.utils import logging
 
 from .compat_dflash import copy_loading_options, find_file, pinned
-from .configuration_dflash import EXTENSIONS, check_layout
+from .configuration_dflash import EXTENSIONS, LAYOUTS, check_layout
 from .custom_generate_dflash import generate as custom_generate
 from .findings_dflash import LOADING, PUSHING, SAVING, check_path, explained_for, reason
 from .layouts_dflash import engines_layout, engines_remarks
@@ -139,13 +139,17 @@ class RepositoryMixin:
         """Write a complete repository: config, weights, travelling files and model card. An existing card stays.
 
         Args:
-            layout: "hub", which transformers loads; or "engines", which vLLM, SGLang and others load. A UserWarning
-                names what one of them does not read.
+            layout: "hub", which transformers loads; or "engines", which vLLM, SGLang and others load. With dflash_hub
+                imported, also "speculators" and "muse", which hold config and weights alone. A UserWarning names what
+                one of the readers does not read.
             push_to_hub: push the draft too, to `repo_id` or the folder's name.
         """
         hub_keys = ("repo_id", "commit_message", "private", "create_pr", "revision", "token")
         hub_kwargs = {key: kwargs.pop(key) for key in hub_keys if key in kwargs}
-        check_layout(layout)
+        check_layout(layout, (*LAYOUTS, *EXTENSIONS.other_layouts))
+        if layout in EXTENSIONS.other_layouts:
+            self._save_elsewhere(save_directory, layout, push_to_hub, **kwargs)
+            return
         # `save_original_format` would undo the renaming of `RENAMED`
         save = functools.partial(super().save_pretrained, save_original_format=False, **kwargs)  # type: ignore[misc]
         if not kwargs.get("is_main_process", True):
@@ -168,6 +172,21 @@ class RepositoryMixin:
         if push_to_hub:
             repo_id = hub_kwargs.pop("repo_id", Path(save_directory).name)
             self.push_to_hub(repo_id, layout=layout, **hub_kwargs)
+
+    def _save_elsewhere(
+        self, save_directory: Any, layout: str, push_to_hub: bool, **kwargs: Any
+    ) -> None:
+        """Write config and weights in the layout of another project."""
+        if push_to_hub:
+            raise ValueError(
+                f"A draft is not pushed in the {layout} layout by save_pretrained; save it, and upload the folder: "
+                "hf upload."
+            )
+        write: Any = EXTENSIONS.write_layout
+        with written_whole(save_directory) as folder:
+            remarks = write(self, folder, layout, **kwargs)
+        for remark in remarks:
+            warnings.warn(remark, UserWarning, stacklevel=3)
 
     def _write_code(self, folder: Path, layout: str) -> None:
         """Write the travelling files that transformers does not, and the config of the engines layout."""
@@ -387,7 +406,7 @@ def choose_branches(
     names = (layout,) if layout is not None else layouts
     names = tuple(names or (("hub",) if one_branch else LAYOUT_BRANCHES))
     for name in names:
-        check_layout(name)
+        check_layout(name, LAYOUTS)
     if not one_branch:
         return {name: LAYOUT_BRANCHES[name] for name in names}
     if len(names) > 1:

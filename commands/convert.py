@@ -1,0 +1,63 @@
+# Copyright 2026 the dflash-hub authors.
+# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+"""`dflash-hub convert`: write a draft in another layout."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+
+from .shared import console
+
+if TYPE_CHECKING:
+    from ..publishing.convert import Conversion
+
+
+def convert(
+    source: Annotated[str, typer.Argument(help="Hub id or folder of the draft, in any layout.")],
+    destination: Annotated[Path, typer.Argument(help="Folder to write.")],
+    layout: Annotated[
+        str, typer.Option(help="hub, engines, speculators or muse; see docs/layouts.md.")
+    ],
+    revision: Annotated[str | None, typer.Option(help="Commit or branch of the draft.")] = None,
+    base_model: Annotated[
+        str | None, typer.Option(help="Hub id of the target, which speculators names.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be written, write nothing.")
+    ] = False,
+) -> None:
+    """Write a draft in another layout, with every tensor bit-equal; weights are copied and never held in memory."""
+    from transformers.utils import logging
+
+    from ..publishing.convert import convert, plan_conversion
+
+    logging.disable_progress_bar()
+    if dry_run:
+        done = plan_conversion(source, layout, revision, base_model)
+    else:
+        done = convert(source, destination, layout, revision, base_model)
+    _show(done)
+    if dry_run and done.config is not None:
+        console.print_json(json.dumps(done.config))
+    written = (
+        "Nothing was written."
+        if dry_run
+        else f"Written to [bold]{escape(str(destination))}[/bold]."
+    )
+    console.print(written, highlight=False)
+
+
+def _show(done: "Conversion") -> None:
+    """Print what is converted, and what of it changes."""
+    size = f"{done.size / 2**20:,.1f} MiB"
+    what = f"{done.title} draft, {size}: {done.source_layout} layout to {done.layout} layout"
+    console.print(what, highlight=False)
+    for old, new in done.renamed.items():
+        console.print(f"  {old} is written as {new}", highlight=False, soft_wrap=True)
+    for name in done.left_out:
+        console.print(f"  {name} is left out: no draft needs it", highlight=False, soft_wrap=True)
+    for remark in done.remarks:
+        console.print(f"[yellow]{escape(remark)}[/yellow]", soft_wrap=True)

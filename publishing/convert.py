@@ -1,0 +1,206 @@
+# Copyright 2026 the dflash-hub authors.
+# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+"""Convert a draft from any layout into another. Its weights are never in memory: files are mapped, and copied.
+
+The model is built without weights, and saved with the tensors of the mapped files. Names change, bits do not.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from ..compat_dflash import pinned
+from ..configuration_dflash import LAYOUTS, DFlashConfig, check_layout
+from ..findings_dflash import LOADING, check_path, explained_for, raise_first
+from ..kinds import KINDS, MUSE, kind_of
+from ..layouts import variant_of
+from ..layouts_dflash import engines_layout, engines_remarks, model_type_of
+from ..modeling_dflash import DFlashDraftModel
+from ..registry import check_folder
+from ..repository_dflash import check_repo_id
+from ..weights_dflash import RENAMED, check_no_mask_embedding, check_stored, stored_files
+from .layouts import OTHER_LAYOUTS, layout_findings
+from .layouts import renamed as renamed_for
+
+ALL_LAYOUTS = (*LAYOUTS, *OTHER_LAYOUTS)
+
+
+@dataclass
+class StoredDraft:
+    """A draft as it lies on disk.
+
+    Args:
+        model: without weights.
+        tensors: by the model's names; they lie in mapped files.
+        layout: of its config.json.
+        stored_names: name of each tensor in the files.
+        left_out: names of stored tensors that no draft needs.
+    """
+
+    model: DFlashDraftModel
+    tensors: dict[str, torch.Tensor]
+    layout: str
+    stored_names: dict[str, str]
+    left_out: list[str]
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a conversion changes.
+
+    Args:
+        title: of the kind of draft.
+        source_layout, layout: read and written.
+        config: that is written; None for the hub layout, whose fields are those of the draft's config.
+        renamed: name of each tensor before -> after, where they differ.
+        left_out: names of stored tensors that are not written.
+        size: of all tensors that are written, in bytes.
+        remarks: what readers of the layout compute otherwise.
+    """
+
+    title: str
+    source_layout: str
+    layout: str
+    config: dict[str, Any] | None
+    renamed: dict[str, str]
+    left_out: list[str]
+    size: int
+    remarks: list[str]
+
+
+@explained_for("source", "read", LOADING)
+def open_draft(source: Any, revision: str | None = None) -> StoredDraft:
+    """Read the config of a draft and map its weights into memory.
+
+    Args:
+        source: Hub id or folder, in any layout that this package reads.
+
+    Raises:
+        ValueError: the config is invalid, or the tensors are not those of such a draft.
+        OSError: there is no such draft, or it has no safetensors.
+    """
+    check_folder(source)
+    where = pinned(source, {"revision": revision}, False)
+    content, _ = DFlashConfig.get_config_dict(source, **where)
+    model_class: Any = KINDS[variant_of(content)].model_class
+    check_no_mask_embedding(source, where)
+    config = model_class.config_class.from_pretrained(source, **where)
+    config = check_stored(model_class, config, source, where)
+    files = stored_files(source, where)
+    if not files:
+        raise OSError(f"{source} has no weights in safetensors, model.safetensors or shards of it.")
+    tensors: dict[str, torch.Tensor] = {}
+    stored_names, left_out = {}, []
+    with torch.device("meta"):
+        model = model_class(config)
+    expected = model.state_dict().keys()
+    quantised = getattr(config, "quantization_config", None) is not None
+    for path in files:
+        for stored, tensor in load_file(path).items():
+            name = _own_name(stored)
+            if name in expected or quantised:
+                tensors[name], stored_names[name] = tensor, stored
+            else:
+                left_out.append(stored)
+    model.to(_dtype(tensors))
+    model.card_source = (source, where)
+    return StoredDraft(model, tensors, layout_of(content), stored_names, left_out)
+
+
+def convert(
+    source: Any,
+    destination: Any,
+    layout: str = "hub",
+    revision: str | None = None,
+    base_model: str | None = None,
+) -> Conversion:
+    """Write the draft `source` into the folder `destination`, in another layout, with every tensor bit-equal.
+
+    If it is interrupted, the folder holds what it held before.
+
+    Args:
+        layout: one of `ALL_LAYOUTS`.
+        revision: of a Hub repository.
+        base_model: Hub id of the target, for the card and for layouts that name it.
+
+    Raises:
+        ValueError: the draft is invalid, or the layout cannot say one of its fields; names it.
+        OSError: it cannot be read or written.
+    """
+    check_path("destination", destination)
+    stored, conversion = _planned(source, layout, revision, base_model)
+    stored.model.save_pretrained(
+        destination,
+        layout=layout,
+        state_dict=dict(stored.tensors),
+    )
+    return conversion
+
+
+def plan_conversion(
+    source: Any,
+    layout: str = "hub",
+    revision: str | None = None,
+    base_model: str | None = None,
+) -> Conversion:
+    """Return what `convert` would do, and write nothing. It raises what `convert` raises before it writes."""
+    return _planned(source, layout, revision, base_model)[1]
+
+
+def _planned(
+    source: Any, layout: str, revision: str | None, base_model: str | None
+) -> tuple[StoredDraft, Conversion]:
+    """Read the draft and check that the layout can hold it."""
+    check_layout(layout, ALL_LAYOUTS)
+    if base_model is not None:
+        check_repo_id(base_model)
+    stored = open_draft(source, revision)
+    if base_model is not None:
+        stored.model.card_metadata = {"base_model": base_model}
+    config, rules = stored.model.config, OTHER_LAYOUTS.get(layout)
+    content, patterns, remarks = None, {}, []
+    if rules is not None:
+        from .layouts import base_model_of
+
+        raise_first(layout_findings(config, layout))
+        content, patterns = rules.config(config, base_model_of(stored.model)), rules.renamed
+        remarks = rules.remarks(config)
+    elif layout == "engines":
+        content, remarks = engines_layout(config), engines_remarks(config)
+    names = renamed_for(dict(stored.stored_names), patterns)
+    changed = {old: new for new, old in names.items() if old != new}
+    size = sum(tensor.nbytes for tensor in stored.tensors.values())
+    title = kind_of(config).title
+    conversion = Conversion(
+        title, stored.layout, layout, content, changed, stored.left_out, size, remarks
+    )
+    return stored, conversion
+
+
+def layout_of(content: dict[str, Any]) -> str:
+    """Return the name of the layout of a config.json, or of who writes such files."""
+    if content.get("speculators_model_type"):
+        return "speculators"
+    if model_type_of(content) in KINDS:
+        return "hub"
+    names = content.get("architectures") or [""]
+    if names[0] == MUSE:
+        return "muse"
+    return "engines" if content.get("dflash_config") else "flat"
+
+
+def _own_name(stored: str) -> str:
+    """Return the model's name of a stored tensor."""
+    name = stored.removeprefix("model.")
+    for pattern, ours in RENAMED.items():
+        name = re.sub(pattern, ours, name)
+    return name
+
+
+def _dtype(tensors: dict[str, torch.Tensor]) -> torch.dtype:
+    """Return the type of the first tensor of floats."""
+    floats = (tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
+    return next(floats, torch.float32)

@@ -1,0 +1,244 @@
+"""Conversion: every kind of draft into every layout that can hold it, bit for bit, and refused by name elsewhere."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel
+
+import tiny
+from dflash_hub import load_draft
+from dflash_hub.configuration_dflash import EXTENSIONS, LAYOUTS
+from dflash_hub.kinds import KINDS
+from dflash_hub.layouts import read_layout, variant_of
+from dflash_hub.publishing.convert import ALL_LAYOUTS, convert, plan_conversion
+from dflash_hub.publishing.layouts import OTHER_LAYOUTS, layout_findings
+from paths import DATA, TINY
+
+TARGET = "org/target"
+DRAFTS = {
+    "dflash": {},
+    "dflash, a reduced vocabulary": {"draft_vocab_size": 9},
+    "dflash, its own embedding": {"has_own_embed_tokens": True},
+    "dflash, its own head": {"has_own_lm_head": True},
+    "dflash, from the anchor": {"sample_from_anchor": True},
+    "dflash, causal": {"is_causal": True},
+    "dflash, windows": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 6},
+    "dflash, windows from the anchor": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 6,
+        "window_from_anchor": True,
+    },
+    "dflash2": tiny.SECOND,
+    "dflash2, scaled": tiny.SECOND | {"output_multiplier": 0.5},
+}
+REFUSED = {
+    ("dflash, a reduced vocabulary", "muse"): "draft_vocab_size",
+    ("dflash, its own embedding", "muse"): "has_own_embed_tokens",
+    ("dflash, its own embedding", "speculators"): "has_own_embed_tokens",
+    ("dflash, its own head", "muse"): "has_own_lm_head",
+    ("dflash, its own head", "speculators"): "has_own_lm_head",
+    ("dflash, from the anchor", "muse"): "sample_from_anchor",
+    ("dflash, causal", "muse"): "is_causal",
+    ("dflash, causal", "speculators"): "is_causal",
+    ("dflash, windows", "muse"): "is_causal",
+    ("dflash, windows", "speculators"): "window_from_anchor",
+    ("dflash, windows from the anchor", "muse"): "is_causal",
+    ("dflash, windows from the anchor", "engines"): "window_from_anchor",
+    ("dflash2", "muse"): "model_type",
+    ("dflash2, scaled", "muse"): "model_type",
+    ("dflash2, scaled", "speculators"): "output_multiplier",
+}
+
+
+@pytest.fixture(scope="module")
+def target():
+    return tiny.target("qwen3")
+
+
+@pytest.fixture(scope="module")
+def saved(target, tmp_path_factory):
+    """Return a function: the name of a draft -> its folder."""
+    folders = {}
+
+    def folder(name):
+        if name not in folders:
+            folders[name] = tmp_path_factory.mktemp("draft")
+            draft = tiny.draft(target, **DRAFTS[name])
+            if draft.config.draft_vocab_size is not None:
+                draft.d2t.copy_(torch.tensor([0, 0, 1, 1, 1, 2, 2, 3, 3]))
+            draft.card_metadata = {"base_model": TARGET}
+            draft.save_pretrained(folders[name])
+        return folders[name]
+
+    return folder
+
+
+def same_tensors(one, other) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("layout", ALL_LAYOUTS)
+@pytest.mark.parametrize("name", DRAFTS)
+def test_a_draft_is_the_same_in_every_layout_or_refused_by_the_fields_name(name, layout, saved, tmp_path):
+    source = saved(name)
+    if (name, layout) in REFUSED:
+        with pytest.raises(ValueError, match=REFUSED[name, layout]):
+            convert(source, tmp_path / "out", layout)
+        assert not (tmp_path / "out").exists()
+        return
+    convert(source, tmp_path / "out", layout)
+    before, after = load_draft(source), load_draft(tmp_path / "out")
+    assert type(after) is type(before)
+    assert after.config == before.config
+    assert same_tensors(before.state_dict(), after.state_dict())
+    before.save_pretrained(tmp_path / "saved", layout=layout)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert json.loads((tmp_path / "saved" / "config.json").read_text()) == written
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("layout", ALL_LAYOUTS)
+def test_a_conversion_back_gives_the_same_files(layout, saved, tmp_path):
+    convert(saved("dflash"), tmp_path / "there", layout)
+    convert(tmp_path / "there", tmp_path / "back", "hub")
+    first = load_file(saved("dflash") / "model.safetensors")
+    assert same_tensors(first, load_file(tmp_path / "back" / "model.safetensors"))
+
+
+def test_the_muse_layout_loads_in_transformers_without_code_and_computes_the_same(saved, tmp_path):
+    convert(saved("dflash"), tmp_path, "muse")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    native, ours = AutoModel.from_pretrained(tmp_path).eval(), load_draft(saved("dflash")).eval()
+    assert type(native).__name__ == "MuseGlimmerAssistantModel"
+    noise, context = torch.randn(1, 5, 32), torch.randn(1, 7, 64)
+    positions = torch.arange(12)[None]
+    with torch.no_grad():
+        expected = ours(noise, context, position_ids=positions).last_hidden_state
+        found = native(noise, context, position_ids=positions).last_hidden_state
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
+
+
+def test_speculators_keeps_which_tokens_a_draft_knows_and_names_the_target(saved, tmp_path):
+    convert(saved("dflash, a reduced vocabulary"), tmp_path, "speculators")
+    tensors = load_file(tmp_path / "model.safetensors")
+    ids = tensors["d2t"] + torch.arange(9)
+    assert tensors["t2d"].nonzero()[:, 0].tolist() == ids.tolist()
+    content = json.loads((tmp_path / "config.json").read_text())
+    assert content["aux_hidden_state_layer_ids"] == [1, 3]
+    assert content["speculators_config"]["verifier"]["name_or_path"] == TARGET
+    assert content["speculators_config"]["proposal_methods"][0]["speculative_tokens"] == 4
+    assert content["sliding_window_non_causal"]  # false means causal to vLLM 0.26 to 0.33
+
+
+def test_speculators_asks_for_a_target_that_no_card_names(target, tmp_path):
+    tiny.draft(target).save_pretrained(tmp_path / "draft")
+    with pytest.raises(ValueError, match="--base-model"):
+        convert(tmp_path / "draft", tmp_path / "out", "speculators")
+    convert(tmp_path / "draft", tmp_path / "out", "speculators", base_model=TARGET)
+
+
+@pytest.mark.parametrize("path", sorted((DATA / "published_configs").glob("*.json")), ids=lambda path: path.stem)
+def test_a_published_config_reads_back_equal_from_every_layout_that_can_hold_it(path):
+    content = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        kind = KINDS[variant_of(content)]
+        config = kind.config_class.from_dict(content)
+    except ValueError:
+        pytest.skip("this package does not read it, or asks for a field; tests/test_config.py checks which")
+    for layout, rules in OTHER_LAYOUTS.items():
+        refused = [*layout_findings(config, layout)]
+        if not refused:
+            written = json.loads(json.dumps(rules.config(config, TARGET)))
+            assert kind.config_class(**read_layout(written, {}, kind.name)) == config
+
+
+def test_a_dry_run_tells_what_would_change_and_writes_nothing(saved, tmp_path):
+    plan = plan_conversion(saved("dflash"), "muse")
+    assert plan.renamed == {
+        "fc.weight": "encoder.fc.weight",
+        "hidden_norm.weight": "encoder.output_norm_enc.weight",
+    }
+    assert plan.source_layout == "hub"
+    assert plan.config["model_type"] == "muse_glimmer_assistant"
+    assert not any(tmp_path.iterdir())
+
+
+def test_an_unknown_layout_is_refused_with_those_there_are(saved, tmp_path):
+    assert (*LAYOUTS, *EXTENSIONS.other_layouts) == ALL_LAYOUTS
+    with pytest.raises(ValueError, match=r"'gguf'; it must be one of 'hub', 'engines', 'speculators', 'muse'"):
+        convert(saved("dflash"), tmp_path, "gguf")
+
+
+# Large drafts, and interrupted runs -----------------------------------------------------------------------------------
+
+
+WIDE = {"hidden_size": 1024, "intermediate_size": 8192, "num_hidden_layers": 2}
+CONVERT = "from dflash_hub.publishing.convert import convert; convert({source!r}, {out!r}, {layout!r})"
+MEASURED = """
+import threading, time
+most, first = 0, None
+
+def anonymous():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("RssAnon")) / 1024
+
+def watch():
+    global most
+    while True:
+        most = max(most, anonymous())
+        time.sleep(0.002)
+
+import dflash_hub.modeling_dflash, dflash_hub.publishing.convert
+first = anonymous()
+threading.Thread(target=watch, daemon=True).start()
+{convert}
+print(most - first)
+"""
+
+
+@pytest.fixture(scope="module")
+def wide(target, tmp_path_factory):
+    """The folder of a draft of 240 MiB, and that size in MiB."""
+    folder = tmp_path_factory.mktemp("wide")
+    with torch.device("meta"):
+        draft = tiny.draft(target, **WIDE)
+    draft.config.save_pretrained(folder)
+    tensors = {name: torch.zeros(one.shape) + 0.5 for name, one in draft.state_dict().items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder, (folder / "model.safetensors").stat().st_size / 2**20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc; runs on Linux")
+def test_a_large_draft_is_converted_without_being_in_memory(wide, tmp_path):
+    folder, size = wide
+    step = CONVERT.format(source=str(folder), out=str(tmp_path / "out"), layout="muse")
+    code = MEASURED.format(convert=step)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert size > 200
+    assert float(done.stdout) < size / 2
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(written["encoder.fc.weight"], load_file(folder / "model.safetensors")["fc.weight"])
+
+
+def test_a_conversion_that_is_killed_leaves_the_folder_as_it_was(wide, tmp_path):
+    out = tmp_path / "out"
+    convert(TINY / "draft", out, "engines")
+    before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    code = CONVERT.format(source=str(wide[0]), out=str(out), layout="hub")
+    process = subprocess.Popen([sys.executable, "-c", code])
+    while not (out / "_partial").exists() and process.poll() is None:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert process.returncode == -signal.SIGKILL
+    after = {path.name: path.stat().st_mtime_ns for path in out.iterdir() if path.name != "_partial"}
+    assert after == before
+    assert load_draft(out).config.hidden_size == load_draft(TINY / "draft").config.hidden_size
