@@ -18,7 +18,7 @@ from dflash_hub.kinds import KINDS
 from dflash_hub.layouts import read_layout, variant_of
 from dflash_hub.publishing.convert import ALL_LAYOUTS, convert, plan_conversion
 from dflash_hub.publishing.layouts import OTHER_LAYOUTS, layout_findings
-from paths import DATA, TINY
+from paths import DATA, ROOT, TINY
 
 TARGET = "org/target"
 DRAFTS = {
@@ -168,6 +168,21 @@ def test_a_dry_run_tells_what_would_change_and_writes_nothing(saved, tmp_path):
     assert plan.source_layout == "hub"
     assert plan.config["model_type"] == "muse_glimmer_assistant"
     assert not any(tmp_path.iterdir())
+
+
+def test_the_documented_table_of_kinds_and_layouts_is_that_of_the_code():
+    text = (ROOT / "docs" / "layouts.md").read_text(encoding="utf-8")
+    header = "| kind | " + " | ".join(ALL_LAYOUTS) + " |"
+    rows = text.partition(header)[2].partition("\n\n")[0].strip().splitlines()[1:]
+    documented = {}
+    for row in rows:
+        name, *cells = [cell.strip() for cell in row.strip("|").split("|")]
+        documented[name] = {layout for layout, cell in zip(ALL_LAYOUTS, cells, strict=True) if cell == "yes"}
+    written = {name: set(LAYOUTS) for name in KINDS}
+    for layout, rules in OTHER_LAYOUTS.items():
+        for name in rules.kinds:
+            written[name].add(layout)
+    assert documented == written
 
 
 def test_an_unknown_layout_is_refused_with_those_there_are(saved, tmp_path):
