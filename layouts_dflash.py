@@ -38,6 +38,7 @@ class DraftLayout:
         engines_architecture: the name of its class in engines, where it is not that of its own.
         renamed: field -> its key in dflash_config, where engines have a name of their own for it.
         projectors: names of this kind in the key projector_type of dflash_config; the first is written.
+        anchor_predicts: whether engines run drafts of this kind that predict from the anchor.
     """
 
     fields: tuple[str, ...] = ()
@@ -49,6 +50,7 @@ class DraftLayout:
     engines_architecture: str | None = None
     renamed: Mapping[str, str] = field(default_factory=dict)
     projectors: tuple[str, ...] = ()
+    anchor_predicts: bool = False
 
     @property
     def own(self) -> tuple[str, ...]:
@@ -70,6 +72,7 @@ DRAFT_LAYOUTS = {
         optional=_DSPARK_FIELDS[1:],
         on_top=_DSPARK_FIELDS,
         engines_architecture="Qwen3DSparkModel",
+        anchor_predicts=True,
     ),
     "dflash2": DraftLayout(
         fields=("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k"),
@@ -84,6 +87,7 @@ DRAFT_LAYOUTS = {
         engines_architecture="DFlashDraftModel",
         renamed={"sample_from_anchor": "shift_label"},
         projectors=("domino", "causal_v5"),
+        anchor_predicts=True,
     ),
 }
 """The kinds by name, which is their `model_type` in the hub layout. The first is the one that others extend."""
@@ -598,8 +602,13 @@ def engines_layout(config: Any) -> dict[str, Any]:
             "has_own_mask_embedding is True: engines read that vector from a pickle, mask_embedding.pt, which is not "
             "written. Save the draft in the hub layout."
         )
-    content = {name: getattr(config, name) for name in (*REQUIRED, *_USUAL, "sliding_window")}
     kind = DRAFT_LAYOUTS[config.model_type]
+    if config.sample_from_anchor and not kind.anchor_predicts:
+        raise ValueError(
+            "sample_from_anchor is True: engines take the first token of such a draft from the position after the "
+            'anchor, so the engines layout cannot express it. Save the hub layout: layout="hub".'
+        )
+    content = {name: getattr(config, name) for name in (*REQUIRED, *_USUAL, "sliding_window")}
     content["architectures"] = [kind.engines_architecture or config.architecture]
     content["model_type"] = "qwen3"
     content["auto_map"] = {"AutoModel": f"{config.model_type}.{config.architecture}"}
@@ -632,11 +641,10 @@ def engines_remarks(config: Any) -> list[str]:
             f"draft_vocab_size is {config.draft_vocab_size}, of {config.vocab_size} tokens of the target; SGLang "
             "(0.5.23) reads neither that nor the draft's head, so it accepts hardly any token. vLLM reads them."
         )
-    usual = type(config).__dataclass_fields__["sample_from_anchor"].default
-    if config.sample_from_anchor and not usual:
+    elif config.has_own_embed_tokens or config.has_own_lm_head:
         remarks.append(
-            "sample_from_anchor is True, which vLLM (0.33) refuses for drafts of this kind; other engines do not read "
-            "it, and take the tokens of the wrong positions."
+            "The draft has an embedding or a head of its own, which SGLang (0.5.23) and TensorRT-LLM do not read: if "
+            "it differs from the target's, they accept fewer tokens. vLLM and llama.cpp read it."
         )
     return remarks
 

@@ -36,6 +36,9 @@ DRAFTS = {
     },
     "dflash2": tiny.SECOND,
     "dflash2, scaled": tiny.SECOND | {"output_multiplier": 0.5},
+    "dspark": tiny.DSPARK,
+    "dspark, gated, a reduced vocabulary": tiny.DSPARK | {"markov_head_type": "gated", "draft_vocab_size": 9},
+    "dspark, no head": {"markov_rank": 0},
 }
 REFUSED = {
     ("dflash, a reduced vocabulary", "muse"): "draft_vocab_size",
@@ -43,6 +46,7 @@ REFUSED = {
     ("dflash, its own embedding", "speculators"): "has_own_embed_tokens",
     ("dflash, its own head", "muse"): "has_own_lm_head",
     ("dflash, its own head", "speculators"): "has_own_lm_head",
+    ("dflash, from the anchor", "engines"): "sample_from_anchor",
     ("dflash, from the anchor", "muse"): "sample_from_anchor",
     ("dflash, causal", "muse"): "is_causal",
     ("dflash, causal", "speculators"): "is_causal",
@@ -53,6 +57,9 @@ REFUSED = {
     ("dflash2", "muse"): "model_type",
     ("dflash2, scaled", "muse"): "model_type",
     ("dflash2, scaled", "speculators"): "output_multiplier",
+    ("dspark", "muse"): "model_type",
+    ("dspark, gated, a reduced vocabulary", "muse"): "model_type",
+    ("dspark, no head", "muse"): "model_type",
 }
 
 
