@@ -5,27 +5,35 @@
 The model is built without weights, and saved with the tensors of the mapped files. Names change, bits do not.
 """
 
+import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
-from ..compat_dflash import pinned
+from ..compat_dflash import find_file, pinned
 from ..configuration_dflash import LAYOUTS, DFlashConfig, check_layout
-from ..findings_dflash import LOADING, check_path, explained_for, raise_first
+from ..findings_dflash import LOADING, check_path, explained, raise_first
 from ..kinds import KINDS, MUSE, kind_of
 from ..layouts import variant_of
 from ..layouts_dflash import engines_layout, engines_remarks, model_type_of
 from ..modeling_dflash import DFlashDraftModel
 from ..registry import check_folder
 from ..repository_dflash import check_repo_id
-from ..weights_dflash import RENAMED, check_no_mask_embedding, check_stored, stored_files
-from .layouts import OTHER_LAYOUTS, layout_findings
+from ..weights_dflash import RENAMED, check_stored, stored_files
+from .layouts import OTHER_LAYOUTS, base_model_of, layout_findings
 from .layouts import renamed as renamed_for
+from .pickles import pickles_in, without_pickles
 
 ALL_LAYOUTS = (*LAYOUTS, *OTHER_LAYOUTS)
+PICKLES = ("pytorch_model.bin", "mask_embedding.pt")
+"""Names of the pickles that a draft on the Hub may need."""
 
 
 @dataclass
@@ -71,22 +79,54 @@ class Conversion:
     remarks: list[str]
 
 
-@explained_for("source", "read", LOADING)
-def open_draft(source: Any, revision: str | None = None) -> StoredDraft:
-    """Read the config of a draft and map its weights into memory.
+@contextmanager
+def opened(source: Any, revision: str | None = None) -> Iterator[StoredDraft]:
+    """Read the config of a draft, and map its weights into memory inside the context.
+
+    Pickles of weights, or of a mask embedding, are copied as safetensors first. No code in them runs.
 
     Args:
         source: Hub id or folder, in any layout that this package reads.
 
     Raises:
         ValueError: the config is invalid, or the tensors are not those of such a draft.
-        OSError: there is no such draft, or it has no safetensors.
+        OSError: there is no such draft, or it has no weights.
     """
+    check_path("source", source)
     check_folder(source)
     where = pinned(source, {"revision": revision}, False)
+    with TemporaryDirectory() as staged:
+        with explained(f"{source} could not be read", LOADING):
+            pickled = _folder_with_pickles(source, where)
+            if pickled is not None:
+                source, where = without_pickles(pickled, Path(staged)), {}
+            stored = _open(source, where)
+        yield stored
+
+
+def _folder_with_pickles(source: Any, where: dict[str, Any]) -> Path | None:
+    """Return the folder of a draft that has pickles which it needs, downloaded if necessary; None without them."""
+    folder = Path(source)
+    if not folder.is_dir():
+        found = [find_file(source, name, **where) for name in PICKLES]
+        index = find_file(source, f"{PICKLES[0]}.index.json", **where)
+        if index is not None:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            found += [find_file(source, name, **where) for name in sorted(names)]
+        here = [path for path in found if path is not None]
+        if not here:
+            return None
+        folder = here[0].parent
+        stored_files(source, where)
+        for name in ("config.json", "README.md"):
+            find_file(source, name, **where)
+    return folder if pickles_in(folder) else None
+
+
+def _open(source: Any, where: dict[str, Any]) -> StoredDraft:
+    """Return the draft of a folder or repository without pickles."""
     content, _ = DFlashConfig.get_config_dict(source, **where)
     model_class: Any = KINDS[variant_of(content)].model_class
-    check_no_mask_embedding(source, where)
     config = model_class.config_class.from_pretrained(source, **where)
     config = check_stored(model_class, config, source, where)
     files = stored_files(source, where)
@@ -131,12 +171,10 @@ def convert(
         OSError: it cannot be read or written.
     """
     check_path("destination", destination)
-    stored, conversion = _planned(source, layout, revision, base_model)
-    stored.model.save_pretrained(
-        destination,
-        layout=layout,
-        state_dict=dict(stored.tensors),
-    )
+    check_layout(layout, ALL_LAYOUTS)
+    with opened(source, revision) as stored:
+        conversion = _plan(stored, layout, base_model)
+        stored.model.save_pretrained(destination, layout=layout, state_dict=dict(stored.tensors))
     return conversion
 
 
@@ -147,24 +185,19 @@ def plan_conversion(
     base_model: str | None = None,
 ) -> Conversion:
     """Return what `convert` would do, and write nothing. It raises what `convert` raises before it writes."""
-    return _planned(source, layout, revision, base_model)[1]
-
-
-def _planned(
-    source: Any, layout: str, revision: str | None, base_model: str | None
-) -> tuple[StoredDraft, Conversion]:
-    """Read the draft and check that the layout can hold it."""
     check_layout(layout, ALL_LAYOUTS)
+    with opened(source, revision) as stored:
+        return _plan(stored, layout, base_model)
+
+
+def _plan(stored: StoredDraft, layout: str, base_model: str | None) -> Conversion:
+    """Check that the layout can hold the draft, and return what would change."""
     if base_model is not None:
         check_repo_id(base_model)
-    stored = open_draft(source, revision)
-    if base_model is not None:
         stored.model.card_metadata = {"base_model": base_model}
     config, rules = stored.model.config, OTHER_LAYOUTS.get(layout)
     content, patterns, remarks = None, {}, []
     if rules is not None:
-        from .layouts import base_model_of
-
         raise_first(layout_findings(config, layout))
         content, patterns = rules.config(config, base_model_of(stored.model)), rules.renamed
         remarks = rules.remarks(config)
@@ -174,10 +207,9 @@ def _planned(
     changed = {old: new for new, old in names.items() if old != new}
     size = sum(tensor.nbytes for tensor in stored.tensors.values())
     title = kind_of(config).title
-    conversion = Conversion(
+    return Conversion(
         title, stored.layout, layout, content, changed, stored.left_out, size, remarks
     )
-    return stored, conversion
 
 
 def layout_of(content: dict[str, Any]) -> str:

@@ -19,31 +19,12 @@ from huggingface_hub import save_torch_state_dict
 
 from ..findings_dflash import ONE_SENTENCE, Finding, raise_first
 from ..layouts_dflash import BASE, DRAFT_LAYOUTS, FULL, SLIDING
+from ..layouts_speculators import ABOUT, AT_TOP, BODY, IN_BODY, NON_CAUSAL, TAPS, TYPE
 from ..repository_dflash import check_repo_id
 
 SPECULATORS_VERSION = "0.9.0"
 """The release of speculators whose layout is written."""
 
-# Fields of Qwen3, the transformer inside a draft.
-_TRANSFORMER = (
-    "attention_bias",
-    "attention_dropout",
-    "head_dim",
-    "hidden_act",
-    "hidden_size",
-    "initializer_range",
-    "intermediate_size",
-    "layer_types",
-    "max_position_embeddings",
-    "num_attention_heads",
-    "num_hidden_layers",
-    "num_key_value_heads",
-    "rms_norm_eps",
-    "rope_parameters",
-    "sliding_window",
-    "use_cache",
-    "vocab_size",
-)
 _MUSE = (
     "attention_dropout",
     "block_size",
@@ -126,13 +107,15 @@ def layout_findings(config: Any, layout: str) -> Iterator[Finding]:
         return
     if getattr(config, "quantization_config", None) is not None:
         yield _unsayable(layout, "quantization_config", "a dict", "None")
+    if config.has_own_mask_embedding:
+        yield _unsayable(layout, "has_own_mask_embedding", True, "False")
     if config.vocab_size is None:
         yield _unsayable(layout, "vocab_size", None, "the target's")
     yield from rules.findings(config)
 
 
-def renamed(tensors: dict[str, torch.Tensor], patterns: dict[str, str]) -> dict[str, torch.Tensor]:
-    """Return the tensors under the names of a layout."""
+def renamed(tensors: dict[str, Any], patterns: dict[str, str]) -> dict[str, Any]:
+    """Return the values under the names that the tensors have in a layout."""
     found = {}
     for name, tensor in tensors.items():
         for pattern, replacement in patterns.items():
@@ -183,31 +166,28 @@ def _speculators_config(config: Any, base_model: str | None) -> dict[str, Any]:
             "The speculators layout names the target, which is not known: pass --base-model org/target, or set "
             'draft.card_metadata = {"base_model": "org/target"}.'
         )
-    transformer = {name: getattr(config, name) for name in _TRANSFORMER}
+    transformer = {name: getattr(config, name) for name in IN_BODY if hasattr(config, name)}
     transformer |= {
         "model_type": "qwen3",
         "tie_word_embeddings": False,
         "use_sliding_window": SLIDING in config.layer_types,
     }
-    content = {
+    content: dict[str, Any] = {
         "architectures": [config.architecture],
-        "speculators_model_type": config.model_type,
+        TYPE: config.model_type,
         "speculators_version": SPECULATORS_VERSION,
-        "speculators_config": _proposals(config, base_model),
-        "transformer_layer_config": transformer,
-        "aux_hidden_state_layer_ids": [layer + 1 for layer in config.target_layer_ids],
-        "block_size": config.block_size,
-        "mask_token_id": config.mask_token_id,
-        "draft_vocab_size": config.draft_vocab_size or config.vocab_size,
-        "sample_from_anchor": config.sample_from_anchor,
-        "sliding_window_non_causal": not any(config.causal_layers),
-        "target_hidden_size": _other_width(config),
+        ABOUT: _proposals(config, base_model),
+        BODY: transformer,
+        TAPS: [layer + 1 for layer in config.target_layer_ids],
+        NON_CAUSAL: not any(config.causal_layers),
         "tie_word_embeddings": False,
         # No key of speculators, which keeps keys that it does not know.
         "num_target_layers": config.num_target_layers,
     }
-    for field in DRAFT_LAYOUTS[config.model_type].fields:
+    for field in (*AT_TOP, *DRAFT_LAYOUTS[config.model_type].own):
         content[field] = getattr(config, field)
+    content["draft_vocab_size"] = config.draft_vocab_size or config.vocab_size
+    content["target_hidden_size"] = _other_width(config)
     if config.dtype is not None:
         content["dtype"] = str(config.dtype).removeprefix("torch.")
     return content
@@ -311,7 +291,7 @@ def _muse_findings(config: Any) -> Iterator[Finding]:
     """Yield what the Muse layout cannot say."""
     if any(config.causal_layers):
         yield _unsayable("muse", "is_causal", config.is_causal, "False")
-    unused = {
+    unused: dict[str, Any] = {
         "attention_bias": False,
         "sample_from_anchor": False,
         "draft_vocab_size": None,
@@ -326,8 +306,8 @@ def _muse_findings(config: Any) -> Iterator[Finding]:
     if config.hidden_act != "silu":
         yield _unsayable("muse", "hidden_act", config.hidden_act, "'silu'")
     if _other_width(config) is not None:
-        right = f"hidden_size, {config.hidden_size}"
-        yield _unsayable("muse", "target_hidden_size", config.target_hidden_size, right)
+        width = f"hidden_size, {config.hidden_size}"
+        yield _unsayable("muse", "target_hidden_size", config.target_hidden_size, width)
 
 
 def _muse_remarks(config: Any) -> list[str]:

@@ -8,11 +8,12 @@ import time
 
 import pytest
 import torch
+from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 import tiny
-from dflash_hub import load_draft
+from dflash_hub import DFlashConfig, DFlashDraftModel, load_draft
 from dflash_hub.configuration_dflash import EXTENSIONS, LAYOUTS
 from dflash_hub.kinds import KINDS
 from dflash_hub.layouts import read_layout, variant_of
@@ -39,6 +40,7 @@ DRAFTS = {
     "dspark": tiny.DSPARK,
     "dspark, gated, a reduced vocabulary": tiny.DSPARK | {"markov_head_type": "gated", "draft_vocab_size": 9},
     "dspark, no head": {"markov_rank": 0},
+    "domino": tiny.DOMINO,
 }
 REFUSED = {
     ("dflash, a reduced vocabulary", "muse"): "draft_vocab_size",
@@ -60,6 +62,8 @@ REFUSED = {
     ("dspark", "muse"): "model_type",
     ("dspark, gated, a reduced vocabulary", "muse"): "model_type",
     ("dspark, no head", "muse"): "model_type",
+    ("domino", "muse"): "model_type",
+    ("domino", "speculators"): "model_type",
 }
 
 
@@ -166,6 +170,23 @@ def test_a_published_config_reads_back_equal_from_every_layout_that_can_hold_it(
             assert kind.config_class(**read_layout(written, {}, kind.name)) == config
 
 
+@pytest.mark.parametrize("on_hub", [False, True], ids=["folder", "hub"])
+def test_pickles_become_safetensors(on_hub, saved, tmp_path, hub, repo_id):
+    tensors = load_file(saved("dflash") / "model.safetensors")
+    source, mask = tmp_path / "source", torch.randn(32)
+    source.mkdir()
+    torch.save(tensors, source / "pytorch_model.bin")
+    torch.save(mask, source / "mask_embedding.pt")
+    (source / "config.json").write_bytes((saved("dflash") / "config.json").read_bytes())
+    if on_hub:
+        HfApi().create_repo(repo_id)
+        HfApi().upload_folder(repo_id=repo_id, folder_path=source)
+    convert(repo_id if on_hub else source, tmp_path / "out", "hub")
+    draft = load_draft(tmp_path / "out")
+    assert torch.equal(draft.mask_embedding, mask)
+    assert same_tensors(tensors | {"mask_embedding": mask}, draft.state_dict())
+
+
 def test_a_dry_run_tells_what_would_change_and_writes_nothing(saved, tmp_path):
     plan = plan_conversion(saved("dflash"), "muse")
     assert plan.renamed == {
@@ -229,8 +250,9 @@ print(most - first)
 def wide(target, tmp_path_factory):
     """The folder of a draft of 240 MiB, and that size in MiB."""
     folder = tmp_path_factory.mktemp("wide")
+    fields = tiny.draft(target).config.to_dict() | WIDE | {"target_hidden_size": None, "layer_types": None}
     with torch.device("meta"):
-        draft = tiny.draft(target, **WIDE)
+        draft = DFlashDraftModel(DFlashConfig.from_dict(fields))
     draft.config.save_pretrained(folder)
     tensors = {name: torch.zeros(one.shape) + 0.5 for name, one in draft.state_dict().items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

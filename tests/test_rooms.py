@@ -24,6 +24,7 @@ ROOMS_OF_ROOT = {
     "cli": "command line",
     "__init__": "face",
     "refresh": "publishing",
+    "published": "registry",
     "registry": "registry",
     "families": "registry",
     "checkpoints": "registry",
