@@ -196,7 +196,9 @@ def _plan(stored: StoredDraft, layout: str, base_model: str | None) -> Conversio
         check_repo_id(base_model)
         stored.model.card_metadata = {"base_model": base_model}
     config, rules = stored.model.config, OTHER_LAYOUTS.get(layout)
-    content, patterns, remarks = None, {}, []
+    content: dict[str, Any] | None = None
+    patterns: dict[str, str] = {}
+    remarks: list[str] = []
     if rules is not None:
         raise_first(layout_findings(config, layout))
         content, patterns = rules.config(config, base_model_of(stored.model)), rules.renamed
