@@ -18,6 +18,7 @@ OF_OTHERS = {
     "_getframe": "sys",
     "_compile": "flex_attention: whether its mask is made by compiled code",
     "_internal_call": "Trainer.save_model: the Trainer's own way of saving, without a push",
+    "_replace": "typing.NamedTuple: its public way of changing a field",
     "_apply": "torch.nn.Module: what moves and casts a module",
     "_init_weights": "PreTrainedModel: what a model overrides to begin with weights of its own",
     "_from_config": "AutoModel calls it on what is registered",

@@ -165,6 +165,21 @@ def test_a_draft_that_is_quantised_at_loading_decodes_stays_quantised_and_is_sav
     assert is_exact(target, DFlashDraftModel.from_pretrained(tmp_path / "again"))
 
 
+def test_a_draft_in_four_bits_of_bitsandbytes_decodes_and_is_loaded_again(monkeypatch, tmp_path):
+    """Its blocks of 64 need wider layers than the other tests have."""
+    bitsandbytes()
+    wide = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+    for name, value in wide.items():
+        monkeypatch.setitem(tiny.SMALL, name, value)
+    target = tiny.target("qwen3")
+    tiny.draft(target, num_key_value_heads=4, **wide).save_pretrained(tmp_path)
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    DFlashDraftModel.from_pretrained(tmp_path, quantization_config=config).save_pretrained(tmp_path / "again")
+    loaded = DFlashDraftModel.from_pretrained(tmp_path / "again")
+    assert type(loaded.layers[0].mlp.up_proj).__name__ == "Linear4bit"
+    assert is_exact(target, loaded)
+
+
 MIXED = {name: {"targets": [name], "weights": weights} for name, weights in (("a", EIGHT), ("b", FLOAT))}
 
 
