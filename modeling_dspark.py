@@ -26,6 +26,10 @@ import .dspark
 """As in `repository_dflash.py`."""
 
 
+class BiasProjection(nn.Linear):
+    """W2, which is 0 in a fresh draft."""
+
+
 class MarkovHead(nn.Module):
     """Biases by the token before, W2 W1[token]; the subclasses read the hidden states too.
 
@@ -37,7 +41,7 @@ class MarkovHead(nn.Module):
         vocab = config.vocab_size or 0  # the config requires it
         self.markov_w1 = nn.Embedding(vocab, config.markov_rank)
         drafted = config.draft_vocab_size or vocab
-        self.markov_w2 = nn.Linear(config.markov_rank, drafted, bias=False)
+        self.markov_w2 = BiasProjection(config.markov_rank, drafted, bias=False)
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return W1 of the target's `tokens [...]`, `[..., R]`."""
@@ -143,9 +147,10 @@ class DSparkDraftModel(DFlashDraftModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Initialize the biases to 0, in a way that can be trained."""
-        super()._init_weights(module)
-        if isinstance(module, MarkovHead):
-            init.zeros_(module.markov_w2.weight)
+        if isinstance(module, BiasProjection):
+            init.zeros_(module.weight)
+        else:
+            super()._init_weights(module)
 
     def corrected_logits(
         self, logits: torch.Tensor, states: torch.Tensor, predecessors: torch.Tensor

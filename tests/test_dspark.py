@@ -152,9 +152,19 @@ def test_a_fresh_draft_has_no_bias_and_drafts_as_its_body_does():
     scores, states, anchor = torch.randn(2, 6, tiny.VOCAB), torch.randn(2, 6, 32), torch.tensor([[1], [2]])
     assert torch.equal(draft.select_tokens(scores, states, Walk(anchor)).tokens, scores.argmax(-1))
     assert draft.markov_head.markov_w1.weight.std() > 0
-    for given in ({"markov_rank": 4}, {"markov_rank": 0}):
-        loaded = DSparkDraftModel(DSparkConfig(**draft.config.to_dict() | given))
-        assert (loaded.markov_head is None) == (not given["markov_rank"])
+    assert not draft.markov_head.markov_w2.weight.any()
+
+
+@pytest.mark.parametrize(("rank", "width"), [(8, 40), (0, 32)])
+def test_the_confidence_head_reads_the_token_before_where_there_is_a_bias(rank, width):
+    draft = tiny.draft(tiny.target("qwen3"), markov_rank=rank, enable_confidence_head=True)
+    assert draft.config.confidence_head_with_markov == bool(rank)
+    assert (draft.markov_head is None) == (not rank)
+    assert draft.confidence_head.proj.in_features == width
+    states, before = torch.randn(2, 5, 32), torch.randint(0, tiny.VOCAB, (2, 5))
+    other = (before + 1) % tiny.VOCAB
+    same = torch.equal(draft.confidence_logits(states, before), draft.confidence_logits(states, other))
+    assert same == (not rank)
 
 
 @pytest.mark.parametrize("rows", [tiny.VOCAB + 4, tiny.VOCAB - 2])
@@ -163,10 +173,14 @@ def test_a_head_that_is_padded_beyond_the_vocabulary_or_lacks_the_padding_is_no_
     draft = tiny.draft(target, **tiny.DSPARK)
     target.resize_token_embeddings(rows)
     target.config.vocab_size = min(rows, tiny.VOCAB)
+    if rows > tiny.VOCAB:
+        with torch.no_grad():
+            target.lm_head.weight[-1] = 3 * target.lm_head.weight[4]  # the last row is written now and then
     inputs = tiny.batch(9, pads=(0, 3))
     inputs["input_ids"] = inputs["input_ids"] % 10
     asked = {"max_new_tokens": 30, "do_sample": False}
     plain = target.generate(**inputs, **asked)
+    assert plain.max() == rows - 1 or rows < tiny.VOCAB
     assert torch.equal(target.generate(**inputs, **asked, custom_generate=draft.speculate), plain)
 
 
