@@ -32,9 +32,13 @@ class DominoConfig(DFlashConfig):
 
     def consistency_findings(self) -> Iterator[Finding]:
         """Yield every contradiction between fields that are valid alone."""
-        if self.vocab_size is None:
-            right = "the target's, because a Domino draft has corrections of its tokens"
+        vocab, reduced = self.vocab_size, self.draft_vocab_size
+        if vocab is None:
+            right = "the target's, because a Domino draft corrects the logits of its tokens"
             yield must("vocab_size is None", None, right)
+        elif reduced is not None:
+            right = f"vocab_size, {vocab}, because the logits of all tokens are corrected"
+            yield must(f"draft_vocab_size is {reduced}", reduced, right)
         yield from super().consistency_findings()
 
     @property

@@ -145,8 +145,9 @@ _REPLACED_BY = {
     NON_CAUSAL: "is_causal",
 }
 _ONLY_AT_TOP = ("layer_types", "rope_theta", "rope_parameters", "rope_scaling")
-# Every projector_type of a kind.
-_PROJECTORS = {*DRAFT_LAYOUTS}.union(*(kind.projectors for kind in DRAFT_LAYOUTS.values()))
+_PROJECTORS = [*DRAFT_LAYOUTS]  # every projector_type of a kind
+for _kind in DRAFT_LAYOUTS.values():
+    _PROJECTORS += [name for name in _kind.projectors if name not in _PROJECTORS]
 # (feature, key, values that mean "not used"). Any other value is refused. A plain key is looked up at the top and in
 # dflash_config.
 _OFF = (None, False, 0)

@@ -25,7 +25,6 @@ from dflash_hub.drafter_dflash import Walk
 from dflash_hub.modeling_domino import PrefixGRU
 from dflash_hub.publishing import publish
 from dflash_hub.publishing.probe import digests
-from dflash_hub.training.objective import check_trainable
 from paths import DATA, ROOT
 
 GOLDEN = {"shifted, prefix 1": DATA / "golden" / "domino-a", "not shifted, prefix 0": DATA / "golden" / "domino-b"}
@@ -288,8 +287,9 @@ def test_a_convention_that_the_file_lacks_is_the_callers_and_a_vocabulary_is_nee
     for shifted in (True, False):
         config = DominoConfig.from_dict(published("author", shift_label=None), sample_from_anchor=shifted)
         assert config.sample_from_anchor is shifted
-    with pytest.raises(ValueError, match="vocab_size is None; it must be the target's"):
-        tiny.draft(tiny.target("qwen3"), **tiny.DOMINO, vocab_size=None)
+    for field, value in (("vocab_size", None), ("draft_vocab_size", 9)):
+        with pytest.raises(ValueError, match=f"^{field} is {value}; it must be "):
+            tiny.draft(tiny.target("qwen3"), **tiny.DOMINO | {field: value})
 
 
 def test_one_kind_read_as_the_other_is_refused_saying_what_reads_it(tmp_path, pair):
@@ -381,6 +381,8 @@ def test_a_published_draft_is_used_without_the_package_from_both_branches(
 
 @torch.no_grad()
 def test_a_fresh_draft_decodes_and_is_not_trained_here(pair):
+    from dflash_hub.training.objective import check_trainable
+
     target, _ = pair
     shape = {"mask_token_id": 3, "target_layer_ids": [0, 2], "num_hidden_layers": 2, "block_size": 6}
     draft = DFlashDraftSpec("fresh").build(target.config, "domino", **shape).eval()
