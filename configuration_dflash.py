@@ -105,6 +105,8 @@ class DFlashConfig(PretrainedConfig):
             `d2t` leads from its tokens to the target's.
         has_own_embed_tokens: whether the draft has an embedding. By default it uses the target's.
         has_own_lm_head: whether the draft has a head. By default it uses the target's.
+        unscaled_embeddings: whether a block is embedded by the bare rows of an embedding that scales them, as Gemma's
+            does. The speculators package trains so.
         has_own_mask_embedding: whether the draft has an embedding of the mask token, in place of the row of one.
         final_logit_softcapping: the target's soft cap, stored for engines that read it; it changes no argmax here.
 
@@ -136,6 +138,7 @@ class DFlashConfig(PretrainedConfig):
     draft_vocab_size: int | None = None
     has_own_embed_tokens: bool = False
     has_own_lm_head: bool = False
+    unscaled_embeddings: bool = False
     has_own_mask_embedding: bool = False
     hidden_size: int = 4096
     intermediate_size: int = 12288

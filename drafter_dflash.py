@@ -116,6 +116,7 @@ class Drafter:
         self.num_drafted = draft.config.num_drafted
         self.embed, self.head = embedding_and_head(draft, target)
         self.head_dtype = dtype_of_inputs(self.head, target.dtype)
+        self.num_embedded = len(target.get_input_embeddings().weight)
         self.attention = BlockAttention(draft, layer_kinds(draft.config))
         self.no_masks = dict.fromkeys(draft.config.layer_types)
         self.runner = BlockRunner(
@@ -245,14 +246,23 @@ class Drafter:
         head_device = device_of_inputs(self.head, states.device)
         head_states = states.to(head_device, self.head_dtype)
         logits = self.draft.logits(head_states, self.head)
+        if logits.shape[-1] > self.num_embedded:
+            logits = logits.index_fill(-1, self._beyond(logits), -torch.inf)
         walk = Walk(anchor.to(slots.device), self._embed)
         choice = self.draft.select_tokens(logits.to(slots.device), states, walk)
         return DraftOutput(logits, states, *choice)
 
+    def _beyond(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return the tokens of `logits [B, T, V]` that the target has no embedding of."""
+        return torch.arange(self.num_embedded, logits.shape[-1], device=logits.device)
+
     def _embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Return the embeddings `[B, N, H]` of tokens `[B, N]`, on the draft's device."""
         ids = ids.to(device_of_inputs(self.embed, ids.device))
-        return self._to_draft(embed_noise(self.embed, ids))
+        if self.draft.embed_tokens is not None:
+            ids = ids.clamp_max(self.draft.config.vocab_size - 1)  # of a target with rows added
+        embeds = embed_noise(self.embed, ids, self.draft.config.unscaled_embeddings)
+        return self._to_draft(embeds)
 
     def _to_draft(self, states: torch.Tensor) -> torch.Tensor:
         return states.to(self.draft.device, self.draft.dtype)

@@ -196,6 +196,8 @@ def _keys_inside_dflash_config() -> set[str]:
     return found | {*_HARMLESS, "use_swa"}
 
 
+# How drafts of the speculators layout are trained, though their files do not say so.
+_ALWAYS = {"window_from_anchor": True, "unscaled_embeddings": True}
 _NESTED = _keys_inside_dflash_config()
 _HEADS_BY_ARCHITECTURE = (
     ("DFlash2Beam", "DFlash 2's beam head"),
@@ -666,7 +668,7 @@ class _LayoutReader:
         defaults = self.speculators
         if fields["sample_from_anchor"] is None:
             fields["sample_from_anchor"] = defaults.sample_from_anchor
-        for field, value in {"window_from_anchor": True, **defaults.others}.items():
+        for field, value in {**_ALWAYS, **defaults.others}.items():
             if fields[field] is None:
                 fields[field] = value
         non_causal = self.get(NON_CAUSAL)

@@ -205,6 +205,7 @@ FIELDS = {
     "draft_vocab_size": int_from(1, 2**24),
     "has_own_embed_tokens": BOOL,
     "has_own_lm_head": BOOL,
+    "unscaled_embeddings": BOOL,
     "has_own_mask_embedding": BOOL,
     "hidden_size": _WIDTH,
     "intermediate_size": _WIDTH,
@@ -467,6 +468,7 @@ _RARE = (
     "draft_vocab_size",
     "has_own_embed_tokens",
     "has_own_lm_head",
+    "unscaled_embeddings",
     "has_own_mask_embedding",
     "final_logit_softcapping",
     "dtype",
@@ -656,7 +658,8 @@ def _engines_rare(config: Any) -> dict[str, Any]:
         "final_logit_softcapping": config.final_logit_softcapping,
         "quantization_config": getattr(config, "quantization_config", None),
     }
-    for name in ("has_own_embed_tokens", "has_own_lm_head", "sample_from_anchor"):
+    flags = ("has_own_embed_tokens", "has_own_lm_head", "unscaled_embeddings", "sample_from_anchor")
+    for name in flags:
         usual = type(config).__dataclass_fields__[name].default
         rare[name] = getattr(config, name) or (False if usual else None)
     rare["draft_vocab_size"] = config.draft_vocab_size

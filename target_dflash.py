@@ -388,9 +388,12 @@ def decoder_layers(target: Any) -> nn.ModuleList:
     return layers
 
 
-def embed_noise(embed: Any, ids: torch.Tensor) -> torch.Tensor:
-    """Embed `ids [B, Q]`, without a norm inside the embedding, as drafts are trained: `[B, Q, H]`."""
-    if getattr(embed, "embed_norm", None) is None:
+def embed_noise(embed: Any, ids: torch.Tensor, unscaled: bool = False) -> torch.Tensor:
+    """Embed `ids [B, Q]`, without a norm inside the embedding, as drafts are trained: `[B, Q, H]`.
+
+    With `unscaled`, without a scale inside it either.
+    """
+    if getattr(embed, "embed_norm", None) is None and not unscaled:
         return embed(ids)
     with loaded(embed):
         return nn.functional.embedding(ids.to(embed.weight.device), embed.weight)

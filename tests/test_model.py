@@ -114,7 +114,7 @@ def test_context_fed_in_pieces_through_a_cache_gives_what_one_call_gives(layers)
     noise, context = inputs(draft, 23)
     expected = draft(noise, context).last_hidden_state
     cache, start = rewindable_cache(draft.config), 0
-    for piece in (9, 1, 6, 2, 5):
+    for piece in (9, 1, 6, 2, 5, 0):
         hidden = draft(noise, context[:, start : start + piece], past_key_values=cache).last_hidden_state
         cache.crop(-noise.shape[1])
         start += piece

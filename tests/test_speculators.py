@@ -455,6 +455,36 @@ def test_a_reduced_vocabulary_proposes_its_own_tokens_alone():
 
 
 @torch.no_grad()
+def test_blocks_are_embedded_without_the_scale_of_the_targets_embedding():
+    """Gemma multiplies its embeddings; speculators trains on their bare rows, stored or not."""
+    assert load_draft(REDUCED).config.unscaled_embeddings
+    target, blocks = tiny.target("gemma3_text"), []
+    own = tiny.draft(target, has_own_embed_tokens=True)
+    own.embed_tokens.weight.copy_(target.get_input_embeddings().weight)
+    for draft in (own, tiny.draft(target, unscaled_embeddings=True), tiny.draft(target)):
+        draft.load_state_dict(own.state_dict(), strict=False)
+        blocks.append([])
+        asked = {"max_new_tokens": 12, "do_sample": False, "custom_generate": draft.speculate}
+        target.generate(**tiny.batch(9, pads=(0, 3)), **asked, proposer=recorded(blocks[-1]))
+    assert blocks[0] == blocks[1] != blocks[2]
+
+
+@pytest.mark.parametrize("rows", [10, 16])
+@pytest.mark.parametrize("how", ["a reduced vocabulary", "an embedding and a head"])
+def test_a_target_with_tokens_added_or_padding_taken_away_keeps_its_text(how, rows):
+    """Draft and target know 12 tokens; then the target has others at the end than the draft's own parts."""
+    target = tiny.target("qwen3")
+    draft = MADE[how](target)
+    target.resize_token_embeddings(rows, mean_resizing=False)
+    inputs = tiny.batch(12, pads=(0, 11, 5))
+    inputs["input_ids"].clamp_(max=9)
+    settings = inputs | {"max_new_tokens": 20, "temperature": 2.0}
+    plain = sample(target, Plain(), 5, **settings)
+    for sampling in ("greedy", "coupled"):
+        assert torch.equal(sample(target, draft.speculate, 5, draft_sampling=sampling, **settings), plain)
+
+
+@torch.no_grad()
 def test_a_drafts_own_embedding_and_head_make_its_proposals():
     target, drafted = tiny.target("qwen3"), []
     draft, ids = own_parts(target), tiny.prompt(9)

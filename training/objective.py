@@ -278,7 +278,8 @@ class Objective:
     def noise_embeds(self, blocks: Blocks) -> torch.Tensor:
         """Return the target's embeddings `[B, A * Q, H]` of each block's anchor and mask tokens."""
         ids = blocks.noise_ids(self.config.mask_token_id)
-        return embed_noise(self.target.embed, ids.to(self.target.device))
+        ids = ids.to(self.target.device)
+        return embed_noise(self.target.embed, ids, self.config.unscaled_embeddings)
 
     def states(
         self, draft: Any, blocks: Blocks, noise_embeds: torch.Tensor, features: torch.Tensor
