@@ -55,11 +55,6 @@ class DSparkConfig(DFlashConfig):
                 f"markov_head_type is {self.markov_head_type!r}: SGLang (0.5.23) runs it, "
                 "vLLM (0.33) runs vanilla alone."
             )
-        if self.draft_vocab_size is not None:
-            remarks.append(
-                f"draft_vocab_size is {self.draft_vocab_size}: vLLM and llama.cpp read a reduced vocabulary, "
-                "SGLang (0.5.23) does not."
-            )
         return remarks
 
     def consistency_findings(self) -> Iterator[Finding]:
