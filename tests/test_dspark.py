@@ -392,17 +392,14 @@ def test_engines_find_the_names_that_they_read(tmp_path, name):
         ("vanilla", None),
         ("gated", "vLLM (0.33) runs vanilla alone"),
         ("rank 0", "markov_rank is 0: SGLang (0.5.23) refuses"),
-        ("reduced", "draft_vocab_size is 9: vLLM and llama.cpp read"),
+        ("reduced", "draft_vocab_size is 9, of 12 tokens of the target"),
     ],
 )
 def test_the_card_tells_what_it_is_and_what_an_engine_does_not_run(tmp_path, variant, remark):
     draft = draft_for(tiny.target("qwen3"), VARIANTS[variant])
-    own = draft.config.engines_remarks
-    assert own == [text for text in own if remark and remark in text]
-    assert engines_remarks(draft.config)[: len(own)] == own
+    assert len(engines_remarks(draft.config)) == (remark is not None)
     draft.save_pretrained(tmp_path)
     card = (tmp_path / "README.md").read_text()
-    assert (remark is None) == (not draft.config.engines_remarks)
     for text in ("[DSpark](", "| 5, and as many drafted tokens |", '"method": "dspark"', "DSPARK", remark or ""):
         assert text in card
 
