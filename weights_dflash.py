@@ -243,7 +243,7 @@ def _check_vocabulary(files: list[Path], config: Any, name: Any) -> None:
     """Refuse stored ids that are not those of a reduced vocabulary, or that contradict the stored bools."""
     found = _read(files, (_IDS, _KNOWN))
     offsets, known = found.get(_IDS), found.get(_KNOWN)
-    ids = torch.arange(config.vocab_size or 0)
+    ids = torch.arange(config.vocab_size or 0, device="cpu")  # as what is read from files
     if config.draft_vocab_size is None:
         if offsets is not None and bool(offsets.any()):
             raise ValueError(
@@ -251,7 +251,7 @@ def _check_vocabulary(files: list[Path], config: Any, name: Any) -> None:
                 f"None or vocab_size, {config.vocab_size}. {_NONSENSE}"
             )
     elif offsets is not None:
-        ids = offsets + torch.arange(len(offsets))
+        ids = offsets + torch.arange(len(offsets), device="cpu")
         _check_target_ids(ids, config.vocab_size, name)
     if known is not None and not torch.equal(known.nonzero()[:, 0], ids):
         raise ValueError(

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import tiny
-from dflash_hub import DecodeStatistics, execution_dflash
+from dflash_hub import DecodeStatistics, execution_dflash, weights_dflash
 from dflash_hub.drafter_dflash import Drafter
 from dflash_hub.proposals_dflash import Proposal
 from dflash_hub.sequences_dflash import Prompt
@@ -81,7 +81,11 @@ def test_a_recording_that_is_replayed_without_python_gives_the_same_text(family,
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_5_text"])
-@pytest.mark.parametrize("second", [{}, tiny.SECOND], ids=["dflash", "dflash2"])
+@pytest.mark.parametrize(
+    "second",
+    [{}, tiny.SECOND, tiny.DSPARK | tiny.REDUCED, tiny.DOMINO],
+    ids=["dflash", "dflash2", "dspark, reduced", "domino"],
+)
 def test_the_default_device_of_torch_may_be_any_other(family, second):
     target, inputs = tiny.target(family), tiny.batch(20, pads=(0, 9, 3))
     asked = inputs | {"max_new_tokens": 20, "do_sample": False}
@@ -93,6 +97,13 @@ def test_the_default_device_of_torch_may_be_any_other(family, second):
         target.generate(**asked | {"do_sample": True}, custom_generate=draft.speculate)
     finally:
         torch.set_default_device(None)
+
+
+def test_the_stored_ids_of_a_reduced_vocabulary_are_checked_whatever_the_default_device(tmp_path):
+    draft = tiny.reduce(tiny.draft(tiny.target("qwen3"), **tiny.DSPARK, **tiny.REDUCED))
+    draft.save_pretrained(tmp_path)
+    with META:
+        weights_dflash._check_vocabulary([tmp_path / "model.safetensors"], draft.config, "it")
 
 
 def test_blocks_are_recorded_again_where_buffers_grew_and_compared_once(monkeypatch):
