@@ -216,7 +216,8 @@ def check_alone(target: Target, size: int, like: Prompt) -> None:
         like: the prompt that comes next; the short text has its batch and padding.
 
     Raises:
-        ValueError: naming the position or layer, the difference, and the versions.
+        ValueError: naming the position or layer, the difference, and the versions; or the prompt's device, where that
+            is another than the target's and its forward fails.
     """
     try:
         compare(target, size, like)
@@ -224,9 +225,14 @@ def check_alone(target: Target, size: int, like: Prompt) -> None:
         raise
     except (RuntimeError, LookupError, TypeError, AttributeError) as error:
         what = f"{target.name} ({target.text.model_type}) cannot be run as a block over dflash-hub's cache"
-        raise difference(
-            f"{what}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        ) from error
+        fault = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        own = device_of(target.model)
+        if like.device != own:
+            raise ValueError(
+                f"input_ids are on {like.device}, but {target.name} is on {own}, and its forward fails ({fault}). "
+                "Move them: input_ids.to(target.device)."
+            ) from error
+        raise difference(f"{what}: {fault}") from error
 
 
 def compare(target: Target, size: int, like: Prompt) -> None:

@@ -177,6 +177,14 @@ def test_blocks_are_recorded_from_a_stream_of_the_users():
     assert torch.equal(text, expected)
 
 
+def test_a_prompt_on_the_cpu_is_refused_with_both_devices():
+    if not ON_GPU:
+        pytest.skip("needs two devices")
+    target, ids = tiny.target("qwen3"), tiny.prompt(9).cpu()
+    with pytest.raises(ValueError, match=r"input_ids are on cpu, but Qwen3ForCausalLM is on cuda:0.*Move them"):
+        target.generate(ids, **GREEDY, custom_generate=tiny.draft(target).speculate)
+
+
 def test_threads_record_in_turn():
     pairs, faults = [], []
     for family in ("qwen3", "gemma3_text", "llama"):

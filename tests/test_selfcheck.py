@@ -8,6 +8,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import tiny
 from dflash_hub import attention_dflash, cache_dflash, generation_dflash, selfcheck_dflash
+from dflash_hub.sequences_dflash import Prompt
+from dflash_hub.target_dflash import Target
 from test_decode import speculative
 
 FAMILIES = ("qwen3", "gemma3_text", "qwen3_next")  # dense, sliding, recurrent
@@ -210,3 +212,9 @@ def test_a_change_behind_the_short_text_is_found_on_the_prompt_itself(family):
         with pytest.raises(ValueError, match=r"at slot \d+ of row 0 the logits differ"):
             speculative(target, tiny.draft(target), ids, 20, streamer=told)
     assert sum(tokens.numel() for tokens in told.tokens) <= 90, "text was given out"
+
+
+def test_a_prompt_on_another_device_than_the_target_is_refused_with_both():
+    elsewhere = Prompt(tiny.prompt(9).to("meta"), {})
+    with pytest.raises(ValueError, match=r"input_ids are on meta, but Qwen3ForCausalLM is on c.*Move them: input_ids"):
+        selfcheck_dflash.check_alone(Target(tiny.target("qwen3"), (0, 2)), 5, elsewhere)
