@@ -314,7 +314,7 @@ class DFlashConfig(PretrainedConfig):
         fc_width = hidden_size * len(self.target_layer_ids)
         layers = self.num_target_layers or num_layers
         vocab = self.vocab_size or vocab_size
-        # A draft has neither embedding nor head: rows added at the end are nothing to it.
+        # Rows added at the end are nothing to a draft, whosever embedding and head it uses.
         known = same_vocabulary(vocab, max(vocab_size, embedding_rows))
         advice = "Use the draft that was made for this target (`dflash-hub resolve` finds it)"
         checks = (

@@ -183,6 +183,7 @@ def _speculators_config(config: Any, base_model: str | None) -> dict[str, Any]:
         "tie_word_embeddings": False,
         # No key of speculators, which keeps keys that it does not know.
         "num_target_layers": config.num_target_layers,
+        "unscaled_embeddings": config.unscaled_embeddings,
     }
     for field in (*AT_TOP, *DRAFT_LAYOUTS[config.model_type].own):
         content[field] = getattr(config, field)
@@ -298,6 +299,7 @@ def _muse_findings(config: Any) -> Iterator[Finding]:
         "has_own_embed_tokens": False,
         "has_own_lm_head": False,
         "window_from_anchor": False,
+        "unscaled_embeddings": False,
     }
     for name, right in unused.items():
         value = getattr(config, name)
