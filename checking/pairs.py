@@ -14,6 +14,7 @@ from ..checkpoints import out_of_cache, split_precision
 from ..compat_dflash import checkpoint_name
 from ..findings_dflash import LOADING, explained
 from ..layouts_dflash import shown
+from ..layouts_speculators import target_named
 from ..registry import CATALOGUE, check_folder
 from .remarks import Remark, Section
 from .repositories import card_of
@@ -146,7 +147,7 @@ def _made_for_remarks(files: DraftFiles, target: Target) -> Iterator[Remark]:
 
 
 def targets_of(files: DraftFiles) -> list[str]:
-    """Return the targets that the draft was made for, by its card and by the catalogue; [] if neither knows."""
+    """Return the targets that the draft was made for, by the catalogue, its card and its config; [] if none knows."""
     known = [spec.targets for spec in CATALOGUE if spec.repo_id == files.name]
     found = [name for names in known for name in names]
     try:
@@ -155,6 +156,7 @@ def targets_of(files: DraftFiles) -> list[str]:
         card = None
     base = None if card is None else card.data.get("base_model")
     found += base if isinstance(base, list) else [base]
+    found.append(target_named(files.config))
     names = [name for name in found if isinstance(name, str)]
     return list(dict.fromkeys(names))
 

@@ -18,9 +18,10 @@ from ..kinds import kind_of
 from ..weights_dflash import (
     FLOATS,
     MISSING,
-    NO_FLOATS,
     UNKNOWN,
     WRONG_SHAPES,
+    WRONG_TYPES,
+    check_vocabulary,
     expected_shapes,
     is_zero_when_fresh,
     misfits,
@@ -36,7 +37,7 @@ _FAULTS = {
     WRONG_SHAPES: ("tensor-shape", "Correct the config, or export the draft again"),
     MISSING: ("tensor-missing", "Export the draft again, whole"),
     UNKNOWN: ("tensor-unknown", "Remove them, or say in the config what they are for"),
-    NO_FLOATS: (
+    WRONG_TYPES: (
         "tensor-dtype",
         "Store floats, or write the quantization_config that says how to read them",
     ),
@@ -106,11 +107,16 @@ def _header_remarks(files: DraftFiles, config: Any) -> Iterator[Remark]:
     """Yield tensors that are not those of the config's model, by name, shape or type."""
     config = with_own_parts(config, files.tensors)
     expected = expected_shapes(kind_of(config).model_class, config)
+    try:
+        check_vocabulary(files.weights, config, "The draft")
+    except ValueError as error:
+        advice = "Export the draft again, with the table of ids of its head"
+        yield _SECTION.error("vocabulary-ids", str(error), None, "ascending ids", advice)
     quantised = getattr(config, "quantization_config", None) is not None
     for fault, keys in misfits(files.tensors, expected).items():
         name, advice = _FAULTS[fault]
         keys = sorted(keys)
-        if keys and not (quantised and fault in (WRONG_SHAPES, UNKNOWN, NO_FLOATS)):
+        if keys and not (quantised and fault in (WRONG_SHAPES, UNKNOWN, WRONG_TYPES)):
             what = f"The draft {fault}: {listed(keys)}"
             yield _SECTION.error(name, what, keys, f"{len(expected)} tensors", advice)
 
