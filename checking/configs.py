@@ -60,10 +60,10 @@ LAYOUTS: dict[str, Callable[[dict[str, Any]], bool]] = {
     "NVIDIA, served": lambda config: "eagle_aux_hidden_state_layer_ids" in config,
     "the engines layout of dflash-hub": _is_engines,
     "NVIDIA NeMo AutoModel": lambda config: _architecture(config).startswith("Qwen3DFlash"),
-    "DeepSpec (DSpark)": lambda config: (
-        "DSpark" in _architecture(config) and "markov_rank" in config
+    "SpecForge (DSpark)": lambda config: (
+        "DSpark" in _architecture(config) and "dflash_config" in config
     ),
-    "SpecForge (DSpark)": lambda config: "DSpark" in _architecture(config),
+    "DeepSpec (DSpark)": lambda config: "DSpark" in _architecture(config),
     "Domino": lambda config: "gru_hidden_dim" in {*_nested(config), *config},
     "NVIDIA Model Optimizer": _is_model_optimizer,
     "SpecForge": lambda config: {"rope_theta", "rope_parameters", "dflash_config"} <= config.keys(),
@@ -93,6 +93,7 @@ def config_remarks(config: dict[str, Any]) -> Iterator[Remark]:
     if "speculators_model_type" not in config and not _is_hub(config):
         yield from _model_type_remarks(config)
     yield from _window_remarks(config)
+    yield from _anchor_remarks(config)
     yield from _spelling_remarks(config)
 
 
@@ -136,6 +137,18 @@ def _window_remarks(config: dict[str, Any]) -> Iterator[Remark]:
             f"Write layer_types as {SLIDING!r}, with sliding_window and use_sliding_window: true"
         )
         yield _SECTION.warning("window-in-one-place", what, types, [SLIDING], advice)
+
+
+def _anchor_remarks(config: dict[str, Any]) -> Iterator[Remark]:
+    """Warn of a DSpark draft of speculators that does not say whether its anchor predicts."""
+    is_dspark = config.get("speculators_model_type") == "dspark"
+    if is_dspark and config.get("sample_from_anchor") is None:
+        what = (
+            "sample_from_anchor is missing: speculators before July 2026 trained without, newer releases with it, and "
+            "readers take either"
+        )
+        advice = "Write it; a run with --target compares both"
+        yield _SECTION.warning("anchor-unsaid", what, None, "true or false", advice)
 
 
 def _spelling_remarks(config: dict[str, Any]) -> Iterator[Remark]:

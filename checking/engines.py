@@ -297,6 +297,17 @@ def _reduced(draft: StoredDraft) -> Finding | None:
     return Finding(what, draft.ships, "the target's whole vocabulary", "Serve it with vLLM")
 
 
+def _anchor_unread(draft: StoredDraft) -> Finding | None:
+    """Find a draft that predicts from its anchor, of a kind whose anchor predicts nothing in engines."""
+    nested = bool(draft.inner("sample_from_anchor"))
+    if draft.is_speculators or draft.head not in ("dflash", "dflash2"):
+        return None
+    if not nested and not draft.top("sample_from_anchor"):
+        return None
+    what = "sample_from_anchor is true, and the anchor's position is taken to predict nothing"
+    return Finding(what, True, False, "Decode it with dflash-hub")
+
+
 def _dangling(draft: StoredDraft) -> Finding | None:
     """Find an entry of auto_map whose file is not there."""
     for name, reference in draft.auto_map.items():
@@ -466,6 +477,7 @@ _VLLM = Engine(
         Rule("domino", REFUSES, _VLLM_MODEL, _no_head("domino")),
         Rule("dspark-names", REFUSES, _VLLM_DSPARK, _flat_dspark),
         Rule("markov-head", REFUSES, _VLLM_DSPARK, _other_markov),
+        Rule("anchor", WRONG, _VLLM_SPECULATOR, _anchor_unread),
         Rule("width", REFUSES, _VLLM_MODEL, _other_width),
     ),
 )
@@ -562,6 +574,7 @@ _SGLANG = Engine(
         Rule("muse-taps", WRONG, _SGLANG_MODEL, _raw_taps_of_muse),
         Rule("dflash2-fields", WRONG, _SGLANG_UTILS, _scalar_heads_top),
         Rule("dspark-names", WRONG, _SGLANG_MODEL, _flat_dspark),
+        Rule("anchor", WRONG, "sglang/srt/speculative/dflash_worker_v2.py", _anchor_unread),
         Rule("width", REFUSES, _SGLANG_MODEL, _other_width),
     ),
 )
@@ -627,6 +640,7 @@ _TRTLLM = Engine(
             _no_head("domino", "dspark", verb="runs without its head"),
         ),
         Rule("own-vocabulary", WRONG, _TRTLLM_MODEL, _own_vocabulary),
+        Rule("anchor", WRONG, _TRTLLM_SPEC, _anchor_unread),
     ),
 )
 
@@ -694,6 +708,7 @@ _LLAMACPP = Engine(
         Rule("tensors", REFUSES, _CONVERSION, _llamacpp_tensors),
         Rule("dflash2-fields", REFUSES, _CONVERSION, _scalar_heads_top),
         Rule("markov-head", REFUSES, _CONVERSION, _other_markov),
+        Rule("anchor", WRONG, _CONVERSION, _anchor_unread),
         Rule("domino", REFUSES, _CONVERSION, _no_head("domino")),
     ),
 )
@@ -762,6 +777,7 @@ _NATIVE = Engine(
         Rule("taps", REFUSES, _GENERATOR, _needs("target_layer_ids")),
         Rule("mask-token", REFUSES, _GENERATOR, _needs("mask_token_id")),
         Rule("block-size", REFUSES, _GENERATOR, _needs("block_size")),
+        Rule("anchor", WRONG, _GENERATOR, _anchor_unread),
         Rule(
             "heads",
             WRONG,
@@ -793,6 +809,7 @@ _ZLAB_MLX = Engine(
     (
         Rule("speculators", REFUSES, _MLX_MODEL, _speculators),
         Rule("head-dim", REFUSES, _MLX_MODEL, _needs("head_dim")),
+        Rule("anchor", WRONG, _MLX_MODEL, _anchor_unread),
         Rule("layers", REFUSES, _MLX_MODEL, _needs("num_target_layers")),
         Rule("taps", REFUSES, _MLX_MODEL, _needs("dflash_config.target_layer_ids")),
         Rule("mask-token", REFUSES, _MLX_MODEL, _needs("dflash_config.mask_token_id")),
@@ -827,6 +844,7 @@ _BST_MLX = Engine(
         Rule("layers", REFUSES, _BST_MODEL, _needs("num_target_layers")),
         Rule("tie", REFUSES, _BST_MODEL, _needs("tie_word_embeddings")),
         Rule("head-dim", REFUSES, _BST_MODEL, _needs("head_dim")),
+        Rule("anchor", WRONG, _BST_MODEL, _anchor_unread),
         Rule(
             "taps",
             WRONG,
@@ -865,6 +883,7 @@ _MLX_VLM = Engine(
     (
         Rule("speculators", REFUSES, "mlx_vlm/utils.py", _speculators),
         Rule("drafter", REFUSES, "mlx_vlm/utils.py", _needs_a_package),
+        Rule("anchor", WRONG, _VLM_WEIGHTS, _anchor_unread),
         Rule(
             "block-size",
             WRONG,

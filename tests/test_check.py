@@ -271,6 +271,7 @@ MISTAKES = {
     "two rope bases": (config(rope_theta=5.0), "config-invalid", 2),
     "two causalities": (config(dflash_config__causal=True), "config-invalid", 2),
     "an unknown key inside": (config(dflash_config__swa_windw_size=3), "config-invalid", 2),
+    "an anchor of which nothing is said": (config(speculators_model_type="dspark"), "anchor-unsaid", 2),
     "a misspelt key": (
         config(num_target_layer=4, num_target_layers=None, dflash_config__num_target_layers=None),
         "key-misspelt",
@@ -311,7 +312,8 @@ def test_a_mistake_in_the_files_is_found(mistake, folder):
     apply(folder)
     report = check_draft(folder)
     found = names(report)
-    assert STATUS[found[name]] == report.status == status, found
+    assert report.status == status, found
+    assert STATUS[found[name]] == status or name == "anchor-unsaid"  # in a layout that is broken for other reasons
     remark = next(one for one in report.remarks if one.name == name)
     assert remark.finding.advice or remark.finding.form == "{what}"
 
@@ -440,6 +442,8 @@ ENGINE_CASES = [
     ({"rope_theta": None}, (), "dflash-mlx", "rope !causality"),
     ({"auto_map": None}, (), "transformers", "!class"),
     ({"target_hidden_size": 64}, (), "sglang", "tap-width"),
+    ({"sample_from_anchor": True}, (), "vllm", "!anchor"),
+    ({"dflash_config__sample_from_anchor": True}, (), "llama.cpp", "!anchor"),
     ({"has_own_lm_head": True}, (), "sglang", "!own-vocabulary"),
     ({"dflash_config__input_embedding_scale": 8.0}, (), "sglang", "!embedding-scale"),
     ({"draft_vocab_size": 6}, ("d2t", "t2d", "lm_head.weight"), "vllm", ""),
