@@ -29,7 +29,6 @@ class CheckOptions:
         revision: commit, tag or branch of the draft.
         subfolder: the folder in the repository that holds it.
         token: of the Hub. Default: the token of `hf auth login`.
-        weights: whether to read the weights, which may have to be downloaded.
         prompts: to decode with a loaded target; None for the package's own.
         max_new_tokens: of each prompt.
         report: called with the name of each step as it begins.
@@ -38,7 +37,6 @@ class CheckOptions:
     revision: str | None = None
     subfolder: str = ""
     token: str | None = None
-    weights: bool = True
     prompts: Sequence[str] | None = None
     max_new_tokens: int = 32
     report: Callable[[str], None] = lambda step: None
@@ -77,7 +75,7 @@ class DraftReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Return it as values that JSON can hold."""
-        found = {"draft": self.draft, "commit": self.commit, "layout": self.layout}
+        found: dict[str, Any] = {"draft": self.draft, "commit": self.commit, "layout": self.layout}
         found |= {"kind": self.kind, "status": self.status, "verdict": self.title}
         found["remarks"] = [remark.as_dict() for remark in self.remarks]
         found["engines"] = [one.as_dict() for one in self.engines]
@@ -115,24 +113,17 @@ def check_draft(draft: Any, target: Any = None, options: CheckOptions | None = N
         options.report("Comparing with the target")
         remarks += pair_remarks(files, config, opened)
     run, further = _run(files, config, opened, remarks, options)
-    stored = stored_draft(files, own_code(files), opened) if options.weights else None
-    return DraftReport(
-        files.name,
-        files.commit,
-        layout_of(raw),
-        None if config is None else kind_of(config).name,
-        (*remarks, *further),
-        () if stored is None else verdicts(stored),
-        run,
-    )
+    kind = None if config is None else kind_of(config).name
+    engines = verdicts(stored_draft(files, own_code(files), opened))
+    found = (*remarks, *further)
+    return DraftReport(files.name, files.commit, layout_of(raw), kind, found, engines, run)
 
 
 def _file_remarks(files: DraftFiles, config: Any, options: CheckOptions) -> Iterator[Remark]:
     """Yield what is wrong with the files of a draft alone."""
     yield from config_remarks(files.config)
-    if options.weights:
-        options.report("Reading the weights")
-        yield from tensor_remarks(files, config)
+    options.report("Reading the weights")
+    yield from tensor_remarks(files, config)
     options.report("Looking at the repository")
     yield from repository_remarks(files, config)
 

@@ -148,8 +148,9 @@ def _made_for_remarks(files: DraftFiles, target: Target) -> Iterator[Remark]:
 
 def targets_of(files: DraftFiles) -> list[str]:
     """Return the targets that the draft was made for, by the catalogue, its card and its config; [] if none knows."""
-    known = [spec.targets for spec in CATALOGUE if spec.repo_id == files.name]
-    found = [name for names in known for name in names]
+    found: list[Any] = []
+    for spec in CATALOGUE:
+        found += spec.targets if spec.repo_id == files.name else ()
     try:
         card = card_of(files)
     except ValueError:

@@ -222,7 +222,8 @@ class _EveryAnchor:
     """
 
     def __init__(self, chain: Any, texts: list[torch.Tensor], agreed: list[list[int]]):
-        self.chain, self.texts, self.agreed = chain, texts, agreed
+        self.chain = chain
+        self.texts, self.agreed = texts, agreed
 
     def append_context(self, features: torch.Tensor, first_slot: int) -> None:
         self.chain.append_context(features, first_slot)

@@ -6,6 +6,7 @@ import json
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ..layouts_dflash import shown
@@ -71,13 +72,13 @@ def _drafted(stored: StoredDraft) -> int:
 
 def _vllm(launch: Launch) -> list[str]:
     method = "dspark" if launch.stored.head == "dspark" else "dflash"
-    config = {"method": method, "model": launch.draft}
+    config: dict[str, Any] = {"method": method, "model": launch.draft}
     if launch.revision:
         config["revision"] = launch.revision
-    settings: dict[str, Any] = config | {"num_speculative_tokens": launch.drafted}
+    config["num_speculative_tokens"] = launch.drafted
     return [
         f"vllm serve {shlex.quote(launch.target)} --speculative-config "
-        f"{shlex.quote(json.dumps(settings))}"
+        f"{shlex.quote(json.dumps(config))}"
     ]
 
 
@@ -93,10 +94,8 @@ def _sglang(launch: Launch) -> list[str]:
     ]
 
 
-def _local(launch: Launch, name: str, folder: str, revision: str | None = None) -> list[str]:
+def _local(name: str, folder: str, revision: str | None = None) -> list[str]:
     """Return the line that downloads a repository; [] for a folder."""
-    from pathlib import Path
-
     if Path(name).is_dir():
         return []
     pin = f" --revision {shlex.quote(revision)}" if revision else ""
@@ -104,10 +103,11 @@ def _local(launch: Launch, name: str, folder: str, revision: str | None = None) 
 
 
 def _tensorrt(launch: Launch) -> list[str]:
-    lines = _local(launch, launch.draft, "draft", launch.revision)
+    lines = _local(launch.draft, "draft", launch.revision)
     folder = "draft" if lines else launch.draft
-    settings = {"decoding_type": "DFlash", "max_draft_len": launch.drafted}
-    config = {"speculative_config": settings | {"speculative_model": folder}}
+    settings: dict[str, Any] = {"decoding_type": "DFlash", "max_draft_len": launch.drafted}
+    settings["speculative_model"] = folder
+    config = {"speculative_config": settings}
     return [
         *lines,
         f"echo {shlex.quote(json.dumps(config))} > dflash.yaml",
@@ -116,8 +116,8 @@ def _tensorrt(launch: Launch) -> list[str]:
 
 
 def _llamacpp(launch: Launch) -> list[str]:
-    draft_lines = _local(launch, launch.draft, "draft", launch.revision)
-    target_lines = _local(launch, launch.target, "target")
+    draft_lines = _local(launch.draft, "draft", launch.revision)
+    target_lines = _local(launch.target, "target")
     draft = "draft" if draft_lines else shlex.quote(launch.draft)
     target = "target" if target_lines else shlex.quote(launch.target)
     return [
