@@ -423,7 +423,6 @@ ENGINE_CASES = [
     ({"dflash_config__use_swa": None}, (), "tensorrt-llm", "!window"),
     ({"layer_types": [FULL, FULL]}, (), "sglang", "!window-unseen"),
     ({"layer_types": [FULL, FULL]}, (), "vllm", ""),
-    ({"is_causal": None}, (), "sglang", "!causality"),
     ({"is_causal": None}, (), "vllm", ""),
     (NONE, (), "llama.cpp", "!causality"),
     (NONE, (), "tensorrt-llm", "!causality"),
@@ -434,17 +433,13 @@ ENGINE_CASES = [
     ({"mask_token_id": None, "dflash_config__mask_token_id": None}, (), "vllm", "mask-token"),
     ({"mask_token_id": None, "dflash_config__mask_token_id": None}, (), "sglang", "!mask-token"),
     ({"mask_token_id": None, "dflash_config__mask_token_id": None}, (), "tensorrt-llm", "!mask-token"),
-    ({"target_layer_ids": None, "dflash_config__target_layer_ids": None}, (), "vllm", "!taps"),
-    ({"target_layer_ids": None, "dflash_config__target_layer_ids": None}, (), "sglang", "!taps"),
     ({"dflash_config__target_layer_ids": None}, (), "tensorrt-llm", "taps"),
     ({"block_size": None, "dflash_config__block_size": None}, (), "sglang", "!block-size"),
     ({"rope_theta": None, "rope_parameters": None}, (), "dflash-zlab-mlx", "!rope"),
     ({"rope_theta": None}, (), "dflash-mlx", "rope !causality"),
     ({"auto_map": None}, (), "transformers", "!class"),
     ({"target_hidden_size": 64}, (), "sglang", "tap-width"),
-    ({"sample_from_anchor": True}, (), "vllm", "!anchor"),
     ({"dflash_config__sample_from_anchor": True}, (), "llama.cpp", "!anchor"),
-    ({"has_own_lm_head": True}, (), "sglang", "!own-vocabulary"),
     ({"dflash_config__input_embedding_scale": 8.0}, (), "sglang", "!embedding-scale"),
     ({"draft_vocab_size": 6}, ("d2t", "t2d", "lm_head.weight"), "vllm", ""),
     ({"draft_vocab_size": 6}, ("lm_head.weight",), "vllm", "reduced-vocabulary"),
@@ -454,12 +449,8 @@ ENGINE_CASES = [
     ({}, ("aux.weight",), "vllm", "tensors"),
     ({}, ("aux.weight",), "sglang", ""),
     ({}, ("lm_head.weight",), "mlx-vlm", "tensors"),
-    ({}, ("markov_w1.weight",), "vllm", "tensors dspark-names"),
     ({"markov_rank": 4, "markov_head_type": "gated"}, (), "llama.cpp", "markov-head"),
-    ({"dflash_config__gru_hidden_dim": 4, "dflash_config__projector_type": "domino"}, (), "vllm", "domino"),
-    ({"dflash_config__gru_hidden_dim": 4, "dflash_config__projector_type": "domino"}, (), "sglang", ""),
     ({"dflash_config__gru_hidden_dim": 4}, (), "tensorrt-llm", "!heads"),
-    ({"architectures": ["DFlash2DraftModel"], "selector_rank": 4}, (), "vllm", "dflash2-fields"),
     ({"speculators_config": {}}, (), "vllm", "speculators-type speculators-fields"),
     (
         {"speculators_model_type": "dflash", "sample_from_anchor": True, "aux_hidden_state_layer_ids": [1]},
@@ -476,6 +467,105 @@ def test_an_engines_rules_find_what_it_takes_otherwise(saved, changes, names, en
     files = open_draft(folder, {})
     draft = StoredDraft(files.config, {*files.tensors, *names}, {*files.names}, {"dflash.py"})
     assert outcomes(draft)[engine] == rules
+
+
+DOMINO = {"dflash_config__gru_hidden_dim": 4, "dflash_config__projector_type": "domino"}
+GATED = {"architectures": ["Qwen3DSparkModel"], "markov_rank": 4, "markov_head_type": "gated"}
+NO_TAPS = {"target_layer_ids": None, "dflash_config__target_layer_ids": None}
+ALL_ENGINES: list[tuple[dict, tuple[str, ...], dict[str, str]]] = [
+    (
+        {"sample_from_anchor": True},
+        (),
+        dict.fromkeys(set(ENGINES) - {"transformers"}, "!anchor") | {"dflash-mlx": "!anchor !causality"},
+    ),
+    (
+        DOMINO,
+        ("prefix_gru.weight_ih_l0",),
+        dict.fromkeys(("vllm", "llama.cpp", "mlx-vlm"), "tensors domino")
+        | dict.fromkeys(("transformers-generate", "tensorrt-llm"), "!heads")
+        | {"dflash-zlab-mlx": "tensors heads", "dflash-mlx": "!causality tensors heads"},
+    ),
+    (
+        GATED,
+        ("markov_w1.weight", "d2t"),
+        {
+            "transformers-generate": "!heads",
+            "vllm": "tensors dspark-names markov-head",
+            "sglang": "!reduced-vocabulary !dspark-names",
+            "tensorrt-llm": "!reduced-vocabulary !heads",
+            "llama.cpp": "tensors markov-head",
+            "dflash-zlab-mlx": "tensors heads",
+            "dflash-mlx": "!causality tensors heads",
+            "mlx-vlm": "tensors",
+        },
+    ),
+    (
+        GATED,
+        ("markov_head.markov_w1.weight",),
+        {
+            "transformers-generate": "!heads",
+            "vllm": "markov-head",
+            "tensorrt-llm": "!heads",
+            "llama.cpp": "markov-head",
+            "dflash-zlab-mlx": "tensors heads",
+            "dflash-mlx": "!causality tensors heads",
+        },
+    ),
+    (
+        {"architectures": ["DFlash2DraftModel"], "selector_rank": 4},
+        ("model.norm.weight",),
+        {
+            "transformers-generate": "!heads",
+            "vllm": "prefix dflash2-fields",
+            "sglang": "!dflash2-fields",
+            "llama.cpp": "dflash2-fields",
+            "dflash-zlab-mlx": "prefix",
+            "dflash-mlx": "!causality prefix heads",
+        },
+    ),
+    (
+        NO_TAPS | {"head_dim": None, "has_own_lm_head": True},
+        ("aux.weight",),
+        {
+            "transformers-generate": "taps",
+            "vllm": "!taps tensors",
+            "sglang": "!taps !own-vocabulary",
+            "tensorrt-llm": "taps !own-vocabulary",
+            "llama.cpp": "taps tensors",
+            "dflash-zlab-mlx": "head-dim taps tensors",
+            "dflash-mlx": "head-dim !taps !causality tensors",
+            "mlx-vlm": "tensors",
+        },
+    ),
+    (
+        {"is_causal": False, "dflash_config__causal": True},
+        (),
+        dict.fromkeys(("dflash-mlx", "mlx-vlm"), "!causality"),
+    ),
+    (
+        {"is_causal": None},
+        (),
+        dict.fromkeys(("sglang", "dflash-zlab-mlx", "dflash-mlx"), "!causality"),
+    ),
+    (
+        NONE | {"dflash_config__causal_head": True, "layer_types": [FULL, FULL], "dflash_config__use_swa": None},
+        (),
+        dict.fromkeys(set(ENGINES) - {"transformers", "transformers-generate"}, "!causality"),
+    ),
+    (
+        {"auto_map": {"AutoModel": "gone.DFlashDraftModel"}},
+        (),
+        {"transformers": "code", "transformers-generate": "code interface", "dflash-mlx": "!causality"},
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "names", "expected"), ALL_ENGINES)
+def test_one_mistake_in_the_eyes_of_all_engines(changes, names, expected, folder):
+    config(**changes)(folder)
+    files = open_draft(folder, {})
+    found = outcomes(StoredDraft(files.config, {*files.tensors, *names}, {*files.names}, {"dflash.py"}))
+    assert {engine: rules for engine, rules in found.items() if rules} == expected
 
 
 def test_a_dflash_config_that_is_null_is_refused_by_vllm_alone(folder):
