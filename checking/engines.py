@@ -157,7 +157,7 @@ _VLLM = Engine(
             "tensors",
             REFUSES,
             _VLLM_MODEL,
-            rules.strict("dflash2", "dspark", shipped=StoredDraft.vocabulary_tensors),
+            rules.strict("dflash2", "dspark", "mask", shipped=StoredDraft.vocabulary_tensors),
         ),
         Rule("reduced-vocabulary", REFUSES, _VLLM_MODEL, rules.reduced_without_table),
         Rule("dflash2-fields", REFUSES, _VLLM_MODEL, rules.dflash2_fields_elsewhere),
@@ -165,6 +165,7 @@ _VLLM = Engine(
         Rule("dspark-names", REFUSES, _VLLM_DSPARK, rules.flat_dspark),
         Rule("markov-head", REFUSES, _VLLM_DSPARK, rules.other_markov),
         Rule("anchor", WRONG, _VLLM_SPECULATOR, rules.anchor_unread),
+        Rule("mask-embedding", WRONG, _VLLM_MODEL, rules.mask_embedding_unread),
         Rule("width", REFUSES, _VLLM_MODEL, rules.other_width),
     ),
 )
@@ -224,6 +225,7 @@ _SGLANG = Engine(
         Rule("dflash2-fields", WRONG, _SGLANG_UTILS, rules.dflash2_fields_elsewhere),
         Rule("dspark-names", WRONG, _SGLANG_MODEL, rules.flat_dspark),
         Rule("anchor", WRONG, "sglang/srt/speculative/dflash_worker_v2.py", rules.anchor_unread),
+        Rule("mask-embedding", WRONG, _SGLANG_MODEL, rules.mask_embedding_unread),
         Rule("width", REFUSES, _SGLANG_MODEL, rules.other_width),
     ),
 )
@@ -269,6 +271,7 @@ _TRTLLM = Engine(
         ),
         Rule("own-vocabulary", WRONG, _TRTLLM_MODEL, rules.own_vocabulary),
         Rule("anchor", WRONG, _TRTLLM_SPEC, rules.anchor_unread),
+        Rule("mask-embedding", WRONG, _TRTLLM_MODEL, rules.mask_embedding_unread),
     ),
 )
 

@@ -24,17 +24,7 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 MASK_EMBEDDING = "mask_embedding.pt"
 _OF_TRAINING = ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state*.pth", "scaler.pt")
 """Pickles that `Trainer` writes beside weights; nothing that loads a draft reads them."""
-_CONVERT = (
-    'python -c "import torch; from safetensors.torch import save_file; '
-    "w = torch.load('{file}', map_location='cpu', weights_only=True); "
-    "save_file({{k: v.clone().contiguous() for k, v in w.items()}}, 'model.safetensors', {{'format': 'pt'}})\""
-)
-_CONVERT_MASK = (
-    'python -c "import torch; from safetensors.torch import save_file; '
-    "w = torch.load('{file}', map_location='cpu', weights_only=True); "
-    "w = w['embedding'] if isinstance(w, dict) else w; "
-    "save_file({{'mask_embedding': w.clone().contiguous()}}, 'mask_embedding.safetensors', {{'format': 'pt'}})\""
-)
+_CONVERT = "Make a copy in safetensors: dflash-hub convert {name} NEW_FOLDER --layout hub"
 
 
 def repository_remarks(files: DraftFiles, config: Any) -> Iterator[Remark]:
@@ -66,14 +56,14 @@ def _pickle_remarks(files: DraftFiles) -> Iterator[Remark]:
             what = f"{name} is a pickle of the training run, which no reader of drafts needs"
             yield _SECTION.warning("pickle-of-training", what, name, "no pickle", "Remove it")
         elif base == MASK_EMBEDDING:
-            what = f"{name} is a pickle with a trained embedding for the mask token, which dflash-hub does not run"
-            advice = f"Convert it to look at it: {_CONVERT_MASK.format(file=name)}"
-            yield _SECTION.error("mask-embedding", what, name, "the target's row", advice)
+            what = f"{name} is a pickle with a trained embedding of the mask token, which can run code when it is read"
+            advice = _CONVERT.format(name=files.name)
+            yield _SECTION.error("mask-embedding", what, name, "a tensor mask_embedding", advice)
         else:
-            what = f"{name} is a pickle, which can run any code when it is read; dflash-hub reads safetensors alone"
+            what = f"{name} is a pickle, which can run code when it is read; dflash-hub reads safetensors alone"
             advice = "Remove it: there are safetensors beside it"
             if not has_safetensors:
-                advice = f"Convert it: {_CONVERT.format(file=name)}"
+                advice = _CONVERT.format(name=files.name)
             make = _SECTION.warning if has_safetensors else _SECTION.error
             yield make("pickle", what, name, "model.safetensors", advice)
 

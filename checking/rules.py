@@ -169,8 +169,9 @@ OF_HEADS = {
     "dflash2": ("attention_conv", "mlp_conv", "candidate_selector."),
     "dspark": ("markov_head.", "confidence_head."),
     "domino": ("prefix_gru.", "embed_proj."),
+    "mask": ("mask_embedding",),
 }
-"""Head -> parts of the names of its tensors that engines know."""
+"""Head, or trained mask token -> parts of the names of its tensors that engines know."""
 
 
 def strict(*heads: str, shipped: tuple[str, ...] = ()) -> Check:
@@ -215,6 +216,14 @@ def reduced(draft: StoredDraft) -> Finding | None:
         return None
     what = "The draft predicts a reduced vocabulary; d2t and its own head are ignored, so ids mean other tokens"
     return Finding(what, draft.ships, "the target's whole vocabulary", "Serve it with vLLM")
+
+
+def mask_embedding_unread(draft: StoredDraft) -> Finding | None:
+    """Find a trained embedding of the mask token among the tensors, for engines that read it from a pickle or not."""
+    if "mask_embedding" not in draft.further_tensors:
+        return None
+    what = "The tensor mask_embedding is dropped: the target's row of the mask token is used in its place"
+    return Finding(what, "mask_embedding", None, "Decode it with dflash-hub")
 
 
 def anchor_unread(draft: StoredDraft) -> Finding | None:

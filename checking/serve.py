@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..layouts_dflash import shown
+from .configs import draft_config
 from .engines import LOADS, EngineVerdict, engine_named, verdict
 from .pairs import targets_of
 from .repositories import own_code
@@ -58,16 +59,15 @@ def _drafted(stored: StoredDraft) -> int:
     Raises:
         ValueError: the file names no block size.
     """
+    config = draft_config(stored.config)
+    if config is not None:
+        return config.num_drafted
     size = stored.either("block_size")
     if not isinstance(size, int) or isinstance(size, bool) or size < 2:
         raise ValueError(
             f"The draft's config.json says block_size is {shown(size)}; correct it, an int from 2 up."
         )
-    anchor = stored.either("sample_from_anchor")
-    if anchor is None:
-        shifted = stored.head == "domino" and stored.either("shift_label")
-        anchor = shifted or (stored.head == "dspark" and not stored.is_speculators)
-    return size if anchor else size - 1
+    return size - 1
 
 
 def _vllm(launch: Launch) -> list[str]:

@@ -18,9 +18,10 @@ from ..kinds import kind_of
 from ..weights_dflash import (
     FLOATS,
     MISSING,
+    NO_FLOATS,
+    NO_INTEGERS,
     UNKNOWN,
     WRONG_SHAPES,
-    WRONG_TYPES,
     check_vocabulary,
     expected_shapes,
     is_zero_when_fresh,
@@ -37,10 +38,11 @@ _FAULTS = {
     WRONG_SHAPES: ("tensor-shape", "Correct the config, or export the draft again"),
     MISSING: ("tensor-missing", "Export the draft again, whole"),
     UNKNOWN: ("tensor-unknown", "Remove them, or say in the config what they are for"),
-    WRONG_TYPES: (
+    NO_FLOATS: (
         "tensor-dtype",
         "Store floats, or write the quantization_config that says how to read them",
     ),
+    NO_INTEGERS: ("ids-dtype", "Store the table of ids as integers"),
 }
 """Fault -> name of the check, and what to do."""
 
@@ -116,7 +118,7 @@ def _header_remarks(files: DraftFiles, config: Any) -> Iterator[Remark]:
     for fault, keys in misfits(files.tensors, expected).items():
         name, advice = _FAULTS[fault]
         keys = sorted(keys)
-        if keys and not (quantised and fault in (WRONG_SHAPES, UNKNOWN, WRONG_TYPES)):
+        if keys and not (quantised and fault in (WRONG_SHAPES, UNKNOWN, NO_FLOATS)):
             what = f"The draft {fault}: {listed(keys)}"
             yield _SECTION.error(name, what, keys, f"{len(expected)} tensors", advice)
 

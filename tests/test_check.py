@@ -1,7 +1,6 @@
 """The doctor: every published config, and for every mistake that users report, what it says and its exit status."""
 
 import json
-import shlex
 import shutil
 from dataclasses import replace
 
@@ -318,18 +317,11 @@ def test_a_mistake_in_the_files_is_found(mistake, folder):
     assert remark.finding.advice or remark.finding.form == "{what}"
 
 
-def test_a_pickle_comes_with_the_command_that_converts_it(folder, monkeypatch):
-    weights = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    torch.save(weights, folder / "pytorch_model.bin")
-    remark = next(one for one in check_draft(folder).remarks if one.name == "pickle")
-    command = shlex.split(remark.finding.advice.removeprefix("Convert it: "))
-    assert command[:2] == ["python", "-c"]
-    monkeypatch.chdir(folder)
-    exec(command[2])
-    again = load_file(folder / "model.safetensors")
-    assert all(torch.equal(again[name], tensor) for name, tensor in weights.items())
-    assert names(check_draft(folder))["pickle"] == "warning"  # and is to be removed now
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "mask_embedding.pt"])
+def test_a_pickle_comes_with_the_command_that_converts_it(name, folder):
+    pickled(name, keeps_safetensors=False)(folder)
+    advices = [one.finding.advice for one in check_draft(folder).remarks]
+    assert f"Make a copy in safetensors: dflash-hub convert {folder} NEW_FOLDER --layout hub" in advices
 
 
 # The pair ------------------------------------------------------------------------------------------------------------
@@ -536,6 +528,13 @@ ALL_ENGINES: list[tuple[dict, tuple[str, ...], dict[str, str]]] = [
             "dflash-mlx": "head-dim !taps !causality tensors",
             "mlx-vlm": "tensors",
         },
+    ),
+    (
+        {},
+        ("mask_embedding",),
+        dict.fromkeys(("vllm", "sglang", "tensorrt-llm"), "!mask-embedding")
+        | dict.fromkeys(("llama.cpp", "dflash-zlab-mlx", "mlx-vlm"), "tensors")
+        | {"dflash-mlx": "!causality tensors"},
     ),
     (
         {"is_causal": False, "dflash_config__causal": True},
