@@ -680,7 +680,7 @@ def test_agreement_is_what_the_draft_proposes_at_each_token(pair_to_run):
         assert count == [*agreeing, False].index(False)
 
 
-@pytest.mark.parametrize("golden", ["dspark-rank0", "domino-a", "speculators-dspark-bonus"])
+@pytest.mark.parametrize("golden", ["dspark-a", "domino-a", "speculators-dspark-bonus"])
 def test_other_kinds_show_too_whether_their_anchor_predicts(golden):
     folder = DATA / "golden" / golden
     model = AutoModelForCausalLM.from_pretrained(folder / "target").eval()
