@@ -183,10 +183,11 @@ def strict(*heads: str, shipped: tuple[str, ...] = ()) -> Check:
     """
     parts = [part for head in heads for part in OF_HEADS[head]]
 
+    def known(name: str) -> bool:
+        return any(part in name for part in parts)
+
     def check(draft: StoredDraft) -> Finding | None:
-        unknown = [
-            name for name in draft.further_tensors if not any(part in name for part in parts)
-        ]
+        unknown = [name for name in draft.further_tensors if not known(name)]
         unknown += [name for name in draft.ships if name not in shipped]
         if not unknown or draft.is_speculators:
             return None
