@@ -112,7 +112,7 @@ def _model_type_remarks(config: dict[str, Any]) -> Iterator[Remark]:
     if model_type in CONFIG_MAPPING_NAMES or has_config:
         return
     what = f"model_type is {shown(model_type)}, which transformers does not register, and auto_map has no AutoConfig"
-    advice = 'Set model_type to "qwen3", or write it anew: draft.save_pretrained(folder, layout="engines")'
+    advice = 'Set model_type to "qwen3", or: dflash-hub convert DRAFT FOLDER --layout engines'
     yield _SECTION.warning("model-type-unregistered", what, model_type, "qwen3", advice)
 
 

@@ -18,8 +18,8 @@ from .stored import StoredDraft
 
 Check = Callable[[StoredDraft], Finding | None]
 ENGINES_LAYOUT = (
-    'Write the engines layout: load_draft(...).save_pretrained(folder, layout="engines"), or push it, which writes the '
-    "branch engines"
+    "Write it in the layout for engines: dflash-hub convert DRAFT FOLDER --layout engines; or push it, which writes it "
+    "to the branch engines too"
 )
 NOT_HERE = "Serve it with another engine"
 WINDOW = f"Write layer_types as {SLIDING!r}, sliding_window, use_sliding_window: true and dflash_config.use_swa: true"

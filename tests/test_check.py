@@ -162,7 +162,7 @@ def test_the_hub_layout_is_good_and_every_engine_that_refuses_it_is_sent_to_the_
         "transformers",
         "transformers-generate",
     }
-    assert 'layout="engines"' in found["vllm"].reasons[0].finding.advice
+    assert "--layout engines" in found["vllm"].reasons[0].finding.advice
 
 
 # Mistakes in files ---------------------------------------------------------------------------------------------------
