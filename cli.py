@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from .commands.check import check
 from .commands.convert import convert
 from .commands.demo import demo
 from .commands.drafts import drafts
@@ -16,6 +17,7 @@ from .commands.push import push
 from .commands.refresh import refresh
 from .commands.regenerate import regenerate
 from .commands.resolve import resolve
+from .commands.serve_with import serve_with
 from .commands.train import train
 from .commands.version import version
 from .commands.words import in_flags
@@ -36,6 +38,8 @@ app.command()(demo)
 app.command()(generate)
 app.command()(drafts)
 app.command()(resolve)
+app.command()(check)
+app.command("serve-with")(serve_with)
 app.command(context_settings=PASS_ALL_OPTIONS, add_help_option=False)(train)
 app.command()(regenerate)
 app.command()(convert)

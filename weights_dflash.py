@@ -38,7 +38,7 @@ _OWN_PARTS = {
     "mask_embedding": "has_own_mask_embedding",
 }
 """Tensor -> the field of a config that says that the draft has it; published ones often lack the field."""
-_FLOATS = {"F64", "F32", "F16", "BF16"}
+FLOATS = {"F64", "F32", "F16", "BF16"}
 _FLOAT_DTYPES = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 _DEQUANTISED = ("compressed-tensors", "fp8", "mxfp8")
 _INTEGERS = {"I64", "I32", "I16", "U8"}
@@ -49,7 +49,14 @@ UNUSED = [rf"^{_KNOWN}$", rf"^{_IDS}$", r"^verifier_", r"\binv_freq$", r"\borigi
 ids, which a draft that knows all tokens does not need; `verifier_*` are the target's, of training."""
 _ZERO_WHEN_FRESH = ("kernel", "codebook", "markov_w2")
 """Parts of names of tensors that add nothing before they are trained."""
+WRONG_SHAPES = "has tensors of other shapes than its config.json says"
+MISSING = "lacks tensors, which would be random"
+UNKNOWN = "has tensors that this model does not know (a reduced vocabulary, or another head?)"
+NO_FLOATS = "has tensors that are no floats"
+NO_INTEGERS = "has ids that are no integers"
 _NONSENSE = "It would load and draft nonsense, so it is refused."
+Header = tuple[str, tuple[int, ...]]
+"""Type and shape of a stored tensor."""
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -72,7 +79,7 @@ def check_stored(model_class: Any, config: Any, name: Any, where: dict[str, Any]
         ValueError: they differ, or the index of the shards names no files of this draft.
     """
     files = stored_files(name, where)
-    stored = _headers(files)
+    stored = headers(files)
     if not stored:
         _refuse_pickled_weights(name, where)
         return config
@@ -80,7 +87,7 @@ def check_stored(model_class: Any, config: Any, name: Any, where: dict[str, Any]
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         ids = {_IDS, _KNOWN}
-        if {dtype for key, (dtype, _) in stored.items() if key not in ids} - _FLOATS:
+        if {dtype for key, (dtype, _) in stored.items() if key not in ids} - FLOATS:
             return config
         warnings.warn(
             f"The config.json of {name} has quantization_config ({shown(quantization)}), but none of its tensors is "
@@ -90,12 +97,12 @@ def check_stored(model_class: Any, config: Any, name: Any, where: dict[str, Any]
         )
         config = copy.deepcopy(config)
         del config.quantization_config
-    _compare(stored, _expected_shapes(model_class, config), name)
-    _check_vocabulary(files, config, name)
+    _compare(stored, expected_shapes(model_class, config), name)
+    check_vocabulary(files, config, name)
     return config
 
 
-def with_own_parts(config: Any, stored: dict[str, tuple[str, tuple[int, ...]]]) -> Any:
+def with_own_parts(config: Any, stored: dict[str, Header]) -> Any:
     """Return the config with the fields for the embedding and the head that are among the `stored` tensors."""
     config = copy.deepcopy(config)
     for key, (_, shape) in stored.items():
@@ -185,7 +192,7 @@ def shards_in(index: Path) -> list[str]:
     return shards
 
 
-def _headers(files: Iterable[Path]) -> dict[str, tuple[str, tuple[int, ...]]]:
+def headers(files: Iterable[Path]) -> dict[str, Header]:
     """Return the type and the shape of every tensor in these files, from their headers."""
     found = {}
     for path in files:
@@ -196,40 +203,49 @@ def _headers(files: Iterable[Path]) -> dict[str, tuple[str, tuple[int, ...]]]:
     return found
 
 
-def _expected_shapes(model_class: Any, config: Any) -> dict[str, tuple[int, ...]]:
+def expected_shapes(model_class: Any, config: Any) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor that a model of this config stores. Nothing is allocated."""
     with torch.device("meta"):
         model = model_class(copy.deepcopy(config))
     return {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
 
 
-def _compare(
-    stored: dict[str, tuple[str, tuple[int, ...]]], expected: dict[str, tuple[int, ...]], name: Any
-) -> None:
+def _compare(stored: dict[str, Header], expected: dict[str, tuple[int, ...]], name: Any) -> None:
     """Refuse stored tensors that are not those of the model, by name, shape or type."""
-    found = {}
+    _refuse(name, misfits(stored, expected))
+
+
+def own_name(key: str) -> str:
+    """Return the name that a stored tensor has in our model."""
+    key = key.removeprefix("model.")
+    for pattern, ours in RENAMED.items():
+        key = re.sub(pattern, ours, key)
+    return key
+
+
+def misfits(
+    stored: dict[str, Header], expected: dict[str, tuple[int, ...]]
+) -> dict[str, Iterable[str]]:
+    """Return what is wrong with stored tensors by name, shape and type, most serious first: fault -> tensors."""
+    found = set()
     wrong_shapes, no_floats = [], []
     no_integers = []
     for key, (dtype, shape) in stored.items():
-        key = key.removeprefix("model.")
-        for pattern, ours in RENAMED.items():
-            key = re.sub(pattern, ours, key)
-        found[key] = shape
+        key = own_name(key)
+        found.add(key)
         if key in expected and shape != expected[key]:
             wrong_shapes.append(f"{key}: {shape} in the file, {expected[key]} here")
         if key == _IDS and dtype not in _INTEGERS:
             no_integers.append(f"{key} ({dtype})")
-        elif key in expected and key != _IDS and dtype not in _FLOATS:
+        elif key in expected and key != _IDS and dtype not in FLOATS:
             no_floats.append(f"{key} ({dtype})")
-    unknown = _unknown(found.keys() - expected.keys())
-    _refuse_misfits(name, wrong_shapes, expected.keys() - found.keys(), unknown)
-    _refuse(
-        name,
-        {
-            "has tensors that are no floats": no_floats,
-            "has ids that are no integers": no_integers,
-        },
-    )
+    return {
+        WRONG_SHAPES: wrong_shapes,
+        MISSING: expected.keys() - found,
+        UNKNOWN: _unknown(found - expected.keys()),
+        NO_FLOATS: no_floats,
+        NO_INTEGERS: no_integers,
+    }
 
 
 def _unknown(keys: Iterable[str]) -> set[str]:
@@ -239,7 +255,7 @@ def _unknown(keys: Iterable[str]) -> set[str]:
     return {name for name in names if not unused.search(name)}
 
 
-def _check_vocabulary(files: list[Path], config: Any, name: Any) -> None:
+def check_vocabulary(files: list[Path], config: Any, name: Any) -> None:
     """Refuse stored ids that are not those of a reduced vocabulary, or that contradict the stored bools."""
     found = _read(files, (_IDS, _KNOWN))
     offsets, known = found.get(_IDS), found.get(_KNOWN)
@@ -276,14 +292,7 @@ def _refuse_misfits(
     name: Any, wrong_shapes: list[str], missing: Iterable[str], unknown: set[str]
 ) -> None:
     """Refuse tensors that are not those of the model, by shape or by name."""
-    _refuse(
-        name,
-        {
-            "has tensors of other shapes than its config.json says": wrong_shapes,
-            "lacks tensors, which would be random": missing,
-            "has tensors that this model does not know (a reduced vocabulary, or another head?)": unknown,
-        },
-    )
+    _refuse(name, {WRONG_SHAPES: wrong_shapes, MISSING: missing, UNKNOWN: unknown})
 
 
 def _refuse(name: Any, faults: dict[str, Any]) -> None:
@@ -380,7 +389,7 @@ def check_tensors(info: dict[str, Any], name: Any) -> None:
     _refuse_misfits(name, wrong_shapes, info["missing_keys"], unknown)
 
 
-def _is_zero_when_fresh(key: str) -> bool:
+def is_zero_when_fresh(key: str) -> bool:
     return any(part in key for part in _ZERO_WHEN_FRESH)
 
 
@@ -406,7 +415,7 @@ def check_values(model: Any, name: Any) -> None:
         _check_target_ids(ids, model.config.vocab_size, name)
     if zero and not others:
         raise ValueError(f"All weights of {name} are zero. {_NONSENSE}")
-    zero = [key for key in zero if not _is_zero_when_fresh(key)]
+    zero = [key for key in zero if not is_zero_when_fresh(key)]
     if zero:
         logger.warning(
             f"{name} has weights that are all zero: {', '.join(zero[:3])}. Was it trained?"

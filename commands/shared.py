@@ -22,6 +22,9 @@ NewTokens = Annotated[int, typer.Option(min=1, help="Maximum number of new token
 Token = Annotated[
     str | None, typer.Option(envvar="HF_TOKEN", help="A Hub token with write access.")
 ]
+ReadToken = Annotated[
+    str | None, typer.Option(envvar="HF_TOKEN", help="A Hub token that may read the draft.")
+]
 Capture = Annotated[
     str,
     typer.Option(

@@ -41,8 +41,8 @@ from .push import ENGINES_BRANCH, check_same_tensors, hub_files, load_apart
 _BRANCHES = ("main", ENGINES_BRANCH)
 _GENERATE = "custom_generate/generate.py"
 _VERSION_KEY = "dflash_hub_version"
-_LICENCE_LINE = re.compile(rb"^# Copyright \d{4} the dflash-hub authors\.\s*$", re.MULTILINE)
-_CODE_VERSION = re.compile(rb"^__version__ = \"([^\"]*)\"", re.MULTILINE)
+LICENCE_LINE = re.compile(rb"^# Copyright \d{4} the dflash-hub authors\.\s*$", re.MULTILINE)
+CODE_VERSION = re.compile(rb"^__version__ = \"([^\"]*)\"", re.MULTILINE)
 _IMPORT = re.compile(rb"^\s*(?:from\s+\.(\w+)\s+import|import\s+\.(\w+)\s*$)", re.MULTILINE)
 # Config keys that loading adds or changes, or that a refresh updates.
 _BOOKKEEPING = {_VERSION_KEY, "auto_map", "transformers_version", "_name_or_path"}
@@ -226,7 +226,7 @@ class _Branch:
         """Return the draft's class and layout; raise ValueError unless dflash-hub pushed it."""
         auto_map = self.config.get("auto_map")
         signed = _VERSION_KEY in self.config or any(
-            _LICENCE_LINE.search(data) for data in self.old.values()
+            LICENCE_LINE.search(data) for data in self.old.values()
         )
         for kind in KINDS.values():
             for layout, own in _auto_maps(kind.model_class).items():
@@ -249,7 +249,7 @@ class _Branch:
     @cached_property
     def versions(self) -> list[str]:
         """The versions named in config.json and in the code; the engines layout has only the second."""
-        in_code = _CODE_VERSION.search(self.old.get("configuration_dflash.py", b""))
+        in_code = CODE_VERSION.search(self.old.get("configuration_dflash.py", b""))
         found = [self.config.get(_VERSION_KEY), in_code and in_code[1].decode()]
         return [str(version) for version in found if version is not None]
 
@@ -315,7 +315,7 @@ class _Branch:
                 seen.add(path)
                 waiting += [f"{(a or b).decode()}.py" for a, b in _IMPORT.findall(self.old[path])]
         return sorted(
-            path for path in seen - set(self.wanted) if _LICENCE_LINE.search(self.old[path])
+            path for path in seen - set(self.wanted) if LICENCE_LINE.search(self.old[path])
         )
 
     # Checking the new files ------------------------------------------------------------------------------------

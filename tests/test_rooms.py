@@ -14,6 +14,7 @@ FLOORS = (
     {"command line"},
     {"commands"},
     {"face"},
+    {"checking"},
     {"publishing", "training"},
     {"evaluation"},
     {"registry"},
@@ -31,7 +32,7 @@ ROOMS_OF_ROOT = {
     "layouts": "registry",
     "kinds": "registry",
 }
-PACKAGES = ("commands", "evaluation", "publishing", "training")
+PACKAGES = ("checking", "commands", "evaluation", "publishing", "training")
 FILES = [path for folder in (".", *PACKAGES) for path in sorted((ROOT / folder).glob("*.py"))]
 
 

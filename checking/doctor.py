@@ -1,0 +1,151 @@
+# Copyright 2026 the dflash-hub authors.
+# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+"""Check a draft in every way there is: config, tensors, repository, pair, engines, and a run."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..kinds import kind_of
+from ..registry import load_draft
+from .configs import config_remarks, draft_config, layout_of
+from .engines import EngineVerdict, verdicts
+from .pairs import Target, open_target, pair_remarks
+from .remarks import ERROR, Remark, Section, status_of
+from .repositories import own_code, repository_remarks
+from .runs import RunReport, fit_remarks, run_draft
+from .sources import DraftFiles, open_draft
+from .stored import stored_draft
+from .tensors import tensor_remarks
+
+_CONFIG, _RUN = Section("config"), Section("run")
+
+
+@dataclass(frozen=True)
+class CheckOptions:
+    """Hold the options of a check.
+
+    Args:
+        revision: commit, tag or branch of the draft.
+        subfolder: the folder in the repository that holds it.
+        token: of the Hub. Default: the token of `hf auth login`.
+        prompts: to decode with a loaded target; None for the package's own.
+        max_new_tokens: of each prompt.
+        report: called with the name of each step as it begins.
+    """
+
+    revision: str | None = None
+    subfolder: str = ""
+    token: str | None = None
+    prompts: Sequence[str] | None = None
+    max_new_tokens: int = 32
+    report: Callable[[str], None] = lambda step: None
+
+
+@dataclass(frozen=True)
+class DraftReport:
+    """What a check found.
+
+    Args:
+        draft: Hub id or folder.
+        commit: that was checked; None for a folder.
+        layout: whose layout its config.json has, in words.
+        kind: the kind of draft; None if its config cannot be read.
+        engines: what each engine would do with the files; () if there is no config.
+        run: None without a loaded target, or if something before it failed.
+    """
+
+    draft: str
+    commit: str | None
+    layout: str
+    kind: str | None
+    remarks: tuple[Remark, ...]
+    engines: tuple[EngineVerdict, ...] = ()
+    run: RunReport | None = field(default=None)
+
+    @property
+    def status(self) -> int:
+        """0 good, 1 works with warnings, 2 broken. What engines would do with it does not count."""
+        return status_of(self.remarks)
+
+    @property
+    def title(self) -> str:
+        """The status in words."""
+        return ("good", "works with warnings", "broken")[self.status]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as values that JSON can hold."""
+        found: dict[str, Any] = {"draft": self.draft, "commit": self.commit, "layout": self.layout}
+        found |= {"kind": self.kind, "status": self.status, "verdict": self.title}
+        found["remarks"] = [remark.as_dict() for remark in self.remarks]
+        found["engines"] = [one.as_dict() for one in self.engines]
+        found["run"] = None if self.run is None else self.run.as_dict()
+        return found
+
+
+def check_draft(draft: Any, target: Any = None, options: CheckOptions | None = None) -> DraftReport:
+    """Check a draft, in a folder or on the Hub; no code of its repository runs.
+
+    Args:
+        draft: Hub id or folder.
+        target: Hub id or folder, to check how the two fit; or a loaded model, to decode with it too.
+
+    Raises:
+        ValueError: an argument is none of these.
+        OSError: there is no such draft or target, no access or no connection.
+    """
+    options = CheckOptions() if options is None else options
+    if not isinstance(options, CheckOptions):
+        raise ValueError(f"options is {options!r}; pass a CheckOptions.")
+    options.report("Reading the config")
+    where = {"revision": options.revision, "subfolder": options.subfolder, "token": options.token}
+    files = open_draft(draft, where)
+    opened = None if target is None else open_target(target)
+    try:
+        raw = files.config
+    except (ValueError, OSError) as error:
+        what = " ".join(str(error).split())
+        remark = _CONFIG.error("config-unreadable", what, None, "a config.json", "Correct the file")
+        return DraftReport(files.name, files.commit, "unknown", None, (remark,))
+    config = draft_config(raw)
+    remarks = [*_file_remarks(files, config, options)]
+    if config is not None and opened is not None:
+        options.report("Comparing with the target")
+        remarks += pair_remarks(files, config, opened)
+    run, further = _run(files, config, opened, remarks, options)
+    kind = None if config is None else kind_of(config).name
+    engines = verdicts(stored_draft(files, own_code(files), opened))
+    found = (*remarks, *further)
+    return DraftReport(files.name, files.commit, layout_of(raw), kind, found, engines, run)
+
+
+def _file_remarks(files: DraftFiles, config: Any, options: CheckOptions) -> Iterator[Remark]:
+    """Yield what is wrong with the files of a draft alone."""
+    yield from config_remarks(files.config)
+    options.report("Reading the weights")
+    yield from tensor_remarks(files, config)
+    options.report("Looking at the repository")
+    yield from repository_remarks(files, config)
+
+
+def _run(
+    files: DraftFiles,
+    config: Any,
+    target: Target | None,
+    remarks: list[Remark],
+    options: CheckOptions,
+) -> tuple[RunReport | None, list[Remark]]:
+    """Decode with the target if it is loaded and nothing is broken so far; return the report and its remarks."""
+    if target is None or target.model is None:
+        return None, []
+    if any(remark.level == ERROR for remark in remarks) or target.tokenizer is None:
+        what = "Nothing was decoded, because the draft or the target's tokenizer cannot be used as it is"
+        return None, [_RUN.note("not-run", what, None, "a run", "Correct the errors first")]
+    found = [*fit_remarks(config, target)]
+    if found:
+        return None, found
+    options.report("Loading the draft")
+    loaded = load_draft(files.name, dtype=target.model.dtype, **files.where)
+    loaded = loaded.to(target.model.device).eval()
+    run = run_draft(loaded, target, options.prompts, options.max_new_tokens, options.report)
+    return run, [*run.remarks]

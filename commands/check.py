@@ -1,0 +1,196 @@
+# Copyright 2026 the dflash-hub authors.
+# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+"""`dflash-hub check`: say what is wrong with a draft, and what engines would do with it."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from .generate import check_device, check_dtype, load_target
+from .shared import ReadToken, console
+from .words import in_flags
+
+if TYPE_CHECKING:
+    from ..checking import DraftReport, EngineVerdict, Remark
+    from ..checking.runs import Acceptance, RunReport
+
+_COLOURS = {"error": "red", "warning": "yellow", "note": "dim"}
+_OUTCOMES = {"loads": "green", "refuses": "yellow", "loads, and is wrong": "red"}
+_BROKEN = 2  # the exit status
+
+
+def check(
+    draft: Annotated[str, typer.Argument(help="Hub id or folder of the draft, in any layout.")],
+    target: Annotated[
+        str | None,
+        typer.Option(help="Hub id or folder of its target: checks the pair, and decodes with it."),
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Commit, tag or branch of the draft.")
+    ] = None,
+    run: Annotated[
+        bool, typer.Option(help="Load the target and decode. Without, only its config is read.")
+    ] = True,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help='Prompts to decode: a text a line, or JSONL with the key "prompt".'),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="New tokens of each prompt.")] = 32,
+    dtype: Annotated[
+        str, typer.Option(help="Of the target: float32, bfloat16 ..., or auto: the checkpoint's.")
+    ] = "auto",
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda ... (default: cuda if available, else cpu).")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")] = False,
+    token: ReadToken = None,
+) -> None:
+    """Check a draft: config, tensors, repository, fit with the target, acceptance, and what each engine does with it.
+
+    Exit status: 0 good, 1 works with warnings, 2 broken or not to be read. What engines do with it does not count.
+    """
+    from transformers.utils import logging
+
+    from ..checking import CheckOptions, check_draft
+
+    logging.disable_progress_bar()
+    errors = Console(stderr=True)
+    try:
+        texts = None if prompts is None else read_prompts(prompts)
+        with errors.status("Starting") as status:
+            options = CheckOptions(
+                revision=revision,
+                token=token,
+                prompts=texts,
+                max_new_tokens=max_new_tokens,
+                report=lambda step: status.update(escape(step)),
+            )
+            model = _target_model(target, dtype, device, errors) if target and run else None
+            report = check_draft(draft, target if model is None else model, options)
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        message = in_flags(str(error), ("revision", "target", "prompts", "token"))
+        errors.print(f"[red]Error:[/red] {escape(message)}", soft_wrap=True)
+        raise typer.Exit(_BROKEN) from error
+    if as_json:
+        typer.echo(json.dumps(report.as_dict(), indent=2))
+    else:
+        show_report(report)
+    raise typer.Exit(report.status)
+
+
+def _target_model(target: str, dtype: str, device: str | None, errors: Console) -> Any:
+    """Load the target to decode with it; None, with a line on stderr, where that fails."""
+    import torch
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_dtype(dtype)
+    check_device(device)
+    try:
+        return load_target(target, dtype).to(device).eval()
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        first = str(error).splitlines()[0]
+        errors.print(f"Nothing is decoded: {first}", style="yellow", soft_wrap=True, markup=False)
+        return None
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Return the prompts of a file: a text a line, or JSONL with the key "prompt".
+
+    Raises:
+        ValueError: a line of a JSONL file is none, or there is no prompt.
+    """
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if path.suffix == ".jsonl":
+        lines = [_prompt_in(path, line) for line in lines]
+    if not lines:
+        raise ValueError(f"--prompts is {path}, which holds no prompt; write one a line.")
+    return lines
+
+
+def _prompt_in(path: Path, line: str) -> str:
+    """Return the prompt of a line of JSON."""
+    try:
+        prompt = json.loads(line)["prompt"]
+    except (ValueError, LookupError, TypeError):
+        prompt = None
+    if not isinstance(prompt, str):
+        raise ValueError(
+            f'{path} has the line {line[:80]!r}; it must be a JSON object with a text under "prompt".'
+        )
+    return prompt
+
+
+# Output --------------------------------------------------------------------------------------------------------------
+
+
+def show_report(report: "DraftReport") -> None:
+    """Print a report for people."""
+    commit = f" at {report.commit[:8]}" if report.commit else ""
+    console.print(f"[bold]{escape(report.draft)}[/bold]{commit}", highlight=False, soft_wrap=True)
+    console.print(
+        f"Layout: {report.layout}. Kind: {report.kind or 'cannot be read'}.", highlight=False
+    )
+    _show_remarks(report.remarks)
+    if report.run is not None:
+        _show_run(report.run)
+    if report.engines:
+        _show_engines(report.engines)
+    colour = ("green", "yellow", "red")[report.status]
+    console.print(f"\nVerdict: [{colour}]{report.title}[/{colour}].")
+
+
+def _show_remarks(remarks: "tuple[Remark, ...]") -> None:
+    """Print the remarks, most serious first."""
+    if not remarks:
+        console.print("Nothing is wrong with its files.")
+        return
+    order = list(_COLOURS)
+    table = Table(show_lines=True)
+    for column in ("", "in", "what", "what to do"):
+        table.add_column(column, overflow="fold")
+    for remark in sorted(remarks, key=lambda one: order.index(one.level)):
+        colour = _COLOURS[remark.level]
+        level = f"[{colour}]{remark.level}[/{colour}]"
+        texts = (remark.section, remark.finding.what, remark.finding.advice)
+        table.add_row(level, *map(escape, texts))
+    console.print(table)
+
+
+def _show_run(run: "RunReport") -> None:
+    """Print what the run showed: whether texts are exact, and how many tokens each draft predicts."""
+    same = "[green]the target's own[/green]" if run.exact else "[red]NOT the target's own[/red]"
+    console.print(
+        f"Decoded {run.prompts} prompts in {run.dtype}: the texts are {same}, {run.tokens_per_cycle:.2f} tokens per "
+        "cycle.",
+        highlight=False,
+    )
+    table = Table(title="Drafted tokens that agree, every token of the texts being the anchor once")
+    for column in ("draft", "tokens per cycle", "agreeing up to position 1, 2, ..."):
+        table.add_column(column)
+    for one in run.acceptances:
+        table.add_row(one.name, f"{one.length:.2f}", _shares(one))
+    console.print(table)
+
+
+def _shares(one: "Acceptance") -> str:
+    """Return the shares by position as text, as far as any token agrees."""
+    shares = [f"{share:.2f}" for share in one.by_position if share > 0]
+    return " ".join(shares) or "none"
+
+
+def _show_engines(engines: "tuple[EngineVerdict, ...]") -> None:
+    """Print what each engine would do with the files as they are."""
+    table = Table(title="What engines do with these files as they are", show_lines=True)
+    for column in ("engine", "", "why"):
+        table.add_column(column, overflow="fold")
+    for verdict in engines:
+        colour = _OUTCOMES[verdict.outcome]
+        why = "\n".join(reason.finding.what for reason in verdict.reasons)
+        name = f"{verdict.engine.title} {verdict.engine.version}"
+        table.add_row(escape(name), f"[{colour}]{verdict.outcome}[/{colour}]", escape(why))
+    console.print(table)

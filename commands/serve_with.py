@@ -1,0 +1,49 @@
+# Copyright 2026 the dflash-hub authors.
+# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+"""`dflash-hub serve-with`: print the lines that serve a draft with an engine."""
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from .shared import ReadToken, console
+
+
+def serve_with(
+    engine: Annotated[str, typer.Argument(help="vllm, sglang, llama.cpp or tensorrt-llm.")],
+    draft: Annotated[str, typer.Argument(help="Hub id or folder of the draft.")],
+    target: Annotated[
+        str | None,
+        typer.Option(help="Hub id or folder of the target (default: as the draft's card says)."),
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Commit, tag or branch of the draft.")
+    ] = None,
+    token: ReadToken = None,
+) -> None:
+    """Print the lines that serve a target with this draft. Exit status 1 if the engine would refuse it, or be wrong."""
+    from ..checking.engines import REFUSES
+    from ..checking.serve import serve_with as run
+
+    found = run(engine, draft, target, revision=revision, token=token)
+    for line in found.lines:
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+    if found.works:
+        return
+    errors = Console(stderr=True)
+    title = f"{found.verdict.engine.title} {found.verdict.engine.version}"
+    name = f"{draft} at {revision}" if revision else draft
+    refused = found.verdict.outcome == REFUSES
+    does = f"{title} refuses {name}" if refused else f"{title} loads {name}, and is wrong"
+    errors.print(f"[red]{escape(does)}:[/red]", soft_wrap=True, highlight=False)
+    for reason in found.verdict.reasons:
+        text = f"- {reason.finding.what} ({reason.rule.source}). {reason.finding.advice}."
+        errors.print(text, soft_wrap=True, highlight=False, markup=False)
+    if found.other_branch:
+        again = f"dflash-hub serve-with {engine} {draft} --revision {found.other_branch}"
+        errors.print(
+            f"The branch {found.other_branch} works: {again}", soft_wrap=True, markup=False
+        )
+    raise typer.Exit(1)
