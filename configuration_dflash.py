@@ -204,6 +204,12 @@ class DFlashConfig(PretrainedConfig):
         return []
 
     @property
+    def needs_own_loop(self) -> list[str]:
+        """Names of the fields in use that transformers' own DFlash loop does not read."""
+        names = ("sample_from_anchor", "has_own_embed_tokens", "has_own_lm_head")
+        return [name for name in (*names, "unscaled_embeddings") if getattr(self, name)]
+
+    @property
     def causal_layers(self) -> list[bool]:
         """`is_causal` as a list with one value per layer."""
         if isinstance(self.is_causal, list):

@@ -212,19 +212,19 @@ class DFlashDraftModel(DFlashPreTrainedModel):
         """Run `forward`; with a target as the first argument, decode: `target.generate(..., custom_generate=draft)`."""
         if args and isinstance(args[0], nn.Module):
             return self.speculate(*args, **kwargs)
-        if self.config.sample_from_anchor and not torch.compiler.is_compiling():
+        if self.config.needs_own_loop and not torch.compiler.is_compiling():
             self._check_caller(sys._getframe(1))
         return super().__call__(*args, **kwargs)
 
     def _check_caller(self, frame: Any) -> None:
-        """Refuse transformers' own loop, which reads the wrong positions of a draft that predicts from its anchor.
+        """Refuse transformers' own loop, which reads no embedding, head or anchor but those that it knows.
 
         Raises:
             ValueError: with what to pass instead.
         """
         if read_by_assisted_generation(frame):
             raise ValueError(
-                f"assistant_model is a {type(self).__name__} that predicts from its anchor (sample_from_anchor), which "
+                f"assistant_model is a {type(self).__name__} with {', '.join(self.config.needs_own_loop)}, which "
                 "transformers' own loop does not read: it would accept next to nothing. Pass it as "
                 "custom_generate=draft.speculate."
             )

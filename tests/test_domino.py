@@ -216,7 +216,7 @@ def test_transformers_own_loop_runs_it_without_the_correction_where_it_reads_the
     asked = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 20, "do_sample": False}
     own = {"assistant_model": tiny.draft(target, **PLAIN), "speculation_type": "dflash"}
     assert torch.equal(target.generate(ids, **asked, **own), target.generate(ids, **asked))
-    with pytest.raises(ValueError, match=r"predicts from its anchor .*custom_generate=draft\.speculate"):
+    with pytest.raises(ValueError, match=r"with sample_from_anchor.*custom_generate=draft\.speculate"):
         target.generate(ids, **asked, **own | {"assistant_model": pair[1]})
 
 

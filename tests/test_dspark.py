@@ -294,8 +294,12 @@ def test_transformers_own_loop_refuses_what_predicts_from_its_anchor_and_runs_th
     target, ids = tiny.target("qwen3"), tiny.prompt(9)
     asked = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 20, "do_sample": False}
     native = {"speculation_type": "dflash"}
-    with pytest.raises(ValueError, match=r"predicts from its anchor.*custom_generate=draft\.speculate"):
-        target.generate(ids, **asked, **native, assistant_model=tiny.draft(target, **tiny.DSPARK))
+    for field, draft in {
+        "sample_from_anchor": tiny.draft(target, **tiny.DSPARK),
+        "has_own_lm_head": tiny.draft(target, **tiny.REDUCED),
+    }.items():
+        with pytest.raises(ValueError, match=rf"with {field}.*custom_generate=draft\.speculate"):
+            target.generate(ids, **asked, **native, assistant_model=draft)
     other = draft_for(target, VARIANTS["bonus anchor"])
     text = target.generate(ids, **asked, **native, assistant_model=other)
     assert torch.equal(text, target.generate(ids, **asked))
