@@ -200,5 +200,5 @@ def test_version_says_what_a_bug_report_needs():
 def test_the_readme_names_only_commands_that_exist():
     import re
 
-    words = set(re.findall(r"`?dflash-hub ([a-z]+)", (ROOT / "README.md").read_text()))
+    words = set(re.findall(r"`?dflash-hub ([a-z-]+)", (ROOT / "README.md").read_text()))
     assert words <= {command.name or command.callback.__name__ for command in cli.app.registered_commands}
