@@ -29,6 +29,7 @@ class CheckOptions:
         revision: commit, tag or branch of the draft.
         subfolder: the folder in the repository that holds it.
         token: of the Hub. Default: the token of `hf auth login`.
+        values: whether to read the values of tensors too, for which the weights of a Hub draft are downloaded.
         prompts: to decode with a loaded target; None for the package's own.
         max_new_tokens: of each prompt.
         report: called with the name of each step as it begins.
@@ -37,6 +38,7 @@ class CheckOptions:
     revision: str | None = None
     subfolder: str = ""
     token: str | None = None
+    values: bool = True
     prompts: Sequence[str] | None = None
     max_new_tokens: int = 32
     report: Callable[[str], None] = lambda step: None
@@ -123,7 +125,7 @@ def _file_remarks(files: DraftFiles, config: Any, options: CheckOptions) -> Iter
     """Yield what is wrong with the files of a draft alone."""
     yield from config_remarks(files.config)
     options.report("Reading the weights")
-    yield from tensor_remarks(files, config)
+    yield from tensor_remarks(files, config, options.values)
     options.report("Looking at the repository")
     yield from repository_remarks(files, config)
 

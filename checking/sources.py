@@ -9,7 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HTTPError
+from huggingface_hub.errors import (
+    HTTPError,
+    NotASafetensorsRepoError,
+    SafetensorsParsingError,
+)
 from safetensors import SafetensorError
 
 from ..compat_dflash import find_file, pinned
@@ -71,12 +75,30 @@ class DraftFiles:
 
     @cached_property
     def tensors(self) -> dict[str, Header]:
-        """Type and shape of every tensor; {} where no header can be read, which `broken_weights` explains."""
+        """Type and shape of every tensor; {} where no header can be read, which `broken_weights` explains.
+
+        Of a repository, the headers alone are downloaded.
+        """
         try:
-            return headers(self.weights)
-        except (SafetensorError, ValueError, OSError) as error:
+            if self.info is None or "subfolder" in self.where:
+                return headers(self.weights)
+            return self._headers_on_hub()
+        except (SafetensorError, SafetensorsParsingError, ValueError, OSError) as error:
             self.broken_weights = str(error)
             return {}
+
+    def _headers_on_hub(self) -> dict[str, Header]:
+        """Return type and shape of every tensor of a repository; {} if it has no safetensors."""
+        api = HfApi(token=self.where.get("token"))
+        try:
+            found = api.get_safetensors_metadata(self.name, revision=self.where["revision"])
+        except NotASafetensorsRepoError:
+            return {}
+        tensors = {}
+        for file in found.files_metadata.values():
+            for name, tensor in file.tensors.items():
+                tensors[name] = (str(tensor.dtype), tuple(tensor.shape))
+        return tensors
 
 
 def open_draft(name: Any, where: dict[str, Any]) -> DraftFiles:

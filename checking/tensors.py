@@ -33,7 +33,7 @@ from .remarks import Remark, Section, listed
 from .sources import DraftFiles
 
 _SECTION = Section("tensors")
-_CHUNK = 2**22  # values that are converted to float64 at once
+_CHUNK = 2**20  # values that are converted at once
 _FAULTS = {
     WRONG_SHAPES: ("tensor-shape", "Correct the config, or export the draft again"),
     MISSING: ("tensor-missing", "Export the draft again, whole"),
@@ -75,11 +75,12 @@ class TensorValues:
         return self.finite and self.low == self.high == 1
 
 
-def tensor_remarks(files: DraftFiles, config: Any) -> Iterator[Remark]:
+def tensor_remarks(files: DraftFiles, config: Any, values_too: bool = True) -> Iterator[Remark]:
     """Yield everything that is wrong with the tensors of a draft.
 
     Args:
         config: as it is read from config.json; None if it cannot be read, then only values are checked.
+        values_too: whether to read the values, for which the weights of a repository are downloaded.
     """
     stored = files.tensors
     if files.broken_weights:
@@ -96,21 +97,24 @@ def tensor_remarks(files: DraftFiles, config: Any) -> Iterator[Remark]:
         )
         return
     if config is not None:
-        yield from _header_remarks(files, config)
+        yield from _header_remarks(files, config, values_too)
     yield from name_remarks(list(stored))
     yield from _dtype_remarks({dtype for dtype, _ in stored.values()})
+    if not values_too:
+        return
     values = [*tensor_values(files.weights)]
     yield from _value_remarks(values)
     initial = 0.02 if config is None else config.initializer_range
     yield from _training_remarks(values, initial)
 
 
-def _header_remarks(files: DraftFiles, config: Any) -> Iterator[Remark]:
+def _header_remarks(files: DraftFiles, config: Any, values_too: bool) -> Iterator[Remark]:
     """Yield tensors that are not those of the config's model, by name, shape or type."""
     config = with_own_parts(config, files.tensors)
     expected = expected_shapes(kind_of(config).model_class, config)
     try:
-        check_vocabulary(files.weights, config, "The draft")
+        if values_too:
+            check_vocabulary(files.weights, config, "The draft")
     except ValueError as error:
         advice = "Export the draft again, with the table of ids of its head"
         yield _SECTION.error("vocabulary-ids", str(error), None, "ascending ids", advice)
@@ -170,12 +174,18 @@ def _measure(name: str, tensor: torch.Tensor) -> TensorValues:
     total = squares = 0.0
     count, flat = 0, tensor.reshape(-1)
     for part in flat.split(_CHUNK):
-        wide = part.double()
-        wide = wide[wide.isfinite()]
-        if wide.numel():
-            low, high = min(low, float(wide.min())), max(high, float(wide.max()))
-            total, squares = total + float(wide.sum()), squares + float(wide.square().sum())
-            count += wide.numel()
+        wide = part if part.dtype == torch.float64 else part.float()
+        least, most = map(float, wide.aminmax())
+        if not math.isfinite(least + most):
+            wide = wide[wide.isfinite()]
+        if not wide.numel():
+            continue
+        least, most = map(float, wide.aminmax())
+        variance, mean = map(float, torch.var_mean(wide, correction=0))
+        low, high = min(low, least), max(high, most)
+        total += mean * wide.numel()
+        squares += (variance + mean**2) * wide.numel()
+        count += wide.numel()
     mean = total / max(count, 1)
     variance = max(0.0, squares / max(count, 1) - mean**2)
     finite = count == flat.numel()

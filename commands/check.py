@@ -36,6 +36,10 @@ def check(
     run: Annotated[
         bool, typer.Option(help="Load the target and decode. Without, only its config is read.")
     ] = True,
+    values: Annotated[
+        bool,
+        typer.Option(help="Read the values of tensors, for which a Hub draft is downloaded."),
+    ] = True,
     prompts: Annotated[
         Path | None,
         typer.Option(help='Prompts to decode: a text a line, or JSONL with the key "prompt".'),
@@ -66,6 +70,7 @@ def check(
             options = CheckOptions(
                 revision=revision,
                 token=token,
+                values=values,
                 prompts=texts,
                 max_new_tokens=max_new_tokens,
                 report=lambda step: status.update(escape(step)),

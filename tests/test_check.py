@@ -125,6 +125,26 @@ VERDICTS: dict[str, dict[str, str]] = {
 }
 
 
+SMALL = {"dflash_config": {"mask_token_id": 3, "target_layer_ids": [1]}}
+
+
+@pytest.mark.parametrize(
+    ("content", "layout"),
+    [
+        (SMALL | {"architectures": ["Qwen3DFlashDraftModel"], "rope_parameters": {}}, "NVIDIA NeMo AutoModel"),
+        ({"dflash_config": {"causal_head": True}}, "JetSpec"),
+        ({"dflash_config": {"causal": True}, "rope_theta": 1e6}, "NVIDIA Model Optimizer"),
+        (SMALL | {"rope_theta": 1e6, "rope_parameters": {}}, "SpecForge"),
+        ({"architectures": ["Qwen3DSparkModel"], "markov_rank": 4}, "DeepSpec (DSpark)"),
+        (SMALL | {"architectures": ["DSparkDraftModel"], "markov_rank": 4}, "SpecForge (DSpark)"),
+        ({"dflash_config": {"gru_hidden_dim": 4}}, "Domino"),
+        ({"model_type": "llama"}, "unknown"),
+    ],
+)
+def test_other_layouts_are_recognised(content, layout):
+    assert layout_of(content) == layout
+
+
 def test_every_published_config_is_in_the_tables():
     assert {path.stem for path in PUBLISHED.glob("*.json")} == set(READS) == set(VERDICTS)
 

@@ -106,6 +106,17 @@ def test_a_draft_on_the_hub_is_checked_at_one_commit_and_points_to_its_other_bra
     assert [one["engine"] for one in other["engines"] if one["outcome"] != "loads"] == []
 
 
+def test_without_values_no_weights_of_a_repository_are_downloaded(pushed, hub):
+    hub.state.log.clear()
+    done = run("check", pushed, "--revision", "engines", "--no-values", "--json")
+    assert done.exit_code == 0
+    report = json.loads(done.stdout)
+    assert {one["outcome"] for one in report["engines"]} == {"loads"}  # which goes by the names of tensors too
+    from huggingface_hub import try_to_load_from_cache
+
+    assert not isinstance(try_to_load_from_cache(pushed, "model.safetensors", revision=report["commit"]), str)
+
+
 def test_a_private_repository_without_a_card_is_said(hub, repo_id, tmp_path):
     draft = tiny.draft(tiny.target("qwen3"))
     draft.save_pretrained(tmp_path)
