@@ -26,6 +26,7 @@ from .remarks import Remark, Section
 _SECTION = Section("run")
 AS_CONFIGURED, UNTRAINED = "as configured", "untrained"
 _SIGNIFICANT = 3  # standard errors
+_PERHAPS = 1.5
 _CLEARLY = 1.03  # times as many tokens that agree
 PROMPTS = (
     'def is_palindrome(text: str) -> bool:\n    """Return whether a text reads the same backwards."""\n',
@@ -71,14 +72,14 @@ class Acceptance:
             shares.append(sum(reached) / max(1, len(reached)))
         return tuple(shares)
 
-    def exceeds(self, other: "Acceptance") -> bool:
-        """Tell whether more tokens agree than with another draft: clearly, and by more than chance."""
+    def exceeds(self, other: "Acceptance", errors: float = _SIGNIFICANT) -> bool:
+        """Tell whether more tokens agree than with another draft: clearly, and by so many standard errors."""
         pairs = zip(self.agreed, other.agreed, strict=True)
         differences = torch.tensor([ours - theirs for ours, theirs in pairs]).double()
         if len(differences) < 2:
             return False
         mean, error = differences.mean(), differences.std() / len(differences) ** 0.5
-        return bool(self.length - 1 > _CLEARLY * (other.length - 1) and mean > _SIGNIFICANT * error)
+        return bool(self.length - 1 > _CLEARLY * (other.length - 1) and mean > errors * error)
 
     def as_dict(self) -> dict[str, Any]:
         """Return it as values that JSON can hold."""
@@ -346,16 +347,20 @@ def acceptance_remarks(found: Sequence[Acceptance]) -> Iterator[Remark]:
         found: as configured first, an untrained draft last.
     """
     own, fresh = found[0], found[-1]
-    better = [one for one in found[1:-1] if one.exceeds(own)]
-    if better:
-        best = max(better, key=lambda one: one.length)
-        what = (
-            f"Acceptance is {best.length:.2f} with {best.name} and {own.length:.2f} as configured, with the same "
-            "weights, which shows how they were trained"
-        )
+    surely = [one for one in found[1:-1] if one.exceeds(own)]
+    perhaps = [one for one in found[1:-1] if one.exceeds(own, _PERHAPS)]
+    best = max(surely or perhaps or [own], key=lambda one: one.length)
+    figures = f"{best.length:.2f} with {best.name} and {own.length:.2f} as configured"
+    if surely:
+        what = f"Acceptance is {figures}, with the same weights, which shows how they were trained"
         advice = f"Correct the config for {best.name}, or how training reads it"
         yield _SECTION.warning("better-otherwise", what, own.length, best.length, advice)
-    elif not own.exceeds(fresh):
+        return
+    if perhaps:
+        what = f"Acceptance is {figures}, with the same weights, which may be chance"
+        advice = "Decode more to tell: more --prompts, or a larger --max-new-tokens"
+        yield _SECTION.note("better-perhaps", what, own.length, best.length, advice)
+    if not own.exceeds(fresh):
         what = (
             f"Acceptance is {own.length:.2f} tokens per cycle, no more than the {fresh.length:.2f} of an untrained "
             "draft"

@@ -678,6 +678,16 @@ def test_a_run_shows_how_the_weights_were_trained(mistake, pair_to_run, good_run
     assert remark.finding.expected == report.acceptances[0].length
 
 
+def test_a_difference_that_may_be_chance_is_no_warning():
+    own = Acceptance(AS_CONFIGURED, (2, 1, 0, 3, 1, 2) * 3, 7)
+    better = replace(own, name="taps one layer later", agreed=(3, 1, 1, 3, 1, 1) * 2 + (2, 1, 0, 3, 2, 4))
+    fresh = replace(own, name="untrained", agreed=(0,) * 18)
+    (remark,) = acceptance_remarks([own, better, fresh])
+    assert (remark.name, remark.level) == ("better-perhaps", "note")
+    assert "--max-new-tokens" in remark.finding.advice
+    assert [*acceptance_remarks([own, replace(better, agreed=own.agreed), fresh])] == []
+
+
 def test_agreement_is_what_the_draft_proposes_at_each_token(pair_to_run):
     """Counted apart: after every prefix of the text, one cycle with the draft alone."""
     draft, target = pair_to_run
