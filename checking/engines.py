@@ -350,7 +350,8 @@ _NATIVE = Engine(
         Rule("taps", REFUSES, _GENERATOR, rules.needs("target_layer_ids")),
         Rule("mask-token", REFUSES, _GENERATOR, rules.needs("mask_token_id")),
         Rule("block-size", REFUSES, _GENERATOR, rules.needs("block_size")),
-        Rule("anchor", WRONG, _GENERATOR, rules.anchor_unread),
+        Rule("anchor", REFUSES, _GENERATOR, rules.anchor_unread),
+        Rule("own-vocabulary", REFUSES, _GENERATOR, rules.ships_vocabulary),
         Rule(
             "heads",
             WRONG,

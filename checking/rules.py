@@ -373,6 +373,16 @@ def own_vocabulary(draft: StoredDraft) -> Finding | None:
     return None
 
 
+def ships_vocabulary(draft: StoredDraft) -> Finding | None:
+    """Find an embedding, a head or a table of ids of the draft's own, for a loop that uses the target's."""
+    flagged = own_vocabulary(draft)
+    if flagged is not None or not draft.ships:
+        return flagged
+    what = f"The draft has {listed(draft.ships)}, and the target's embedding and head are used all the same"
+    advice = "Use custom_generate=draft.speculate with dflash-hub"
+    return Finding(what, draft.ships, [], advice)
+
+
 def wide_taps(draft: StoredDraft) -> Finding | None:
     """Find taps of another width than the draft, for engines that read none."""
     ours, taps = draft.top("hidden_size"), draft.either("target_hidden_size")

@@ -490,7 +490,8 @@ ALL_ENGINES: list[tuple[dict, tuple[str, ...], dict[str, str]]] = [
     (
         {"sample_from_anchor": True},
         (),
-        dict.fromkeys(set(ENGINES) - {"transformers"}, "!anchor") | {"dflash-mlx": "!anchor !causality"},
+        dict.fromkeys(set(ENGINES) - {"transformers"}, "!anchor")
+        | {"transformers-generate": "anchor", "dflash-mlx": "!anchor !causality"},
     ),
     (
         DOMINO,
@@ -503,7 +504,7 @@ ALL_ENGINES: list[tuple[dict, tuple[str, ...], dict[str, str]]] = [
         GATED,
         ("markov_w1.weight", "d2t"),
         {
-            "transformers-generate": "!heads",
+            "transformers-generate": "own-vocabulary !heads",
             "vllm": "tensors dspark-names markov-head",
             "sglang": "!reduced-vocabulary !dspark-names",
             "tensorrt-llm": "!reduced-vocabulary !heads",
@@ -541,7 +542,7 @@ ALL_ENGINES: list[tuple[dict, tuple[str, ...], dict[str, str]]] = [
         NO_TAPS | {"head_dim": None, "has_own_lm_head": True},
         ("aux.weight",),
         {
-            "transformers-generate": "taps",
+            "transformers-generate": "taps own-vocabulary",
             "vllm": "!taps tensors",
             "sglang": "!taps !own-vocabulary",
             "tensorrt-llm": "taps !own-vocabulary",
