@@ -20,6 +20,17 @@ _BODY = (
     *("gate_proj.weight", "up_proj.weight", "down_proj.weight"),
     *("q_proj.bias", "k_proj.bias", "v_proj.bias", "o_proj.bias"),
 )
+# Linear layers, whose quantised tensors have other ends: weight_scale, weight_packed ...
+_LINEAR = (
+    "fc.",
+    "q_proj.",
+    "k_proj.",
+    "v_proj.",
+    "o_proj.",
+    "gate_proj.",
+    "up_proj.",
+    "down_proj.",
+)
 _MUSE_BODY = ("encoder.fc.weight", "encoder.output_norm_enc.weight")
 
 
@@ -155,10 +166,12 @@ class StoredDraft:
     def further_tensors(self) -> list[str]:
         """Names of tensors that the body of a draft does not have, without embedding, head and tables of ids."""
         found = []
+        quantised = self.top("quantization_config") is not None
         for name in self.tensors:
             bare = name.removeprefix("model.")
             body = bare in _BODY[:3] or (bare.startswith("layers.") and bare.endswith(_BODY[3:]))
             known = body or bare in _MUSE_BODY or bare.endswith("inv_freq")
+            known = known or (quantised and any(part in bare for part in _LINEAR))
             if not known and bare not in self.vocabulary_tensors:
                 found.append(bare)
         return sorted(found)

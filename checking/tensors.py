@@ -22,6 +22,8 @@ from ..weights_dflash import (
     NO_INTEGERS,
     UNKNOWN,
     WRONG_SHAPES,
+    Header,
+    check_quantization,
     check_vocabulary,
     expected_shapes,
     is_zero_when_fresh,
@@ -33,6 +35,7 @@ from .remarks import Remark, Section, listed
 from .sources import DraftFiles
 
 _SECTION = Section("tensors")
+_IDS = ("d2t", "t2d")  # which are no floats in any draft
 _CHUNK = 2**20  # values that are converted at once
 _FAULTS = {
     WRONG_SHAPES: ("tensor-shape", "Correct the config, or export the draft again"),
@@ -114,17 +117,42 @@ def _header_remarks(files: DraftFiles, config: Any, values_too: bool) -> Iterato
     expected = expected_shapes(kind_of(config).model_class, config)
     try:
         if values_too:
-            check_vocabulary(files.weights, config, "The draft")
+            check_vocabulary(files.weights, config, files.name)
     except ValueError as error:
         advice = "Export the draft again, with the table of ids of its head"
         yield _SECTION.error("vocabulary-ids", str(error), None, "ascending ids", advice)
-    quantised = getattr(config, "quantization_config", None) is not None
+    yield from _quantisation_remarks(config, files)
+    if _is_quantised(config, files.tensors):
+        return
     for fault, keys in misfits(files.tensors, expected).items():
         name, advice = _FAULTS[fault]
         keys = sorted(keys)
-        if keys and not (quantised and fault in (WRONG_SHAPES, UNKNOWN, NO_FLOATS)):
+        if keys:
             what = f"The draft {fault}: {listed(keys)}"
             yield _SECTION.error(name, what, keys, f"{len(expected)} tensors", advice)
+
+
+def _is_quantised(config: Any, stored: dict[str, Header]) -> bool:
+    """Tell whether tensors are quantised, so that their names and shapes are those of the format."""
+    types = {dtype for name, (dtype, _) in stored.items() if own_name(name) not in _IDS}
+    return getattr(config, "quantization_config", None) is not None and bool(types - FLOATS)
+
+
+def _quantisation_remarks(config: Any, files: DraftFiles) -> Iterator[Remark]:
+    """Yield a quantisation that transformers does not read, or that was copied from the target's config."""
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is None:
+        return
+    if not _is_quantised(config, files.tensors):
+        what = "The config has a quantization_config, but none of the tensors is quantised; dflash-hub ignores it"
+        advice = "Remove it, it seems to be the target's: engines may believe it"
+        yield _SECTION.warning("quantization-copied", what, quantization, None, advice)
+        return
+    try:
+        check_quantization(config, files.name)
+    except ValueError as error:
+        advice = "Store the draft in bfloat16"
+        yield _SECTION.error("quantization-unread", str(error), quantization, None, advice)
 
 
 def name_remarks(names: list[str]) -> Iterator[Remark]:

@@ -277,6 +277,11 @@ MISTAKES = {
     "an unknown tensor": (tensors(lambda old: old | {"gru.weight": torch.ones(2)}), "tensor-unknown", 2),
     "a tensor of another shape": (tensors(lambda old: old | {FC: old[FC][:, 1:]}), "tensor-shape", 2),
     "integers": (tensors(lambda old: old | {Q: old[Q].int()}), "tensor-dtype", 2),
+    "a quantisation of the target's": (
+        config(quantization_config={"quant_method": "fp8"}),
+        "quantization-copied",
+        1,
+    ),
     "float16": (tensors(lambda old: {key: one.half() for key, one in old.items()}), "tensor-float16", 1),
     "the prefix model.": (
         tensors(lambda old: {f"model.{key}": one for key, one in old.items()}),
@@ -463,6 +468,8 @@ ENGINE_CASES = [
     ({}, ("aux.weight",), "vllm", "tensors"),
     ({}, ("aux.weight",), "sglang", ""),
     ({}, ("lm_head.weight",), "mlx-vlm", "tensors"),
+    ({"quantization_config": {"quant_method": "fp8"}}, ("layers.0.mlp.up_proj.weight_scale",), "vllm", ""),
+    ({}, ("layers.0.mlp.up_proj.weight_scale",), "vllm", "tensors"),
     ({"markov_rank": 4, "markov_head_type": "gated"}, (), "llama.cpp", "markov-head"),
     ({"dflash_config__gru_hidden_dim": 4}, (), "tensorrt-llm", "!heads"),
     ({"speculators_config": {}}, (), "vllm", "speculators-type speculators-fields"),
