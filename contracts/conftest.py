@@ -1,56 +1,18 @@
-"""Drafts of every kind, written by this package in each of its layouts, and what other programs read from them."""
+"""Drafts of every kind, written by this package in each of its layouts, for other programs to read."""
 
-import json
-import os
-import subprocess
 import sys
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "tests")]
 
-import environments  # noqa: E402
-import tiny  # noqa: E402
+from jobs import DRAFTS, LAYOUTS, Job, built, text  # noqa: E402
 from paths import TINY  # noqa: E402
-
-WHOLE, SLIDING = "full_attention", "sliding_attention"
-WINDOW = 64
-"""Wider than the texts, since programs count the end of a window differently."""
-YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 256}
-DRAFTS = {
-    "plain": {},
-    "causal": {"is_causal": True},
-    "sliding": {"layer_types": [SLIDING] * 2, "sliding_window": WINDOW},
-    "sliding-bidirectional": {"layer_types": [SLIDING] * 2, "sliding_window": WINDOW, "is_causal": False},
-    "mixed": {"layer_types": [SLIDING, WHOLE], "sliding_window": WINDOW},
-    "mixed-bidirectional": {"layer_types": [SLIDING, WHOLE], "sliding_window": WINDOW, "is_causal": False},
-    "anchored": {"layer_types": [SLIDING] * 2, "sliding_window": 8, "window_from_anchor": True, "is_causal": False},
-    "anchored-causal": {"layer_types": [SLIDING] * 2, "sliding_window": 8, "window_from_anchor": True},
-    "yarn": {"rope_parameters": YARN},
-    "reduced": {"draft_vocab_size": 100, "has_own_lm_head": True},
-    "dflash2": tiny.SECOND,
-    "dflash2-scaled": tiny.SECOND | {"output_multiplier": 0.5, "final_logit_softcapping": 20.0},
-    "dspark": tiny.DSPARK,
-    "dspark-gated": tiny.DSPARK | {"markov_head_type": "gated"},
-    "dspark-no-bias": {"markov_rank": 0},
-}
-"""The drafts by name, and how their config differs from that of the first."""
-_UNSAYABLE = {
-    "engines": ("anchored", "anchored-causal"),
-    "speculators": (
-        *("causal", "sliding", "sliding-bidirectional", "mixed", "mixed-bidirectional"),
-        "dflash2-scaled",
-    ),
-    "muse": ("causal", "sliding", "mixed", "anchored", "anchored-causal", "reduced"),
-}
-LAYOUTS = {layout: [name for name in DRAFTS if name not in unsayable] for layout, unsayable in _UNSAYABLE.items()}
-LAYOUTS["muse"] = [name for name in LAYOUTS["muse"] if not name.startswith(("dflash2", "dspark"))]
-"""The layouts that other programs read, and the drafts that each can express."""
 
 
 class _NoPackages:
@@ -73,15 +35,6 @@ def target():
     return AutoModelForCausalLM.from_pretrained(TINY / "target").eval()
 
 
-def built(target, name: str):
-    """One of `DRAFTS`, random."""
-    draft = tiny.draft(target, mask_token_id=3, **DRAFTS[name])
-    draft.card_metadata = {"base_model": "org/target"}
-    if draft.config.draft_vocab_size:
-        tiny.reduce(draft, tuple(range(0, 500, 5)))
-    return draft
-
-
 @pytest.fixture(scope="session")
 def job(target, tmp_path_factory):
     """A folder with all drafts in all layouts that can express them, and a text to run them on."""
@@ -96,48 +49,3 @@ def job(target, tmp_path_factory):
                 drafts[name].save_pretrained(folder / "drafts" / layout / name, layout=layout)
     save_file(text(target), folder / "inputs.safetensors")
     return Job(folder, drafts)
-
-
-class Job:
-    """The drafts, by name, and the folder where they lie."""
-
-    def __init__(self, folder: Path, drafts: dict):
-        self.folder, self.drafts = folder, drafts
-        self.answers: dict[str, dict] = {}
-
-    def read_by(self, reader: str, layout: str, name: str) -> dict:
-        """What a reader says of a draft. It is started once, and reads all drafts."""
-        if reader not in self.answers:
-            self.answers[reader] = run(reader, self.folder)
-        return self.answers[reader][f"{layout}/{name}"]
-
-    @property
-    def inputs(self) -> dict[str, torch.Tensor]:
-        return load_file(self.folder / "inputs.safetensors")
-
-
-def run(reader: str, folder: Path) -> dict:
-    """Let a reader read all drafts of a job."""
-    interpreter = environments.python(reader)
-    if interpreter is None:
-        pytest.skip(
-            f"the environment of {environments.READERS[reader].release} is not in {environments.FOLDER}: "
-            "`make contracts` makes it, from PyPI"
-        )
-    script = HERE / "readers" / f"read_{reader}.py"
-    hidden = ("PYTHON", "HF_", "TRANSFORMERS_")
-    env = {key: value for key, value in os.environ.items() if not key.startswith(hidden)}
-    env |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([interpreter, script, folder], capture_output=True, text=True, env=env, cwd=folder)
-    (folder / "out" / f"{reader}.log").write_text(done.stderr)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-@torch.no_grad()
-def text(target) -> dict[str, torch.Tensor]:
-    """A random text, what a draft with taps 0 and 2 sees of the target in it, and where a block begins."""
-    ids = torch.randint(0, target.config.vocab_size, (1, 32), generator=torch.Generator().manual_seed(5))
-    states = target(ids, output_hidden_states=True).hidden_states
-    features = torch.cat([states[1], states[3]], dim=-1)  # outputs of the layers 0 and 2
-    return {"input_ids": ids, "features": features, "anchor": torch.tensor([20])}

@@ -5,15 +5,18 @@
 
 import pytest
 
-from conftest import LAYOUTS, SLIDING
+from jobs import LAYOUTS, SLIDING
 
-# The tensors of GGUF that a layer and a whole draft have, by what the converter makes of their names.
-LAYER = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+UNSUPPORTED = {"domino": "embed_proj", "dspark-gated": "only 'vanilla' is supported", "reduced": "d2t"}
+"""Drafts that it refuses, with a part of its message."""
 
 
 def check(job, layout: str, name: str) -> None:
     found = job.read_by("llama_cpp", layout, name)
     config = job.drafts[name].config
+    if name in UNSUPPORTED:
+        assert UNSUPPORTED[name] in found["error"]
+        return
     assert "keys" in found, found
     keys = {key.removeprefix("dflash."): value for key, value in found["keys"].items()}
     sliding = [kind == SLIDING for kind in config.layer_types]
@@ -30,9 +33,9 @@ def check(job, layout: str, name: str) -> None:
         expected["attention.sliding_window"] = config.sliding_window
         expected["attention.sliding_window_pattern"] = sliding
     assert {key: keys.get(key) for key in expected} == expected
-    assert keys.get("attention.causal", False) is any(config.causal_layers)
-    stored = set(job.drafts[name].state_dict())
-    assert len(found["tensors"]) == len(stored)
+    if isinstance(config.is_causal, bool):  # else it runs all layers bidirectionally
+        assert keys["attention.causal"] is config.is_causal
+    assert len(found["tensors"]) == len(job.drafts[name].state_dict())
 
 
 @pytest.mark.parametrize("name", LAYOUTS["engines"])
@@ -40,6 +43,6 @@ def test_it_converts_the_engines_layout(job, name):
     check(job, "engines", name)
 
 
-@pytest.mark.parametrize("name", LAYOUTS["muse"])
-def test_it_converts_the_muse_layout(job, name):
-    check(job, "muse", name)
+def test_it_fails_at_the_muse_layout_for_a_qwen3_target(job):
+    """Its class for Muse drafts lacks what the tokenizer of a Qwen3 target is read with."""
+    assert "origin_hf_arch" in job.read_by("llama_cpp", "muse", "plain")["error"]

@@ -6,13 +6,16 @@
 
 import pytest
 
-from conftest import LAYOUTS, SLIDING
+from jobs import LAYOUTS, SLIDING
 
-FILES = {"dflash": "dflash.py", "dflash2": "dflash.py", "dspark": "dspark.py"}
+UNSUPPORTED = ("reduced", "dspark-reduced", "dspark-no-bias")
+"""The first two it takes, and does not read their vocabulary, nor their head."""
+FILES = {"dflash": "dflash.py", "dflash2": "dflash.py", "dspark": "dspark.py", "domino": "dflash.py"}
 FIELDS = {
     "dflash": (),
     "dflash2": ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k", "output_multiplier"),
     "dspark": ("markov_rank", "markov_head_type", "sample_from_anchor"),
+    "domino": ("emb_dim", "gru_hidden_dim", "pure_draft_prefix_len"),
 }
 
 
@@ -31,11 +34,13 @@ def check(job, layout: str, name: str) -> None:
     }
     size = "proposed" if config.model_type == "dspark" else "block_size"
     expected[size] = config.block_size
+    if config.model_type == "domino":
+        expected |= {"projector_type": "domino", "shift_label": True}
     expected |= {field: getattr(config, field) for field in FIELDS[config.model_type]}
     assert found | expected == found
 
 
-@pytest.mark.parametrize("name", [name for name in LAYOUTS["engines"] if name not in ("reduced", "dspark-no-bias")])
+@pytest.mark.parametrize("name", [name for name in LAYOUTS["engines"] if name not in UNSUPPORTED])
 def test_it_reads_the_engines_layout(job, name):
     check(job, "engines", name)
 

@@ -1,11 +1,11 @@
-"""The installed transformers loads the Muse layout by its own class, `MuseGlimmerAssistantModel`, without code of ours."""
+"""The installed transformers loads the Muse layout by its class `MuseGlimmerAssistantModel`, without code of ours."""
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModel, DynamicCache
 
 import tiny
-from conftest import LAYOUTS
+from jobs import LAYOUTS
 from test_speculators import CLOSE
 
 
@@ -26,13 +26,10 @@ def test_its_class_computes_the_same_hidden_states(job, target, name):
     features = job.inputs["features"][:, :20]
     embeds = target.get_input_embeddings()(torch.tensor([[7, 3, 3, 3, 3]]))
     positions = torch.arange(25)[None]
-    theirs = assistant(noise_embeds=embeds, context_hidden_states=features, position_ids=positions, **cached())
+    cache = {tiny.CACHE: DynamicCache()}
+    theirs = assistant(noise_embeds=embeds, context_hidden_states=features, position_ids=positions, **cache)
     ours = draft(noise_embeds=embeds, context_hidden_states=features)
     torch.testing.assert_close(theirs.last_hidden_state, ours.last_hidden_state, **CLOSE)
-
-
-def cached() -> dict:
-    return {tiny.CACHE: DynamicCache()}
 
 
 @pytest.mark.parametrize("name", LAYOUTS["muse"])

@@ -275,6 +275,7 @@ def _muse_config(config: Any, base_model: str | None) -> dict[str, Any]:
     content |= {
         "architectures": ["MuseGlimmerAssistantModel"],
         "model_type": "muse_glimmer_assistant",
+        "is_causal": False,  # else SGLang runs sliding layers causally
         "use_sliding_window": slides,
         # Its class requires a number, which full layers do not read.
         "sliding_window": config.sliding_window or config.max_position_embeddings,
@@ -314,11 +315,14 @@ def _muse_findings(config: Any) -> Iterator[Finding]:
 
 def _muse_remarks(config: Any) -> list[str]:
     """Return what readers of the Muse layout compute otherwise."""
-    if SLIDING not in config.layer_types:
-        return []
-    return [
-        "transformers' own class sees one key more at the far end of a window than the engines and this package do."
+    remarks = [
+        "llama.cpp converts this layout for Muse targets, and fails for Qwen3 ones: it takes the engines layout of any."
     ]
+    if SLIDING in config.layer_types:
+        remarks.append(
+            "transformers' own class sees one key more at the far end of a window than the engines and this package do."
+        )
+    return remarks
 
 
 OTHER_LAYOUTS: dict[str, OtherLayout] = {

@@ -1,7 +1,7 @@
 """llama.cpp: `convert_hf_to_gguf.py` converts a draft, and its own `gguf` reads the file back.
 
-The converter knows a tokenizer by the hash of a text that it encodes. It does not know that of a tiny target, so the name
-that it would have found is given to it; the rest of the vocabulary is read from the target.
+The converter knows a tokenizer by the hash of a text that it encodes. It does not know that of a tiny target, so it is
+given the name that it would have found. The rest of the vocabulary it reads from the target.
 """
 
 import contextlib
@@ -10,9 +10,10 @@ import sys
 from pathlib import Path
 
 import convert_hf_to_gguf as converter  # puts its own gguf on the path
-from answers import JOB, answer
 from conversion.base import TextModel
 from gguf import GGUFReader
+
+from answers import JOB, answer
 
 TextModel.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"
 

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from answers import JOB, answer
 from transformers import AutoConfig
+
+from answers import JOB, answer
 
 SRT = Path(importlib.util.find_spec("sglang").submodule_search_locations[0]) / "srt"
 

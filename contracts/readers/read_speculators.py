@@ -1,17 +1,18 @@
 """speculators: `convert.dflash.DFlashConverter` reads the engines layout, `SpeculatorModel` its own layout.
 
-Both are then run by `DFlashDraftModel._backbone_forward` and the heads of their kind, on the text of `inputs.safetensors`:
-`input_ids [1, N]`, `features [1, N, F]` and `anchor [1]`, where the block begins. Hidden states and logits of the block
-go to `out/<layout>-<name>.safetensors`. Then it is saved, in `saved/<layout>/<name>`.
+Both are then run by `DFlashDraftModel._backbone_forward` and the heads of their kind. The text is that of
+`inputs.safetensors`: `input_ids [1, N]`, `features [1, N, F]` and `anchor [1]`, where the block begins. Hidden states and
+logits of the block go to `out/<layout>-<name>.safetensors`. Then the draft is saved, in `saved/<layout>/<name>`.
 """
 
 from pathlib import Path
 
 import torch
-from answers import JOB, answer
 from safetensors.torch import load_file, save_file
 from speculators import SpeculatorModel, SpeculatorModelConfig
 from speculators.convert.dflash.converter import DFlashConverter
+
+from answers import JOB, answer
 
 INPUTS = load_file(JOB / "inputs.safetensors")
 TARGET = str(JOB / "target")

@@ -17,10 +17,15 @@ from vllm.platforms.cpu import CpuPlatform
 
 vllm.platforms._current_platform = vllm.platforms.current_platform = CpuPlatform()
 
-from answers import JOB, answer
 from safetensors.torch import load_file
-from vllm.config import DeviceConfig, ModelConfig, ParallelConfig, SpeculativeConfig, VllmConfig
-from vllm.config import set_current_vllm_config
+from vllm.config import (
+    DeviceConfig,
+    ModelConfig,
+    ParallelConfig,
+    SpeculativeConfig,
+    VllmConfig,
+    set_current_vllm_config,
+)
 from vllm.distributed import init_distributed_environment, initialize_model_parallel
 from vllm.model_executor.models.registry import ModelRegistry
 from vllm.transformers_utils.configs.speculators import SpeculatorsConfig
@@ -28,21 +33,15 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 from vllm.v1.worker.gpu.spec_decode.eagle.eagle3_utils import get_eagle3_aux_layers_from_config
 from vllm.v1.worker.gpu.spec_decode.utils import get_parallel_drafting_token_id
 
+from answers import JOB, answer
+
 TARGET = ModelConfig(model=str(JOB / "target"), skip_tokenizer_init=True, dtype="float32")
 
 
 def read(folder: Path) -> dict:
     """Resolve a draft as the engine does, and load its weights."""
-    chosen = {"method": None, "num_speculative_tokens": 4}
-    raw = json.loads((folder / "config.json").read_text())
-    if "speculators_config" in raw:
-        chosen = SpeculatorsConfig.extract_vllm_speculative_config(raw)
-    elif "DFlash" in str(raw["architectures"]):
-        chosen["method"] = "dflash"  # named by the user; else the path must contain it
-    if chosen["method"] is None:
-        del chosen["method"]
     config = SpeculativeConfig(
-        model=str(folder), target_model_config=TARGET, target_parallel_config=ParallelConfig(), **chosen
+        model=str(folder), target_model_config=TARGET, target_parallel_config=ParallelConfig(), **chosen(folder)
     )
     draft = config.draft_model_config
     model_class, _ = ModelRegistry.resolve_model_cls(draft.architectures, draft)
@@ -56,6 +55,19 @@ def read(folder: Path) -> dict:
         "rope": dict(draft.hf_config.rope_parameters),
     }
     return found | loaded(model_class, config, folder)
+
+
+def chosen(folder: Path) -> dict:
+    """What the user says of a draft, where vLLM does not find it out itself."""
+    raw = json.loads((folder / "config.json").read_text())
+    if "speculators_config" in raw:
+        return SpeculatorsConfig.extract_vllm_speculative_config(raw)
+    architecture = raw["architectures"][0]
+    if "DSpark" in architecture:
+        return {}
+    if "DFlash" in architecture:  # or a path that contains it
+        return {"method": "dflash", "num_speculative_tokens": 4}
+    return {"num_speculative_tokens": 4}
 
 
 def loaded(model_class, config: SpeculativeConfig, folder: Path) -> dict:
