@@ -1,8 +1,8 @@
 """Make an environment for each program that reads drafts, with the code of its release.
 
-`make contracts` runs it before the tests of this folder. The environments lie in the folder that DFLASH_CONTRACTS names,
-or in ~/.cache/dflash-hub/contracts, and take about 3 GB. One is made anew when its pins change. Nothing of a reader's
-code is part of this repository: it is unpacked from the archive that pip downloads, without what a GPU would need.
+`make contracts` runs it before the tests of this folder. The environments lie in the folder that DFLASH_CONTRACTS
+names, or in ~/.cache/dflash-hub/contracts, and take about 4 GB. One is made anew when its pins change. Nothing of a
+reader's code is part of this repository: it is unpacked from the archive that pip downloads, without what needs a GPU.
 """
 
 import argparse

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 JOB = Path(sys.argv[1])
-"""A folder with the drafts in `drafts`, their target in `target`, and what else a reader needs; `out` is for results."""
+"""A folder with the drafts in `drafts`, their target in `target`, and a text; `out` is for results."""
 
 
 def answer(read: Callable[[Path], Any]) -> None:

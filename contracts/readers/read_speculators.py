@@ -1,8 +1,8 @@
 """speculators: `convert.dflash.DFlashConverter` reads the engines layout, `SpeculatorModel` its own layout.
 
-Both are then run by `DFlashDraftModel._backbone_forward` and the heads of their kind. The text is that of
-`inputs.safetensors`: `input_ids [1, N]`, `features [1, N, F]` and `anchor [1]`, where the block begins. Hidden states and
-logits of the block go to `out/<layout>-<name>.safetensors`. Then the draft is saved, in `saved/<layout>/<name>`.
+Both are then run by `DFlashDraftModel._backbone_forward` and the heads of their kind. The text is in
+`inputs.safetensors`: `input_ids [1, N]`, `features [1, N, F]` and `anchor [1]`, where the block begins. Hidden states
+and logits of the block go to `out/<layout>-<name>.safetensors`. Then the draft is saved, in `saved/<layout>/<name>`.
 """
 
 from pathlib import Path
