@@ -50,6 +50,11 @@ LAYOUTS["muse"] = [name for name in LAYOUTS["muse"] if not name.startswith(("dfl
 """The layouts that other programs read, and the drafts that each can express."""
 
 
+def windows(config) -> list[int | None]:
+    """The window of each layer of a draft; None for full layers."""
+    return [config.sliding_window if kind == SLIDING else None for kind in config.layer_types]
+
+
 def built(target, name: str):
     """One of `DRAFTS`, random."""
     draft = tiny.draft(target, mask_token_id=3, **DRAFTS[name])

@@ -6,7 +6,7 @@
 
 import pytest
 
-from jobs import LAYOUTS, SLIDING
+from jobs import LAYOUTS, windows
 
 UNSUPPORTED = ("reduced", "dspark-reduced", "dspark-no-bias")
 """The first two it takes, and does not read their vocabulary, nor their head."""
@@ -22,14 +22,13 @@ FIELDS = {
 def check(job, layout: str, name: str) -> None:
     found = job.read_by("sglang", layout, name)
     config = job.drafts[name].config
-    sliding = [kind == SLIDING for kind in config.layer_types]
     expected = {
         "file": FILES[config.model_type],
         "layer_ids": config.target_layer_ids,  # its hook adds 1
         "num_target_layers": config.num_target_layers,
         "mask_token_id": 3,
         "causal": config.causal_layers,
-        "windows": [config.sliding_window if slides else None for slides in sliding],
+        "windows": windows(config),
         "rope_theta": config.rope_parameters["rope_theta"],
     }
     size = "proposed" if config.model_type == "dspark" else "block_size"

@@ -7,7 +7,7 @@ class that it finds. No forward runs: its attention needs a GPU.
 
 import pytest
 
-from jobs import LAYOUTS, SLIDING
+from jobs import LAYOUTS, windows
 
 UNSUPPORTED = {"domino": "embed_proj", "dspark-gated": "markov_head"}
 """Drafts that it refuses, with a part of its message."""
@@ -28,19 +28,18 @@ def check(job, layout: str, name: str) -> None:
         return
     config = job.drafts[name].config
     method, model_class = CLASSES[config.model_type]
-    sliding = [kind == SLIDING for kind in config.layer_types]
     expected = {
         "method": method,
         "class": model_class,
         "layer_ids": [1, 3],  # the embedding's output is 0
         "mask_token_id": 3,
         "causal": config.causal_layers,
-        "windows": [config.sliding_window if slides else None for slides in sliding],
-        "rope": found.get("rope", {}) | config.rope_parameters,
+        "windows": windows(config),
+        "rope": config.rope_parameters,
     }
     if config.sample_from_anchor or layout == "speculators":  # otherwise the user passes it
         expected["proposed"] = config.block_size - (not config.sample_from_anchor)
-    assert found | expected == found
+    assert {key: found[key] for key in expected} == expected
     own = {"lm_head.weight"} if config.has_own_lm_head else set()
     assert set(found["empty"]) == BORROWED - own
 

@@ -315,14 +315,11 @@ def _muse_findings(config: Any) -> Iterator[Finding]:
 
 def _muse_remarks(config: Any) -> list[str]:
     """Return what readers of the Muse layout compute otherwise."""
-    remarks = [
-        "llama.cpp converts this layout for Muse targets, and fails for Qwen3 ones: it takes the engines layout of any."
+    if SLIDING not in config.layer_types:
+        return []
+    return [
+        "transformers' own class sees one key more at the far end of a window than the engines and this package do."
     ]
-    if SLIDING in config.layer_types:
-        remarks.append(
-            "transformers' own class sees one key more at the far end of a window than the engines and this package do."
-        )
-    return remarks
 
 
 OTHER_LAYOUTS: dict[str, OtherLayout] = {
