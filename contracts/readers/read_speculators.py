@@ -47,17 +47,18 @@ def read(folder: Path) -> dict:
 @torch.no_grad()
 def run(model) -> dict[str, torch.Tensor]:
     """Hidden states and logits of the block at the anchor; with a Markov head, given the tokens of the text."""
-    ids, features, anchor = INPUTS["input_ids"], INPUTS["features"], int(INPUTS["anchor"])
+    ids, anchor = INPUTS["input_ids"], int(INPUTS["anchor"])
     chosen = torch.zeros_like(ids)
     chosen[0, anchor] = 1  # the only position that may be an anchor
-    hidden, logits, *_ = model._backbone_forward(
-        hidden_states=features,
+    outputs = model._backbone_forward(
+        hidden_states=INPUTS["features"],
         input_ids=ids,
         loss_mask=chosen,
         verifier_last_hidden_states=torch.zeros(*ids.shape, model.hidden_size),
         document_ids=torch.zeros_like(ids),
         max_anchors=1,
     )
+    hidden, logits = outputs[:2]
     results = {"hidden": hidden[0], "logits": logits[0]}
     block = ids[:, anchor : anchor + model.block_size]
     if getattr(model, "markov_head", None) is not None:
@@ -67,8 +68,8 @@ def run(model) -> dict[str, torch.Tensor]:
         embeds = model.markov_head.prev_embeddings(block)
         results["confidence"] = model.confidence_head(torch.cat([hidden, embeds], dim=-1))[0]
     if getattr(model, "candidate_selector", None) is not None:
-        _, results["selected"] = model.candidate_selector.select(logits, hidden, block)
-        results["selected"] = results["selected"][0]
+        _, scores = model.candidate_selector.select(logits, hidden, block)
+        results["selected"] = scores[0]
     return {name: tensor.contiguous() for name, tensor in results.items()}
 
 

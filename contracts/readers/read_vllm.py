@@ -81,15 +81,27 @@ def loaded(model_class, config: SpeculativeConfig, folder: Path) -> dict:
             model = model_class(vllm_config=whole, prefix="draft")
         weights = load_file(folder / "model.safetensors")
         for parameter in model.parameters():
-            parameter.data.fill_(float("nan") if parameter.is_floating_point() else -1)
+            parameter.data.fill_(filling(parameter))
         model.load_weights(weights.items())
     layers = [layer.self_attn for layer in model.model.layers]
-    empty = [name for name, weight in model.named_parameters() if weight.isnan().any()]
-    return {
-        "causal": [attention.causal for attention in layers],
-        "windows": [attention.sliding_window for attention in layers],
-        "empty": sorted(empty),
-    }
+    causal = [attention.causal for attention in layers]
+    windows = [attention.sliding_window for attention in layers]
+    return {"causal": causal, "windows": windows, "empty": empty_of(model)}
+
+
+def filling(parameter: torch.Tensor) -> float:
+    """A value that no weight has; ids of tokens are no floats."""
+    return float("nan") if parameter.is_floating_point() else -1
+
+
+def empty_of(model: torch.nn.Module) -> list[str]:
+    """The names of parameters that were not loaded, or not wholly."""
+    found = []
+    for name, parameter in model.named_parameters():
+        unset = torch.full_like(parameter, filling(parameter))
+        if parameter.isclose(unset, equal_nan=True).any():
+            found.append(name)
+    return sorted(found)
 
 
 answer(read)
