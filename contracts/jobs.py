@@ -29,30 +29,34 @@ DRAFTS = {
     "yarn": {"rope_parameters": YARN},
     "reduced": {"draft_vocab_size": 100, "has_own_lm_head": True},
     "dflash2": tiny.SECOND,
-    "dflash2-scaled": tiny.SECOND | {"output_multiplier": 0.5, "final_logit_softcapping": 20.0},
+    "dflash2-scaled": dict(tiny.SECOND, output_multiplier=0.5, final_logit_softcapping=20.0),
     "dspark": tiny.DSPARK,
-    "dspark-gated": tiny.DSPARK | {"markov_head_type": "gated"},
-    "dspark-reduced": tiny.DSPARK | {"draft_vocab_size": 100, "has_own_lm_head": True},
+    "dspark-gated": dict(tiny.DSPARK, markov_head_type="gated"),
+    "dspark-reduced": dict(tiny.DSPARK, draft_vocab_size=100, has_own_lm_head=True),
     "dspark-no-bias": {"markov_rank": 0},
     "domino": tiny.DOMINO,
 }
 """The drafts by name, and how their config differs from that of the first."""
-_UNSAYABLE = {
-    "engines": ("anchored", "anchored-causal"),
-    "speculators": (
-        *("causal", "sliding", "sliding-bidirectional", "mixed", "mixed-bidirectional"),
-        *("dflash2-scaled", "domino"),
+
+
+def _but(*names: str) -> list[str]:
+    return [name for name in DRAFTS if name not in names]
+
+
+LAYOUTS = {
+    "engines": _but("anchored", "anchored-causal"),
+    "speculators": _but(
+        *("causal", "sliding", "sliding-bidirectional", "mixed", "mixed-bidirectional", "dflash2-scaled", "domino")
     ),
-    "muse": ("causal", "sliding", "mixed", "anchored", "anchored-causal", "reduced"),
+    "muse": ["plain", "sliding-bidirectional", "mixed-bidirectional", "yarn"],
 }
-LAYOUTS = {layout: [name for name in DRAFTS if name not in unsayable] for layout, unsayable in _UNSAYABLE.items()}
-LAYOUTS["muse"] = [name for name in LAYOUTS["muse"] if not name.startswith(("dflash2", "dspark", "domino"))]
 """The layouts that other programs read, and the drafts that each can express."""
 
 
 def windows(config) -> list[int | None]:
     """The window of each layer of a draft; None for full layers."""
-    return [config.sliding_window if kind == SLIDING else None for kind in config.layer_types]
+    found = {SLIDING: config.sliding_window}
+    return [found.get(kind) for kind in config.layer_types]
 
 
 def built(target, name: str):

@@ -113,7 +113,7 @@ def read(folder: Path) -> dict:
         "layer_ids": layer_ids,
         "rope_theta": theta,
         "causal": [kind.name == "DECODER" for _, kind in layers],
-        "windows": [None if left < 0 else left + 1 for left, _ in layers],  # the token itself is not counted there
+        "windows": [left + 1 or None for left, _ in layers],  # the token itself is not counted there
     }
     if "DSpark" in config.architectures[0]:
         runtime = DSPARK.resolve_runtime_config(
