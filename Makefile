@@ -11,7 +11,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 
 PARALLEL := -n logical --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test quick check pair clean
+.PHONY: demo test quick check contracts pair clean
 demo: $(VENV)/.ready  ## the target's own text and DFlash's beside it, on the built-in pair, offline
 	@HF_HUB_OFFLINE=1 $(BIN)/dflash-hub demo
 
@@ -23,6 +23,10 @@ quick: $(VENV)/.ready  ## the goldens and one test of each kind; half a minute
 
 check: $(VENV)/.ready  ## everything that CI checks
 	@bash .ci/run
+
+contracts: $(VENV)/.ready  ## vLLM, SGLang, llama.cpp, speculators and transformers read our drafts; 4 GB from PyPI at first
+	@$(BIN)/python contracts/environments.py
+	@$(BIN)/python -m pytest -q contracts
 
 pair: $(VENV)/.ready  ## train the built-in pair anew, into tiny_pair/; less than an hour on two cores
 	@$(BIN)/python examples/tiny_pair/train.py --output-dir tiny_pair

@@ -53,7 +53,7 @@ class DSparkConfig(DFlashConfig):
         elif self.markov_head_type != "vanilla":
             remarks.append(
                 f"markov_head_type is {self.markov_head_type!r}: SGLang (0.5.23) runs it, "
-                "vLLM (0.33) runs vanilla alone."
+                "vLLM (0.33) and llama.cpp run vanilla alone."
             )
         return remarks
 

@@ -648,6 +648,19 @@ def engines_remarks(config: Any) -> list[str]:
             "The draft has an embedding or a head of its own, which SGLang (0.5.23) and TensorRT-LLM do not read: if "
             "it differs from the target's, they accept fewer tokens. vLLM and llama.cpp read it."
         )
+    return remarks + _mixed_remarks(config)
+
+
+def _mixed_remarks(config: Any) -> list[str]:
+    """Return what engines compute otherwise where some layers slide and others are full."""
+    if len(set(config.layer_types)) == 1:
+        return []
+    remarks = ["Some layers slide and others are full: TensorRT-LLM runs all of them as full ones."]
+    if isinstance(config.is_causal, list):
+        remarks.append(
+            "Sliding layers are causal and full ones are not: llama.cpp runs all of them bidirectionally, so it "
+            "proposes other tokens, of which fewer are accepted."
+        )
     return remarks
 
 
@@ -675,7 +688,7 @@ def _engines_nested(config: Any, content: dict[str, Any]) -> dict[str, Any]:
     nested = {name: content[name] for name in _REPEATED}
     if "is_causal" in content:
         nested["causal"] = content["is_causal"]
-    if content["use_sliding_window"]:
+    if FULL not in config.layer_types:  # llama.cpp would make the full layers slide too
         nested["use_swa"] = True
         nested["swa_window_size"] = config.sliding_window
     kind = DRAFT_LAYOUTS[config.model_type]

@@ -304,6 +304,7 @@ _LLAMACPP = Engine(
             rules.needs("dflash_config.block_size", "block_size", consequence=", so 16 is taken"),
         ),
         Rule("window", WRONG, _CONVERSION, rules.needs_a_window_switch),
+        Rule("window-everywhere", WRONG, _CONVERSION, rules.full_layers_slide),
         Rule("causality", WRONG, "common/speculative.cpp", rules.expects_causal(rules.unless_said)),
         Rule("tensors", REFUSES, _CONVERSION, rules.llamacpp_tensors),
         Rule("dflash2-fields", REFUSES, _CONVERSION, rules.dflash2_fields_elsewhere),

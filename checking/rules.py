@@ -441,6 +441,16 @@ def needs_a_window_switch(draft: StoredDraft) -> Finding | None:
     return Finding(what, False, True, WINDOW)
 
 
+def full_layers_slide(draft: StoredDraft) -> Finding | None:
+    """Find full layers beside sliding ones, for a reader whose `use_swa` is for all layers."""
+    if not draft.inner("use_swa") or not draft.names_sliding_layers:
+        return None
+    if set(draft.layer_types) == {SLIDING}:
+        return None
+    what = "dflash_config.use_swa makes all layers slide, also those that layer_types name full"
+    return Finding(what, True, None, "Leave it out; layer_types and use_sliding_window are enough")
+
+
 def nested_mask(draft: StoredDraft) -> Finding | None:
     """Find a mask token that dflash_config does not name, for readers of that alone."""
     of_dflash = draft.architecture in ("DFlashDraftModel", "DFlash2DraftModel")

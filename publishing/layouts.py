@@ -275,6 +275,7 @@ def _muse_config(config: Any, base_model: str | None) -> dict[str, Any]:
     content |= {
         "architectures": ["MuseGlimmerAssistantModel"],
         "model_type": "muse_glimmer_assistant",
+        "is_causal": False,  # else SGLang runs sliding layers causally
         "use_sliding_window": slides,
         # Its class requires a number, which full layers do not read.
         "sliding_window": config.sliding_window or config.max_position_embeddings,

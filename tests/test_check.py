@@ -23,7 +23,7 @@ from paths import DATA, TINY
 
 PUBLISHED = DATA / "published_configs"
 FULL, SLIDING = "full_attention", "sliding_attention"
-WINDOW = {"layer_types": [SLIDING, FULL], "sliding_window": 8}
+WINDOW = {"layer_types": [SLIDING, SLIDING], "sliding_window": 8}
 
 
 def outcomes(draft: StoredDraft) -> dict[str, str]:
@@ -445,6 +445,8 @@ ENGINE_CASES = [
     ({"use_sliding_window": None}, (), "transformers", "!window"),
     ({"use_sliding_window": None, "dflash_config__use_swa": None}, (), "llama.cpp", "!window"),
     ({"dflash_config__use_swa": None}, (), "tensorrt-llm", "!window"),
+    ({"layer_types": [SLIDING, FULL]}, (), "llama.cpp", "!window-everywhere"),
+    ({"layer_types": [SLIDING, FULL], "dflash_config__use_swa": None}, (), "llama.cpp", ""),
     ({"layer_types": [FULL, FULL]}, (), "sglang", "!window-unseen"),
     ({"layer_types": [FULL, FULL]}, (), "vllm", ""),
     ({"is_causal": None}, (), "vllm", ""),

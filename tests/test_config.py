@@ -7,7 +7,7 @@ import pytest
 from dflash_hub import DFlash2Config, DFlashConfig, DominoConfig, DSparkConfig, load_draft
 from dflash_hub.configuration_dflash import EXTENSIONS
 from dflash_hub.layouts import _HARMLESS, read_layout
-from dflash_hub.layouts_dflash import engines_layout, read_own_layout
+from dflash_hub.layouts_dflash import engines_layout, engines_remarks, read_own_layout
 from paths import DATA, TINY
 
 PUBLISHED = DATA / "published_configs"
@@ -222,9 +222,24 @@ def test_mixed_causality_goes_unsaid_for_engines_whose_rule_it_is_and_is_refused
     written = json.loads((tmp_path / "config.json").read_text())
     assert "is_causal" not in written
     assert "causal" not in written["dflash_config"]
+    assert "use_swa" not in written["dflash_config"]  # llama.cpp would make all layers slide
     other = small(num_hidden_layers=2, is_causal=[True, False], num_target_layers=8, vocab_size=99)
     with pytest.raises(ValueError, match="engines layout stores one value"):
         other.save_pretrained(tmp_path, layout="engines")
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"layer_types": [SLIDING] * 5}, []),
+        ({"layer_types": [SLIDING] * 4 + [FULL], "is_causal": False}, ["TensorRT-LLM"]),
+        ({"layer_types": [SLIDING] * 4 + [FULL]}, ["TensorRT-LLM", "llama.cpp"]),
+    ],
+)
+def test_remarks_name_the_engines_that_run_mixed_layers_otherwise(fields, named):
+    remarks = engines_remarks(small(sliding_window=64, **fields))
+    assert len(remarks) == len(named)
+    assert all(name in remark for name, remark in zip(named, remarks, strict=True))
 
 
 def test_the_hub_layout_says_causality_outright_and_who_wrote_it(tmp_path):

@@ -128,6 +128,7 @@ def test_the_muse_layout_loads_in_transformers_without_code_and_computes_the_sam
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
     native, ours = AutoModel.from_pretrained(tmp_path).eval(), load_draft(saved("dflash")).eval()
     assert type(native).__name__ == "MuseGlimmerAssistantModel"
+    assert native.config.is_causal is False  # else SGLang runs sliding layers causally
     noise, context = torch.randn(1, 5, 32), torch.randn(1, 7, 64)
     positions = torch.arange(12)[None]
     with torch.no_grad():

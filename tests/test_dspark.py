@@ -394,7 +394,7 @@ def test_engines_find_the_names_that_they_read(tmp_path, name):
     ("variant", "remark"),
     [
         ("vanilla", None),
-        ("gated", "vLLM (0.33) runs vanilla alone"),
+        ("gated", "vLLM (0.33) and llama.cpp run vanilla alone"),
         ("rank 0", "markov_rank is 0: SGLang (0.5.23) refuses"),
         ("reduced", "draft_vocab_size is 9, of 12 tokens of the target"),
     ],
