@@ -40,7 +40,8 @@ _OWN_PARTS = {
 """Tensor -> the field of a config that says that the draft has it; published ones often lack the field."""
 FLOATS = {"F64", "F32", "F16", "BF16"}
 _FLOAT_DTYPES = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
-_DEQUANTISED = ("compressed-tensors", "fp8", "mxfp8")
+_GROUPED = "compressed-tensors"
+_DEQUANTISED = (_GROUPED, "fp8", "mxfp8")
 _INTEGERS = {"I64", "I32", "I16", "U8"}
 _IDS, _KNOWN = "d2t", "t2d"
 """The tensors that say which of the target's tokens a draft knows: by id, and by one bool for each of the target's."""
@@ -133,7 +134,10 @@ def check_quantization(config: Any, name: Any) -> Any:
         return config
     if not dequantises(method):
         raise _unreadable(name, fields, "cannot make floats of them; upgrade it")
-    schemes = [group.get("weights") for group in (fields.get("config_groups") or {}).values()]
+    groups = fields.get("config_groups") or {}
+    if method == _GROUPED and not groups:
+        raise _unreadable(name, fields, "finds no config_groups that tell how")
+    schemes = [group.get("weights") for group in groups.values()]
     if any(scheme != schemes[0] for scheme in schemes):
         raise _unreadable(name, fields, "dequantises one of its config_groups")
     config = copy.deepcopy(config)

@@ -113,8 +113,8 @@ def read(folder: Path) -> dict:
         "layer_ids": layer_ids,
         "rope_theta": theta,
         "causal": [kind.name == "DECODER" for _, kind in layers],
-        "windows": [left + 1 or None for left, _ in layers],  # the token itself is not counted there
     }
+    found["windows"] = [left + 1 or None for left, _ in layers]  # the token itself is not counted there
     if "DSpark" in config.architectures[0]:
         runtime = DSPARK.resolve_runtime_config(
             draft_hf_config=config, speculative_num_draft_tokens=None, target_vocab_size=TARGET["vocab_size"]
