@@ -103,7 +103,7 @@ def test_the_stored_ids_of_a_reduced_vocabulary_are_checked_whatever_the_default
     draft = tiny.reduce(tiny.draft(tiny.target("qwen3"), **tiny.DSPARK, **tiny.REDUCED))
     draft.save_pretrained(tmp_path)
     with META:
-        weights_dflash._check_vocabulary([tmp_path / "model.safetensors"], draft.config, "it")
+        weights_dflash.check_vocabulary([tmp_path / "model.safetensors"], draft.config, "it")
 
 
 def test_blocks_are_recorded_again_where_buffers_grew_and_compared_once(monkeypatch):

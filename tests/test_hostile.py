@@ -101,7 +101,7 @@ VALUES = {
         lambda weights: {key: torch.zeros_like(one) for key, one in weights.items()},
         "All weights .* are zero",
     ),
-    "integers": (lambda weights: {key: one.to(torch.int8) for key, one in weights.items()}, "of other types"),
+    "integers": (lambda weights: {key: one.to(torch.int8) for key, one in weights.items()}, "that are no floats"),
     "one of integers": (
         lambda weights: weights | {"norm.weight": weights["norm.weight"].int()},
         r"norm\.weight \(I32\)",

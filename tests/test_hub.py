@@ -17,6 +17,11 @@ from dflash_hub.publishing import push as pushing
 from dflash_hub.publishing.probe import digests
 from paths import DATA, ROOT, TINY
 
+# The drafts of these tests have full and sliding layers, of which some engines run all alike.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Some layers slide:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Sliding layers are causal:UserWarning"),
+]
 TRAVELLING = sorted(path.name for path in ROOT.glob("*dflash.py"))
 SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
 

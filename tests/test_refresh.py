@@ -31,7 +31,12 @@ OLD = {
     "README.md": CARD,
     "sequences_dflash.py": None,
 }
-pytestmark = pytest.mark.usefixtures("forked_probe")
+# The drafts of these tests have full and sliding layers.
+pytestmark = [
+    pytest.mark.usefixtures("forked_probe"),
+    pytest.mark.filterwarnings("ignore:Some layers slide:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Sliding layers are causal:UserWarning"),
+]
 LOAD = """
     import json, sys
     from transformers import AutoModel
