@@ -134,7 +134,9 @@ def reason(error: BaseException) -> str:
 
 
 def advice_on(error: BaseException, advice: str) -> str:
-    """Return what to do after an error: `advice`, unless a folder or a disk is at fault."""
+    """Return what to do after an error: `advice`, unless a folder, a disk or a missing package is at fault."""
+    if isinstance(error, ImportError):
+        return PACKAGES
     return FOLDERS if isinstance(error, OSError) and error.errno in _OF_FOLDERS else advice
 
 
@@ -160,5 +162,6 @@ LOADING = (
 )
 SAVING = "Pass a folder that can be written, and options as in PreTrainedModel.save_pretrained."
 FOLDERS = "Pass a folder that can be read and written, with room left. Downloads go to HF_HOME, or to cache_dir=."
+PACKAGES = "Install what is named there into this environment, and run the same again."
 PUSHING = "Nothing was pushed. Pass the options as in PreTrainedModel.push_to_hub."
 """What to do after an error of another library."""

@@ -712,10 +712,9 @@ class _LayoutReader:
 
     def rope_theta(self, forms: dict[str, dict[str, Any]]) -> float:
         """Return the caller's theta, from either keyword; else the one that all its keys agree on."""
-        values = {}
-        for key, form in forms.items():
-            if "rope_theta" in form:
-                values[f"{key}.rope_theta"] = form["rope_theta"]
+        values = _thetas(forms)
+        if "rope_parameters" in self.overrides and not values:
+            values = _thetas({self.place(key): self.get(key) or {} for key in _ROPE_KEYS})
         top = self.resolve("rope_theta", ("rope_theta",))
         if "rope_theta" in self.overrides:
             values = {"rope_theta": top}
@@ -729,3 +728,12 @@ class _LayoutReader:
                 f"silently; supply it: from_pretrained(..., rope_theta=...), {FIELDS['rope_theta'].words}."
             )
         return theta
+
+
+def _thetas(forms: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Return the theta of each rope dict that has one, by its place."""
+    return {
+        f"{key}.rope_theta": form["rope_theta"]
+        for key, form in forms.items()
+        if "rope_theta" in form
+    }

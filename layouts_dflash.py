@@ -518,14 +518,25 @@ def read_own_layout(
     names = [*REQUIRED, *DEFAULTED, *kind.own, *kind.scales]
     names += ["layer_types", "sliding_window", "rope_parameters"]
     fields = {name: values[name] for name in names if values.get(name) is not None}
-    if "rope_theta" in overrides:
-        theta = {"rope_theta": overrides["rope_theta"]}
-        fields["rope_parameters"] = fields.get("rope_parameters", {}) | theta
+    if {"rope_theta", "rope_parameters"} & overrides.keys():
+        check_field("rope_parameters", fields.get("rope_parameters", {}))
+        fields["rope_parameters"] = _with_theta(
+            fields.get("rope_parameters", {}), config, overrides
+        )
     raise_first(_missing_findings(fields, kind))
     auto_map = own_auto_map(config)
     if auto_map is not None:
         fields["auto_map"] = auto_map
     return fields
+
+
+def _with_theta(
+    rope: dict[str, Any], config: dict[str, Any], overrides: dict[str, Any]
+) -> dict[str, Any]:
+    """Return `rope` with the caller's theta; with the file's where the caller passes none."""
+    stored = (config.get("rope_parameters") or {}).get("rope_theta")
+    theta = overrides.get("rope_theta", rope.get("rope_theta", stored))
+    return rope | {"rope_theta": theta}
 
 
 def own_auto_map(config: dict[str, Any]) -> dict[str, Any] | None:

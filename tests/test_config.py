@@ -253,7 +253,7 @@ def test_the_hub_layout_says_causality_outright_and_who_wrote_it(tmp_path):
 
 
 def test_an_unknown_layout_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="one of 'hub', 'engines'"):
+    with pytest.raises(ValueError, match=r"it must be one of 'hub', 'engines'"):
         small().save_pretrained(tmp_path, layout="vllm")
 
 
@@ -317,8 +317,10 @@ def test_the_keyword_that_a_contradiction_advises_settles_it(changes, keyword):
     DFlashConfig.from_dict(qwen3_4b(**changes), **keyword)
 
 
-def test_given_rope_parameters_take_their_theta_from_the_file():
-    config = DFlashConfig.from_dict(qwen3_4b(), rope_parameters={"rope_type": "linear", "factor": 2.0})
+@pytest.mark.parametrize("inside", [False, True], ids=["beside it", "inside it"])
+def test_given_rope_parameters_take_their_theta_from_the_file(inside):
+    stored = {"rope_theta": None, "rope_parameters": {"rope_theta": 1000000, "rope_type": "default"}} if inside else {}
+    config = DFlashConfig.from_dict(qwen3_4b(**stored), rope_parameters={"rope_type": "linear", "factor": 2.0})
     assert config.rope_parameters == {"rope_type": "linear", "factor": 2.0, "rope_theta": 1000000}
 
 
@@ -619,7 +621,8 @@ def test_the_reader_that_travels_reads_our_layouts_as_the_package_does(config, l
     config.save_pretrained(tmp_path, layout=layout)
     assert type(config).from_pretrained(tmp_path) == config
     content = json.loads((tmp_path / "config.json").read_text())
-    for given in ({}, {"block_size": 4}, {"rope_theta": 5.0}):
+    scaled = {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}
+    for given in ({}, {"block_size": 4}, {"rope_theta": 5.0}, scaled, scaled | {"rope_theta": 5.0}):
         read = [one(dict(content), given, config.model_type) for one in (read_layout, read_own_layout)]
         assert read[0] == {key: value for key, value in read[1].items() if key in read[0] or key != "sliding_window"}
 

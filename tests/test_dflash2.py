@@ -445,17 +445,29 @@ STRANGER = """
     from transformers import AutoModel, AutoModelForCausalLM
     sys.path.insert(0, {root!r})
     from probe import digests
-    draft = AutoModel.from_pretrained({repo!r}, revision={revision!r}, trust_remote_code=True)
     target = AutoModelForCausalLM.from_pretrained({target!r})
     ids = torch.tensor([[1, 5, 2, 8, 3, 3, 1]])
-    ask = dict(attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)
-    own = target.generate(ids, **ask)
-    same = [torch.equal(own, target.generate(ids, custom_generate=draft.speculate, **ask))]
-    if {revision!r} == "main":
-        by_name = dict(custom_generate={repo!r}, trust_remote_code=True)
-        same.append(torch.equal(own, target.generate(ids, **by_name, **ask)))
-    print(json.dumps([type(draft).__module__, type(draft).__name__, same, digests(draft)]))
+    ask = dict(attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False)
+    own, found = target.generate(ids, **ask), []
+    for revision in ("main", "engines"):
+        draft = AutoModel.from_pretrained({repo!r}, revision=revision, trust_remote_code=True)
+        text = target.generate(ids, custom_generate=draft.speculate, **ask)
+        found.append([type(draft).__module__, type(draft).__name__, torch.equal(own, text), digests(draft)])
+    text = target.generate(ids, custom_generate={repo!r}, trust_remote_code=True, **ask)
+    print(json.dumps([*found, torch.equal(own, text)]))
 """
+
+
+def check_strangers(fresh_process, repo_id, target, draft) -> None:
+    """One process without the package loads both branches, decodes with both, and with the repository by its name."""
+    code = STRANGER.format(root=str(ROOT / "publishing"), repo=repo_id, target=str(target))
+    *branches, by_name = json.loads(fresh_process(code).splitlines()[-1])
+    assert by_name
+    for module, name, same, found in branches:
+        assert module.startswith("transformers_modules.")
+        assert name == type(draft).__name__
+        assert same
+        assert found == digests(draft)
 
 
 def test_a_published_draft_is_used_by_a_stranger_from_both_branches(
@@ -468,15 +480,8 @@ def test_a_published_draft_is_used_by_a_stranger_from_both_branches(
     for revision in ("main", "engines"):
         files = set(HfApi().list_repo_files(repo_id, revision=revision))
         assert {*SECOND_FILES, "dflash.py", "modeling_dflash.py", "custom_generate/generate.py"} <= files
-        code = STRANGER.format(
-            root=str(ROOT / "publishing"), repo=repo_id, revision=revision, target=str(tmp_path / "target")
-        )
-        module, name, same, found = json.loads(fresh_process(code).splitlines()[-1])
-        assert module.startswith("transformers_modules.")
-        assert name == "DFlash2DraftModel"
-        assert same == [True] * (2 if revision == "main" else 1)
-        assert found == digests(draft)
         assert digests(load_draft(repo_id, revision=revision)) == digests(draft)
+    check_strangers(fresh_process, repo_id, tmp_path / "target", draft)
     by_auto = AutoModel.from_pretrained(repo_id)  # without trust: no code of the repository runs
     assert type(by_auto) is DFlash2DraftModel
     assert type(AutoConfig.from_pretrained(repo_id)) is DFlash2Config

@@ -18,14 +18,14 @@ FOUR = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "g
 FLOAT = EIGHT | {"type": "float"}
 NVFP4 = {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "tensor_group", "group_size": 16}
 MXFP8 = FLOAT | {"strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"}
-# Format of compressed-tensors -> its arguments, and the largest error of a weight by the largest of its tensor.
+# Format of compressed-tensors -> its arguments, the largest error of a weight by the largest of its tensor, the draft.
 FORMATS = {
-    "pack-quantized": (EIGHT | {"strategy": "group", "group_size": 16}, 0.01),
-    "pack-quantized, 4 bits": (FOUR, 0.1),
-    "int-quantized": (EIGHT, 0.01),
-    "float-quantized": (FLOAT, 0.05),
-    "nvfp4-pack-quantized": (NVFP4, 0.2),
-    "mxfp8-quantized": (MXFP8, 0.07),
+    "pack-quantized": (EIGHT | {"strategy": "group", "group_size": 16}, 0.01, {}),
+    "pack-quantized, 4 bits": (FOUR, 0.1, tiny.SECOND),
+    "int-quantized": (EIGHT, 0.01, tiny.DOMINO),
+    "float-quantized": (FLOAT, 0.05, tiny.DSPARK),
+    "nvfp4-pack-quantized": (NVFP4, 0.2, {}),
+    "mxfp8-quantized": (MXFP8, 0.07, {}),
 }
 
 
@@ -92,21 +92,26 @@ def compress(draft, folder, fmt: str, arguments: dict) -> None:
     compressor.update_config(str(folder))
 
 
-@pytest.mark.parametrize(("name", "kind"), [*((name, {}) for name in FORMATS), ("pack-quantized, 4 bits", tiny.SECOND)])
-def test_what_compressed_tensors_packed_is_loaded_in_floats(name, kind, target, tmp_path):
+def is_saved_in_floats(loaded, folder) -> bool:
+    loaded.save_pretrained(folder)
+    stored = {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()}
+    described = "quantization_config" in json.loads((folder / "config.json").read_text())
+    return stored == {torch.float32} and not described and error_of(load_draft(folder), loaded) == 0
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_compressed_tensors_packed_is_loaded_in_floats(name, target, tmp_path):
     if not dequantises("compressed-tensors"):
         pytest.skip("this transformers leaves the scales beside the floats; 5.24 runs this")
+    arguments, bound, kind = FORMATS[name]
     original = tiny.draft(target, **kind)
-    arguments, bound = FORMATS[name]
     compress(tiny.draft(target, **kind), tmp_path, name.partition(",")[0], arguments)
     stored = load_file(tmp_path / "model.safetensors")
     assert any("weight_scale" in key for key in stored)
     loaded = load_draft(tmp_path)
     assert 0 < error_of(loaded, original) < bound
     assert is_exact(target, loaded)
-    loaded.save_pretrained(tmp_path / "again")
-    assert "quantization_config" not in json.loads((tmp_path / "again" / "config.json").read_text())
-    assert error_of(load_draft(tmp_path / "again"), loaded) == 0
+    assert is_saved_in_floats(loaded, tmp_path / "again")
 
 
 def in_blocks(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -142,6 +147,7 @@ def test_what_is_stored_in_eight_bit_floats_is_loaded_in_floats(quantise, config
     loaded = DFlashDraftModel.from_pretrained(tmp_path)
     assert 0 < error_of(loaded, draft) < 0.07
     assert is_exact(target, loaded)
+    assert is_saved_in_floats(loaded, tmp_path / "again")
 
 
 def torchao() -> TorchAoConfig:
@@ -154,15 +160,29 @@ def bitsandbytes() -> BitsAndBytesConfig:
     return BitsAndBytesConfig(load_in_8bit=True)
 
 
-@pytest.mark.parametrize("config", [torchao, bitsandbytes], ids=["torchao", "bitsandbytes"])
-def test_a_draft_that_is_quantised_at_loading_decodes_stays_quantised_and_is_saved_so(config, draft, target, tmp_path):
-    draft.save_pretrained(tmp_path)
-    loaded = DFlashDraftModel.from_pretrained(tmp_path, quantization_config=config())
+@pytest.mark.parametrize(
+    ("config", "kind"),
+    [(torchao, {}), (torchao, tiny.DOMINO), (bitsandbytes, tiny.DSPARK)],
+    ids=["torchao", "torchao, Domino", "bitsandbytes, DSpark"],
+)
+def test_a_draft_that_is_quantised_at_loading_decodes_stays_quantised_and_is_saved_so(config, kind, target, tmp_path):
+    tiny.draft(target, **kind).save_pretrained(tmp_path)
+    loaded = load_draft(tmp_path, quantization_config=config())
     assert is_exact(target, loaded)
     loaded.save_pretrained(tmp_path / "again")
     stored = load_file(tmp_path / "again" / "model.safetensors")
     assert torch.int8 in {tensor.dtype for tensor in stored.values()}
-    assert is_exact(target, DFlashDraftModel.from_pretrained(tmp_path / "again"))
+    assert is_exact(target, load_draft(tmp_path / "again"))
+
+
+def test_a_package_that_is_missing_is_named_with_what_to_do(draft, monkeypatch, tmp_path):
+    from transformers.quantizers import quantizer_bnb_8bit
+
+    draft.save_pretrained(tmp_path)
+    monkeypatch.setattr(quantizer_bnb_8bit, "is_accelerate_available", lambda: True)
+    monkeypatch.setattr(quantizer_bnb_8bit, "is_bitsandbytes_available", lambda: False)
+    with pytest.raises(ImportError, match=r"(?s)could not be loaded: .*pip install.*bitsandbytes.*Install what is"):
+        load_draft(tmp_path, quantization_config=BitsAndBytesConfig(load_in_8bit=True))
 
 
 def test_a_draft_in_four_bits_of_bitsandbytes_decodes_and_is_loaded_again(monkeypatch, tmp_path):

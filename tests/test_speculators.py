@@ -21,7 +21,7 @@ from dflash_hub.layouts import layout_findings, variant_of
 from dflash_hub.publishing.probe import digests
 from dflash_hub.training.blocks import Blocks, PackedBatch
 from dflash_hub.training.objective import Objective, Recipe
-from paths import DATA
+from paths import DATA, ROOT
 from test_hub import load_elsewhere
 from test_sampling import Plain, sample
 
@@ -405,48 +405,63 @@ MADE = {
 }
 
 
-@pytest.mark.parametrize("how", MADE)
-def test_text_stays_the_targets_own(how):
-    """Greedy by the draft's own proposals and by better ones; sampled, with processors; the rows are padded."""
+GREEDY = tiny.batch(12, pads=(0, 11, 5)) | {"max_new_tokens": 20, "do_sample": False, "repetition_penalty": 1.3}
+SAMPLED = tiny.batch(12, pads=(0, 11, 5)) | {"max_new_tokens": 10, "top_p": 0.8, "bad_words_ids": [[5], [1, 2]]}
+ELSEWHERE = """
+    import json, sys
+    from transformers import AutoModel
+    sys.path.insert(0, {root!r})
+    from probe import digests
+    load = lambda name: AutoModel.from_pretrained({folder!r} + "/" + name, trust_remote_code=True)
+    print(json.dumps({{name: digests(load(name)) for name in {names!r}}}))
+"""
+
+
+@pytest.fixture(scope="module")
+def texts():
+    """A target, and its own texts: greedy and sampled."""
     target = tiny.target("qwen3")
-    draft, inputs = MADE[how](target), tiny.batch(12, pads=(0, 11, 5))
-    asked = inputs | {"max_new_tokens": 24, "do_sample": False, "repetition_penalty": 1.3}
-    expected = target.generate(**asked)
-    for proposer in (None, tiny.partly_right(expected)):
+    return target, target.generate(**GREEDY), sample(target, Plain(), 5, **SAMPLED)
+
+
+@pytest.mark.parametrize("how", MADE)
+def test_text_stays_the_targets_own(how, texts):
+    """Greedy by the draft's own proposals and by better ones; sampled, with processors; the rows are padded."""
+    target, greedy, sampled = texts
+    draft = MADE[how](target)
+    for proposer in (None, tiny.partly_right(greedy)):
         statistics = DecodeStatistics()
         ways = {"custom_generate": draft.speculate, "statistics": statistics, "proposer": proposer}
-        assert torch.equal(target.generate(**asked, **ways), expected)
+        assert torch.equal(target.generate(**GREEDY, **ways), greedy)
     assert max(statistics.committed) == draft.config.num_drafted + 1
-    settings = inputs | {"max_new_tokens": 10, "top_p": 0.8, "bad_words_ids": [[5], [1, 2]]}
-    plain = sample(target, Plain(), 5, **settings)
     for sampling in ("greedy", "coupled"):
-        assert torch.equal(sample(target, draft.speculate, 5, draft_sampling=sampling, **settings), plain)
+        assert torch.equal(sample(target, draft.speculate, 5, draft_sampling=sampling, **SAMPLED), sampled)
 
 
-@pytest.mark.parametrize("how", MADE)
-def test_what_was_saved_loads_equal_and_drafts_the_same_without_the_package(how, tmp_path, fresh_process):
-    target = tiny.target("qwen3")
-    draft = MADE[how](target)
-    draft.save_pretrained(tmp_path / "draft")
-    again = load_draft(tmp_path / "draft")
-    assert again.config == draft.config
-    assert digests(again) == digests(draft)
-    blocks = []
-    for one in (draft, again):
-        blocks.append([])
-        asked = {"max_new_tokens": 20, "do_sample": False, "custom_generate": one.speculate}
-        target.generate(**tiny.batch(9, pads=(0, 3)), **asked, proposer=recorded(blocks[-1]))
-    assert blocks[0] == blocks[1]
-    if how in ("a reduced vocabulary", "an embedding and a head"):
-        _, found = load_elsewhere(fresh_process, str(tmp_path / "draft"))
-        assert found == digests(draft)
+def test_what_was_saved_loads_equal_and_drafts_the_same_without_the_package(texts, tmp_path, fresh_process):
+    target, expected = texts[0], {}
+    for how, make in MADE.items():
+        draft = make(target)
+        draft.save_pretrained(tmp_path / how)
+        again = load_draft(tmp_path / how)
+        assert again.config == draft.config
+        expected[how] = digests(draft)
+        assert digests(again) == expected[how]
+        blocks = []
+        for one in (draft, again):
+            blocks.append([])
+            asked = {"max_new_tokens": 8, "do_sample": False, "custom_generate": one.speculate}
+            target.generate(**tiny.batch(9, pads=(0, 3)), **asked, proposer=recorded(blocks[-1]))
+        assert blocks[0] == blocks[1]
+    found = fresh_process(ELSEWHERE.format(root=str(ROOT / "publishing"), folder=str(tmp_path), names=[*MADE]))
+    assert json.loads(found.splitlines()[-1]) == expected
 
 
 def test_a_reduced_vocabulary_proposes_its_own_tokens_alone():
     target, drafted = tiny.target("qwen3"), []
     known = (0, 3, 4, 10)
     draft = reduced(target, known)
-    asked = tiny.batch(9, pads=(0, 3)) | {"max_new_tokens": 30}
+    asked = tiny.batch(9, pads=(0, 3)) | {"max_new_tokens": 16}
     for sampling in ("greedy", "coupled"):
         ways = {"custom_generate": draft.speculate, "draft_sampling": sampling, "do_sample": sampling == "coupled"}
         target.generate(**asked, **ways, proposer=recorded(drafted))
