@@ -171,12 +171,11 @@ def test_text_is_the_targets_own_alone_and_in_padded_batches(family, fields, blo
     inputs, asked = tiny.batch(9, pads=(0, 3, 5)), {"max_new_tokens": 20, "do_sample": False}
     plain, statistics = target.generate(**inputs, **asked), DecodeStatistics()
     ways = {"custom_generate": draft.speculate, "statistics": statistics}
-    assert torch.equal(target.generate(**inputs, **asked, **ways), plain)
+    one = {name: value[:1] for name, value in inputs.items()}
+    assert torch.equal(target.generate(**one, **asked, **ways), plain[:1])
     ways["proposer"] = tiny.partly_right(pad(plain, (0, 20)))
     assert torch.equal(target.generate(**inputs, **asked, **ways), plain)
     assert {1, 1 + draft.config.num_drafted} <= set(statistics.committed)
-    one = {name: value[:1] for name, value in inputs.items()}
-    assert torch.equal(target.generate(**one, **asked, **ways), plain[:1])
     assert tiny.as_found(target)
 
 

@@ -223,7 +223,6 @@ def test_text_is_the_targets_own_alone_and_in_padded_batches(family, variant, pl
     ways = {"custom_generate": draft.speculate, "statistics": statistics}
     one = {name: ROWS[name][:1] for name in ("input_ids", "attention_mask")}
     assert torch.equal(target.generate(**ROWS | one, **ways), text[:1])
-    assert torch.equal(target.generate(**ROWS, **ways), text)
     ways["proposer"] = tiny.partly_right(torch.nn.functional.pad(text, (0, 20)))
     assert torch.equal(target.generate(**ROWS, **ways), text)
     assert {1, 1 + draft.config.num_drafted} <= set(statistics.committed)
