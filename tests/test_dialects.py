@@ -256,7 +256,7 @@ DIALECTS = {
         asked={"block_size": 5},
         misread=UNSCALED,
     ),
-    "Model Optimizer": Dialect(optimized(), ours=THETA, misread=OTHER_THETA),
+    "Model Optimizer": Dialect(optimized(torch_dtype="float16"), ours=THETA, misread=OTHER_THETA),
     "Model Optimizer, a window": Dialect(
         optimized({"use_swa": True, "swa_window_size": 6}, sliding_window=6),
         ours=THETA | SWA | {"is_causal": False},
@@ -345,7 +345,7 @@ DIALECTS = {
     ),
     "deepseek-ai, DSpark, without a head": Dialect(
         qwen3("Qwen3DSparkModel", block_size=5, num_anchors=512, rope_parameters=PLAIN, **NESTED)
-        | {"markov_rank": 0, "enable_confidence_head": False},
+        | {"dtype": "float32", "markov_rank": 0, "enable_confidence_head": False},
         ours=THETA | {"markov_rank": 0, "has_own_embed_tokens": True, "has_own_lm_head": True},
         misread={"sample_from_anchor": False},
     ),
@@ -455,7 +455,8 @@ def write(folder, dialect: Dialect, draft) -> None:
 
 def original(target, dialect: Dialect):
     """The draft in our words; what it has of an embedding and a head is not the target's."""
-    draft = tiny.draft(target, dialect.seed, **dialect.ours).to(torch.bfloat16)
+    dtype = getattr(torch, dialect.config.get("dtype") or dialect.config["torch_dtype"])
+    draft = tiny.draft(target, dialect.seed, **dialect.ours).to(dtype)
     return tiny.reduce(draft) if draft.config.draft_vocab_size else draft
 
 
@@ -470,7 +471,7 @@ def test_a_draft_is_the_same_as_its_project_stores_it_and_another_one_if_misread
             load_draft(tmp_path)
     loaded = load_draft(tmp_path, **dialect.asked)
     assert type(loaded) is type(draft)
-    assert loaded.dtype == torch.bfloat16
+    assert loaded.dtype == draft.dtype
     for field_name in {*draft.config.own_fields()} - {"dtype"}:
         assert getattr(loaded.config, field_name) == getattr(draft.config, field_name), field_name
     expected, found = draft.state_dict(), loaded.state_dict()
