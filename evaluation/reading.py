@@ -2,18 +2,18 @@
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
 """Read a report that may be partial: what is missing, or of another type than it should be, reads as None."""
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
+_GREATEST = 1e18
 _BIDI = {*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0x061C}
 
 
 def number(value: Any) -> float | None:
-    """Return a finite number, or None for anything else."""
+    """Return a number of a size that can be measured, or None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return value if math.isfinite(value) else None
+    return value if abs(value) <= _GREATEST else None  # not with NaN either
 
 
 def entry(value: Any) -> dict[Any, Any]:
@@ -165,7 +165,8 @@ def read(report: dict[str, Any]) -> Reading:
 
 def _of_ways(value: Any, count: int) -> list[dict[str, Any]]:
     """Return the dicts of a list whose "way" is one of the `count` ways."""
-    return [item for item in entries(value) if item.get("way") in range(count)]
+    found = [item for item in entries(value) if type(item.get("way")) is int]
+    return [item for item in found if 0 <= item["way"] < count]
 
 
 def _prompts(report: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -179,7 +179,7 @@ def result(
     cycles = [count for record in own for count in record["committed"] or ()]
     reached = [sum(count > position for count in cycles) for position in range(1, max(cycles, default=1))]
     categories = {}
-    for category in CATEGORIES:
+    for category in dict.fromkeys(prompt["category"] for prompt in asked):
         ids = {prompt["id"] for prompt in asked if prompt["category"] == category}
         mine, theirs = ([item for item in group if item["prompt"] in ids] for group in (own, plain))
         counts = [count for item in mine for count in item["committed"] or ()]
@@ -213,7 +213,7 @@ def result(
         "floor_seconds_per_step": FLOOR.get(about["method"]),
         "floor_share": 0.18 if about["method"] in FLOOR else None,
         "peak_memory_bytes": 9_663_676_416,
-        "slower_than_plain": [asked[2]["id"]] if cycles else [],
+        "slower_than_plain": [asked[-1]["id"]] if cycles else [],
     }
 
 
