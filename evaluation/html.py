@@ -94,11 +94,11 @@ def view(reading: Reading) -> dict[str, Any]:
         "title": f"DFlash evaluation of {words(reading.part('settings').get('target')) or 'a target'}",
         "width": WIDTH,
         "headline": headline(reading),
-        "advice": advice(reading),
+        "advice": advice(reading, next(iter(conditions(reading)), [])),
         "byline": byline(reading),
         "notices": notices(reading),
         "tiles": tiles(reading),
-        "conditions": [condition(ways) for ways in conditions(reading)],
+        "conditions": [condition(reading, ways) for ways in conditions(reading)],
         "by_setting": drawn(charts_of_settings(reading)),
         "ways": [section(way) for way in _headlined_first(reading)],
         "table": ways_table(reading),
@@ -142,10 +142,11 @@ def _interval(way: Way) -> str:
     return f" ({name} {way.interval[0]:.2f} to {way.interval[1]:.2f})"
 
 
-def advice(reading: Reading) -> list[str]:
-    """Return the recommendations of the report in its words, one for each condition."""
+def advice(reading: Reading, ways: list[Way]) -> list[str]:
+    """Return the recommendations of the report for some ways, in its words."""
     given = entries(reading.report.get("recommendations")) or [reading.part("recommendation")]
-    found = [words(item.get("words")) for item in given]
+    indices = [way.index for way in ways]
+    found = [words(item.get("words")) for item in given if item.get("way") in indices]
     return [text for text in found if text is not None]
 
 
@@ -229,10 +230,11 @@ def drawn(charts: dict[str, Chart]) -> list[tuple[Chart, Drawing]]:
     return [(chart, draw(chart)) for chart in charts.values()]
 
 
-def condition(ways: list[Way]) -> dict[str, Any]:
+def condition(reading: Reading, ways: list[Way]) -> dict[str, Any]:
     """Return what the page shows of ways that are compared with each other."""
     plain = next((way.label for way in ways if way.is_plain), "plain decoding")
-    return {"baseline": plain, "charts": drawn(charts_of_condition(ways))}
+    charts = drawn(charts_of_condition(ways))
+    return {"baseline": plain, "advice": advice(reading, ways), "charts": charts}
 
 
 def section(way: Way) -> dict[str, Any]:

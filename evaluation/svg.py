@@ -7,9 +7,11 @@ Colours are classes, so that the page's style sheet chooses them for light and d
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import singledispatch
 from itertools import pairwise
+from typing import Any
 
 from .charts import Bar, Bars, Chart, Columns, Lines, Stack
 
@@ -29,7 +31,7 @@ class Mark:
     """Hold one element of an image."""
 
     tag: str
-    attributes: dict[str, float | str]
+    attributes: Mapping[str, Any]
     text: str = ""
     title: str = ""
     """Shown where the mouse rests on the element."""
