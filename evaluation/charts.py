@@ -125,8 +125,7 @@ def conditions(reading: Reading) -> list[list[Way]]:
     """Return the ways in groups that are compared with each other; first the group of the headline."""
     groups: dict[str, list[Way]] = {}
     for way in reading.ways:
-        condition = [way.about.get(key) for key in ("temperature", "batch_size", "context")]
-        groups.setdefault(repr(condition), []).append(way)
+        groups.setdefault(way.condition, []).append(way)
     return sorted(groups.values(), key=lambda group: reading.headlined not in group)
 
 
@@ -201,7 +200,8 @@ def time_per_token(ways: list[Way]) -> Chart | None:
 
 def milliseconds(value: float) -> str:
     """Return milliseconds in characters, with three digits."""
-    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} ms"
+    digits = max(2 - int(value >= 10) - int(value >= 100), 0)
+    return f"{value:.{digits}f} ms"
 
 
 def time_split(ways: list[Way]) -> Chart | None:
@@ -315,7 +315,7 @@ def _groups(ways: Iterable[Way], key: str) -> list[list[Way]]:
                 name: item for name, item in way.about.items() if name not in (key, *_NO_SETTINGS)
             }
             groups.setdefault(repr(sorted(others.items(), key=repr)), {})[value] = way
-    return [[group[value] for value in sorted(group)] for group in groups.values()]
+    return [list(dict(sorted(group.items())).values()) for group in groups.values()]
 
 
 def _line(group: list[Way], key: str, label: str) -> Line:

@@ -10,6 +10,7 @@ import base64
 import hashlib
 import os
 from functools import cache
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from .charts import (
     milliseconds,
     times,
 )
-from .reading import Reading, Way, entries, entry, items, number, read, visible, words
+from .reading import Reading, Way, entries, entry, number, read, visible, words
 from .svg import WIDTH, Drawing, draw
 from .texts import MOST_ROWS, divergences, outcomes, texts
 
@@ -67,7 +68,8 @@ def _template() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    style, script = (_PAGE / "report.css").read_text(), (_PAGE / "report.js").read_text()
+    paths = (_PAGE / "report.css", _PAGE / "report.js")
+    style, script = (path.read_text(encoding="utf-8") for path in paths)
     environment.globals |= {"style": style, "script": script, "policy": _policy(style, script)}
     return environment.get_template("report.html.jinja")
 
@@ -90,17 +92,18 @@ def _policy(style: str, script: str) -> str:
 def view(reading: Reading) -> dict[str, Any]:
     """Return what the template shows."""
     rows = outcomes(reading)
+    compared = [condition(reading, ways) for ways in conditions(reading)]
     return {
         "title": f"DFlash evaluation of {words(reading.part('settings').get('target')) or 'a target'}",
         "width": WIDTH,
         "headline": headline(reading),
-        "advice": advice(reading, next(iter(conditions(reading)), [])),
+        "advice": compared[0]["advice"] if compared else [],
         "byline": byline(reading),
         "notices": notices(reading),
         "tiles": tiles(reading),
-        "conditions": [condition(reading, ways) for ways in conditions(reading)],
+        "conditions": compared,
         "by_setting": drawn(charts_of_settings(reading)),
-        "ways": [section(way) for way in _headlined_first(reading)],
+        "ways": list(map(section, _headlined_first(reading))),
         "table": ways_table(reading),
         "outcomes": rows[:MOST_ROWS],
         "rows_left_out": max(len(rows) - MOST_ROWS, 0),
@@ -119,10 +122,10 @@ def headline(reading: Reading) -> str:
         return "This report holds no speed-up yet"
     if way.speedup is None:
         return f"{way.label} is recommended; its speed-up was not measured"
+    if way.interval is not None and way.interval[0] <= 1 <= way.interval[1]:
+        return f"No clear difference: {_reaches(way)}"
     if way.speedup < 1:
         return f"Plain decoding is faster: {_reaches(way)}"
-    if way.interval is not None and way.interval[0] <= 1:
-        return f"No clear difference: {_reaches(way)}"
     words_of_speed = f"{way.label} is {way.speedup:.2f} times as fast as plain decoding"
     if reading.recommended is not way:
         return f"Plain decoding is recommended, though {words_of_speed}{_interval(way)}"
@@ -244,7 +247,6 @@ def section(way: Way) -> dict[str, Any]:
 
 def _way_facts(way: Way) -> list[tuple[str, str | None]]:
     result = way.result
-    slower = [str(name) for name in items(result.get("slower_than_plain"))]
     found = [
         ("speed", _with_unit(result.get("tokens_per_second"), 1, " tokens per second")),
         ("acceptance length", _with_unit(way.acceptance_length, 2, " tokens per cycle")),
@@ -255,9 +257,19 @@ def _way_facts(way: Way) -> list[tuple[str, str | None]]:
     if not way.is_plain:
         shown = None if way.speedup is None else times(way.speedup, way.interval)
         found.insert(0, ("speed-up", shown))
-        found.append(("slower than plain on", ", ".join(slower) or "no prompt"))
+        found.append(("slower than plain on", _slower(way)))
         found.append(("method of the interval", words(way.speedup_entry.get("method"))))
     return found
+
+
+def _slower(way: Way) -> str | None:
+    """Return the number of prompts that took longer than plainly, and their names; None if that is not known."""
+    names = way.result.get("slower_than_plain")
+    if way.speedup is None or not isinstance(names, list):
+        return None
+    if not names:
+        return "no prompt"
+    return f"{counted(len(names), 'prompt')}: {', '.join(map(str, names))}"
 
 
 def _with_unit(value: Any, digits: int, unit: str) -> str | None:
@@ -269,7 +281,7 @@ def _counts(result: dict[str, Any]) -> str | None:
     counts = [number(result.get(key)) for key in ("identical", "differing", "errors")]
     if counts.count(None) == len(counts):
         return None
-    return ", ".join("not known" if count is None else f"{count:g}" for count in counts)
+    return ", ".join(words(count) or "not known" for count in counts)
 
 
 def _floor(way: Way) -> str | None:
@@ -291,13 +303,13 @@ def ways_table(reading: Reading) -> dict[str, Any]:
     """Return the table of ways: its columns, without those that are empty, and its rows."""
     keys = ["method", "draft", "revision", "kind", *SETTINGS]
     columns = ["way", *map(_name, keys), "tokens/s", "tokens per cycle", "speed-up"]
-    rows = [
-        [way.label, *(words(way.about.get(key)) for key in keys), *_figures(way)]
-        for way in reading.ways
-    ]
-    filled = [i for i in range(len(columns)) if any(row[i] is not None for row in rows)]
-    chosen = [[row[i] for i in filled] for row in rows]
-    return {"columns": [columns[i] for i in filled], "rows": chosen}
+    rows = []
+    for way in reading.ways:
+        settings = [words(way.about.get(key)) for key in keys]
+        rows.append([way.label, *settings, *_figures(way)])
+    filled = [i for i, cells in enumerate(zip(*rows, strict=True)) if set(cells) != {None}]
+    chosen = itemgetter(*filled) if filled else tuple
+    return {"columns": chosen(columns), "rows": list(map(chosen, rows))}
 
 
 def _figures(way: Way) -> list[str | None]:

@@ -73,6 +73,11 @@ class Way:
         return self.about.get("method") == "plain"
 
     @property
+    def condition(self) -> str:
+        """What ways have in common that are compared with each other."""
+        return repr([self.about.get(key) for key in ("temperature", "batch_size", "context")])
+
+    @property
     def acceptance_length(self) -> float | None:
         """Tokens per row and step; 1 of plain decoding."""
         return 1.0 if self.is_plain else number(self.result.get("acceptance_length"))

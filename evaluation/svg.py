@@ -22,8 +22,12 @@ _ROW = 46
 """Height of a bar with its label."""
 _BAR = 22
 """Where a bar begins below the top of its row."""
-_TOP, _LEFT, _PLOT = 20, 36, 140
-"""Of a chart with two axes: space above, space for the labels of y, height of the plot."""
+_TOP = 20
+"""Space above a chart with two axes."""
+_LEFT = 36
+"""Space for its labels of y."""
+_PLOT = 140
+"""Its height."""
 
 
 @dataclass(frozen=True)

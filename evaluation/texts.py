@@ -136,10 +136,8 @@ def _divergence(
 
 def _plain_of(reading: Reading, way: Way) -> list[Way]:
     """Return the plain ways with the settings of `way`."""
-    keys = ("temperature", "batch_size", "context")
-    own = [way.about.get(key) for key in keys]
     plain = [other for other in reading.ways if other.is_plain]
-    return [other for other in plain if [other.about.get(key) for key in keys] == own]
+    return [other for other in plain if other.condition == way.condition]
 
 
 def _token(records: list[dict[str, Any]], position: Any, identifier: Any) -> str:
@@ -194,14 +192,14 @@ def _text(record: dict[str, Any], place: tuple[int, int]) -> dict[str, Any]:
     Without a flag for each token, there are none.
     """
     tokens = [visible(str(token)) for token in items(record.get("tokens"))]
-    flags = ["1" if flag is True else "0" for flag in items(record.get("drafted"))]
+    flags = "".join(str(int(flag is True)) for flag in items(record.get("drafted")))
     divergence = entry(record.get("divergence")).get("position")
     return {
         "prompt": place[0],
         "way": place[1],
         "tokens": tokens or [visible(words(record.get("text")) or "")],
-        "drafted": "".join(flags) if len(flags) == len(tokens) else "",
-        "divergence": divergence if type(divergence) is int else None,
+        "drafted": flags if len(flags) == len(tokens) else "",
+        "divergence": number(divergence),
         "state": visible(_state(record)),
     }
 
