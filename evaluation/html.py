@@ -120,6 +120,10 @@ def headline(reading: Reading) -> str:
     way = reading.headlined
     if way is None:
         return "This report holds no speed-up yet"
+    return _verdict(reading, way) if reading.is_complete else f"So far: {_verdict(reading, way)}"
+
+
+def _verdict(reading: Reading, way: Way) -> str:
     if way.speedup is None:
         return f"{way.label} is recommended; its speed-up was not measured"
     if way.interval is not None and way.interval[0] <= 1 <= way.interval[1]:
@@ -169,14 +173,14 @@ def byline(reading: Reading) -> str:
 def notices(reading: Reading) -> list[tuple[str, str]]:
     """Return what a reader must know before anything else, each with its kind: warning or note."""
     report, found = reading.report, []
-    if report.get("complete") is not True:
+    if not reading.is_complete:
         done = counted(sum(len(way.records) for way in reading.ways), "record")
         found.append(("warning", f"This report is partial: the run did not end. It holds {done}."))
     if (report.get("format"), report.get("format_version")) != (FORMAT, FORMAT_VERSION):
         known = f"{FORMAT!r}, version {FORMAT_VERSION}"
         given = f"{words(report.get('format'))!r}, version {words(report.get('format_version'))}"
         found.append(("warning", f"This page shows reports of {known}; the report says {given}."))
-    counts = _verdicts(reading)
+    counts = _faults(reading)
     if counts["bug"]:
         differ = "text differs" if counts["bug"] == 1 else "texts differ"
         text = f"{counts['bug']} {differ} from plain decoding beyond rounding: a bug. Please report it."
@@ -189,7 +193,7 @@ def notices(reading: Reading) -> list[tuple[str, str]]:
     return found
 
 
-def _verdicts(reading: Reading) -> dict[str, int]:
+def _faults(reading: Reading) -> dict[str, int]:
     """Count the records with errors, and those that differ because of a bug."""
     records = [record for way in reading.ways for record in way.records]
     bugs = [record for record in records if entry(record.get("divergence")).get("verdict") == "bug"]

@@ -122,6 +122,10 @@ class Reading:
     """By id, in the order of the report."""
 
     @property
+    def is_complete(self) -> bool:
+        return self.report.get("complete") is True
+
+    @property
     def drafted(self) -> list[Way]:
         """The ways that are compared with plain decoding."""
         return [way for way in self.ways if not way.is_plain]

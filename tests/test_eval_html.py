@@ -241,13 +241,15 @@ def test_the_headline_says_plainly_which_is_faster(pooled, interval, recommended
     ways = [{"name": "plain", "method": "plain", "baseline": 0}, {"name": "drafted", "method": "dflash", "baseline": 0}]
     speedup = {"pooled": pooled, "low": interval[0], "high": interval[1], "confidence": 0.95}
     results = [{"way": 1, "speedup": speedup}]
-    report = {"ways": ways, "results": results, "recommendation": {"way": recommended}}
+    report = {"ways": ways, "results": results, "recommendation": {"way": recommended}, "complete": True}
     assert headline(read(report)).startswith(words)
 
 
 def test_a_partial_report_says_so_and_shows_what_there_is():
     page = Page(PARTIAL)
     assert "This report is partial: the run did not end. It holds 14 records." in page.shown
+    assert page.inside("h1") == "This report holds no speed-up yet"
+    assert Page(FEW | {"complete": False}).inside("h1").startswith("So far: z-lab/Qwen3-4B-DFlash-b16")
     assert "1 run ended with an error, below." in page.shown
     assert "Without results: z-lab/Qwen3-4B-DFlash-b16, block 16; prompt-lookup." in page.shown
     assert "error: ValueError: <b>out of memory</b>" in page.shown
