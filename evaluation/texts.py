@@ -64,7 +64,7 @@ def _outcome(
         category=words(about.get("category")),
         way=way.label,
         place=(prompt[0], way.index),
-        prompt_tokens=number(about.get("tokens")),
+        prompt_tokens=number(way.about.get("context")) or number(about.get("tokens")),
         new_tokens=number(first.get("new_tokens")),
         seconds=median(seconds) if seconds else None,
         acceptance_length=_acceptance_length(first),

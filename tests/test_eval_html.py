@@ -208,6 +208,8 @@ def test_ways_are_compared_under_the_same_condition_and_a_floor_is_shared_by_the
     for name in ("plain", "plain, batches of 4", "plain, temperature 0.7", "plain, context 8,192"):
         assert f"Compared with {name}\n" in summaries
     assert "plain, batches of 4: 26.3 ms, floor 1.20 ms" in page.inside("desc")
+    drafted = len([way for way in MANY["ways"] if way["context"] == 8192 and way["method"] != "plain"])
+    assert page.source.count('data-value="8192"') == drafted * len(MANY["prompts"])
 
 
 def test_charts_over_a_setting_have_a_line_for_ways_that_differ_in_nothing_else():
