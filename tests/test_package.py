@@ -22,6 +22,7 @@ DATA_FILES = ["drafts.json", "py.typed", "hub_repo/README.md", "hub_repo/.gitatt
 DATA_FILES += [str(path.relative_to(ROOT)) for path in TINY.rglob("*") if path.is_file()]
 ROOMS = ("checking", "commands", "evaluation", "publishing", "training")
 CODE_FILES = [str(path.relative_to(ROOT)) for room in (".", *ROOMS) for path in (ROOT / room).glob("*.py")]
+DATA_FILES += [str(path.relative_to(ROOT)) for path in (ROOT / "evaluation" / "page").iterdir()]
 
 
 def test_the_public_names_are_these():
