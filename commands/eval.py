@@ -29,7 +29,8 @@ def evaluate(
         ),
     ] = "built-in",
     output_dir: Annotated[
-        Path | None, typer.Option(help="Folder for report.json; an evaluation in it is gone on with.")
+        Path | None,
+        typer.Option(help="Folder for report.json; an evaluation in it is gone on with."),
     ] = None,
     max_new_tokens: NewTokens = 256,
     limit: Annotated[
@@ -80,7 +81,7 @@ def evaluate(
         typer.Option(help="Compare two reports, files or folders; evaluates nothing."),
     ] = None,
 ) -> None:
-    """Decode the same prompts plainly and with each draft, in turn, and report what is faster and whether it is exact."""
+    """Decode the same prompts plainly and with each draft, in turn; report what is faster and what is exact."""
     if compare is not None:
         compare_reports(*compare)
         return

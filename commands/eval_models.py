@@ -126,16 +126,17 @@ class Loader:
                 assistant = load_target(word, dtype).to(self.device).eval()
                 models.assistants[word] = assistant
         loaded = [target, *models.drafts.values(), *models.assistants.values()]
-        self.parameters = sum(sum(p.numel() for p in model.parameters()) for model in loaded)
+        self.parameters = sum(model.num_parameters() for model in loaded)
         return models
 
     def _draft_names(self, target: Any) -> list[str]:
         """Return the names of the drafts; without any asked for, that of the target's known draft."""
         if not self.names:
             for name in self.choice.drafts:
-                repository, _, revision = name.partition("@")
-                is_folder = Path(name).is_dir()
-                self.names[name] = (name, None) if is_folder else (repository, revision or None)
+                self.names[name] = (name, None)
+                if "@" in name and not Path(name).is_dir():
+                    repository, revision = name.rsplit("@", maxsplit=1)
+                    self.names[name] = (repository, revision)
         if not self.names:
             from ..registry import explain_resolution
 
@@ -148,7 +149,9 @@ class Loader:
 
         repository, revision = self.names[name]
         fields = {} if size is None else {"block_size": size}
-        return load_draft(repository, revision=revision, dtype=dtype, **fields).to(self.device).eval()
+        return (
+            load_draft(repository, revision=revision, dtype=dtype, **fields).to(self.device).eval()
+        )
 
     def draftings(self, models: "Models") -> list["Drafting"]:
         """Return what proposes tokens: each draft with each block size, and then the other methods."""
@@ -158,9 +161,7 @@ class Loader:
         for (name, size), draft in models.drafts.items():
             is_varied = len(self.choice.block_sizes) > 1
             kind = draft.config.model_type
-            ours.append(
-                Drafting(DFLASH, name, self.revision(draft), kind, size, is_varied)
-            )
+            ours.append(Drafting(DFLASH, name, self.revision(draft), kind, size, is_varied))
         found = list(ours)
         for word in self.choice.against:
             if word == "transformers":

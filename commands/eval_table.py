@@ -136,7 +136,9 @@ def show_differences(found: Sequence[dict[str, Any]], unlike: Sequence[str]) -> 
 def with_interval(figure: dict[str, Any], name: str) -> str:
     """Return a figure and its interval."""
     words = number(figure[name])
-    return words if figure["low"] is None else f"{words} [{figure['low']:.2f}, {figure['high']:.2f}]"
+    return (
+        words if figure["low"] is None else f"{words} [{figure['low']:.2f}, {figure['high']:.2f}]"
+    )
 
 
 def number(value: float | None, digits: int = 2) -> str:

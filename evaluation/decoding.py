@@ -164,9 +164,7 @@ def generate(target: Any, inputs: dict[str, Any], job: Job, options: dict[str, A
     stops = list(stop_token_ids(target)) or None
     plain = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
     ends = {"eos_token_id": stops, "pad_token_id": stops[0] if stops else 0}
-    return target.generate(
-        **inputs, max_new_tokens=job.max_new_tokens, **plain, **ends, **options
-    )
+    return target.generate(**inputs, max_new_tokens=job.max_new_tokens, **plain, **ends, **options)
 
 
 def keywords(models: Models, way: Way, statistics: CycleStatistics) -> dict[str, Any]:
@@ -260,8 +258,8 @@ def engine_words(cycles: Sequence[Cycle]) -> dict[str, Any]:
     drafted = sum(cycle.drafted for cycle in cycles)
     histogram = Counter(cycle.accepted for cycle in cycles)
     return {
-        "mean_acceptance_length": 1 + accepted / len(cycles) if cycles else None,
-        "draft_acceptance_rate": accepted / drafted if drafted else None,
+        "mean_acceptance_length": 1 + accepted / max(len(cycles), 1),
+        "draft_acceptance_rate": accepted / max(drafted, 1),
         "acceptance_histogram": {str(key): histogram[key] for key in sorted(histogram)},
         "num_spec_steps": len(cycles),
         "num_accepted_draft_tokens": accepted,

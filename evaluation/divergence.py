@@ -12,8 +12,14 @@ from .ways import Drafting, Way
 
 CLOSE = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.5}
 """Two logits that are closer than this may change places by rounding alone, by the dtype of the target."""
-ROUNDING, BUG, UNKNOWN = "rounding", "bug", "unknown"
-SAME, DIFFERS, NOT_CHECKED = "same", "differs", "not checked"
+ROUNDING = "rounding"
+BUG = "bug"
+UNKNOWN = "unknown"
+"""What a difference is from."""
+SAME = "same"
+DIFFERS = "differs"
+NOT_CHECKED = "not checked"
+"""What the two texts are in float32."""
 Divergence = dict[str, Any]
 
 
@@ -49,12 +55,14 @@ def divergence(
     position = first_difference(plain, other)
     if position is None:
         return None
-    tokens = [text[position] if position < len(text) else None for text in (plain, other)]
+    found: Divergence = {"position": position, "plain_token": None, "other_token": None}
     margin = None
-    if None not in tokens:
+    for name, text in (("plain_token", plain), ("other_token", other)):
+        if position < len(text):
+            found[name] = text[position]
+    if position < min(len(plain), len(other)):
         logits = _plain_logits(models.target, job, row, position)
-        margin = float(logits[tokens[0]] - logits[tokens[1]])
-    found: Divergence = {"position": position, "plain_token": tokens[0], "other_token": tokens[1]}
+        margin = float(logits[plain[position]] - logits[other[position]])
     found |= {"margin": margin, "float32": NOT_CHECKED, "verdict": UNKNOWN}
     if models.target.dtype == torch.float32:
         found["float32"] = DIFFERS

@@ -16,7 +16,7 @@ FILE = "speculation_profile.json"
 
 
 def write_profiles(folder: Path, report: dict[str, Any], records: Sequence[dict[str, Any]]) -> None:
-    """Write the profile of every way with a draft: into the folder, or into one for each way where there are several."""
+    """Write the profile of every way with a draft; where there are several, each into a folder of its own."""
     drafted = [index for index, way in enumerate(report["ways"]) if way["method"] == DFLASH]
     for index in drafted:
         own = [record for record in records if record["way"] == index and not record["error"]]
@@ -33,7 +33,8 @@ def profile_of(
 ) -> dict[str, Any] | None:
     """Return the profile of one way; None if its records have no cycle.
 
-    Its lengths are accepted drafted tokens and one more, so `mean_accept_length` is 1 and the sum of the marginal rates.
+    A length is the number of accepted drafted tokens and one more. So the mean is one more than the sum of the
+    marginal rates.
     """
     lengths: Counter[int] = Counter()
     means = []
@@ -47,13 +48,14 @@ def profile_of(
         return None
     rates = by_position(records)
     steps = lengths.total()
+    tokens = sum(length * count for length, count in lengths.items())
     return {
         "method": DFLASH,
         "measured": True,
         "num_speculative_tokens": len(rates["marginal"]),
         "conditional_accept_rates": rates["conditional"],
         "marginal_accept_rates": rates["marginal"],
-        "mean_accept_length": sum(length * count for length, count in lengths.items()) / steps,
+        "mean_accept_length": tokens / steps,
         "mean_accept_length_per_request": sum(means) / len(means),
         "acceptance_length_histogram": {str(key): lengths[key] for key in sorted(lengths)},
         "measurement_conditions": conditions_of(report, index, len(means)),
@@ -62,7 +64,8 @@ def profile_of(
 
 def conditions_of(report: dict[str, Any], index: int, samples: int) -> dict[str, Any]:
     """Return how the profile was measured."""
-    way, settings, environment = report["ways"][index], report["settings"], report["environment"]
+    way, settings = report["ways"][index], report["settings"]
+    environment = report["environment"]
     return {
         "dataset": report["prompt_set"]["name"],
         "osl": settings["max_new_tokens"],

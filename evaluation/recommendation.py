@@ -64,12 +64,10 @@ def remark_on(ways: Sequence[dict[str, Any]], result: dict[str, Any]) -> str | N
     name, length = ways[result["way"]]["name"], result["acceptance_length"]
     bugs = result["verdicts"].get(BUG, 0)
     if bugs:
-        return (
-            f"Do not use {name}: {bugs} of its texts differ from the plain ones for more than rounding explains."
-        )
+        return f"Do not use {name}: {bugs} of its texts differ from the plain ones for more than rounding explains."
     if result["speedup"] is None and result["errors"]:
         return f"{name} failed: see the errors of its records."
-    if length is not None and length < LITTLE:
+    if ways[result["way"]]["draft"] and length is not None and length < LITTLE:
         return (
             f"{name} guesses hardly anything: {length:.2f} tokens per cycle, of which one is the target's own. Was it "
             "made for this target?"

@@ -139,10 +139,9 @@ def by_position(records: Sequence[Record]) -> dict[str, list[float]]:
             positions = max(positions, words["num_spec_tokens"])
             for accepted, cycles in words["acceptance_histogram"].items():
                 counts[int(accepted)] += cycles
-    reached = [
-        sum(cycles for accepted, cycles in counts.items() if accepted >= position)
-        for position in range(positions + 1)
-    ]
+    reached = []
+    for position in range(positions + 1):
+        reached.append(sum(counts[accepted] for accepted in counts if accepted >= position))
     if not reached[0]:
         return {"conditional": [], "marginal": []}
     conditional = []
@@ -267,4 +266,3 @@ def ends_of(values: torch.Tensor) -> tuple[float, float]:
     quantiles = torch.tensor([outside, 1 - outside], dtype=values.dtype)
     low, high = values.quantile(quantiles).tolist()
     return low, high
-

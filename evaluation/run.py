@@ -213,9 +213,7 @@ class Evaluation:
             return decode(self.models, way, self._job(batch))
 
         records = []
-        for member, found in zip(
-            batch.members, attempted(run, len(batch.members)), strict=True
-        ):
+        for member, found in zip(batch.members, attempted(run, len(batch.members)), strict=True):
             place = {"prompt": self.prompts[member].id, "way": index, "repeat": batch.repeat}
             record = {**place, "batch": batch.number, **EMPTY, **found}
             tokens = record["token_ids"]
