@@ -118,7 +118,8 @@ class Loader:
         target = load_target(self.choice.target, dtype).to(self.device).eval()
         models = Models(target, self.tokens, capture=self.choice.capture)
         for name in self._draft_names(target):
-            for size in self.choice.block_sizes or [None]:
+            sizes: list[int | None] = [*self.choice.block_sizes] or [None]
+            for size in sizes:
                 draft = self._draft(name, size, target.dtype)
                 models.drafts[name, draft.config.block_size] = draft
         for word in self.choice.against:

@@ -254,13 +254,16 @@ def cycle_fields(cycles: list[Cycle] | None, new_tokens: int, method: str) -> Re
 
 def engine_words(cycles: Sequence[Cycle]) -> dict[str, Any]:
     """Return the counts in the words of serving engines."""
-    accepted = sum(cycle.accepted for cycle in cycles)
-    drafted = sum(cycle.drafted for cycle in cycles)
-    histogram = Counter(cycle.accepted for cycle in cycles)
+    accepted, drafted = 0, 0
+    for cycle in cycles:
+        accepted += cycle.accepted
+        drafted += cycle.drafted
+    counted = Counter(cycle.accepted for cycle in cycles)
+    histogram = {str(accepted): counted[accepted] for accepted in sorted(counted)}
     return {
         "mean_acceptance_length": 1 + accepted / max(len(cycles), 1),
         "draft_acceptance_rate": accepted / max(drafted, 1),
-        "acceptance_histogram": {str(key): histogram[key] for key in sorted(histogram)},
+        "acceptance_histogram": histogram,
         "num_spec_steps": len(cycles),
         "num_accepted_draft_tokens": accepted,
         "num_draft_tokens": drafted,

@@ -66,12 +66,11 @@ def of_length(rows: Sequence[list[int]], length: int, first: int | None) -> list
     """
     found = []
     for number, row in enumerate(rows):
-        kept = row[1:] if first is not None and row[0] == first else list(row)
-        front = [] if len(kept) == len(row) else [row[0]]
-        wanted, filler = length - len(front), []
+        front = row[:1] if row[0] == first else []
+        wanted, text = length - len(front), row[len(front) :]
         following = number
-        while len(filler) + len(kept) < wanted:
+        while len(text) < wanted:
             following += 1
-            filler = rows[following % len(rows)] + filler
-        found.append(front + (filler + kept)[-wanted:] if wanted > 0 else row[:length])
+            text = rows[following % len(rows)] + text
+        found.append(front + text[len(text) - max(wanted, 0) :])
     return found

@@ -153,7 +153,7 @@ def load_prompts(name: str, limit: int | None = None) -> PromptSet:
 
 def read_file(path: Path) -> list[Prompt]:
     """Read a JSONL file with a `prompt` or `messages` in every line, and perhaps a `category` and an `id`."""
-    prompts = []
+    prompts: list[Prompt] = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         if line.strip():
             prompts.append(_of_line(line, f"{path}, line {number}", f"{path.stem}-{len(prompts)}"))
@@ -186,12 +186,12 @@ def _of_line(line: str, where: str, number: str) -> Prompt:
         raise ValueError(f"{where} is no JSON: {error}. Each line is a JSON object.") from error
     if not isinstance(row, dict) or ("prompt" in row) == ("messages" in row):
         raise ValueError(f"{where} must be an object with either a prompt or messages.")
-    names = {"id": str(row.get("id", number)), "category": str(row.get("category", "all"))}
+    name, category = str(row.get("id", number)), str(row.get("category", "all"))
     if "prompt" in row:
         if not isinstance(row["prompt"], str) or not row["prompt"]:
             raise ValueError(f"{where}: prompt is {shown(row['prompt'])}; it must be a text.")
-        return Prompt(**names, text=row["prompt"])
-    return Prompt(**names, messages=_messages(row["messages"], where))
+        return Prompt(name, category, text=row["prompt"])
+    return Prompt(name, category, messages=_messages(row["messages"], where))
 
 
 def _messages(messages: Any, where: str) -> tuple[Message, ...]:

@@ -143,6 +143,7 @@ class Evaluation:
         self.rows = [encoding.ids(prompt) for prompt in self.prompts]
         self.first_token = getattr(encoding.tokenizer, "bos_token_id", None)
         self.texts: dict[int, str] = {}
+        self.lengthened: dict[int, list[list[int]]] = {}
         head = {"format": FORMAT, "format_version": VERSION, "complete": False}
         head |= {"settings": asdict(settings), "environment": environment(models.target)}
         head |= {"prompt_set": described(prompt_set, self.rows), "prompts": self._prompts()}
@@ -293,9 +294,7 @@ class Evaluation:
         Raises:
             ValueError: a prompt fills the target's positions.
         """
-        rows = self.rows
-        if batch.condition.context is not None:
-            rows = of_length(rows, batch.condition.context, self.first_token)
+        rows = self._rows_of(batch.condition.context)
         chosen = [tuple(rows[member]) for member in batch.members]
         longest, new_tokens = max(map(len, chosen)), self.settings.max_new_tokens
         text = self.models.target.config.get_text_config(decoder=True)
@@ -308,6 +307,14 @@ class Evaluation:
             )
         seed = self.settings.seed + 10_007 * batch.number + batch.repeat
         return Job(tuple(chosen), new_tokens, seed)
+
+    def _rows_of(self, context: int | None) -> list[list[int]]:
+        """Return the tokens of all prompts, brought to `context` tokens if that is a number."""
+        if context is None:
+            return self.rows
+        if context not in self.lengthened:
+            self.lengthened[context] = of_length(self.rows, context, self.first_token)
+        return self.lengthened[context]
 
     def _warm_up(self, batch: Batch, indices: Sequence[int]) -> None:
         """Decode a short text in every way, so that one-time costs do not count. What fails, fails later by name."""
