@@ -52,19 +52,29 @@ def divergence(
     Args:
         job: with which both texts were decoded.
     """
+    position, margin = first_difference(plain, other), None
+    if position is not None and position < min(len(plain), len(other)):
+        logits = _plain_logits(models.target, job, row, position)
+        margin = float(logits[plain[position]] - logits[other[position]])
+    return parting(models.target.dtype, margin, plain, other)
+
+
+def parting(
+    dtype: torch.dtype, margin: float | None, plain: list[int], other: list[int]
+) -> Divergence | None:
+    """Return the entry of a record for two texts, with what is known before any check; None if they are equal.
+
+    In float32 no check is needed: rounding explains nothing but a near-tie.
+    """
     position = first_difference(plain, other)
     if position is None:
         return None
     found: Divergence = {"position": position, "plain_token": None, "other_token": None}
-    margin = None
     for name, text in (("plain_token", plain), ("other_token", other)):
         if position < len(text):
             found[name] = text[position]
-    if position < min(len(plain), len(other)):
-        logits = _plain_logits(models.target, job, row, position)
-        margin = float(logits[plain[position]] - logits[other[position]])
     found |= {"margin": margin, "float32": NOT_CHECKED, "verdict": UNKNOWN}
-    if models.target.dtype == torch.float32:
+    if dtype == torch.float32:
         found["float32"] = DIFFERS
         found["verdict"] = ROUNDING if is_close(margin, torch.float32) else BUG
     return found

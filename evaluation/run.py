@@ -18,7 +18,7 @@ import transformers
 
 from ..configuration_dflash import __version__
 from .decoding import Job, Models, Record, attempted, decode
-from .divergence import NOT_CHECKED, check_in_float32, divergence
+from .divergence import NOT_CHECKED, check_in_float32, divergence, parting
 from .encoding import Encoding, of_length
 from .floor import bytes_of_draft, bytes_of_plain_step, has_floor, measured_bandwidth
 from .profile import write_profiles
@@ -232,8 +232,18 @@ class Evaluation:
                 continue
             other["identical"] = one["token_ids"] == other["token_ids"]
             if not other["identical"]:
-                texts = (one["token_ids"], other["token_ids"])
-                other["divergence"] = divergence(self.models, self._job(batch), row, *texts)
+                other["divergence"] = self._divergence(batch, row, one, other)
+
+    def _divergence(
+        self, batch: Batch, row: int, plain: Record, other: Record
+    ) -> dict[str, Any] | None:
+        """Return where two texts part. Where the plain run cannot be repeated, the margin is not known."""
+        job, texts = self._job(batch), (plain["token_ids"], other["token_ids"])
+        try:
+            return divergence(self.models, job, row, *texts)
+        except RuntimeError as error:  # such as a GPU's memory that is full
+            found = parting(self.models.target.dtype, None, *texts)
+            return found and found | {"margin_error": str(error)}
 
     def _check_all(self, watch: Callable[[Progress], None]) -> None:
         """Decode again in float32 whatever differs, so that rounding and bugs are told apart."""
@@ -244,7 +254,8 @@ class Evaluation:
         ]
         head = self.report.head
         if not open_cases:
-            head["float32_check"] = "not needed"
+            is_checked = any(record["divergence"] for record in self.report.records)
+            head["float32_check"] = "done" if is_checked else "not needed"
             return
         if self.in_float32 is None or not self.settings.float32_check:
             head["float32_check"] = "not asked for"
@@ -277,7 +288,7 @@ class Evaluation:
 
         failed = attempted(run, 1)
         if failed:
-            record["divergence"]["float32"] = f"{NOT_CHECKED}: {failed[0]['error']}"
+            record["divergence"]["float32_error"] = failed[0]["error"]
 
     def _batches(self, condition: Condition) -> Iterator[Batch]:
         """Yield all batches of a condition, the repeats one after the other."""
