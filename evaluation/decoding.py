@@ -14,6 +14,8 @@ from .compare import stop_token_ids
 from .ways import ASSISTANT, DFLASH, LOOKUP, LOOKUP_TOKENS, PLAIN, TRANSFORMERS, Drafting, Way
 
 Record = dict[str, Any]
+LONGEST_ERROR = 2000
+"""Characters of an error in a record."""
 
 
 @dataclass
@@ -294,5 +296,5 @@ def attempted(run: Callable[[], list[Record]], rows: int) -> list[Record]:
     except Exception as error:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        text = str(error).strip() or "no message"
+        text = str(error).strip()[:LONGEST_ERROR] or "no message"
         return [{"error": f"{type(error).__name__}: {text}"} for _ in range(rows)]

@@ -25,7 +25,7 @@ def write_profiles(folder: Path, report: dict[str, Any], records: Sequence[dict[
             continue
         home = folder if len(drafted) == 1 else folder / f"way-{index}"
         home.mkdir(exist_ok=True)
-        write_whole(home / FILE, json.dumps(profile, indent=2) + "\n")
+        write_whole(home / FILE, json.dumps(profile, indent=2).encode() + b"\n")
 
 
 def profile_of(

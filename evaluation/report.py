@@ -4,6 +4,7 @@
 
 import json
 import os
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,10 @@ FREE_SETTINGS = ("command",)
 """Settings that do not change what is measured."""
 FIXED_ENVIRONMENT = ("dflash_hub", "transformers", "torch", "python", "hardware", "threads")
 """What must be the same for figures of one report."""
+QUICK = 0.1
+"""Seconds that writing may always take."""
+LARGEST_PART = 0.02
+"""Of the time, that writing a large report may take."""
 Record = dict[str, Any]
 
 
@@ -31,7 +36,9 @@ class Report:
     def __init__(self, folder: Path, head: dict[str, Any]):
         self.folder, self.head = folder, head
         self.records: list[Record] = []
-        self.encoded: list[str] = []
+        self.encoded: list[bytes] = []
+        self.written, self.cost = 0.0, 0.0
+        """When the file was last written, and how many seconds that took."""
 
     @property
     def path(self) -> Path:
@@ -78,22 +85,36 @@ class Report:
 
         Records are encoded once, when they come, so that writing stays cheap.
         """
+        started = time.monotonic()
         content = self.content(complete)
-        begin = json.dumps(content, ensure_ascii=False, allow_nan=False)[:-1]
-        records = ",\n".join(self.encoded)
-        write_whole(self.path, f'{begin}, "records": [\n{records}\n]}}\n')
+        begin = encoded(content)[:-1]
+        parts = [begin, b', "records": [\n', b",\n".join(self.encoded), b"\n]}\n"]
+        write_whole(self.path, b"".join(parts))
+        self.written = time.monotonic()
+        self.cost = self.written - started
         return content
 
+    def write_in_time(self) -> dict[str, Any]:
+        """Write the file, unless it is so large that writing would take too large a part of the time.
 
-def encoded(record: Record) -> str:
-    """Return a record as JSON."""
-    return json.dumps(record, ensure_ascii=False, allow_nan=False)
+        Returns:
+            The report without its records; empty if it was not written.
+        """
+        elapsed = time.monotonic() - self.written
+        if self.cost > QUICK and self.cost > LARGEST_PART * elapsed:
+            return {}
+        return self.write(complete=False)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Replace a file by one with this text. Whoever reads it sees the old one or the new one, whole."""
+def encoded(value: dict[str, Any]) -> bytes:
+    """Return a part of the report as JSON."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Replace a file by one with this content. Whoever reads it sees the old one or the new one, whole."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
+    partial.write_bytes(content)
     os.replace(partial, path)
 
 

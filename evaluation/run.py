@@ -190,7 +190,7 @@ class Evaluation:
                     self._warm_up(batch, indices)
                     warm.add(condition)
                 self.report.add(self._decode_in_turn(batch, indices, watch))
-                content = self.report.write(complete=False)
+                content = self.report.write_in_time()
                 watch(Progress(len(self.report.records), self.total, "", content))
 
     def _decode_in_turn(
