@@ -3,7 +3,7 @@
 """Read prompts: the built-in ones, a file of one's own, or a known benchmark from the Hub."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +15,8 @@ from ..layouts_dflash import shown
 BUILT_IN = "built-in"
 BUILT_IN_FILE = Path(__file__).parent / "prompts.jsonl"
 OWN_LICENSE = "not stated"
+PLACEHOLDER = "FULL BENCHMARK DATA SHOULD BE FETCHED FROM THE SOURCE"
+"""What stands in SPEED-Bench for prompts of others."""
 Message = dict[str, Any]
 
 
@@ -152,7 +154,10 @@ def load_prompts(name: str, limit: int | None = None) -> PromptSet:
 
 
 def read_file(path: Path) -> list[Prompt]:
-    """Read a JSONL file with a `prompt` or `messages` in every line, and perhaps a `category` and an `id`."""
+    """Read a JSONL file with a `prompt`, `turns` or `messages` in every line, and perhaps a `category` and an `id`.
+
+    Of several turns, the first is the prompt.
+    """
     prompts: list[Prompt] = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         if line.strip():
@@ -184,9 +189,13 @@ def _of_line(line: str, where: str, number: str) -> Prompt:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where} is no JSON: {error}. Each line is a JSON object.") from error
-    if not isinstance(row, dict) or ("prompt" in row) == ("messages" in row):
-        raise ValueError(f"{where} must be an object with either a prompt or messages.")
-    name, category = str(row.get("id", number)), str(row.get("category", "all"))
+    forms = [key for key in ("prompt", "turns", "messages") if isinstance(row, dict) and key in row]
+    if len(forms) != 1:
+        raise ValueError(f"{where} must be an object with either a prompt, turns or messages.")
+    name = str(row.get("id", row.get("question_id", number)))
+    category = str(row.get("category", "all"))
+    if forms == ["turns"]:
+        row["prompt"] = row["turns"][0] if isinstance(row["turns"], list) and row["turns"] else None
     if "prompt" in row:
         if not isinstance(row["prompt"], str) or not row["prompt"]:
             raise ValueError(f"{where}: prompt is {shown(row['prompt'])}; it must be a text.")
@@ -223,6 +232,7 @@ def _of_benchmark(name: str, benchmark: Benchmark) -> PromptSet:
         named = row.get(benchmark.id_column or "")
         text = benchmark.question.format(_text(row, benchmark))
         prompts.append(Prompt(str(named or f"{name}-{number}"), category, text))
+    _check_whole(name, prompts)
     address = f"https://huggingface.co/datasets/{benchmark.repository}"
     return PromptSet(name, benchmark.license, address, tuple(prompts))
 
@@ -249,6 +259,20 @@ def _text(row: dict[str, Any], benchmark: Benchmark) -> str:
         )
     value = row[column]
     return str(value[0] if isinstance(value, list) else value)
+
+
+def _check_whole(name: str, prompts: Sequence[Prompt]) -> None:
+    """Refuse prompts that their dataset does not hold, but only says where to fetch.
+
+    Raises:
+        ValueError: with their number.
+    """
+    missing = sum(PLACEHOLDER in prompt.shown for prompt in prompts)
+    if missing:
+        raise ValueError(
+            f"{missing} of the {len(prompts)} prompts of {name} are not in its dataset, for their licenses. Prepare "
+            "all with NVIDIA's script (Model Optimizer, specdec_bench), and pass its JSONL file as --prompts."
+        )
 
 
 def _check_ids(found: PromptSet) -> None:

@@ -377,12 +377,17 @@ MESSAGES = [{"role": "user", "content": "Hello."}]
 
 def test_prompts_of_a_file_are_text_or_messages(tmp_path, tokenizer):
     file = tmp_path / "mine.jsonl"
-    rows = [{"prompt": "One"}, {"messages": MESSAGES, "category": "chat", "id": 7}, {"prompt": "Three"}]
+    rows = [
+        {"prompt": "One"},
+        {"messages": MESSAGES, "category": "chat", "id": 7},
+        {"turns": ["Three", "Four"], "question_id": 81},
+    ]
     file.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
     found = load_prompts(str(file))
-    assert [(one.id, one.category) for one in found.prompts] == [("mine-0", "all"), ("7", "chat"), ("mine-2", "all")]
+    assert [(one.id, one.category) for one in found.prompts] == [("mine-0", "all"), ("7", "chat"), ("81", "all")]
     assert found.prompts[1].conversation == MESSAGES
     assert [one.id for one in load_prompts(str(file), limit=2).prompts] == ["mine-0", "7"]
+    assert found.prompts[2].text == "Three"
     assert Encoding(tokenizer, chat_template=False).ids(found.prompts[0]) == tokenizer("One").input_ids
     with pytest.raises(ValueError, match="The prompt 7 has messages"):
         Encoding(tokenizer, chat_template=False).ids(found.prompts[1])
@@ -403,10 +408,11 @@ def test_the_chat_template_gets_what_was_said_of_thinking():
     ("line", "message"),
     [
         ("{", "line 2 is no JSON"),
-        ("[]", "an object with either a prompt or messages"),
-        ('{"text": "One"}', "an object with either a prompt or messages"),
-        ('{"prompt": "One", "messages": []}', "an object with either a prompt or messages"),
+        ("[]", "an object with either a prompt, turns or messages"),
+        ('{"text": "One"}', "an object with either a prompt, turns or messages"),
+        ('{"prompt": "One", "messages": []}', "an object with either a prompt, turns or messages"),
         ('{"prompt": 3}', "prompt is 3; it must be a text"),
+        ('{"turns": []}', "prompt is None; it must be a text"),
         ('{"messages": []}', "must be a list of objects with role and content"),
         ('{"messages": [{"role": "assistant", "content": "Yes"}]}', "the last message is the assistant's"),
         ('{"prompt": "One", "id": "a"}', "Two prompts of mine.jsonl have the id a"),
@@ -449,6 +455,14 @@ def test_benchmarks_are_read_by_the_columns_of_their_datasets(tmp_path, monkeypa
     assert load_prompts("speed-bench").prompts[0].category == "roleplay"
     assert load_prompts("humaneval").prompts[0].id == "t/1"
     assert [one.category for one in load_prompts("spec-bench").prompts][:2] == ["mt-bench", "math"]
+
+
+def test_prompts_that_are_only_placeholders_are_refused(monkeypatch):
+    rows = [{"turns": ["First turn"]}, {"turns": ["FULL BENCHMARK DATA SHOULD BE FETCHED FROM THE SOURCE USING IT"]}]
+    rows = [row | {"category": "rag", "question_id": str(number)} for number, row in enumerate(rows)]
+    monkeypatch.setattr("dflash_hub.evaluation.prompts._rows", lambda *args: rows)
+    with pytest.raises(ValueError, match="1 of the 2 prompts of speed-bench are not in its dataset"):
+        load_prompts("speed-bench")
 
 
 PAIR = ("eval", "--target", str(TINY / "target"), "--draft", str(TINY / "draft"), "--max-new-tokens", "8")
