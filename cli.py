@@ -12,6 +12,7 @@ from .commands.check import check
 from .commands.convert import convert
 from .commands.demo import demo
 from .commands.drafts import drafts
+from .commands.eval import evaluate
 from .commands.generate import generate
 from .commands.push import push
 from .commands.refresh import refresh
@@ -36,6 +37,7 @@ PASS_ALL_OPTIONS = {
 app.command()(version)
 app.command()(demo)
 app.command()(generate)
+app.command(name="eval")(evaluate)
 app.command()(drafts)
 app.command()(resolve)
 app.command()(check)

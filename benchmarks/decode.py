@@ -27,6 +27,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from dflash_hub import DecodeStatistics, DFlashDraftSpec, load_draft
+from dflash_hub.evaluation.floor import bytes_of_draft, bytes_of_plain_step, measured_bandwidth
 from dflash_hub.execution_dflash import CAPTURE
 from dflash_hub.generate_dflash import SpeculativeGenerate
 from dflash_hub.generation_dflash import DecodeState, now
@@ -360,35 +361,15 @@ def timed_with_peak(target: Any, call: dict[str, Any]) -> tuple[tuple[Any, float
 
 def floor_ms(target: Any, draft: Any, options: argparse.Namespace) -> dict[str, float]:
     """Return the milliseconds that a plain step and a cycle need just to read from memory."""
-    bandwidth = measured_bandwidth(target, 2**28 if options.device == "cpu" else 2**32)
-    embedding, head = target.get_input_embeddings().weight, target.get_output_embeddings().weight
-    weights = sum(weight.nbytes for weight in target.parameters())
-    if head is not embedding:
-        weights -= embedding.nbytes
-    text, length = target.config.get_text_config(decoder=True), options.context + options.new / 2
-    kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
-    layer = (
-        2 * text.num_key_value_heads * text.head_dim * head.element_size() * length * options.batch
-    )
-    plain = weights + layer * (len(kinds) - kinds.count("linear_attention"))
-    drafting = sum(weight.nbytes for weight in draft.parameters()) + head.nbytes
-    drafting += draft.config.num_hidden_layers * layer
+    bandwidth = measured_bandwidth(target.device)
+    plain_bytes, slots = bytes_of_plain_step(target), options.context + options.new / 2
+    plain = plain_bytes.of(slots, options.batch)
+    cycle = (plain_bytes + bytes_of_draft(target, draft)).of(slots, options.batch)
     return {
         "bandwidth_gb_s": bandwidth / 1e9,
         "plain_ms": 1e3 * plain / bandwidth,
-        "cycle_ms": 1e3 * (plain + drafting) / bandwidth,
+        "cycle_ms": 1e3 * cycle / bandwidth,
     }
-
-
-def measured_bandwidth(target: Any, size: int) -> float:
-    """Return the bytes per second, read and written, of a copy of `size` bytes."""
-    source = torch.ones(size // 4, dtype=torch.float32, device=target.device)
-    sink = torch.empty_like(source)
-
-    def copy() -> None:
-        sink.copy_(source)
-
-    return 2 * size / min(timed(target, copy)[1] for _ in range(5))
 
 
 def self_check_ms(

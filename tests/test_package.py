@@ -18,7 +18,8 @@ from paths import ROOT, TINY
 LATER = ("dflash2", "dspark", "domino")
 """The kinds of drafts that have files of their own."""
 TRAVELLING = sorted(path for name in ("dflash", *LATER) for path in ROOT.glob(f"*{name}.py"))
-DATA_FILES = ["drafts.json", "py.typed", "hub_repo/README.md", "hub_repo/.gitattributes"]
+DATA_FILES = ["drafts.json", "evaluation/prompts.jsonl", "py.typed"]
+DATA_FILES += ["hub_repo/README.md", "hub_repo/.gitattributes"]
 DATA_FILES += [str(path.relative_to(ROOT)) for path in TINY.rglob("*") if path.is_file()]
 ROOMS = ("checking", "commands", "evaluation", "publishing", "training")
 CODE_FILES = [str(path.relative_to(ROOT)) for room in (".", *ROOMS) for path in (ROOT / room).glob("*.py")]

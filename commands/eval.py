@@ -1,0 +1,199 @@
+# Copyright 2026 the dflash-hub authors.
+# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+"""`dflash-hub eval`: compare decoding plainly, with drafts and by other methods, on the same prompts."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .eval_models import Choice, Loader, against_of
+from .eval_table import show_differences, show_results, watching
+from .shared import Capture, NewTokens, console, tidy_when_terminated
+
+
+def evaluate(
+    target: Annotated[str | None, typer.Option(help="Hub id or folder of the target.")] = None,
+    draft: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Hub id (or id@revision) or folder of a draft; may be repeated (default: the known draft)."
+        ),
+    ] = None,
+    prompts: Annotated[
+        str,
+        typer.Option(
+            help="A JSONL file, or built-in, gsm8k, math500, humaneval, mbpp, mt-bench, spec-bench, "
+            "speculator-benchmarks, speed-bench."
+        ),
+    ] = "built-in",
+    output_dir: Annotated[
+        Path | None,
+        typer.Option(help="Folder for report.json; an evaluation in it is gone on with."),
+    ] = None,
+    max_new_tokens: NewTokens = 256,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Use this many prompts, of all categories in turn.")
+    ] = None,
+    block_size: Annotated[
+        list[int] | None,
+        typer.Option(min=2, help="Block size of the drafts; may be repeated (default: their own)."),
+    ] = None,
+    temperature: Annotated[
+        list[float] | None, typer.Option(min=0, help="0 is greedy; may be repeated (default: 0).")
+    ] = None,
+    batch_size: Annotated[
+        list[int] | None, typer.Option(min=1, help="Rows at once; may be repeated (default: 1).")
+    ] = None,
+    context: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Bring prompts to this many tokens; may be repeated."),
+    ] = None,
+    against: Annotated[
+        str,
+        typer.Option(
+            help="Other methods, with commas: transformers, prompt-lookup, or the Hub id of an assistant."
+        ),
+    ] = "",
+    chat_template: Annotated[
+        bool | None,
+        typer.Option(help="Apply the target's chat template (default: if it has one)."),
+    ] = None,
+    thinking: Annotated[
+        str | None, typer.Option(help="on or off, for chat templates that know it.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Decodes of each prompt in each way.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of the noise, with a temperature.")] = 0,
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16 ..., or auto: the dtype of the checkpoint.")
+    ] = "auto",
+    device: Annotated[
+        str | None,
+        typer.Option(help="cpu, cuda, cuda:1 or mps (default: cuda if available, else cpu)."),
+    ] = None,
+    capture: Capture = "auto",
+    float32_check: Annotated[
+        bool, typer.Option(help="Decode in float32 again what differs, if it fits.")
+    ] = True,
+    compare: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(help="Compare two reports, files or folders; evaluates nothing."),
+    ] = None,
+) -> None:
+    """Decode the same prompts plainly and with each draft, in turn; report what is faster and what is exact."""
+    if compare is not None:
+        compare_reports(*compare)
+        return
+    if target is None or output_dir is None:
+        missing = "--target" if target is None else "--output-dir"
+        raise ValueError(f"{missing} is missing; it may be left out with --compare only.")
+    choice = Choice(
+        target,
+        draft or [],
+        block_size or [],
+        against_of(against),
+        dtype,
+        device,
+        capture,
+    )
+    conditions = (temperature or [0.0], batch_size or [1], context or [])
+    encoding = (chat_template, thinking_of(thinking))
+    counts = {"max_new_tokens": max_new_tokens, "repeats": repeats, "seed": seed, "limit": limit}
+    counts["float32_check"] = float32_check
+    run(choice, conditions, prompts, encoding, output_dir, counts)
+
+
+def run(
+    choice: Choice,
+    grid_values: tuple[list[float], list[int], list[int]],
+    prompts: str,
+    template: tuple[bool | None, bool | None],
+    output_dir: Path,
+    counts: dict[str, Any],
+) -> None:
+    """Load everything, evaluate, and show the results.
+
+    Args:
+        grid_values: temperatures, batch sizes and contexts.
+        template: whether to apply the chat template, and whether to think; None to leave it to the target.
+        counts: further fields of `Settings`.
+    """
+    from ..evaluation.encoding import Encoding
+    from ..evaluation.prompts import load_prompts
+    from ..evaluation.run import Evaluation, Settings
+    from ..evaluation.ways import conditions, grid
+    from ..training.locks import sole_writer
+
+    found = conditions(*grid_values)
+    choice.check(found)
+    prompt_set = load_prompts(prompts, counts["limit"])
+    loader = Loader(choice)
+    tokenizer = loader.tokenizer()
+    applies = template[0]
+    if applies is None:
+        applies = bool(getattr(tokenizer, "chat_template", None))
+    encoding = Encoding(tokenizer, applies, template[1])
+    with sole_writer(output_dir, output_dir / ".lock", "--output-dir"), tidy_when_terminated():
+        models = loader.models()
+        settings = Settings(
+            choice.target,
+            prompts,
+            target_revision=loader.revision(models.target),
+            chat_template=applies,
+            thinking=template[1],
+            dtype=str(models.target.dtype).removeprefix("torch."),
+            device=str(models.target.device),
+            capture=choice.capture,
+            warm_up=3 if choice.capture == "compile" else 1,
+            command=" ".join(["dflash-hub", *sys.argv[1:]]),
+            **counts,
+        )
+        ways = grid(loader.draftings(models), found)
+        evaluation = Evaluation(
+            models, ways, prompt_set, encoding, settings, output_dir, loader.in_float32
+        )
+        try:
+            with watching() as watch:
+                report = evaluation.run(watch)
+        except KeyboardInterrupt:
+            done, total = len(evaluation.report.records), evaluation.total
+            console.print(
+                f"Stopped after {done} of {total} decodes. {evaluation.report.path} is a report of them; the same "
+                "command goes on.",
+                soft_wrap=True,
+            )
+            raise typer.Exit(130) from None
+    show_results(report, evaluation.report.path)
+    if has_failed(report):
+        raise typer.Exit(1)
+
+
+def has_failed(report: dict[str, Any]) -> bool:
+    """Return whether a text differs by a bug, or a way failed with every prompt."""
+    from ..evaluation.divergence import BUG
+
+    return any(
+        result["verdicts"].get(BUG) or result["tokens_per_second"] is None
+        for result in report["results"]
+    )
+
+
+def thinking_of(word: str | None) -> bool | None:
+    """Return what `--thinking` means.
+
+    Raises:
+        ValueError: it is neither on nor off.
+    """
+    if word not in (None, "on", "off"):
+        raise ValueError(f"--thinking is {word!r}; it must be on or off.")
+    return None if word is None else word == "on"
+
+
+def compare_reports(first: Path, second: Path) -> None:
+    """Show how the second of two reports differs from the first."""
+    from ..evaluation.differences import differences, unlike
+    from ..evaluation.report import read_report
+
+    reports = [read_report(path) for path in (first, second)]
+    show_differences(differences(*reports), unlike(*reports))

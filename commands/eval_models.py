@@ -1,0 +1,193 @@
+# Copyright 2026 the dflash-hub authors.
+# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+"""Load the models that `dflash-hub eval` compares."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .generate import check_device, check_dtype, load_target
+from .shared import load_tokenizer
+
+if TYPE_CHECKING:
+    from ..evaluation.decoding import Models
+    from ..evaluation.ways import Condition, Drafting
+
+SPARE = 1.25
+"""Memory for float32 decoding, as a multiple of its weights."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was asked for on the command line.
+
+    Args:
+        drafts: names, or none for the known draft of the target.
+        block_sizes: none for the drafts' own.
+        against: further methods.
+        device: None for the GPU, if there is one.
+    """
+
+    target: str
+    drafts: list[str]
+    block_sizes: list[int]
+    against: list[str]
+    dtype: str
+    device: str | None
+    capture: str
+
+    def check(self, conditions: Sequence["Condition"]) -> None:
+        """Refuse what cannot be evaluated, before anything is loaded.
+
+        Raises:
+            ValueError: naming the flag.
+        """
+        from ..execution_dflash import CAPTURE
+
+        check_dtype(self.dtype)
+        if self.device is not None:
+            check_device(self.device)
+        if self.capture not in CAPTURE:
+            raise ValueError(
+                f"--capture is {self.capture!r}; it must be one of {', '.join(CAPTURE)}."
+            )
+        for name, values in (("--draft", self.drafts), ("--block-size", self.block_sizes)):
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} is given twice with the same value.")
+        if self.against and any(condition.batch_size > 1 for condition in conditions):
+            raise ValueError(
+                f"--against {','.join(self.against)} decodes one row at a time in transformers; leave out "
+                "--batch-size or --against."
+            )
+
+
+def against_of(words: str) -> list[str]:
+    """Return the methods that `--against` names.
+
+    Raises:
+        ValueError: a word is neither a method nor looks like the name of a repository or a folder.
+    """
+    found = [word.strip() for word in words.split(",") if word.strip()]
+    for word in found:
+        is_named = word in ("transformers", "prompt-lookup")
+        if not is_named and "/" not in word and not Path(word).is_dir():
+            raise ValueError(
+                f"--against has {word!r}; it takes transformers, prompt-lookup, or an assistant's ORG/NAME or folder."
+            )
+    return list(dict.fromkeys(found))
+
+
+class Loader:
+    """Loads the models of a choice, in the asked dtype and in float32."""
+
+    def __init__(self, choice: Choice):
+        import torch
+
+        self.choice = choice
+        self.device = choice.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.names: dict[str, tuple[str, str | None]] = {}
+        """Name and revision to load, by the name in the report."""
+
+    def tokenizer(self) -> Any:
+        """Load the target's tokenizer."""
+        self.tokens = load_tokenizer(self.choice.target)
+        return self.tokens
+
+    def models(self) -> "Models":
+        """Load target, drafts and assistants."""
+        return self._load(self.choice.dtype)
+
+    def in_float32(self) -> "Models":
+        """Load the same in float32, if it fits beside what is loaded.
+
+        Raises:
+            ValueError: it does not fit; with both numbers.
+        """
+        needed, free = SPARE * 4 * self.parameters, free_memory(self.device)
+        if free is not None and needed > free:
+            raise ValueError(
+                f"float32 needs about {needed / 1e9:.1f} GB more, and {free / 1e9:.1f} GB are free"
+            )
+        return self._load("float32")
+
+    def _load(self, dtype: str) -> "Models":
+        from ..evaluation.decoding import Models
+
+        target = load_target(self.choice.target, dtype).to(self.device).eval()
+        models = Models(target, self.tokens, capture=self.choice.capture)
+        for name in self._draft_names(target):
+            sizes: list[int | None] = [*self.choice.block_sizes] or [None]
+            for size in sizes:
+                draft = self._draft(name, size, target.dtype)
+                models.drafts[name, draft.config.block_size] = draft
+        for word in self.choice.against:
+            if word not in ("transformers", "prompt-lookup"):
+                assistant = load_target(word, dtype).to(self.device).eval()
+                models.assistants[word] = assistant
+        loaded = [target, *models.drafts.values(), *models.assistants.values()]
+        self.parameters = sum(model.num_parameters() for model in loaded)
+        return models
+
+    def _draft_names(self, target: Any) -> list[str]:
+        """Return the names of the drafts; without any asked for, that of the target's known draft."""
+        if not self.names:
+            for name in self.choice.drafts:
+                self.names[name] = (name, None)
+                if "@" in name and not Path(name).is_dir():
+                    repository, revision = name.rsplit("@", maxsplit=1)
+                    self.names[name] = (repository, revision)
+        if not self.names:
+            from ..registry import explain_resolution
+
+            spec, _ = explain_resolution(target.config.architectures, target)
+            self.names[spec.name] = (spec.name, spec.revision)
+        return list(self.names)
+
+    def _draft(self, name: str, size: int | None, dtype: Any) -> Any:
+        from ..registry import load_draft
+
+        repository, revision = self.names[name]
+        fields = {} if size is None else {"block_size": size}
+        return (
+            load_draft(repository, revision=revision, dtype=dtype, **fields).to(self.device).eval()
+        )
+
+    def draftings(self, models: "Models") -> list["Drafting"]:
+        """Return what proposes tokens: each draft with each block size, and then the other methods."""
+        from ..evaluation.ways import ASSISTANT, DFLASH, LOOKUP, TRANSFORMERS, Drafting
+
+        ours = []
+        for (name, size), draft in models.drafts.items():
+            is_varied = len(self.choice.block_sizes) > 1
+            kind = draft.config.model_type
+            ours.append(Drafting(DFLASH, name, self.revision(draft), kind, size, is_varied))
+        found = list(ours)
+        for word in self.choice.against:
+            if word == "transformers":
+                for one in ours:
+                    values = (one.draft, one.revision, one.kind, one.block_size, one.is_varied)
+                    found.append(Drafting(TRANSFORMERS, *values))
+            elif word == "prompt-lookup":
+                found.append(Drafting(LOOKUP))
+            else:
+                revision = self.revision(models.assistants[word])
+                found.append(Drafting(ASSISTANT, word, revision))
+        return found
+
+    def revision(self, model: Any) -> str | None:
+        """Return the commit of a model of the Hub; None for one of a folder."""
+        return getattr(model.config, "_commit_hash", None)
+
+
+def free_memory(device: str) -> int | None:
+    """Return the free bytes of a device; None where that is not known."""
+    import torch
+
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None

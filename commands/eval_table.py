@@ -1,0 +1,146 @@
+# Copyright 2026 the dflash-hub authors.
+# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+"""Show how far an evaluation is, its results, and how two differ."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from .shared import console
+
+if TYPE_CHECKING:
+    from ..evaluation.run import Progress as EvaluationProgress
+
+
+@contextmanager
+def watching() -> Iterator[Callable[["EvaluationProgress"], None]]:
+    """Show progress, time left and the results so far on stderr, while this context lasts."""
+    stderr = Console(stderr=True)
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=stderr,
+    )
+    task = bar.add_task("loading", total=None)
+    with Live(bar, console=stderr, refresh_per_second=4, transient=True) as live:
+
+        def watch(progress: "EvaluationProgress") -> None:
+            words = progress.doing or "decoding"
+            bar.update(task, completed=progress.done, total=progress.total, description=words)
+            if progress.content:
+                live.update(Group(results_table(progress.content), bar))
+
+        yield watch
+
+
+def show_results(report: dict[str, Any], path: Path) -> None:
+    """Print the results and the recommendations."""
+    settings, prompts = report["settings"], report["prompt_set"]
+    console.print(
+        f"{escape(settings['target'])}, {settings['dtype']}, {report['environment']['hardware']}; "
+        f"{prompts['count']} prompts of {escape(prompts['name'])} (license: {prompts['license']}), "
+        f"up to {settings['max_new_tokens']} new tokens",
+        soft_wrap=True,
+        highlight=False,
+    )
+    console.print(results_table(report))
+    for advice in report["recommendations"]:
+        console.print(escape(advice["words"]), soft_wrap=True, highlight=False)
+    for line in differing(report):
+        console.print(escape(line), soft_wrap=True, highlight=False)
+    console.print(f"Report: {path}", soft_wrap=True, highlight=False)
+
+
+def results_table(report: dict[str, Any]) -> Table:
+    """Return the table of all ways."""
+    table = Table(box=None, padding=(0, 2))
+    table.add_column("way", overflow="fold")
+    for name in ("tokens/s", "times plain", "tokens/cycle", "identical", "slower", "of the floor"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for result in report["results"]:
+        table.add_row(escape(report["ways"][result["way"]]["name"]), *cells(result))
+    return table
+
+
+def cells(result: dict[str, Any]) -> list[str]:
+    """Return the cells of a way's row, after its name."""
+    speedup = result["speedup"]
+    times = number(speedup and speedup["pooled"])
+    if speedup and speedup["low"] is not None:
+        times += f" [{speedup['low']:.2f}, {speedup['high']:.2f}]"
+    compared = result["identical"] + result["differing"]
+    share = result["floor_share"]
+    found = [number(result["tokens_per_second"], 1), times, number(result["acceptance_length"])]
+    found.append(f"{result['identical']} of {compared}" if compared else "-")
+    found.append(str(len(result["slower_than_plain"])) if speedup else "-")
+    found.append("-" if share is None else f"{share:.0%}")
+    if result["errors"]:
+        found[-1] += f"  {result['errors']} failed"
+    return found
+
+
+def differing(report: dict[str, Any]) -> Iterator[str]:
+    """Yield a line on the texts of each way that differ, and one on errors."""
+    for result in report["results"]:
+        name = report["ways"][result["way"]]["name"]
+        if result["differing"]:
+            words = [f"{count} {verdict}" for verdict, count in result["verdicts"].items()]
+            yield (
+                f"{name}: {result['differing']} texts differ ({', '.join(words)}; float32 check: "
+                f"{report['float32_check']})."
+            )
+        if result["errors"]:
+            own = [one for one in report["records"] if one["way"] == result["way"] and one["error"]]
+            yield f"{name}: {result['errors']} decodes failed. The first: {own[0]['error']}"
+
+
+def show_differences(found: Sequence[dict[str, Any]], unlike: Sequence[str]) -> None:
+    """Print how two reports differ."""
+    table = Table(box=None, padding=(0, 2))
+    for name in ("first", "second"):
+        table.add_column(name)
+    for name in ("prompts", "speed, times the first", "tokens/cycle, more", "same texts"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for entry in found:
+        length = entry["acceptance_length"]
+        table.add_row(
+            escape(entry["first"]),
+            escape(entry["second"]),
+            str(entry["prompts"]),
+            with_interval(entry["speed"], "pooled"),
+            with_interval(length, "difference") if length else "-",
+            str(entry["same_texts"]),
+        )
+    console.print(table)
+    for words in unlike:
+        console.print(f"They also differ in this: {escape(words)}.", soft_wrap=True)
+
+
+def with_interval(figure: dict[str, Any], name: str) -> str:
+    """Return a figure and its interval."""
+    words = number(figure[name])
+    return (
+        words if figure["low"] is None else f"{words} [{figure['low']:.2f}, {figure['high']:.2f}]"
+    )
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """Return a number, or a dash."""
+    return "-" if value is None else f"{value:.{digits}f}"

@@ -1,0 +1,300 @@
+# Copyright 2026 the dflash-hub authors.
+# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+"""Decode a batch of prompts in one way, and record its text, its times and its cycles."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..generation_dflash import DecodeStatistics, now
+from .compare import stop_token_ids
+from .ways import ASSISTANT, DFLASH, LOOKUP, LOOKUP_TOKENS, PLAIN, TRANSFORMERS, Drafting, Way
+
+Record = dict[str, Any]
+LONGEST_ERROR = 2000
+"""Characters of an error in a record."""
+
+
+@dataclass
+class Models:
+    """The loaded models of an evaluation.
+
+    Args:
+        drafts: by name and block size.
+        assistants: by name.
+    """
+
+    target: Any
+    tokenizer: Any
+    drafts: dict[tuple[str, int], Any] = field(default_factory=dict)
+    assistants: dict[str, Any] = field(default_factory=dict)
+    capture: str = "auto"
+
+    def draft_of(self, drafting: Drafting) -> Any:
+        """Return the draft or the assistant; None without one."""
+        if drafting.method == ASSISTANT:
+            return self.assistants[str(drafting.draft)]
+        if drafting.draft is None:
+            return None
+        return self.drafts[drafting.draft, int(drafting.block_size or 0)]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A batch of prompts to decode.
+
+    Args:
+        rows: the token ids of each prompt.
+        max_new_tokens: for each of them.
+        seed: of the noise, where text is sampled.
+    """
+
+    rows: tuple[tuple[int, ...], ...]
+    max_new_tokens: int
+    seed: int = 0
+
+
+@dataclass
+class Cycle:
+    """What a cycle did to one row: tokens drafted, of them accepted, and tokens committed."""
+
+    drafted: int
+    accepted: int
+    committed: int
+
+
+@dataclass
+class CycleStatistics(DecodeStatistics):
+    """Statistics that also hold every cycle of every row."""
+
+    rows: list[list[Cycle]] = field(default_factory=list)
+
+    def add_cycle(self, counts: list[tuple[int, int]], size: int) -> None:
+        super().add_cycle(counts, size)
+        self.rows = self.rows or [[] for _ in counts]
+        for cycles, (accepted, committed) in zip(self.rows, counts, strict=True):
+            if committed:
+                cycles.append(Cycle(size - 1, min(accepted, committed), committed))
+
+
+class ForwardWatch:
+    """Notes when the target's first forward ends; and the ids of each forward, if `with_ids`, without reading them."""
+
+    def __init__(self, target: Any, with_ids: bool):
+        self.target, self.with_ids = target, with_ids
+        self.first_end: float | None = None
+        self.ids: list[torch.Tensor] = []
+
+    def __enter__(self) -> "ForwardWatch":
+        self.after = self.target.register_forward_hook(self._note_end)
+        self.before = None
+        if self.with_ids:
+            self.before = self.target.register_forward_pre_hook(self._note_ids, with_kwargs=True)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.after.remove()
+        if self.before is not None:
+            self.before.remove()
+
+    def _note_end(self, module: Any, inputs: Any, output: Any) -> None:
+        self.first_end = now(self.target.device)
+        self.after.remove()
+
+    def _note_ids(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        self.ids.append(kwargs["input_ids"])
+
+
+def decode(models: Models, way: Way, job: Job) -> list[Record]:
+    """Decode a batch; return one record for each row. Its seconds are the batch's, divided by its rows."""
+    target = models.target
+    inputs = padded(job.rows, target)
+    statistics = CycleStatistics()
+    options = keywords(models, way, statistics) | sampling(way.condition.temperature)
+    is_watched = way.method not in (PLAIN, DFLASH)
+    reset_peak(target.device)
+    torch.manual_seed(job.seed)
+    watch = ForwardWatch(target, with_ids=is_watched)
+    started = now(target.device)
+    if way.method == DFLASH:
+        output = generate(target, inputs, job, options)
+    else:
+        with watch:
+            output = generate(target, inputs, job, options)
+    seconds = now(target.device) - started
+    width = inputs["input_ids"].shape[1]
+    texts = [cut(row, target) for row in output[:, width:].tolist()]
+    cycles: Sequence[list[Cycle] | None] = statistics.rows
+    if is_watched:
+        cycles = [followed([ids.tolist() for ids in watch.ids], width, texts[0])]
+    times = time_split(way, seconds, statistics, watch.first_end, started)
+    shares = {name: shared(value, len(job.rows)) for name, value in times.items()}
+    peak = peak_memory(target.device)
+    records = []
+    for row, tokens in enumerate(texts):
+        record: Record = {**shares, "new_tokens": len(tokens), "token_ids": tokens}
+        found = cycles[row] if row < len(cycles) else []
+        record |= cycle_fields(found, len(tokens), way.method)
+        record["peak_memory_bytes"] = peak
+        records.append(record)
+    return records
+
+
+def time_split(
+    way: Way, seconds: float, statistics: DecodeStatistics, first_end: float | None, started: float
+) -> dict[str, float | None]:
+    """Return the seconds of a decode and of its parts, which add up to it.
+
+    Other methods than ours have two parts: up to the end of the target's first forward, and the rest.
+    """
+    if way.method != DFLASH:
+        prefill = (first_end or started) - started
+        parts: dict[str, float | None] = {"prefill_seconds": prefill}
+        parts |= {"draft_seconds": None, "verify_seconds": None}
+        return {"seconds": seconds, **parts, "rest_seconds": seconds - prefill}
+    prefill = statistics.prefill_seconds
+    draft, verify = statistics.draft_seconds, statistics.verify_seconds
+    parts = {"prefill_seconds": prefill, "draft_seconds": draft, "verify_seconds": verify}
+    return {"seconds": seconds, **parts, "rest_seconds": seconds - prefill - draft - verify}
+
+
+def generate(target: Any, inputs: dict[str, Any], job: Job, options: dict[str, Any]) -> Any:
+    """Call the target's `generate`, without penalties of its generation config."""
+    stops = list(stop_token_ids(target)) or None
+    plain = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+    ends = {"eos_token_id": stops, "pad_token_id": stops[0] if stops else 0}
+    return target.generate(**inputs, max_new_tokens=job.max_new_tokens, **plain, **ends, **options)
+
+
+def keywords(models: Models, way: Way, statistics: CycleStatistics) -> dict[str, Any]:
+    """Return the arguments of `generate` that make it decode in this way."""
+    draft = models.draft_of(way.drafting)
+    if way.method == DFLASH:
+        return {
+            "custom_generate": draft.speculate,
+            "statistics": statistics,
+            "capture": models.capture,
+        }
+    if way.method == TRANSFORMERS:
+        return {"assistant_model": draft, "speculation_type": "dflash"}
+    if way.method == ASSISTANT:
+        return {"assistant_model": draft}
+    if way.method == LOOKUP:
+        return {"prompt_lookup_num_tokens": LOOKUP_TOKENS}
+    return {}
+
+
+def sampling(temperature: float) -> dict[str, Any]:
+    """Return the arguments of `generate` for greedy text at 0, and for the whole distribution above."""
+    if temperature == 0:
+        return {"do_sample": False}
+    return {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+
+
+def padded(rows: Sequence[Sequence[int]], target: Any) -> dict[str, torch.Tensor]:
+    """Return the rows, padded on the left, as `input_ids` and `attention_mask`, both `[B, P]`."""
+    width = max(map(len, rows))
+    ids = torch.zeros((len(rows), width), dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for number, row in enumerate(rows):
+        ids[number, width - len(row) :] = torch.tensor(row)
+        mask[number, width - len(row) :] = 1
+    return {"input_ids": ids.to(target.device), "attention_mask": mask.to(target.device)}
+
+
+def cut(tokens: list[int], target: Any) -> list[int]:
+    """Return a row's new tokens up to its first end token, which padding may follow."""
+    stops = set(stop_token_ids(target))
+    end = next((index for index, token in enumerate(tokens) if token in stops), len(tokens))
+    return tokens[: end + 1]
+
+
+def followed(
+    forwards: Sequence[list[list[int]]], width: int, text: list[int]
+) -> list[Cycle] | None:
+    """Return the cycles of a method of transformers, from the ids of each forward of the target.
+
+    A forward has the last committed token and the proposed ones. Those that the text repeats were accepted; after them
+    comes the target's own. The first forward has the prompt in front. It is a cycle if tokens were proposed with it.
+
+    Returns:
+        The cycles; None if they do not add up to the text.
+    """
+    cycles, length = [], 0
+    for number, ids in enumerate(forwards):
+        proposed = ids[0][1:] if number else ids[0][width:]
+        accepted = 0
+        for token, own in zip(proposed, text[length:], strict=False):
+            if token != own:
+                break
+            accepted += 1
+        committed = min(accepted + 1, len(text) - length)
+        length += committed
+        if committed and (number or proposed):
+            cycles.append(Cycle(len(proposed), accepted, committed))
+    return cycles if length == len(text) else None
+
+
+def cycle_fields(cycles: list[Cycle] | None, new_tokens: int, method: str) -> Record:
+    """Return what a record says of its cycles; None where it has none or they are not known."""
+    if method == PLAIN or cycles is None:
+        drafted = [False] * new_tokens if method == PLAIN else None
+        return {"committed": None, "drafted": drafted, "speculative_decoding": None}
+    committed = [cycle.committed for cycle in cycles]
+    drafted = [False] * (new_tokens - sum(committed))  # the prefill's token
+    for cycle in cycles:
+        drafted += [True] * cycle.accepted + [False] * (cycle.committed - cycle.accepted)
+    return {
+        "committed": committed,
+        "drafted": drafted,
+        "speculative_decoding": engine_words(cycles),
+    }
+
+
+def engine_words(cycles: Sequence[Cycle]) -> dict[str, Any]:
+    """Return the counts in the words of serving engines."""
+    accepted, drafted = 0, 0
+    for cycle in cycles:
+        accepted += cycle.accepted
+        drafted += cycle.drafted
+    counted = Counter(cycle.accepted for cycle in cycles)
+    histogram = {str(accepted): counted[accepted] for accepted in sorted(counted)}
+    return {
+        "mean_acceptance_length": 1 + accepted / max(len(cycles), 1),
+        "draft_acceptance_rate": accepted / max(drafted, 1),
+        "acceptance_histogram": histogram,
+        "num_spec_steps": len(cycles),
+        "num_accepted_draft_tokens": accepted,
+        "num_draft_tokens": drafted,
+        "num_spec_tokens": max((cycle.drafted for cycle in cycles), default=0),
+    }
+
+
+def shared(value: float | None, rows: int) -> float | None:
+    """Return one row's share of a time."""
+    return None if value is None else value / rows
+
+
+def reset_peak(device: torch.device) -> None:
+    """Let the peak of memory begin here."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Return the most bytes that tensors took since `reset_peak`; None where that is not counted."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def attempted(run: Callable[[], list[Record]], rows: int) -> list[Record]:
+    """Return the records of a decode; where it fails, records that say so."""
+    try:
+        return run()
+    except Exception as error:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        text = str(error).strip()[:LONGEST_ERROR] or "no message"
+        return [{"error": f"{type(error).__name__}: {text}"} for _ in range(rows)]

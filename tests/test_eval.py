@@ -1,0 +1,583 @@
+"""`dflash-hub eval`: every way decodes the same prompts, and the figures are those that one would count by hand."""
+
+import json
+import math
+import os
+import signal
+from contextlib import contextmanager
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+from dflash_hub import DecodeStatistics, DFlashDraftModel, cli
+from dflash_hub.commands import eval as command
+from dflash_hub.commands.shared import console
+from dflash_hub.evaluation import divergence, profile, results
+from dflash_hub.evaluation.decoding import Job, Models, decode, followed
+from dflash_hub.evaluation.encoding import Encoding, of_length
+from dflash_hub.evaluation.floor import measured_bandwidth
+from dflash_hub.evaluation.prompts import BENCHMARKS, BUILT_IN, Prompt, PromptSet, load_prompts
+from dflash_hub.evaluation.report import read_report
+from dflash_hub.evaluation.run import Evaluation, Settings
+from dflash_hub.evaluation.ways import Condition, Drafting, Way, conditions, grid, in_turn
+from dflash_hub.target_dflash import Target
+from paths import DATA, TINY
+
+RUNNER = CliRunner()
+TIMES = ("seconds", "prefill_seconds", "draft_seconds", "verify_seconds", "rest_seconds")
+TEXTS = [json.loads(line)["prompt"] for line in (TINY / "prompts.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(TINY / "target")
+
+
+@pytest.fixture
+def models(tiny_target, tiny_draft, tokenizer):
+    return Models(tiny_target, tokenizer, {("draft", 8): tiny_draft})
+
+
+@pytest.fixture(autouse=True)
+def quick_bandwidth(monkeypatch):
+    monkeypatch.setattr("dflash_hub.evaluation.run.measured_bandwidth", lambda device: 1e10)
+
+
+def test_the_bandwidth_is_that_of_a_copy():
+    assert 1e8 < measured_bandwidth(torch.device("cpu"), 2**22) < 1e13
+
+
+def prompt_set(*numbers: int) -> PromptSet:
+    prompts = [Prompt(f"p{number}", "odd" if number % 2 else "even", TEXTS[number]) for number in numbers]
+    return PromptSet("own", "Apache-2.0", "here", tuple(prompts))
+
+
+def evaluation(models, folder, prompts=None, draftings=None, found=None, **settings) -> Evaluation:
+    draftings = [Drafting("dflash", name, block_size=size) for name, size in models.drafts] + (draftings or [])
+    settings = {"max_new_tokens": 6, "warm_up": 0} | settings
+    return Evaluation(
+        models,
+        grid(draftings, found or [Condition()]),
+        prompts or prompt_set(0, 1),
+        Encoding(models.tokenizer, chat_template=False),
+        Settings("target", "own", **settings),
+        folder,
+    )
+
+
+def untimed(records) -> list[dict]:
+    return [{key: value for key, value in record.items() if key not in TIMES} for record in records]
+
+
+@pytest.mark.quick
+def test_figures_are_those_counted_by_hand(models, tmp_path):
+    report = evaluation(models, tmp_path, prompt_set(0, 3), max_new_tokens=20).run()
+    assert report == read_report(tmp_path)
+    draft, target = models.drafts["draft", 8], models.target
+    committed, accepted_at = [], [0] * 7
+    for number, record in zip((0, 3), report["records"][1::2], strict=True):
+        ids = models.tokenizer(TEXTS[number], return_tensors="pt").input_ids
+        statistics = DecodeStatistics()
+        kwargs = {"max_new_tokens": 20, "do_sample": False, "statistics": statistics}
+        text = target.generate(ids, custom_generate=draft.speculate, **kwargs)[0, ids.shape[1] :].tolist()
+        assert (record["prompt"], record["way"], record["identical"]) == (f"p{number}", 1, True)
+        assert (record["token_ids"], record["committed"]) == (text, statistics.committed)
+        assert "".join(record["tokens"]) == record["text"] == models.tokenizer.decode(text)
+        own, words = [False], record["speculative_decoding"]
+        for count in statistics.committed:
+            own += [True] * (count - 1) + [False]
+        assert record["drafted"][: len(own) - 1] == own[:-1]  # the last cycle may be cut before the target's own
+        assert words["num_accepted_draft_tokens"] == sum(record["drafted"]) == sum(statistics.accepted_at)
+        assert words["num_spec_steps"] == statistics.cycles
+        assert words["num_draft_tokens"] == 7 * statistics.cycles
+        assert math.isclose(record["seconds"], sum(record[part] for part in TIMES[1:]))
+        committed += statistics.committed
+        accepted_at = [one + two for one, two in zip(accepted_at, statistics.accepted_at, strict=True)]
+    plain, drafted = report["results"]
+    assert drafted["acceptance_length"] == sum(committed) / len(committed)
+    assert drafted["histogram"] == {str(size): committed.count(size) for size in sorted(set(committed))}
+    marginal = [count / len(committed) for count in accepted_at]
+    assert drafted["acceptance_by_position"]["marginal"] == marginal
+    assert drafted["acceptance_by_position"]["conditional"][1] == accepted_at[1] / accepted_at[0]
+    assert plain["acceptance_length"] is plain["speedup"] is None
+    seconds = [sum(record["seconds"] for record in report["records"][way::2]) for way in (0, 1)]
+    assert math.isclose(drafted["speedup"]["pooled"], seconds[0] / seconds[1])
+    assert drafted["by_category"].keys() == {"even", "odd"}
+    profiled = json.loads((tmp_path / profile.FILE).read_text())
+    assert math.isclose(profiled["mean_accept_length"], 1 + sum(marginal))
+    assert profiled["marginal_accept_rates"] == marginal
+    assert sum(profiled["acceptance_length_histogram"].values()) == len(committed)
+
+
+@pytest.mark.parametrize("name", ["qwen3-full", "qwen3-sliding"])
+def test_cycles_are_counted_as_the_original_code_counts_them(name):
+    home = DATA / "golden" / name
+    data = load_file(home / "golden.safetensors")
+    draft = DFlashDraftModel.from_pretrained(home / "draft")
+    target = AutoModelForCausalLM.from_pretrained(home / "target")
+    target.generation_config.eos_token_id = None
+    size = draft.config.block_size
+    models = Models(target, None, {("draft", size): draft})
+    prompt = tuple(data["prompt_ids"][0].tolist())
+    way = Way(Drafting("dflash", "draft", block_size=size), Condition())
+    (record,) = decode(models, way, Job((prompt,), data["greedy_ids"].shape[1] - len(prompt)))
+    assert record["token_ids"] == data["generated_ids"][0, len(prompt) :].tolist()
+    if "committed_per_cycle" in data:  # which counts the last cycle whole
+        counted = len(record["committed"]) - 1
+        assert counted > 1
+        assert record["committed"][:-1] == data["committed_per_cycle"].tolist()[:counted]
+
+
+def test_a_bootstrap_interval_is_the_known_one():
+    assert results.interval([(1.0, 10, 0.5, 10)] * 5)["low"] == 2
+    two = results.interval([(1.0, 10, 1.0, 10), (3.0, 10, 1.0, 10)])
+    assert (two["low"], two["high"]) == (1, 3)  # both from one prompt, in a quarter of the draws each
+    assert results.interval([(1.0, 10, 1.0, 10)])["low"] is None
+    noise = torch.randn(400, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    pairs = [(float(2 + 0.4 * value), 10, 1.0, 10) for value in noise]
+    found, error = results.interval(pairs), 0.4 * float(noise.std()) / 20
+    assert math.isclose(found["high"] - found["low"], 2 * 1.96 * error, rel_tol=0.1)
+    assert found["low"] < results.ratio_of(pairs) < found["high"]
+
+
+@pytest.mark.parametrize(
+    ("forwards", "text", "counts"),
+    [
+        ([[1, 1, 1], [5], [6]], [5, 6, 7], [(0, 0, 1), (0, 0, 1)]),  # nothing proposed
+        ([[1, 1, 1], [5, 6, 7, 9], [8, 3]], [5, 6, 7, 8, 4], [(3, 2, 3), (1, 0, 1)]),
+        ([[1, 1, 1, 5, 6], [7, 8]], [5, 6, 7, 8], [(2, 2, 3), (1, 1, 1)]),  # with the prompt; cut by the end
+        ([[1, 1, 1], [5, 6]], [5, 6, 7, 8], None),  # a forward is missing
+    ],
+)
+def test_cycles_of_other_methods_follow_from_the_forwards(forwards, text, counts):
+    cycles = followed([[ids] for ids in forwards], 3, text)
+    assert (cycles and [(one.drafted, one.accepted, one.committed) for one in cycles]) == counts
+
+
+def test_all_methods_and_conditions_are_compared_in_one_call(models, tmp_path):
+    models.assistants["assistant"] = AutoModelForCausalLM.from_pretrained(TINY / "target")
+    draft = ("draft", None, None, 8)
+    others = [Drafting("transformers-dflash", *draft), Drafting("prompt-lookup"), Drafting("assistant", "assistant")]
+    report = evaluation(models, tmp_path, draftings=others, max_new_tokens=12).run()
+    names = ["plain", "draft", "transformers, draft", "prompt-lookup", "assistant"]
+    assert [way["name"] for way in report["ways"]] == names
+    assert [result["identical"] for result in report["results"]] == [0, 2, 2, 2, 2]
+    ours, theirs = report["results"][1:3]
+    assert ours["acceptance_length"] == theirs["acceptance_length"]
+    assert ours["acceptance_by_position"] == theirs["acceptance_by_position"]
+    assert report["results"][4]["acceptance_length"] > 2  # the target itself guesses right
+    assert all(len(record["drafted"]) == record["new_tokens"] for record in report["records"])
+    assert {record["prompt"]: record["way"] for record in report["records"]} == {"p0": 4, "p1": 4}
+
+
+def test_rows_of_a_batch_have_the_texts_that_they_have_alone(models, tmp_path):
+    prompts = prompt_set(0, 1, 2)
+    alone = evaluation(models, tmp_path / "alone", prompts).run()["records"]
+    found = conditions([0.0, 0.7], [2], [])
+    report = evaluation(models, tmp_path, prompts, found=found).run()
+    assert [way["baseline"] for way in report["ways"]] == [0, 0, 2, 2]
+    together = [record for record in report["records"] if record["way"] < 2]
+    key = lambda record: (record["prompt"], record["way"])  # noqa: E731
+    for one, other in zip(sorted(alone, key=key), sorted(together, key=key), strict=True):
+        assert (one["token_ids"], one["committed"]) == (other["token_ids"], other["committed"])
+    sampled = [record for record in report["records"] if record["way"] == 3]
+    assert [record["identical"] for record in sampled] == [None] * 3
+    assert len(report["recommendations"]) == 2
+    again = evaluation(models, tmp_path / "again", prompts, found=found).run()
+    assert untimed(again["records"]) == untimed(report["records"])
+
+
+def test_a_report_that_is_slow_to_write_is_written_less_often(models, tmp_path):
+    report = evaluation(models, tmp_path).report
+    assert report.write_in_time()
+    report.cost = 0.2
+    assert not report.write_in_time()
+    report.written -= 11
+    assert report.write_in_time()["complete"] is False
+
+
+def test_every_way_begins_as_often_as_the_others():
+    assert [in_turn([4, 5, 6], number) for number in range(4)] == [[4, 5, 6], [5, 6, 4], [6, 4, 5], [4, 5, 6]]
+
+
+def test_prompts_of_a_fixed_length_keep_their_end_and_their_first_token():
+    rows = [[0, 5, 6], [0, 7, 8, 9], [0, 1]]
+    assert of_length(rows, 3, first=0) == [[0, 5, 6], [0, 8, 9], [0, 6, 1]]
+    assert of_length(rows, 6, first=None)[0] == [7, 8, 9, 0, 5, 6]
+    assert all(len(row) == 50 for row in of_length(rows, 50, first=0))
+    assert of_length(rows, 50, first=0)[0][-2:] == [5, 6]
+
+
+def changed_verify(monkeypatch, change):
+    """Let `change` see target, tokens and slots, or the logits, of every block that is verified."""
+    verify = Target.verify
+
+    def changed(self, state, tokens, slots, ancestors=None):
+        return change(self, lambda slots: verify(self, state, tokens, slots, ancestors), slots)
+
+    monkeypatch.setattr(Target, "verify", changed)
+
+
+def test_a_cache_whose_slots_are_wrong_is_called_a_bug(models, tmp_path, monkeypatch):
+    evaluation(models, tmp_path / "checked").run()  # the self-check passes, once
+    changed_verify(monkeypatch, lambda target, verify, slots: verify(slots - 3))
+    report = evaluation(models, tmp_path, max_new_tokens=20).run()
+    drafted = report["results"][1]
+    assert drafted["verdicts"] == {"bug": 2}
+    assert report["records"][1]["divergence"]["margin"] > 0.01
+    assert report["recommendation"]["way"] == 0
+    assert "Do not use draft: 2 of its texts differ" in report["recommendation"]["words"]
+    assert command.has_failed(report)
+
+
+def test_a_near_tie_in_bfloat16_is_called_rounding(models, tokenizer, tmp_path, monkeypatch):
+    """The likeliest token loses 0.1 in every block, in bfloat16 alone: as much as rounding may take."""
+
+    def rounded(target, verify, slots):
+        verified = verify(slots)
+        if target.model.dtype == torch.bfloat16:
+            best = verified.logits.argmax(-1, keepdim=True)
+            verified.logits.scatter_add_(-1, best, torch.full_like(best, -0.1, dtype=torch.bfloat16))
+        return verified
+
+    changed_verify(monkeypatch, rounded)
+    target = AutoModelForCausalLM.from_pretrained(TINY / "target", dtype=torch.bfloat16)
+    draft = DFlashDraftModel.from_pretrained(TINY / "draft", dtype=torch.bfloat16)
+    low = Models(target, tokenizer, {("draft", 8): draft})
+    run = evaluation(low, tmp_path, prompt_set(3, 8, 12), max_new_tokens=10)
+    run.in_float32 = lambda: models
+    report = run.run()
+    verdicts = report["results"][1]["verdicts"]
+    assert verdicts.keys() == {"rounding"}
+    assert report["float32_check"] == "done"
+    found = [record["divergence"] for record in report["records"] if record["divergence"]]
+    assert all(one["float32"] == "same" and abs(one["margin"]) <= 0.5 for one in found)
+    assert report == read_report(tmp_path)
+    assert not command.has_failed(report)
+
+
+@pytest.mark.parametrize(
+    ("margin", "other", "expected"),
+    [(0.1, "same", "rounding"), (2.0, "same", "unknown"), (None, "same", "unknown"), (0.1, "differs", "bug")],
+)
+def test_verdicts_follow_from_the_margin_and_float32(models, margin, other, expected, monkeypatch):
+    texts = iter([[1, 2], [1, 2]] if other == "same" else [[1, 2], [1, 7]])
+    monkeypatch.setattr(divergence, "decode", lambda *args: [{"token_ids": next(texts)}])
+    monkeypatch.setattr(divergence, "_plain_logits", lambda *args: torch.arange(8.0))
+    found = {"position": 1, "margin": margin, "float32": "not checked", "verdict": "unknown"}
+    way = Way(Drafting("dflash", "draft", block_size=8), Condition())
+    divergence.check_in_float32(models, way, Job(((1,),), 2), 0, found, torch.bfloat16)
+    assert (found["float32"], found["verdict"]) == (other, expected)
+
+
+def test_a_text_that_ends_early_differs_where_it_ends(models):
+    assert divergence.first_difference([1, 2, 3], [1, 2]) == 2
+    assert divergence.first_difference([1, 2], [1, 2]) is None
+    assert divergence.divergence(models, Job(((1,),), 3), 0, [1, 2, 3], [1, 2])["margin"] is None
+
+
+def test_a_draft_of_another_target_is_found_out(models, tmp_path):
+    torch.manual_seed(0)
+    for name, weight in models.drafts["draft", 8].named_parameters():
+        if "norm" not in name:
+            torch.nn.init.normal_(weight, std=0.05)
+    report = evaluation(models, tmp_path, prompt_set(0, 1, 2), max_new_tokens=12).run()
+    drafted = report["results"][1]
+    assert drafted["acceptance_length"] < 1.3
+    assert drafted["identical"] == 3
+    assert report["recommendation"]["way"] == 0
+    words = report["recommendation"]["words"]
+    assert words.startswith("Use plain decoding")
+    assert "draft guesses hardly anything: 1." in words
+
+
+def test_a_prompt_that_fails_is_one_row_that_says_so(models, tmp_path, monkeypatch):
+    positions = len(models.tokenizer(TEXTS[0]).input_ids) + 9
+    monkeypatch.setattr(models.target.config, "max_position_embeddings", positions)
+    long = Prompt("long", "all", TEXTS[0] + TEXTS[1])
+    prompts = PromptSet("own", "", "", (*prompt_set(0).prompts, long))
+    report = evaluation(models, tmp_path, prompts).run()
+    failed = report["records"][2:]
+    assert all("tokens, but the target was made for texts of" in record["error"] for record in failed)
+    assert [result["errors"] for result in report["results"]] == [1, 1]
+    assert report["results"][1]["identical"] == 1
+    assert report["complete"]
+
+
+def test_an_evaluation_that_was_interrupted_leaves_a_valid_report(models, tmp_path):
+    def interrupt(progress):
+        if progress.done == 2:
+            raise KeyboardInterrupt
+
+    run = evaluation(models, tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        run.run(interrupt)
+    report = read_report(tmp_path)
+    assert not report["complete"]
+    assert [record["prompt"] for record in report["records"]] == ["p0", "p0"]
+    assert report["results"][1]["acceptance_length"] >= 1
+
+
+KILLED = """
+import os, signal, sys
+sys.path.append({tests!r})
+import test_eval
+from pathlib import Path
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from dflash_hub import DFlashDraftModel
+from dflash_hub.evaluation.decoding import Models
+
+def kill(progress):
+    if progress.done == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+target = AutoModelForCausalLM.from_pretrained(test_eval.TINY / "target")
+drafts = {{("draft", 8): DFlashDraftModel.from_pretrained(test_eval.TINY / "draft")}}
+models = Models(target, AutoTokenizer.from_pretrained(test_eval.TINY / "target"), drafts)
+test_eval.evaluation(models, Path({folder!r}), test_eval.prompt_set(0, 1, 2)).run(kill)
+"""
+
+
+def test_an_evaluation_that_was_killed_goes_on_with_the_same_records(models, tmp_path, servers):
+    prompts = prompt_set(0, 1, 2)
+    code = KILLED.format(tests=str(DATA.parent), folder=str(tmp_path / "killed"))
+    done = servers.models.run(code=code)
+    assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr
+    partial = read_report(tmp_path / "killed")
+    assert len(partial["records"]) == 4
+    decoded = []
+    resumed = evaluation(models, tmp_path / "killed", prompts).run(lambda progress: decoded.append(progress.done))
+    assert min(decoded) == 4
+    assert resumed["records"][:4] == partial["records"]
+    whole = evaluation(models, tmp_path / "whole", prompts).run()
+    assert untimed(resumed["records"]) == untimed(whole["records"])
+    assert resumed["complete"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_new_tokens": 9}, "max_new_tokens is 9 now and was 6"),
+        ({"prompts": prompt_set(0, 2)}, "prompts are not the same"),
+        ({"draftings": [Drafting("prompt-lookup")]}, "ways is"),
+        ({"seed": 1}, "seed is 1 now and was 0"),
+    ],
+)
+def test_a_folder_with_another_evaluation_is_refused(models, tmp_path, change, message):
+    (tmp_path / "report.json").write_text(json.dumps(evaluation(models, tmp_path).report.head | {"records": []}))
+    with pytest.raises(ValueError, match=message):
+        evaluation(models, tmp_path, **change).run()
+
+
+MESSAGES = [{"role": "user", "content": "Hello."}]
+
+
+def test_prompts_of_a_file_are_text_or_messages(tmp_path, tokenizer):
+    file = tmp_path / "mine.jsonl"
+    rows = [
+        {"prompt": "One"},
+        {"messages": MESSAGES, "category": "chat", "id": 7},
+        {"turns": ["Three", "Four"], "question_id": 81},
+    ]
+    file.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    found = load_prompts(str(file))
+    assert [(one.id, one.category) for one in found.prompts] == [("mine-0", "all"), ("7", "chat"), ("81", "all")]
+    assert found.prompts[1].conversation == MESSAGES
+    assert [one.id for one in load_prompts(str(file), limit=2).prompts] == ["mine-0", "7"]
+    assert found.prompts[2].text == "Three"
+    assert Encoding(tokenizer, chat_template=False).ids(found.prompts[0]) == tokenizer("One").input_ids
+    with pytest.raises(ValueError, match="The prompt 7 has messages"):
+        Encoding(tokenizer, chat_template=False).ids(found.prompts[1])
+
+
+def test_the_chat_template_gets_what_was_said_of_thinking():
+    tokenizer = AutoTokenizer.from_pretrained(TINY / "target")
+    tokenizer.chat_template = (
+        "{{ messages[0].content }}{% if enable_thinking is defined %}{{ enable_thinking }}{% endif %}"
+    )
+    texts = []
+    for thinking in (None, True, False):
+        texts.append(tokenizer.decode(Encoding(tokenizer, True, thinking).ids(Prompt("1", "", "def "))))
+    assert texts == ["def ", "def True", "def False"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 2 is no JSON"),
+        ("[]", "an object with either a prompt, turns or messages"),
+        ('{"text": "One"}', "an object with either a prompt, turns or messages"),
+        ('{"prompt": "One", "messages": []}', "an object with either a prompt, turns or messages"),
+        ('{"prompt": 3}', "prompt is 3; it must be a text"),
+        ('{"turns": []}', "prompt is None; it must be a text"),
+        ('{"messages": []}', "must be a list of objects with role and content"),
+        ('{"messages": [{"role": "assistant", "content": "Yes"}]}', "the last message is the assistant's"),
+        ('{"prompt": "One", "id": "a"}', "Two prompts of mine.jsonl have the id a"),
+    ],
+)
+def test_a_line_that_is_no_prompt_is_refused_by_its_number(tmp_path, line, message):
+    (tmp_path / "mine.jsonl").write_text('{"prompt": "One", "id": "a"}\n' + line + "\n")
+    with pytest.raises(ValueError, match=message):
+        load_prompts(str(tmp_path / "mine.jsonl"))
+
+
+def test_the_built_in_prompts_are_of_several_categories_with_code_first():
+    found = load_prompts(BUILT_IN)
+    assert found.license == "Apache-2.0"
+    assert len({one.category for one in found.prompts}) >= 5
+    assert found.prompts[0].category == "code"
+    assert len({one.category for one in load_prompts(BUILT_IN, limit=5).prompts}) == 5
+
+
+def test_benchmarks_are_read_by_the_columns_of_their_datasets(tmp_path, monkeypatch):
+    """From folders with the names, configurations, splits and columns of the datasets on the Hub."""
+    pytest.importorskip("datasets")
+    monkeypatch.chdir(tmp_path)
+    for name, benchmark in BENCHMARKS.items():
+        folder = tmp_path / benchmark.repository
+        folder.mkdir(parents=True, exist_ok=True)
+        value = ["First turn", "Second turn"] if benchmark.column == "turns" or name == "mt-bench" else "First turn"
+        row = json.dumps({benchmark.column: value, "category": "roleplay", "task_id": "t/1", "question_id": "q1"})
+        for file in benchmark.files or {"data.jsonl": ""}:
+            (folder / file).write_text(row + "\n")
+        if not benchmark.files:
+            data = {"config_name": benchmark.config or "default"}
+            data["data_files"] = [{"split": benchmark.split, "path": "data.jsonl"}]
+            (folder / "README.md").write_text(f"---\nconfigs:\n- {json.dumps(data)}\n---\n")
+    for name, benchmark in BENCHMARKS.items():
+        found = load_prompts(name)
+        assert len(found.prompts) == len(benchmark.files or [1])
+        assert found.prompts[0].text.startswith("First turn")
+        assert benchmark.repository in found.source
+    assert load_prompts("speed-bench").prompts[0].category == "roleplay"
+    assert load_prompts("humaneval").prompts[0].id == "t/1"
+    assert [one.category for one in load_prompts("spec-bench").prompts][:2] == ["mt-bench", "math"]
+
+
+def test_prompts_that_are_only_placeholders_are_refused(monkeypatch):
+    rows = [{"turns": ["First turn"]}, {"turns": ["FULL BENCHMARK DATA SHOULD BE FETCHED FROM THE SOURCE USING IT"]}]
+    rows = [row | {"category": "rag", "question_id": str(number)} for number, row in enumerate(rows)]
+    monkeypatch.setattr("dflash_hub.evaluation.prompts._rows", lambda *args: rows)
+    with pytest.raises(ValueError, match="1 of the 2 prompts of speed-bench are not in its dataset"):
+        load_prompts("speed-bench")
+
+
+PAIR = ("eval", "--target", str(TINY / "target"), "--draft", str(TINY / "draft"), "--max-new-tokens", "8")
+
+
+def run(*words: str):
+    return RUNNER.invoke(cli.app, list(words), env={"COLUMNS": "200"}, catch_exceptions=False)
+
+
+@pytest.fixture
+def wide(monkeypatch):
+    monkeypatch.setattr(console, "width", 200, raising=False)
+
+
+def test_the_command_shows_results_and_goes_on_and_compares(tmp_path, wide, monkeypatch):
+    words = (*PAIR, "--limit", "2", "--output-dir", str(tmp_path / "a"))
+    done = run(*words)
+    assert done.exit_code == 0, done.output
+    for text in ("2 prompts of built-in (license: Apache-2.0)", "times plain", "2 of 2", "Use ", "Report: "):
+        assert text in done.stdout
+    report = read_report(tmp_path / "a")
+    assert report["complete"]
+    assert report["settings"]["chat_template"] is False
+    assert report["ways"][1] | {"bytes_per_step": 0} == {
+        "name": str(TINY / "draft"),
+        "method": "dflash",
+        "draft": str(TINY / "draft"),
+        "revision": None,
+        "kind": "dflash",
+        "block_size": 8,
+        "temperature": 0.0,
+        "batch_size": 1,
+        "context": None,
+        "baseline": 0,
+        "bytes_per_step": 0,
+    }
+    before = (tmp_path / "a" / "report.json").read_text()
+    monkeypatch.setattr("dflash_hub.evaluation.run.decode", None)  # nothing is decoded again
+    assert run(*words).exit_code == 0
+    assert read_report(tmp_path / "a")["records"] == json.loads(before)["records"]
+    for record in report["records"]:
+        record["seconds"] /= 2
+        record["committed"] = record["committed"] and [2 * count for count in record["committed"]]
+    (tmp_path / "b.json").write_text(json.dumps(report))
+    shown = run("eval", "--compare", str(tmp_path / "a"), str(tmp_path / "b.json")).stdout
+    length = report["results"][1]["acceptance_length"]
+    row = next(line for line in shown.splitlines() if str(TINY / "draft") in line).split()
+    assert row[2:6] == ["2", "2.00", "[2.00,", "2.00]"]
+    assert (row[6], row[-1]) == (f"{length:.2f}", "2")
+
+
+def test_sigterm_leaves_a_partial_report(tmp_path, monkeypatch):
+    @contextmanager
+    def watching():
+        def watch(progress):
+            if progress.done == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        yield watch
+
+    monkeypatch.setattr(command, "watching", watching)
+    done = run(*PAIR, "--limit", "2", "--output-dir", str(tmp_path))
+    assert done.exit_code == 128 + signal.SIGTERM
+    report = read_report(tmp_path)
+    assert (report["complete"], len(report["records"])) == (False, 2)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--prompts", "nothing.jsonl"], "which is no file; pass a JSONL file, or one of built-in, gsm8k"),
+        (["--thinking", "maybe"], "--thinking is 'maybe'; it must be on or off"),
+        (["--thinking", "on"], "no meaning with --no-chat-template"),
+        (["--chat-template"], "has no chat template"),
+        (["--against", "magic"], "--against has 'magic'"),
+        (["--against", "transformers", "--batch-size", "2"], "one row at a time"),
+        (["--draft", str(TINY / "draft")], "--draft is given twice"),
+        (["--capture", "fast"], "--capture is 'fast'"),
+        (["--dtype", "float99"], "--dtype is 'float99'"),
+    ],
+)
+def test_settings_without_meaning_are_refused_by_name(tmp_path, words, message):
+    with pytest.raises(ValueError, match=message):
+        run(*PAIR, "--output-dir", str(tmp_path), *words)
+
+
+def test_the_command_asks_for_what_is_missing(tmp_path):
+    with pytest.raises(ValueError, match="--output-dir is missing"):
+        run("eval", "--target", str(TINY / "target"))
+    (tmp_path / "report.json").write_text("{}")
+    with pytest.raises(ValueError, match="is no report of dflash-hub eval"):
+        run("eval", "--compare", str(tmp_path), str(tmp_path))
+
+
+def test_a_second_draft_and_block_size_is_a_way_of_its_own(tmp_path):
+    words = (
+        "--draft",
+        str(TINY / "draft2"),
+        "--block-size",
+        "4",
+        "--block-size",
+        "8",
+        "--limit",
+        "1",
+        "--context",
+        "20",
+    )
+    assert run(*PAIR, *words, "--output-dir", str(tmp_path)).exit_code == 0
+    report = read_report(tmp_path)
+    assert [(way["kind"], way["block_size"]) for way in report["ways"][1:]] == [
+        ("dflash", 4),
+        ("dflash", 8),
+        ("dflash2", 4),
+        ("dflash2", 8),
+    ]
+    assert all(result["identical"] == 1 for result in report["results"][1:])
+    assert {way["context"] for way in report["ways"]} == {20}
+    assert len(list(tmp_path.glob("way-*/speculation_profile.json"))) == 4
