@@ -72,8 +72,8 @@ def results_table(report: dict[str, Any]) -> Table:
     """Return the table of all ways."""
     # Narrow enough for 80 columns, with room for names.
     table = Table(box=None, pad_edge=False, padding=(0, 1))
-    table.add_column("way", overflow="fold", min_width=16)
-    for name in ("tokens/s", "times plain", "per cycle", "identical", "slower", "floor"):
+    table.add_column("way", overflow="fold", min_width=13)
+    for name in ("tokens/s", "times plain", "a cycle", "identical", "slower", "floor"):
         table.add_column(name, justify="right", no_wrap=True)
     for result in report["results"]:
         table.add_row(escape(report["ways"][result["way"]]["name"]), *cells(result))
