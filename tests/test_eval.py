@@ -20,6 +20,7 @@ from dflash_hub.evaluation.decoding import Job, Models, decode, followed
 from dflash_hub.evaluation.encoding import Encoding, of_length
 from dflash_hub.evaluation.floor import measured_bandwidth
 from dflash_hub.evaluation.prompts import BENCHMARKS, BUILT_IN, Prompt, PromptSet, load_prompts
+from dflash_hub.evaluation.recommendation import recommendations
 from dflash_hub.evaluation.report import read_report
 from dflash_hub.evaluation.run import Evaluation, Settings
 from dflash_hub.evaluation.ways import Condition, Drafting, Way, conditions, grid, in_turn
@@ -199,7 +200,76 @@ def test_a_report_that_is_slow_to_write_is_written_less_often(models, tmp_path):
     assert report.write_in_time()["complete"] is False
 
 
-def test_every_way_begins_as_often_as_the_others():
+def test_a_report_is_replaced_whole_or_not_at_all(models, tmp_path, monkeypatch):
+    report = evaluation(models, tmp_path).report
+    report.write(complete=False)
+    before = report.path.read_bytes()
+
+    def full(*paths):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="full"):
+        report.write(complete=True)
+    assert report.path.read_bytes() == before
+
+
+def test_the_floor_is_what_a_step_reads(models, tmp_path):
+    """In batches of two prompts of 30 tokens: the step of a batch reads the weights once, and keys of both rows."""
+    report = evaluation(models, tmp_path, prompt_set(0, 1, 2, 3), found=conditions([0.0], [2], [30])).run()
+    target, draft = models.target, models.drafts["draft", 8]
+    layer = 2 * target.config.num_key_value_heads * target.config.head_dim * 4
+    head = target.get_output_embeddings().weight.nbytes
+    body = sum(weight.nbytes for weight in target.parameters())
+    if target.get_input_embeddings().weight is not target.get_output_embeddings().weight:
+        body -= target.get_input_embeddings().weight.nbytes
+    read = [body + target.config.num_hidden_layers * layer * 2 * 33]  # after half of six new tokens
+    layers = target.config.num_hidden_layers + draft.config.num_hidden_layers
+    own = sum(weight.nbytes for weight in draft.parameters())
+    read.append(body + own + head + layers * layer * 2 * 33)
+    for way, result in enumerate(report["results"]):
+        assert math.isclose(result["floor_seconds_per_step"], read[way] / 1e10)
+        records = [record for record in report["records"] if record["way"] == way]
+        counts = [5 if way == 0 else len(record["committed"]) for record in records]
+        steps = max(counts[:2]) + max(counts[2:])
+        spent = sum(record["seconds"] - record["prefill_seconds"] for record in records)
+        assert math.isclose(result["floor_share"], result["floor_seconds_per_step"] * steps / spent)
+
+
+PLAIN_FIRST = [{"name": "plain", "method": "plain", "draft": None, "baseline": 0}]
+
+
+@pytest.mark.parametrize(
+    ("speedups", "bugs", "way", "words"),
+    [
+        ([(2.0, 1.5, 2.5)], [0], 1, "Use a: 2.00 times as fast [1.50, 2.50]."),
+        ([(2.0, 1.5, 2.5), (3.0, 2.9, 3.1)], [0, 0], 2, "Use b: 3.00 times as fast [2.90, 3.10]."),
+        ([(2.0, 1.5, 2.5), (3.0, 2.9, 3.1)], [0, 1], 1, "Use a: 2.00 times as fast [1.50, 2.50]. Do not use b: 1 of"),
+        ([(1.2, 0.9, 1.5)], [0], 0, "Use plain decoding, or evaluate more prompts"),
+        ([(0.8, 0.7, 0.9)], [0], 0, "Use plain decoding, which is faster: the fastest other way, a, is 0.80 times"),
+        ([(2.0, None, None)], [0], 1, "Use a: 2.00 times as fast. One prompt is too few"),
+        ([None], [0], 0, "Use plain decoding. a failed"),
+    ],
+)
+def test_the_fastest_way_that_is_exact_is_recommended_if_it_is_faster_for_sure(speedups, bugs, way, words):
+    ways, found = list(PLAIN_FIRST), [{"way": 0}]
+    for index, (speedup, bug) in enumerate(zip(speedups, bugs, strict=True), start=1):
+        ways.append({"name": "ab"[index - 1], "method": "dflash", "draft": "ab"[index - 1], "baseline": 0})
+        figures = speedup and dict(zip(("pooled", "low", "high"), speedup, strict=True))
+        result = {"way": index, "speedup": figures, "verdicts": {"bug": bug} if bug else {}, "errors": not figures}
+        found.append(result | {"acceptance_length": 3.0, "slower_than_plain": []})
+    (advice,) = recommendations(ways, found)
+    assert advice["way"] == way
+    assert advice["words"].startswith(words)
+
+
+def test_every_way_begins_as_often_as_the_others(models, tmp_path):
+    seen = []
+    evaluation(models, tmp_path, repeats=2).run(lambda progress: seen.append(progress.doing))
+    assert [word for word in seen if word in ("plain", "draft")] == [
+        *("plain", "draft", "draft", "plain"),
+        *("draft", "plain", "plain", "draft"),
+    ]
     assert [in_turn([4, 5, 6], number) for number in range(4)] == [[4, 5, 6], [5, 6, 4], [6, 4, 5], [4, 5, 6]]
 
 
