@@ -178,6 +178,9 @@ class Loader:
 
     def revision(self, model: Any) -> str | None:
         """Return the commit of a model of the Hub; None for one of a folder."""
+        source = getattr(model, "card_source", None)
+        if source is not None:  # a draft of ours
+            return source[1].get("revision")
         return getattr(model.config, "_commit_hash", None)
 
 

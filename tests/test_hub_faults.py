@@ -1,6 +1,7 @@
 """A failing Hub: after each fault disk and Hub are in the old or the new state, whole, and a second run completes."""
 
 import copy
+import json
 import tempfile
 import time
 import warnings
@@ -11,15 +12,17 @@ import pytest
 import torch
 from huggingface_hub import HfApi
 from transformers import AutoConfig, AutoModel
+from typer.testing import CliRunner
 
 import tiny
-from dflash_hub import DFlashDraftModel, load_draft
+from dflash_hub import DFlashDraftModel, cli, load_draft
 from dflash_hub.publishing import push as pushing
 from dflash_hub.publishing import refresh as refreshing
 from dflash_hub.publishing.probe import digests
 from dflash_hub.publishing.refresh import refresh, travelling_code
 from dflash_hub.registry import drafts_for, explain_resolution
 from hubserver import Entry, Fault, git_blob
+from paths import TINY
 
 BRANCHES = ("main", "engines")
 OLD, NEW = "old", "new"
@@ -104,6 +107,33 @@ class Load(Way):
     def states(self):
         assert self.act(revision=self.first, local_files_only=True) == OLD
         return []
+
+
+class Evaluate(Load):
+    """An evaluation of the draft on the Hub, with the built-in target."""
+
+    def __init__(self, hub, repo_id, drafts):
+        if not self.built_in:
+            for state in (OLD, NEW):
+                self.built_in[state] = load_draft(TINY / "draft")
+            with torch.no_grad():
+                self.built_in[NEW].fc.weight.add_(1)
+        super().__init__(hub, repo_id, self.built_in)
+
+    built_in: dict = {}
+
+    def act(self, **options):
+        if options:
+            return super().act(**options)
+        with tempfile.TemporaryDirectory() as folder:
+            words = ["eval", "--target", str(TINY / "target"), "--draft", self.repo_id, "--output-dir", folder]
+            done = CliRunner().invoke(cli.app, [*words, "--limit", "1", "--max-new-tokens", "4"])
+            report = Path(folder) / "report.json"
+            if done.exception is not None:
+                assert not report.exists()
+                raise done.exception
+            commit = json.loads(report.read_text())["ways"][1]["revision"]
+        return OLD if commit == self.first else NEW if commit == self.repository().branches["main"] else commit
 
 
 class Resolve(Way):
@@ -213,6 +243,7 @@ class RefreshBoth(Refresh):
 
 WAYS = {
     "load": Load,
+    "eval": Evaluate,
     "resolve": Resolve,
     "resolve by shape": ResolveByShape,
     "push": Push,
@@ -274,13 +305,16 @@ CODE_LOST = r"(?s)branch main.*main is the old one or the new one, whole. Run th
 # fault, what is done, the requests that the fault strikes, and what comes of it: the state or a message
 TABLE = [
     ("429", "load", WEIGHTS, LOADED),
+    ("429", "eval", WEIGHTS, LOADED),
     ("429", "resolve", CARD, CHOSEN),
     ("429", "push", "preupload", MAIN),
     ("429", "refresh", CODE, READ),
     ("429 once", "load", WEIGHTS, NEW),
+    ("429 once", "eval", WEIGHTS, NEW),
     ("429 once", "push", "PUT", NEW),
     ("429 once", "refresh", WEIGHTS, NEW),
     ("503", "load", WEIGHTS, LOADED),
+    ("503", "eval", "mask_embedding.pt", r"(?s)did not send mask_embedding.pt of .*: .*Run the same again"),
     ("503", "load", CONFIG, OLD),  # as huggingface_hub does: the cache, as of one commit
     ("503", "load", "mask_embedding.pt", r"(?s)did not send mask_embedding.pt of .*: .*Run the same again"),
     ("503", "resolve", CARD, CHOSEN),
@@ -288,6 +322,7 @@ TABLE = [
     ("503", "refresh", "commit/main", CODE_MAIN),
     ("503 once", "push", "preupload", NEW),
     ("500", "load", WEIGHTS, LOADED),
+    ("500", "eval", WEIGHTS, LOADED),
     ("500", "resolve", CARD, CHOSEN),
     ("500", "push", "whoami", ASKED),
     ("500", "push both", "commit/engines", ENGINES),
@@ -301,10 +336,12 @@ TABLE = [
     ("lost", "first push", "branch/engines", ENGINES),
     ("lost", "refresh", "commit/main", CODE_LOST),
     ("cut", "load", WEIGHTS, LOADED),
+    ("cut", "eval", WEIGHTS, LOADED),
     ("cut", "resolve", "GET .*/README.md", CHOSEN),
     ("cut", "push", "GET .*/refs", UNKNOWN),
     ("cut", "refresh", CODE, READ),
     ("short", "load", WEIGHTS, LOADED),
+    ("short", "eval", WEIGHTS, LOADED),
     ("short", "resolve by shape", CONFIG, CONFIGURED),
     ("short", "push", "whoami", ASKED),
     ("short", "refresh", "/refs", READ),
@@ -313,13 +350,16 @@ TABLE = [
     ("long", "push", CARD, CARDLESS),
     ("long", "refresh", WEIGHTS, READ),
     ("flip", "load", WEIGHTS, "arrived damaged.*load again"),
+    ("flip", "eval", WEIGHTS, "arrived damaged.*load again"),
     ("flip", "refresh", WEIGHTS, "arrived damaged"),
     ("trickle", "load", WEIGHTS, NEW),
+    ("trickle", "eval", WEIGHTS, NEW),
     ("trickle", "resolve", CARD, NEW),
     ("trickle", "push", CARD, NEW),
     ("trickle", "refresh", WEIGHTS, NEW),
     ("redirect", "load", CONFIG, OLD),
     ("redirect", "load", WEIGHTS, NEW),
+    ("redirect", "eval", WEIGHTS, NEW),
     ("redirect", "resolve by shape", CONFIG, CONFIGURED),
     ("redirect", "push", "whoami", ASKED),
     ("redirect", "push", "commit/main", MAIN),
