@@ -77,13 +77,31 @@ def layout_of(config: dict[str, Any]) -> str:
     return next((name for name, fits in LAYOUTS.items() if fits(config)), "unknown")
 
 
-def draft_config(config: dict[str, Any]) -> DFlashConfig | None:
-    """Return the config that a config.json is read into; None if it cannot be read."""
+ANCHOR = "sample_from_anchor"
+
+
+def draft_config(
+    config: dict[str, Any], supplied: dict[str, Any] | None = None
+) -> DFlashConfig | None:
+    """Return the config that a config.json is read into, with the `supplied` fields; None if it cannot be read."""
     try:
         variant = variant_of(config)
-        return KINDS[variant].config_class(**read_layout(config, {}, variant))
+        return KINDS[variant].config_class(**read_layout(config, supplied or {}, variant))
     except ValueError:
         return None
+
+
+def readable_config(config: dict[str, Any]) -> tuple[DFlashConfig | None, dict[str, Any]]:
+    """Return the config of a config.json; and the field that was supplied, where the anchor's convention alone lacks.
+
+    Both conventions read such a file, and only a run tells which one the weights were trained for.
+    """
+    found = draft_config(config)
+    if found is not None:
+        return found, {}
+    supplied = {ANCHOR: False}
+    found = draft_config(config, supplied)
+    return found, {} if found is None else supplied
 
 
 def config_remarks(config: dict[str, Any]) -> Iterator[Remark]:

@@ -8,12 +8,12 @@ from typing import Any
 
 from ..kinds import kind_of
 from ..registry import load_draft
-from .configs import config_remarks, draft_config, layout_of
+from .configs import config_remarks, layout_of, readable_config
 from .engines import EngineVerdict, verdicts
 from .pairs import Target, open_target, pair_remarks
 from .remarks import ERROR, Remark, Section, status_of
 from .repositories import own_code, repository_remarks
-from .runs import RunReport, fit_remarks, run_draft
+from .runs import RunReport, anchor_remark, fit_remarks, run_draft
 from .sources import DraftFiles, open_draft
 from .stored import stored_draft
 from .tensors import tensor_remarks
@@ -109,12 +109,13 @@ def check_draft(draft: Any, target: Any = None, options: CheckOptions | None = N
         what = " ".join(str(error).split())
         remark = _CONFIG.error("config-unreadable", what, None, "a config.json", "Correct the file")
         return DraftReport(files.name, files.commit, "unknown", None, (remark,))
-    config = draft_config(raw)
+    config, supplied = readable_config(raw)
     remarks = [*_file_remarks(files, config, options)]
     if config is not None and opened is not None:
         options.report("Comparing with the target")
         remarks += pair_remarks(files, config, opened)
-    run, further = _run(files, config, opened, remarks, options)
+    broken = [one for one in remarks if one.level == ERROR and not _is_supplied(one, supplied)]
+    run, further = _run(files, config, opened, bool(broken), options, supplied)
     kind = None if config is None else kind_of(config).name
     engines = verdicts(stored_draft(files, own_code(files), opened))
     found = (*remarks, *further)
@@ -134,20 +135,32 @@ def _run(
     files: DraftFiles,
     config: Any,
     target: Target | None,
-    remarks: list[Remark],
+    is_broken: bool,
     options: CheckOptions,
+    supplied: dict[str, Any],
 ) -> tuple[RunReport | None, list[Remark]]:
-    """Decode with the target if it is loaded and nothing is broken so far; return the report and its remarks."""
+    """Decode with the target if it is loaded and nothing is broken so far; return the report and its remarks.
+
+    Args:
+        supplied: fields that the config.json lacks.
+    """
     if target is None or target.model is None:
         return None, []
-    if any(remark.level == ERROR for remark in remarks) or target.tokenizer is None:
+    if is_broken or target.tokenizer is None:
         what = "Nothing was decoded, because the draft or the target's tokenizer cannot be used as it is"
         return None, [_RUN.note("not-run", what, None, "a run", "Correct the errors first")]
     found = [*fit_remarks(config, target)]
     if found:
         return None, found
     options.report("Loading the draft")
-    loaded = load_draft(files.name, dtype=target.model.dtype, **files.where)
+    loaded = load_draft(files.name, dtype=target.model.dtype, **files.where, **supplied)
     loaded = loaded.to(target.model.device).eval()
     run = run_draft(loaded, target, options.prompts, options.max_new_tokens, options.report)
+    if supplied:
+        return run, [anchor_remark(run.acceptances)]
     return run, [*run.remarks]
+
+
+def _is_supplied(remark: Remark, supplied: dict[str, Any]) -> bool:
+    """Tell whether a remark says no more than that the supplied field is missing."""
+    return remark.name == "config-invalid" and any(name in remark.finding.what for name in supplied)

@@ -340,6 +340,31 @@ def _exactness_remarks(exact: bool, dtype: str) -> Iterator[Remark]:
         yield _SECTION.note("near-ties", what, False, True, advice)
 
 
+def anchor_remark(found: Sequence[Acceptance]) -> Remark:
+    """Say which convention of the anchor the weights were trained for, where config.json does not.
+
+    Args:
+        found: with `sample_from_anchor` False first, and a variant with it True.
+    """
+    without = found[0]
+    within = next(one for one in found if one.name == "sample_from_anchor true")
+    figures = (
+        f"{within.length:.2f} with sample_from_anchor true and {without.length:.2f} with false"
+    )
+    for better, other, value in ((within, without, True), (without, within, False)):
+        if better.exceeds(other):
+            word = str(value).lower()
+            what = f"Acceptance is {figures}: the weights were trained with {word}"
+            advice = (
+                f'Write "sample_from_anchor": {word} into config.json, or load_draft(..., '
+                f"sample_from_anchor={value})"
+            )
+            return _SECTION.warning("anchor-trained", what, None, value, advice)
+    what = f"Acceptance is {figures}, which does not tell how the weights were trained"
+    advice = "Decode more to tell: more --prompts, or a larger --max-new-tokens"
+    return _SECTION.note("anchor-unknown", what, None, "one that accepts more", advice)
+
+
 def acceptance_remarks(found: Sequence[Acceptance]) -> Iterator[Remark]:
     """Yield that another config accepts more, or that the draft accepts no more than an untrained one.
 

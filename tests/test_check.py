@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tiny
-from dflash_hub import load_draft
+from dflash_hub import DFlashConfig, DSparkConfig, DSparkDraftModel, load_draft
 from dflash_hub.checking import CheckOptions, check_draft, runs, verdicts
 from dflash_hub.checking.configs import config_remarks, draft_config, layout_of
 from dflash_hub.checking.engines import ENGINES
@@ -744,6 +744,34 @@ def test_other_kinds_show_too_whether_their_anchor_predicts(golden):
         found.append(Acceptance("either", tuple(agreed), one.config.num_drafted))
     assert found[1].exceeds(found[0])
     assert not found[0].exceeds(found[1])
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_run_tells_how_the_weights_were_trained_where_the_config_does_not(pair_to_run, tmp_path):
+    """The built-in draft as a DSpark draft without a bias, in the layout whose older files may mean either."""
+    draft, target = pair_to_run
+    fields = {name: getattr(draft.config, name) for name in DFlashConfig.own_fields()}
+    dspark = DSparkDraftModel(DSparkConfig(**fields, markov_rank=0))
+    dspark.load_state_dict(draft.state_dict())
+    dspark.card_metadata = {"base_model": "org/target"}
+    dspark.save_pretrained(tmp_path, layout="speculators")
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["sample_from_anchor"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    report = check_draft(tmp_path, target.model, CheckOptions(prompts=PROMPTS[:2], max_new_tokens=24))
+    found = {remark.name: remark for remark in report.remarks}
+    assert found["config-invalid"].level == "error"  # nothing loads it without the keyword
+    assert "trained with false" in found["anchor-trained"].finding.what
+    assert "sample_from_anchor=False" in found["anchor-trained"].finding.advice
+
+
+@pytest.mark.parametrize(
+    ("without", "within", "name"),
+    [((0, 0, 1) * 6, (2, 1, 3) * 6, "trained with true"), ((1, 0, 1) * 6, (0, 1, 1) * 6, "does not tell")],
+)
+def test_the_convention_of_the_anchor_is_that_which_accepts_more(without, within, name):
+    found = [Acceptance(AS_CONFIGURED, without, 4), Acceptance("sample_from_anchor true", within, 5)]
+    assert name in runs.anchor_remark(found).finding.what
 
 
 def test_the_draft_of_a_sibling_is_found_by_its_run():
