@@ -76,6 +76,12 @@ def evaluate(
     float32_check: Annotated[
         bool, typer.Option(help="Decode in float32 again what differs, if it fits.")
     ] = True,
+    update_card: Annotated[
+        bool,
+        typer.Option(
+            "--update-card", help="Write the figures into the cards of drafts in folders."
+        ),
+    ] = False,
     compare: Annotated[
         tuple[Path, Path] | None,
         typer.Option(help="Compare two reports, files or folders; evaluates nothing."),
@@ -101,7 +107,18 @@ def evaluate(
     encoding = (chat_template, thinking_of(thinking))
     counts = {"max_new_tokens": max_new_tokens, "repeats": repeats, "seed": seed, "limit": limit}
     counts["float32_check"] = float32_check
-    run(choice, conditions, prompts, encoding, output_dir, counts)
+    if update_card:
+        from ..evaluation.card import check_folders
+
+        check_folders(choice.drafts)
+    report = run(choice, conditions, prompts, encoding, output_dir, counts)
+    if update_card:
+        from ..evaluation.card import update_cards
+
+        for path in update_cards(report):
+            console.print(f"Card: {path}", soft_wrap=True, highlight=False)
+    if has_failed(report):
+        raise typer.Exit(1)
 
 
 def run(
@@ -111,8 +128,8 @@ def run(
     template: tuple[bool | None, bool | None],
     output_dir: Path,
     counts: dict[str, Any],
-) -> None:
-    """Load everything, evaluate, and show the results.
+) -> dict[str, Any]:
+    """Load everything, evaluate, and show the results; return the report.
 
     Args:
         grid_values: temperatures, batch sizes and contexts.
@@ -165,8 +182,7 @@ def run(
             )
             raise typer.Exit(130) from None
     show_results(report, evaluation.report.path)
-    if has_failed(report):
-        raise typer.Exit(1)
+    return report
 
 
 def has_failed(report: dict[str, Any]) -> bool:

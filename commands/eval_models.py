@@ -87,8 +87,8 @@ class Loader:
 
         self.choice = choice
         self.device = choice.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.names: dict[str, tuple[str, str | None]] = {}
-        """Name and revision to load, by the name in the report."""
+        self.files: dict[str, tuple[str, dict[str, str]]] = {}
+        """Repository or folder of each draft, with revision and subfolder, by the name in the report."""
 
     def tokenizer(self) -> Any:
         """Load the target's tokenizer."""
@@ -132,27 +132,39 @@ class Loader:
 
     def _draft_names(self, target: Any) -> list[str]:
         """Return the names of the drafts; without any asked for, that of the target's known draft."""
-        if not self.names:
-            for name in self.choice.drafts:
-                self.names[name] = (name, None)
-                if "@" in name and not Path(name).is_dir():
-                    repository, revision = name.rsplit("@", maxsplit=1)
-                    self.names[name] = (repository, revision)
-        if not self.names:
+        for name in () if self.files else self.choice.drafts:
+            repository, revision = name, ""
+            if "@" in name and not Path(name).is_dir():
+                repository, revision = name.rsplit("@", maxsplit=1)
+            self._set_files(name, repository, {"revision": revision})
+        if not self.files:
             from ..registry import explain_resolution
 
             spec, _ = explain_resolution(target.config.architectures, target)
-            self.names[spec.name] = (spec.name, spec.revision)
-        return list(self.names)
+            where = {"revision": spec.revision or "", "subfolder": spec.subfolder}
+            self._set_files(spec.name, spec.name, where)
+        return list(self.files)
+
+    def _set_files(self, name: str, repository: str, where: dict[str, str]) -> None:
+        """Note which files a draft has, at the commit that its revision names now.
+
+        Args:
+            where: revision and subfolder, or "" without one.
+        """
+        from ..compat_dflash import pinned
+        from ..findings_dflash import LOADING, explained
+
+        given = {key: value for key, value in where.items() if value}
+        with explained(f"The draft {name} could not be loaded", LOADING):
+            self.files[name] = (repository, pinned(repository, given))
 
     def _draft(self, name: str, size: int | None, dtype: Any) -> Any:
         from ..registry import load_draft
 
-        repository, revision = self.names[name]
+        repository, where = self.files[name]
         fields = {} if size is None else {"block_size": size}
-        return (
-            load_draft(repository, revision=revision, dtype=dtype, **fields).to(self.device).eval()
-        )
+        draft = load_draft(repository, dtype=dtype, **where, **fields)
+        return draft.to(self.device).eval()
 
     def draftings(self, models: "Models") -> list["Drafting"]:
         """Return what proposes tokens: each draft with each block size, and then the other methods."""
@@ -162,7 +174,8 @@ class Loader:
         for (name, size), draft in models.drafts.items():
             is_varied = len(self.choice.block_sizes) > 1
             kind = draft.config.model_type
-            ours.append(Drafting(DFLASH, name, self.revision(draft), kind, size, is_varied))
+            commit = self.files[name][1].get("revision")
+            ours.append(Drafting(DFLASH, name, commit, kind, size, is_varied))
         found = list(ours)
         for word in self.choice.against:
             if word == "transformers":

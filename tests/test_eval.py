@@ -3,11 +3,13 @@
 import json
 import math
 import os
+import shutil
 import signal
 from contextlib import contextmanager
 
 import pytest
 import torch
+from huggingface_hub import HfApi
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
@@ -16,6 +18,7 @@ from dflash_hub import DecodeStatistics, DFlashDraftModel, cli
 from dflash_hub.commands import eval as command
 from dflash_hub.commands.shared import console
 from dflash_hub.evaluation import divergence, profile, results
+from dflash_hub.evaluation.card import with_section
 from dflash_hub.evaluation.decoding import Job, Models, decode, followed
 from dflash_hub.evaluation.encoding import Encoding, of_length
 from dflash_hub.evaluation.floor import measured_bandwidth
@@ -398,6 +401,7 @@ import test_eval
 from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from dflash_hub import DFlashDraftModel
+from dflash_hub.evaluation.card import with_section
 from dflash_hub.evaluation.decoding import Models
 
 def kill(progress):
@@ -584,6 +588,45 @@ def test_the_command_shows_results_and_goes_on_and_compares(tmp_path, wide, monk
     assert (row[6], row[-1]) == (f"{length:.2f}", "2")
 
 
+def test_the_figures_get_into_the_card_of_a_draft_in_a_folder(tmp_path):
+    shutil.copytree(TINY / "draft", tmp_path / "draft")
+    card = tmp_path / "draft" / "README.md"
+    words = ("eval", "--target", str(TINY / "target"), "--draft", str(tmp_path / "draft"), "--limit", "2")
+    words += ("--max-new-tokens", "8", "--update-card", "--output-dir", str(tmp_path / "report"))
+    card.unlink(missing_ok=True)
+    with pytest.raises(ValueError, match="there is none in"):
+        run(*words)
+    card.write_text("# A draft\n\nMade by me.\n")
+    for _ in range(2):  # the second replaces the first
+        assert run(*words).exit_code == 0
+        text = card.read_text()
+        assert text.startswith("# A draft\n\nMade by me.\n")
+        assert text.count("## Measured") == text.count("| block |") == 1
+    report = read_report(tmp_path / "report")
+    length = report["results"][1]["acceptance_length"]
+    assert f"| {length:.2f} | 2 of 2 |" in text
+    for known in ("hardware", "torch"):
+        assert report["environment"][known] in text
+    with pytest.raises(ValueError, match="but not both"):
+        with_section("<!-- dflash-hub eval: end -->", "")
+
+
+def test_a_draft_of_the_hub_is_recorded_with_its_commit(hub, repo_id, tmp_path):
+    """A text of one token has no cycle, so nothing can be said of acceptance."""
+    HfApi().create_repo(repo_id)
+    commit = HfApi().upload_folder(folder_path=TINY / "draft", repo_id=repo_id).oid
+    words = ("eval", "--target", str(TINY / "target"), "--draft", f"{repo_id}@{commit}", "--limit", "2")
+    done = run(*words, "--max-new-tokens", "1", "--output-dir", str(tmp_path))
+    assert done.exit_code == 0, done.output
+    report = read_report(tmp_path)
+    assert report["ways"][1]["draft"] == f"{repo_id}@{commit}"
+    assert report["ways"][1]["revision"] == commit
+    assert [record["committed"] for record in report["records"]] == [None, []] * 2
+    assert [record["drafted"] for record in report["records"]] == [[False]] * 4
+    assert report["results"][1]["acceptance_length"] is None
+    assert not list(tmp_path.glob("**/speculation_profile.json"))
+
+
 def test_sigterm_leaves_a_partial_report(tmp_path, monkeypatch):
     @contextmanager
     def watching():
@@ -622,6 +665,8 @@ def test_settings_without_meaning_are_refused_by_name(tmp_path, words, message):
 def test_the_command_asks_for_what_is_missing(tmp_path):
     with pytest.raises(ValueError, match="--output-dir is missing"):
         run("eval", "--target", str(TINY / "target"))
+    with pytest.raises(ValueError, match="fits its shape"):  # no draft is known for it
+        run("eval", "--target", str(TINY / "target"), "--output-dir", str(tmp_path))
     (tmp_path / "report.json").write_text("{}")
     with pytest.raises(ValueError, match="is no report of dflash-hub eval"):
         run("eval", "--compare", str(tmp_path), str(tmp_path))
