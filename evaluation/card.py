@@ -92,8 +92,8 @@ def row(way: dict[str, Any], result: dict[str, Any]) -> str:
         str(way["context"] or "of the prompts"),
         shown_speedup(result["speedup"]).replace(" times as fast", ""),
         "-" if length is None else f"{length:.2f}",
-        f"{result['identical']} of {compared}" if compared else "sampled",
     ]
+    cells.append(f"{result['identical']} of {compared}" if compared else "sampled")
     return f"| {' | '.join(cells)} |"
 
 

@@ -60,7 +60,7 @@ class Settings:
         seed: of the noise, where text is sampled.
         limit: how many of the prompts were taken; None for all.
         repeats: how often each prompt is decoded in each way.
-        warm_up: short decodes in each way before the first that counts.
+        warm_up: decodes in each way before the first that counts; short, unless blocks are compiled.
         float32_check: whether texts that differ are decoded again in float32.
         command: the command line.
     """
@@ -187,7 +187,7 @@ class Evaluation:
                     continue
                 if condition not in warm:
                     watch(Progress(len(self.report.records), self.total, "warming up"))
-                    self._warm_up(batch, indices)
+                    self._warm_up(condition, indices)
                     warm.add(condition)
                 self.report.add(self._decode_in_turn(batch, indices, watch))
                 content = self.report.write_in_time()
@@ -327,18 +327,33 @@ class Evaluation:
             self.lengthened[context] = of_length(self.rows, context, self.first_token)
         return self.lengthened[context]
 
-    def _warm_up(self, batch: Batch, indices: Sequence[int]) -> None:
-        """Decode a short text in every way, so that one-time costs do not count. What fails, fails later by name."""
+    def _warm_up(self, condition: Condition, indices: Sequence[int]) -> None:
+        """Decode in every way, so that one-time costs do not count. What fails, fails later by name."""
         for index in indices:
-            way = self.ways[index]
-            for _ in range(self.settings.warm_up):
+            for batch in self._warm_up_batches(condition):
 
-                def run(way: Way = way) -> list[Record]:
+                def run(way: Way = self.ways[index], batch: Batch = batch) -> list[Record]:
                     job = self._job(batch)
+                    if self.settings.capture == "compile":
+                        return decode(self.models, way, job)
                     short = min(job.max_new_tokens, 4 * (way.drafting.block_size or 8))
                     return decode(self.models, way, Job(job.rows, short))
 
                 attempted(run, 1)
+
+    def _warm_up_batches(self, condition: Condition) -> list[Batch]:
+        """Return the batches to warm up with: the first; or those with the shortest, the longest and other prompts.
+
+        Code is compiled anew for the second length that it meets, so that more than one is needed.
+        """
+        batches = [batch for batch in self._batches(condition) if batch.repeat == 0]
+        wanted = self.settings.warm_up
+        if wanted < 2:
+            return batches[:wanted]
+        rows = self._rows_of(condition.context)
+        batches.sort(key=lambda batch: max(len(rows[member]) for member in batch.members))
+        last = len(batches) - 1
+        return [batches[round(turn * last / (wanted - 1))] for turn in range(wanted)]
 
     def _is_done(self, batch: Batch, indices: Sequence[int]) -> bool:
         done = self.report.done()

@@ -203,6 +203,19 @@ def test_a_report_that_is_slow_to_write_is_written_less_often(models, tmp_path):
     assert report.write_in_time()["complete"] is False
 
 
+def test_compiled_ways_are_warmed_up_with_prompts_of_several_lengths(models, tmp_path, monkeypatch):
+    """Whole texts, since code is compiled anew for the second length; a short one suffices otherwise."""
+    jobs = []
+    monkeypatch.setattr("dflash_hub.evaluation.run.decode", lambda models, way, job: jobs.append(job) or [])
+    prompts = prompt_set(0, 1, 2, 3, 4)
+    lengths = sorted(len(models.tokenizer(prompt.text).input_ids) for prompt in prompts.prompts)
+    for capture, count in (("compile", 3), ("auto", 1)):
+        run = evaluation(models, tmp_path, prompts, max_new_tokens=64, capture=capture, warm_up=count)
+        run._warm_up(Condition(), [1])
+    assert [len(job.rows[0]) for job in jobs[:3]] == [lengths[0], lengths[2], lengths[4]]
+    assert [job.max_new_tokens for job in jobs] == [64, 64, 64, 32]
+
+
 def test_a_report_is_replaced_whole_or_not_at_all(models, tmp_path, monkeypatch):
     report = evaluation(models, tmp_path).report
     report.write(complete=False)
