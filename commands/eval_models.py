@@ -146,24 +146,24 @@ class Loader:
         return list(self.files)
 
     def _set_files(self, name: str, repository: str, where: dict[str, str]) -> None:
-        """Note which files a draft has, at the commit that its revision names now.
+        """Note which files a draft has.
 
         Args:
             where: revision and subfolder, or "" without one.
         """
-        from ..compat_dflash import pinned
-        from ..findings_dflash import LOADING, explained
-
         given = {key: value for key, value in where.items() if value}
-        with explained(f"The draft {name} could not be loaded", LOADING):
-            self.files[name] = (repository, pinned(repository, given))
+        self.files[name] = (repository, given)
 
     def _draft(self, name: str, size: int | None, dtype: Any) -> Any:
+        """Load a draft; from then on, all of its loads are of the same commit."""
         from ..registry import load_draft
 
         repository, where = self.files[name]
         fields = {} if size is None else {"block_size": size}
         draft = load_draft(repository, dtype=dtype, **where, **fields)
+        commit = self.revision(draft)
+        if commit is not None:
+            self.files[name] = (repository, where | {"revision": commit})
         return draft.to(self.device).eval()
 
     def draftings(self, models: "Models") -> list["Drafting"]:
@@ -174,8 +174,7 @@ class Loader:
         for (name, size), draft in models.drafts.items():
             is_varied = len(self.choice.block_sizes) > 1
             kind = draft.config.model_type
-            commit = self.files[name][1].get("revision")
-            ours.append(Drafting(DFLASH, name, commit, kind, size, is_varied))
+            ours.append(Drafting(DFLASH, name, self.revision(draft), kind, size, is_varied))
         found = list(ours)
         for word in self.choice.against:
             if word == "transformers":
