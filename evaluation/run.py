@@ -8,8 +8,6 @@ import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from .decoding import Job, Models, Record, attempted, decode
 from .divergence import NOT_CHECKED, check_in_float32, divergence, parting
 from .encoding import Encoding, of_length
 from .floor import bytes_of_draft, bytes_of_plain_step, has_floor, measured_bandwidth
+from .html import write_html
 from .profile import write_profiles
 from .prompts import PromptSet
 from .report import FORMAT, VERSION, Report
@@ -433,10 +432,3 @@ def hardware(device: torch.device) -> str:
                 name = line.partition(":")[2].strip()
                 break
     return f"{name}, {os.cpu_count()} cores"
-
-
-def write_html(report: dict[str, Any], path: Path) -> None:
-    """Write the report as a page, if this version has the module for it."""
-    module = f"{__package__}.html"
-    if find_spec(module) is not None:
-        import_module(module).write_html(report, path)

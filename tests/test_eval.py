@@ -403,6 +403,7 @@ def test_an_evaluation_that_was_interrupted_leaves_a_valid_report(models, tmp_pa
         run.run(interrupt)
     report = read_report(tmp_path)
     assert not report["complete"]
+    assert (tmp_path / "report.html").stat().st_size > 1000
     assert [record["prompt"] for record in report["records"]] == ["p0", "p0"]
     assert report["results"][1]["acceptance_length"] >= 1
 
