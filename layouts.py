@@ -559,17 +559,16 @@ class _LayoutReader:
         hint = (
             ""
             if drafted is None
-            else f", and speculative_tokens is {drafted} of a block_size of {self.get('block_size')}"
+            else f". It names {drafted} speculative_tokens for a block_size of {self.get('block_size')}"
         )
         what = (
-            "The draft's config.json does not say sample_from_anchor, which older files lack for False and other "
-            f"programs' for True{hint}"
+            "The draft's config.json does not say sample_from_anchor; files without it were trained either way"
+            f"{hint}"
         )
         advice = (
-            "Supply it: from_pretrained(..., sample_from_anchor=False) if position k of a block predicts the token at "
-            "anchor + k, so that block_size - 1 are drafted, as in speculators before July 2026; "
-            "sample_from_anchor=True if it predicts the token after that, so that block_size are drafted. The wrong "
-            "one decodes the same text, but hardly any draft is accepted"
+            "Supply it: load_draft(..., sample_from_anchor=False) if a block drafts block_size - 1 tokens, as in "
+            "speculators before July 2026; sample_from_anchor=True if it drafts block_size. The wrong one decodes the "
+            "same text, but hardly any draft is accepted; dflash-hub check DRAFT --target TARGET tells by a run"
         )
         yield Finding(what, None, "True or False", advice)
 

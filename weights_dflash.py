@@ -32,7 +32,7 @@ RENAMED |= {r"^logit_head\.": "", "^confidence_proj": "confidence_head.proj"}
 for _part in ("markov_w1", "markov_w2", "gate_proj", "joint_proj"):
     RENAMED[f"^{_part}"] = f"markov_head.{_part}"
 """Patterns of the names of tensors -> what replaces them."""
-_OWN_PARTS = {
+OWN_PARTS = {
     "embed_tokens.weight": "has_own_embed_tokens",
     "lm_head.weight": "has_own_lm_head",
     "mask_embedding": "has_own_mask_embedding",
@@ -107,7 +107,7 @@ def with_own_parts(config: Any, stored: dict[str, Header]) -> Any:
     """Return the config with the fields for the embedding and the head that are among the `stored` tensors."""
     config = copy.deepcopy(config)
     for key, (_, shape) in stored.items():
-        field = _OWN_PARTS.get(key.removeprefix("model."))
+        field = OWN_PARTS.get(key.removeprefix("model."))
         if field is not None:
             setattr(config, field, True)
             if config.vocab_size is None and len(shape) == 2:

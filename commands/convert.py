@@ -3,6 +3,7 @@
 """`dflash-hub convert`: write a draft in another layout."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,6 +26,12 @@ def convert(
     base_model: Annotated[
         str | None, typer.Option(help="Hub id of the target, which speculators names.")
     ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help="Hub id or folder of the target: says what config.json lacks; copies of its parts are left out."
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be written, write nothing.")
     ] = False,
@@ -32,13 +39,17 @@ def convert(
     """Write a draft in another layout, with every tensor bit-equal; weights are copied and never held in memory."""
     from transformers.utils import logging
 
-    from ..publishing.convert import convert, plan_conversion
+    from ..publishing.convert import ConvertOptions, convert, plan_conversion
 
     logging.disable_progress_bar()
-    if dry_run:
-        done = plan_conversion(source, layout, revision, base_model)
-    else:
-        done = convert(source, destination, layout, revision, base_model)
+    options = ConvertOptions(revision, base_model, target)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # they are printed below
+        done = (
+            plan_conversion(source, layout, options)
+            if dry_run
+            else convert(source, destination, layout, options)
+        )
     _show(done)
     if dry_run and done.config is not None:
         console.print_json(json.dumps(done.config))

@@ -82,6 +82,10 @@ def evaluate(
             "--update-card", help="Write the figures into the cards of drafts in folders."
         ),
     ] = False,
+    pngs: Annotated[
+        bool,
+        typer.Option("--pngs", help="Draw the charts as PNG files too (needs dflash-hub[plots])."),
+    ] = False,
     compare: Annotated[
         tuple[Path, Path] | None,
         typer.Option(help="Compare two reports, files or folders; evaluates nothing."),
@@ -112,6 +116,11 @@ def evaluate(
 
         check_folders(choice.drafts)
     report = run(choice, conditions, prompts, encoding, output_dir, counts)
+    if pngs:
+        from ..evaluation.pngs import write_pngs
+
+        for path in write_pngs(report, output_dir / "charts"):
+            console.print(f"Chart: {path}", soft_wrap=True, highlight=False)
     if update_card:
         from ..evaluation.card import update_cards
 

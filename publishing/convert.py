@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from transformers import AutoConfig
 
 from ..compat_dflash import find_file, pinned
 from ..configuration_dflash import LAYOUTS, DFlashConfig, check_layout
@@ -23,15 +24,17 @@ from ..findings_dflash import LOADING, check_path, explained, raise_first
 from ..kinds import KINDS, MUSE, kind_of
 from ..layouts import variant_of
 from ..layouts_dflash import engines_layout, engines_remarks, model_type_of
+from ..layouts_speculators import target_named
 from ..modeling_dflash import DFlashDraftModel
 from ..registry import check_folder
 from ..repository_dflash import check_repo_id
-from ..weights_dflash import RENAMED, check_stored, stored_files
+from ..weights_dflash import OWN_PARTS, RENAMED, check_stored, stored_files
 from .layouts import OTHER_LAYOUTS, base_model_of, layout_findings
 from .layouts import renamed as renamed_for
 from .pickles import pickles_in, without_pickles
 
 ALL_LAYOUTS = (*LAYOUTS, *OTHER_LAYOUTS)
+_PARTS = ("embed_tokens.weight", "lm_head.weight")
 PICKLES = ("pytorch_model.bin", "mask_embedding.pt")
 """Names of the pickles that a draft on the Hub may need."""
 
@@ -79,8 +82,24 @@ class Conversion:
     remarks: list[str]
 
 
+@dataclass(frozen=True)
+class ConvertOptions:
+    """Hold the options of a conversion.
+
+    Args:
+        revision: of a Hub repository.
+        base_model: Hub id of the target, for the card and for layouts that name it.
+        target: Hub id or folder of the target. It supplies what the draft's config.json does not say of it. An
+            embedding and a head that equal the target's are left out.
+    """
+
+    revision: str | None = None
+    base_model: str | None = None
+    target: str | None = None
+
+
 @contextmanager
-def opened(source: Any, revision: str | None = None) -> Iterator[StoredDraft]:
+def opened(source: Any, options: ConvertOptions) -> Iterator[StoredDraft]:
     """Read the config of a draft, and map its weights into memory inside the context.
 
     Pickles of weights, or of a mask embedding, are copied as safetensors first. No code in them runs.
@@ -94,13 +113,17 @@ def opened(source: Any, revision: str | None = None) -> Iterator[StoredDraft]:
     """
     check_path("source", source)
     check_folder(source)
-    where = pinned(source, {"revision": revision}, False)
+    if options.revision is not None and Path(source).is_dir():
+        raise ValueError(
+            f"revision is {options.revision!r}, but {source} is a folder, which has none; leave it out."
+        )
+    where = pinned(source, {"revision": options.revision}, False)
     with TemporaryDirectory() as staged:
         with explained(f"{source} could not be read", LOADING):
             pickled = _folder_with_pickles(source, where)
             if pickled is not None:
                 source, where = without_pickles(pickled, Path(staged)), {}
-            stored = _open(source, where)
+            stored = _open(source, where, options.target)
         yield stored
 
 
@@ -123,7 +146,7 @@ def _folder_with_pickles(source: Any, where: dict[str, Any]) -> Path | None:
     return folder if pickles_in(folder) else None
 
 
-def _open(source: Any, where: dict[str, Any]) -> StoredDraft:
+def _open(source: Any, where: dict[str, Any], target: str | None) -> StoredDraft:
     """Return the draft of a folder or repository without pickles."""
     content, _ = DFlashConfig.get_config_dict(source, **where)
     model_class: Any = KINDS[variant_of(content)].model_class
@@ -134,19 +157,27 @@ def _open(source: Any, where: dict[str, Any]) -> StoredDraft:
         raise OSError(f"{source} has no weights in safetensors, model.safetensors or shards of it.")
     tensors: dict[str, torch.Tensor] = {}
     stored_names, left_out = {}, []
+    found: dict[str, torch.Tensor] = {}
+    for path in files:
+        found |= load_file(path)
+    if target is not None:
+        complete(config, target)
+        left_out = drop_copies(config, found, target)
     with torch.device("meta"):
         model = model_class(config)
     expected = model.state_dict().keys()
     quantised = getattr(config, "quantization_config", None) is not None
-    for path in files:
-        for stored, tensor in load_file(path).items():
-            name = _own_name(stored)
+    for stored, tensor in found.items():
+        name = _own_name(stored)
+        if stored not in left_out:
             if name in expected or quantised:
                 tensors[name], stored_names[name] = tensor, stored
             else:
                 left_out.append(stored)
     model.to(_dtype(tensors))
     model.card_source = (source, where)
+    if (named := target_named(content)) is not None:
+        model.card_known = {"base_model": named}
     return StoredDraft(model, tensors, layout_of(content), stored_names, left_out)
 
 
@@ -154,8 +185,7 @@ def convert(
     source: Any,
     destination: Any,
     layout: str = "hub",
-    revision: str | None = None,
-    base_model: str | None = None,
+    options: ConvertOptions | None = None,
 ) -> Conversion:
     """Write the draft `source` into the folder `destination`, in another layout, with every tensor bit-equal.
 
@@ -163,8 +193,6 @@ def convert(
 
     Args:
         layout: one of `ALL_LAYOUTS`.
-        revision: of a Hub repository.
-        base_model: Hub id of the target, for the card and for layouts that name it.
 
     Raises:
         ValueError: the draft is invalid, or the layout cannot say one of its fields; names it.
@@ -172,26 +200,79 @@ def convert(
     """
     check_path("destination", destination)
     check_layout(layout, ALL_LAYOUTS)
-    with opened(source, revision) as stored:
-        conversion = _plan(stored, layout, base_model)
+    options = options or ConvertOptions()
+    with opened(source, options) as stored:
+        conversion = _plan(stored, layout, options)
         stored.model.save_pretrained(destination, layout=layout, state_dict=dict(stored.tensors))
     return conversion
 
 
 def plan_conversion(
-    source: Any,
-    layout: str = "hub",
-    revision: str | None = None,
-    base_model: str | None = None,
+    source: Any, layout: str = "hub", options: ConvertOptions | None = None
 ) -> Conversion:
     """Return what `convert` would do, and write nothing. It raises what `convert` raises before it writes."""
     check_layout(layout, ALL_LAYOUTS)
-    with opened(source, revision) as stored:
-        return _plan(stored, layout, base_model)
+    options = options or ConvertOptions()
+    with opened(source, options) as stored:
+        return _plan(stored, layout, options)
 
 
-def _plan(stored: StoredDraft, layout: str, base_model: str | None) -> Conversion:
+def complete(config: DFlashConfig, target: str) -> None:
+    """Set the fields of a draft's config that only its target tells, where they are None.
+
+    Raises:
+        ValueError: the draft does not fit the target.
+    """
+    check_folder(target)
+    with explained(f"The config of the target {target} could not be read", LOADING):
+        text = AutoConfig.from_pretrained(target).get_text_config(decoder=True)
+    if config.num_target_layers is None:
+        config.num_target_layers = text.num_hidden_layers
+    if config.vocab_size is None:
+        config.vocab_size = text.vocab_size
+    size = text.vocab_size
+    config.check_fits(text.hidden_size, text.num_hidden_layers, size, size)
+
+
+def drop_copies(config: Any, tensors: dict[str, torch.Tensor], target: str) -> list[str]:
+    """Turn off the parts of a draft that are its target's, and return the names of their tensors."""
+    dropped = []
+    for stored, tensor in tensors.items():
+        field = OWN_PARTS.get(_own_name(stored))
+        if field is None or config.draft_vocab_size is not None:
+            continue
+        theirs = _target_tensor(target, _own_name(stored))
+        if theirs is not None and theirs.shape == tensor.shape and torch.equal(theirs, tensor):
+            setattr(config, field, False)
+            dropped.append(stored)
+    return dropped
+
+
+def _target_tensor(target: str, name: str) -> torch.Tensor | None:
+    """Return the embedding or head of a target, mapped into memory; of tied ones the embedding. None if not found."""
+    where = pinned(target, {}, False)
+    index = find_file(target, "model.safetensors.index.json", **where)
+    files = ["model.safetensors"]
+    names = {}
+    if index is not None:
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = sorted({shard for key, shard in names.items() if key.endswith(_PARTS)})
+    found: dict[str, torch.Tensor] = {}
+    for file in files:
+        path = find_file(target, file, **where)
+        if path is not None:
+            for key, tensor in load_file(path).items():
+                if key.endswith(_PARTS):
+                    found[key.rpartition(".")[0].rpartition(".")[2]] = tensor
+    part = name.partition(".")[0]
+    return found.get(part, found.get("embed_tokens"))
+
+
+def _plan(stored: StoredDraft, layout: str, options: ConvertOptions) -> Conversion:
     """Check that the layout can hold the draft, and return what would change."""
+    base_model = options.base_model
+    if base_model is None and options.target is not None and not Path(options.target).exists():
+        base_model = options.target
     if base_model is not None:
         check_repo_id(base_model)
         stored.model.card_metadata = {"base_model": base_model}
@@ -203,6 +284,11 @@ def _plan(stored: StoredDraft, layout: str, base_model: str | None) -> Conversio
         raise_first(layout_findings(config, layout))
         content, patterns = rules.config(config, base_model_of(stored.model)), rules.renamed
         remarks = rules.remarks(config)
+    elif layout == "engines" and None in (config.num_target_layers, config.vocab_size):
+        raise ValueError(
+            "The engines layout needs num_target_layers and vocab_size, and this draft's config.json does not say "
+            "both: pass target=, a Hub id or folder, which tells them."
+        )
     elif layout == "engines":
         content, remarks = engines_layout(config), engines_remarks(config)
     names = renamed_for(dict(stored.stored_names), patterns)

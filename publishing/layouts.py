@@ -103,10 +103,15 @@ def layout_findings(config: Any, layout: str) -> Iterator[Finding]:
     """Yield what of a draft's config a layout of `OTHER_LAYOUTS` cannot say."""
     rules = OTHER_LAYOUTS[layout]
     if config.model_type not in rules.kinds:
-        yield _unsayable(layout, "model_type", config.model_type, f"one of {rules.kinds}")
+        yield _unsayable(
+            layout, "model_type", config.model_type, f"one of {', '.join(rules.kinds)}"
+        )
         return
     if getattr(config, "quantization_config", None) is not None:
-        yield _unsayable(layout, "quantization_config", "a dict", "None")
+        found = config.quantization_config
+        yield _unsayable(
+            layout, "quantization_config", found, "None: no reader of it loads quantised drafts"
+        )
     if config.has_own_mask_embedding:
         yield _unsayable(layout, "has_own_mask_embedding", True, "False")
     if config.vocab_size is None:
@@ -246,10 +251,10 @@ def _speculators_findings(config: Any) -> Iterator[Finding]:
         value = config.final_logit_softcapping
         yield _unsayable("speculators", "final_logit_softcapping", value, "None")
     if config.has_own_embed_tokens:
-        right = "False, since speculators takes the target's"
+        right = "False, since speculators takes the target's; --target leaves out a copy of it"
         yield _unsayable("speculators", "has_own_embed_tokens", True, right)
     if config.has_own_lm_head and config.draft_vocab_size is None:
-        right = "False, since speculators takes the target's"
+        right = "False, since speculators takes the target's; --target leaves out a copy of it"
         yield _unsayable("speculators", "has_own_lm_head", True, right)
 
 

@@ -4,6 +4,7 @@ import functools
 import json
 import signal
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from dflash_hub import DFlashConfig, DFlashDraftModel, load_draft
 from dflash_hub.configuration_dflash import EXTENSIONS, LAYOUTS
 from dflash_hub.kinds import KINDS
 from dflash_hub.layouts import read_layout, variant_of
-from dflash_hub.publishing.convert import ALL_LAYOUTS, convert, plan_conversion
+from dflash_hub.publishing.convert import ALL_LAYOUTS, ConvertOptions, convert, plan_conversion
 from dflash_hub.publishing.layouts import OTHER_LAYOUTS, layout_findings
 from paths import DATA, ROOT, TINY
 
@@ -160,7 +161,7 @@ def test_speculators_asks_for_a_target_that_no_card_names(target, tmp_path):
     tiny.draft(target).save_pretrained(tmp_path / "draft")
     with pytest.raises(ValueError, match="--base-model"):
         convert(tmp_path / "draft", tmp_path / "out", "speculators")
-    convert(tmp_path / "draft", tmp_path / "out", "speculators", base_model=TARGET)
+    convert(tmp_path / "draft", tmp_path / "out", "speculators", ConvertOptions(base_model=TARGET))
 
 
 @pytest.mark.parametrize("path", sorted((DATA / "published_configs").glob("*.json")), ids=lambda path: path.stem)
@@ -193,6 +194,31 @@ def test_pickles_become_safetensors(on_hub, saved, tmp_path, hub, repo_id):
     draft = load_draft(tmp_path / "out")
     assert torch.equal(draft.mask_embedding, mask)
     assert same_tensors(tensors | {"mask_embedding": mask}, draft.state_dict())
+
+
+def test_the_target_says_what_the_config_lacks_and_copies_of_its_parts_are_left_out(tmp_path):
+    """The golden draft of deepseek-ai's code ships its target's embedding and head."""
+    golden = DATA / "golden" / "dspark-a"
+    with pytest.raises(ValueError, match=r"has_own_embed_tokens is True.*--target"):
+        convert(golden / "draft", tmp_path / "no", "speculators", ConvertOptions(base_model=TARGET))
+    options = ConvertOptions(base_model=TARGET, target=str(golden / "target"))
+    done = convert(golden / "draft", tmp_path / "spec", "speculators", options)
+    assert sorted(done.left_out) == ["embed_tokens.weight", "lm_head.weight"]
+    content = json.loads((tmp_path / "spec" / "config.json").read_text())
+    del content["num_target_layers"]
+    (tmp_path / "spec" / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"num_target_layers.*pass target="):
+        convert(tmp_path / "spec", tmp_path / "no", "engines")
+    convert(tmp_path / "spec", tmp_path / "engines", "engines", replace(options, base_model=None))
+    again = load_draft(tmp_path / "engines")
+    assert again.config.num_target_layers == 8
+    assert f"base_model: {TARGET}" in (tmp_path / "engines" / "README.md").read_text()
+    assert not again.config.has_own_lm_head
+
+
+def test_a_revision_of_a_folder_is_refused(saved, tmp_path):
+    with pytest.raises(ValueError, match="is a folder, which has none"):
+        convert(saved("dflash"), tmp_path / "out", "hub", ConvertOptions(revision="main"))
 
 
 def test_a_dry_run_tells_what_would_change_and_writes_nothing(saved, tmp_path):
