@@ -194,6 +194,8 @@ def test_the_kind_decides_method_and_number_of_tokens(golden, method, drafted):
     (line,) = serve_with("vllm", draft, "org/target").lines
     settings = json.loads(shlex.split(line)[-1])
     assert (settings["method"], settings["num_speculative_tokens"]) == (method, drafted)
+    server = serve_with("llama.cpp", draft, "org/target").lines[-1]
+    assert f"--spec-type draft-{method} --spec-draft-n-max {drafted}" in server
 
 
 def test_arguments_that_mean_nothing_are_refused(engines_folder):
