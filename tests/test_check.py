@@ -791,3 +791,12 @@ def test_nothing_runs_while_the_draft_is_broken(folder, pair_to_run):
     assert report.run is None
     assert names(report)["not-run"] == "note"
     assert names(report)["misfit"] == "error"
+
+
+def test_a_decode_that_fails_leaves_the_report(folder):
+    target = tiny.target("qwen3")
+    target.config._name_or_path = str(TINY / "target")  # whose tokens this one has no rows for
+    report = check_draft(folder, target, CheckOptions(prompts=["Hello"], max_new_tokens=4))
+    remark = report.remarks[-1]
+    assert (remark.section, remark.name, remark.level) == ("run", "not-decoded", "error")
+    assert report.engines
