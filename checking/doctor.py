@@ -13,7 +13,7 @@ from .engines import EngineVerdict, verdicts
 from .pairs import Target, open_target, pair_remarks
 from .remarks import ERROR, Remark, Section, status_of
 from .repositories import own_code, repository_remarks
-from .runs import RunReport, anchor_remark, fit_remarks, run_draft
+from .runs import RunReport, after_warnings, anchor_remark, fit_remarks, run_draft
 from .sources import DraftFiles, open_draft
 from .stored import stored_draft
 from .tensors import tensor_remarks
@@ -118,6 +118,8 @@ def check_draft(draft: Any, target: Any = None, options: CheckOptions | None = N
         remarks += pair_remarks(files, config, opened)
     broken = [one for one in remarks if one.level == ERROR and not _is_supplied(one, supplied)]
     run, further = _run(files, config, opened, bool(broken), options, supplied)
+    if status_of(one for one in remarks if one.section in ("config", "pair")):
+        further = [after_warnings(one) for one in further]
     kind = None if config is None else kind_of(config).name
     engines = verdicts(stored_draft(files, own_code(files), opened))
     found = (*remarks, *further)

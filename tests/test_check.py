@@ -800,3 +800,15 @@ def test_a_decode_that_fails_leaves_the_report(folder):
     remark = report.remarks[-1]
     assert (remark.section, remark.name, remark.level) == ("run", "not-decoded", "error")
     assert report.engines
+
+
+@pytest.mark.parametrize(("fields", "level"), [({}, "warning"), ({"mask_token_id": 40}, "note")])
+def test_what_a_run_shows_is_a_note_where_a_warning_may_explain_it(fields, level, pair_to_run, tmp_path):
+    draft, target = pair_to_run
+    with_fields(draft, {"is_causal": True} | fields).save_pretrained(tmp_path)
+    report = check_draft(tmp_path, target.model, CheckOptions(prompts=PROMPTS, max_new_tokens=NEW))
+    remark = next(one for one in report.remarks if one.name == "better-otherwise")
+    assert remark.level == level
+    assert ("shows how they were trained" in remark.finding.what) == (level == "warning")
+    assert ("correct those first" in remark.finding.advice) == (level == "note")
+    assert report.status == 1
