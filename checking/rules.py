@@ -346,6 +346,23 @@ def flat_dspark(draft: StoredDraft) -> Finding | None:
     return Finding(what, flat, "markov_head.*, confidence_head.*", "Rename the tensors")
 
 
+def domino_prefix(draft: StoredDraft) -> Finding | None:
+    """Find a Domino draft with another prefix without corrections than the one that an engine computes with."""
+    length = draft.either("pure_draft_prefix_len")
+    if draft.head != "domino" or length in (None, 1):
+        return None
+    what = (
+        f"pure_draft_prefix_len is {shown(length)}, and 1 is computed with: other tokens are proposed, of which fewer "
+        "are accepted"
+    )
+    return Finding(what, length, 1, "Decode it with dflash-hub")
+
+
+def own_vocabulary_but_dspark(draft: StoredDraft) -> Finding | None:
+    """Find a trained embedding or head, but not of DSpark drafts, whose files ship copies of the target's."""
+    return None if draft.head == "dspark" else own_vocabulary(draft)
+
+
 def other_width(draft: StoredDraft) -> Finding | None:
     """Find a width that is not the target's."""
     ours, theirs = draft.top("hidden_size"), draft.target_hidden_size

@@ -479,6 +479,15 @@ ENGINE_CASES = [
     ({}, ("layers.0.mlp.up_proj.weight_scale",), "vllm", "tensors"),
     ({"markov_rank": 4, "markov_head_type": "gated"}, (), "llama.cpp", "markov-head"),
     ({"dflash_config__gru_hidden_dim": 4}, (), "tensorrt-llm", "!heads"),
+    ({"dflash_config__gru_hidden_dim": 4, "dflash_config__pure_draft_prefix_len": 1}, (), "sglang", ""),
+    (
+        {"dflash_config__gru_hidden_dim": 4, "dflash_config__pure_draft_prefix_len": 0},
+        (),
+        "sglang",
+        "!domino-prefix",
+    ),
+    ({"markov_rank": 4, "has_own_lm_head": True}, ("lm_head.weight",), "sglang", ""),
+    ({"has_own_lm_head": True}, ("lm_head.weight",), "sglang", "!own-vocabulary"),
     ({"speculators_config": {}}, (), "vllm", "speculators-type speculators-fields"),
     (
         {"speculators_model_type": "dflash", "sample_from_anchor": True, "aux_hidden_state_layer_ids": [1]},

@@ -209,6 +209,17 @@ def test_an_engine_that_would_be_wrong_exits_with_1_too(engines_folder):
     assert "--speculative-algorithm DFLASH" in done.stdout
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("length", [0, 1, 2])
+def test_a_domino_draft_of_another_prefix_is_wrong_in_sglang_as_its_remarks_say(length, tmp_path):
+    draft = tiny.draft(tiny.target("qwen3"), **tiny.DOMINO | {"pure_draft_prefix_len": length})
+    draft.save_pretrained(tmp_path, layout="engines")
+    done = run("serve-with", "sglang", tmp_path, "--target", "org/target")
+    remarked = any("pure_draft_prefix_len" in remark for remark in draft.config.engines_remarks)
+    assert (done.exit_code == 1) == remarked == (length != 1)
+    assert ("pure_draft_prefix_len" in done.stderr) == remarked
+
+
 @pytest.mark.parametrize(
     ("golden", "method", "drafted"), [("dspark-a", "dspark", 7), ("speculators-reduced", "dflash", 7)]
 )
