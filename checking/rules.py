@@ -21,6 +21,7 @@ ENGINES_LAYOUT = (
     "Write it in the layout for engines: dflash-hub convert DRAFT FOLDER --layout engines; or push it, which writes it "
     "to the branch engines too"
 )
+IN_FLOATS = "Store the draft in bfloat16"
 NOT_HERE = "Serve it with another engine"
 WINDOW = f"Write layer_types as {SLIDING!r}, sliding_window, use_sliding_window: true and dflash_config.use_swa: true"
 
@@ -195,6 +196,28 @@ def strict(*heads: str, shipped: tuple[str, ...] = ()) -> Check:
         return Finding(
             what, sorted(unknown), parts, "Leave them out if the draft does not need them"
         )
+
+    return check
+
+
+def quantised(draft: StoredDraft) -> Finding | None:
+    """Find tensors of quantised layers, for a loader that knows those of floats alone."""
+    if not draft.quantised_tensors:
+        return None
+    what = f"Quantised tensors, which this reader does not know, are an error: {listed(draft.quantised_tensors)}"
+    return Finding(what, draft.quantised_tensors, "floats", IN_FLOATS)
+
+
+def unknown_quantisation(*methods: str) -> Check:
+    """Find a quant_method that is none of these."""
+
+    def check(draft: StoredDraft) -> Finding | None:
+        config = draft.top("quantization_config")
+        method = config.get("quant_method") if isinstance(config, dict) else None
+        if method is None or method in methods:
+            return None
+        what = f"quantization_config has the quant_method {shown(method)}, which is not converted"
+        return Finding(what, method, methods, IN_FLOATS)
 
     return check
 

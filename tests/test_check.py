@@ -271,6 +271,14 @@ def removed(*files: str):
 
 
 Q, FC = "layers.0.self_attn.q_proj.weight", "fc.weight"
+
+
+def quantised(folder):
+    config(quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})(folder)
+    eight = torch.float8_e4m3fn
+    tensors(lambda old: old | {Q: old[Q].to(eight), f"{Q}_scale_inv": torch.ones(1, 1)})(folder)
+
+
 NO_ROPE = dict.fromkeys(("rope_theta", "rope_scaling", "rope_parameters"))
 MISTAKES = {
     "a tensor with NaN": (filled(Q, float("nan")), "tensor-nan", 2),
@@ -287,6 +295,7 @@ MISTAKES = {
         "quantization-copied",
         1,
     ),
+    "a draft that is quantised": (quantised, "quantised", 0),
     "float16": (tensors(lambda old: {key: one.half() for key, one in old.items()}), "tensor-float16", 1),
     "the prefix model.": (
         tensors(lambda old: {f"model.{key}": one for key, one in old.items()}),
@@ -347,6 +356,13 @@ def test_a_mistake_in_the_files_is_found(mistake, folder):
     assert STATUS[found[name]] == status or name == "anchor-unsaid"  # in a layout that is broken for other reasons
     remark = next(one for one in report.remarks if one.name == name)
     assert remark.finding.advice or remark.finding.form == "{what}"
+
+
+def test_a_quantised_draft_names_its_format_and_that_engines_were_not_checked(folder):
+    quantised(folder)
+    (remark,) = [one for one in check_draft(folder).remarks if one.section == "config"]
+    assert (remark.name, remark.level, remark.finding.found) == ("quantised", "note", "fp8")
+    assert "was not checked" in remark.finding.what
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "mask_embedding.pt"])
@@ -476,6 +492,10 @@ ENGINE_CASES = [
     ({}, ("aux.weight",), "sglang", ""),
     ({}, ("lm_head.weight",), "mlx-vlm", "tensors"),
     ({"quantization_config": {"quant_method": "fp8"}}, ("layers.0.mlp.up_proj.weight_scale",), "vllm", ""),
+    ({"quantization_config": {"quant_method": "fp8"}}, ("fc.weight_scale",), "llama.cpp", ""),
+    ({"quantization_config": {"quant_method": "awq"}}, ("fc.qweight",), "llama.cpp", "quantisation"),
+    ({"quantization_config": {"quant_method": "fp8"}}, ("fc.weight_scale",), "dflash-zlab-mlx", "quantisation"),
+    ({"quantization_config": {"quant_method": "fp8"}}, (), "dflash-zlab-mlx", ""),
     ({}, ("layers.0.mlp.up_proj.weight_scale",), "vllm", "tensors"),
     ({"markov_rank": 4, "markov_head_type": "gated"}, (), "llama.cpp", "markov-head"),
     ({"dflash_config__gru_hidden_dim": 4}, (), "tensorrt-llm", "!heads"),
