@@ -173,6 +173,7 @@ OF_HEADS = {
     "mask": ("mask_embedding",),
 }
 """Head, or trained mask token -> parts of the names of its tensors that engines know."""
+_TITLES = {"dflash2": "DFlash 2", "dspark": "DSpark", "domino": "Domino"}
 
 
 def strict(*heads: str, shipped: tuple[str, ...] = ()) -> Check:
@@ -193,11 +194,18 @@ def strict(*heads: str, shipped: tuple[str, ...] = ()) -> Check:
         if not unknown or draft.is_speculators:
             return None
         what = f"Tensors that this reader does not know are an error: {listed(unknown)}"
-        return Finding(
-            what, sorted(unknown), parts, "Leave them out if the draft does not need them"
-        )
+        return Finding(what, sorted(unknown), parts, _without(draft, heads))
 
     return check
+
+
+def _without(draft: StoredDraft, heads: tuple[str, ...]) -> str:
+    """Return what to do about tensors that a reader of these heads does not know."""
+    if draft.head in _TITLES and draft.head not in heads:
+        return f"This engine does not run {_TITLES[draft.head]}"
+    if draft.is_reduced:
+        return NOT_HERE
+    return "Leave them out if the draft does not need them"
 
 
 def quantised(draft: StoredDraft) -> Finding | None:

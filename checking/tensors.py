@@ -180,6 +180,8 @@ def name_remarks(names: list[str]) -> Iterator[Remark]:
     if own_parts:
         what = f"The draft ships {' and '.join(own_parts)}, which it uses in place of its target's"
         advice = "Leave out what is a copy of the target's: strict loaders (MLX) refuse it"
+        if "d2t" in own:
+            advice = "The head is that of its reduced vocabulary, which strict loaders (MLX) refuse"
         yield _SECTION.note("tensor-own-vocabulary", what, own_parts, "neither", advice)
 
 

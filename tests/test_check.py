@@ -19,6 +19,7 @@ from dflash_hub.checking.remarks import STATUS, status_of
 from dflash_hub.checking.runs import AS_CONFIGURED, Acceptance, acceptance_remarks, run_draft, with_fields
 from dflash_hub.checking.sources import open_draft
 from dflash_hub.checking.stored import StoredDraft
+from dflash_hub.checking.tensors import name_remarks
 from paths import DATA, TINY
 
 PUBLISHED = DATA / "published_configs"
@@ -634,6 +635,28 @@ ALL_ENGINES: list[tuple[dict, tuple[str, ...], dict[str, str]]] = [
 def test_one_mistake_in_the_eyes_of_all_engines(good, changes, names, expected):
     found = outcomes(replace(good, config=changed(good.config, **changes), tensors={*good.tensors, *names}))
     assert {engine: rules for engine, rules in found.items() if rules} == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "names", "engine", "advice"),
+    [
+        (DOMINO, ("prefix_gru.weight_ih_l0",), "vllm", "This engine does not run Domino"),
+        (DOMINO, ("prefix_gru.weight_ih_l0",), "llama.cpp", "This engine does not run Domino"),
+        ({"markov_rank": 4}, ("markov_head.markov_w1.weight",), "dflash-mlx", "This engine does not run DSpark"),
+        ({"draft_vocab_size": 6}, ("d2t", "lm_head.weight"), "mlx-vlm", "Serve it with another engine"),
+        ({}, ("aux.weight",), "vllm", "Leave them out if the draft does not need them"),
+    ],
+)
+def test_nobody_is_advised_to_leave_out_what_a_draft_needs(good, changes, names, engine, advice):
+    draft = replace(good, config=changed(good.config, **changes), tensors={*good.tensors, *names})
+    found = next(one for one in verdicts(draft) if one.engine.name == engine)
+    assert [one.finding.advice for one in found.reasons if one.rule.name == "tensors"] == [advice]
+
+
+@pytest.mark.parametrize(("further", "copies"), [((), True), (("d2t", "t2d"), False)])
+def test_the_head_of_a_reduced_vocabulary_is_no_copy(further, copies):
+    (remark,) = name_remarks(["lm_head.weight", *further])
+    assert (remark.finding.advice.startswith("Leave out what is a copy")) == copies
 
 
 def test_a_dflash_config_that_is_null_is_refused_by_vllm_alone(folder):
