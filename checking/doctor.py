@@ -13,7 +13,7 @@ from .engines import EngineVerdict, verdicts
 from .pairs import Target, open_target, pair_remarks
 from .remarks import ERROR, Remark, Section, status_of
 from .repositories import own_code, repository_remarks
-from .runs import RunReport, anchor_remark, fit_remarks, run_draft
+from .runs import RunReport, after_warnings, anchor_remark, fit_remarks, run_draft
 from .sources import DraftFiles, open_draft
 from .stored import stored_draft
 from .tensors import tensor_remarks
@@ -99,6 +99,8 @@ def check_draft(draft: Any, target: Any = None, options: CheckOptions | None = N
     options = CheckOptions() if options is None else options
     if not isinstance(options, CheckOptions):
         raise ValueError(f"options is {options!r}; pass a CheckOptions.")
+    if options.prompts is not None and not any(options.prompts):
+        raise ValueError(f"prompts is {options.prompts!r}; pass at least one text.")
     options.report("Reading the config")
     where = {"revision": options.revision, "subfolder": options.subfolder, "token": options.token}
     files = open_draft(draft, where)
@@ -116,6 +118,8 @@ def check_draft(draft: Any, target: Any = None, options: CheckOptions | None = N
         remarks += pair_remarks(files, config, opened)
     broken = [one for one in remarks if one.level == ERROR and not _is_supplied(one, supplied)]
     run, further = _run(files, config, opened, bool(broken), options, supplied)
+    if status_of(one for one in remarks if one.section in ("config", "pair")):
+        further = [after_warnings(one) for one in further]
     kind = None if config is None else kind_of(config).name
     engines = verdicts(stored_draft(files, own_code(files), opened))
     found = (*remarks, *further)
@@ -146,19 +150,38 @@ def _run(
     """
     if target is None or target.model is None:
         return None, []
-    if is_broken or target.tokenizer is None:
-        what = "Nothing was decoded, because the draft or the target's tokenizer cannot be used as it is"
+    if is_broken:
+        what = "Nothing was decoded, because the draft cannot be used as it is"
         return None, [_RUN.note("not-run", what, None, "a run", "Correct the errors first")]
+    if target.tokenizer is None:
+        what = "Nothing was decoded, because the target has no tokenizer that can be used"
+        advice = "Save the target's tokenizer with it, or name a target that has one"
+        return None, [_RUN.note("not-run", what, None, "a tokenizer", advice)]
     found = [*fit_remarks(config, target)]
     if found:
         return None, found
-    options.report("Loading the draft")
-    loaded = load_draft(files.name, dtype=target.model.dtype, **files.where, **supplied)
-    loaded = loaded.to(target.model.device).eval()
-    run = run_draft(loaded, target, options.prompts, options.max_new_tokens, options.report)
+    try:
+        run = _decoded(files, target, options, supplied)
+    except (ValueError, LookupError, RuntimeError) as error:
+        what = f"Decoding failed: {str(error).rstrip('.')}"
+        return None, [_RUN.error("not-decoded", what, None, "a run", "Correct what it names")]
     if supplied:
         return run, [anchor_remark(run.acceptances)]
     return run, [*run.remarks]
+
+
+def _decoded(
+    files: DraftFiles, target: Target, options: CheckOptions, supplied: dict[str, Any]
+) -> RunReport:
+    """Load the draft with the `supplied` fields, and run it.
+
+    Raises:
+        ValueError, LookupError, RuntimeError: it cannot be loaded, or decoding fails.
+    """
+    options.report("Loading the draft")
+    loaded = load_draft(files.name, dtype=target.model.dtype, **files.where, **supplied)
+    loaded = loaded.to(target.model.device).eval()
+    return run_draft(loaded, target, options.prompts, options.max_new_tokens, options.report)
 
 
 def _is_supplied(remark: Remark, supplied: dict[str, Any]) -> bool:

@@ -82,9 +82,15 @@ def _tokenizer(name: str) -> tuple[Any, str]:
     if not name:
         return None, "the target's name is not known"
     try:
-        return AutoTokenizer.from_pretrained(name), ""
+        found = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, ImportError, LookupError, TypeError) as error:
         return None, " ".join(str(error).split())
+    if not found.get_vocab().keys() - found.get_added_vocab().keys():
+        return (
+            None,
+            f"{name} has no vocabulary",
+        )  # transformers makes an empty one of a config alone
+    return found, ""
 
 
 def pair_remarks(files: DraftFiles, config: Any, target: Target) -> Iterator[Remark]:

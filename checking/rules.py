@@ -21,6 +21,7 @@ ENGINES_LAYOUT = (
     "Write it in the layout for engines: dflash-hub convert DRAFT FOLDER --layout engines; or push it, which writes it "
     "to the branch engines too"
 )
+IN_FLOATS = "Store the draft in bfloat16"
 NOT_HERE = "Serve it with another engine"
 WINDOW = f"Write layer_types as {SLIDING!r}, sliding_window, use_sliding_window: true and dflash_config.use_swa: true"
 
@@ -172,6 +173,7 @@ OF_HEADS = {
     "mask": ("mask_embedding",),
 }
 """Head, or trained mask token -> parts of the names of its tensors that engines know."""
+_TITLES = {"dflash2": "DFlash 2", "dspark": "DSpark", "domino": "Domino"}
 
 
 def strict(*heads: str, shipped: tuple[str, ...] = ()) -> Check:
@@ -192,9 +194,38 @@ def strict(*heads: str, shipped: tuple[str, ...] = ()) -> Check:
         if not unknown or draft.is_speculators:
             return None
         what = f"Tensors that this reader does not know are an error: {listed(unknown)}"
-        return Finding(
-            what, sorted(unknown), parts, "Leave them out if the draft does not need them"
-        )
+        return Finding(what, sorted(unknown), parts, _without(draft, heads))
+
+    return check
+
+
+def _without(draft: StoredDraft, heads: tuple[str, ...]) -> str:
+    """Return what to do about tensors that a reader of these heads does not know."""
+    if draft.head in _TITLES and draft.head not in heads:
+        return f"This engine does not run {_TITLES[draft.head]}"
+    if draft.is_reduced:
+        return NOT_HERE
+    return "Leave them out if the draft does not need them"
+
+
+def quantised(draft: StoredDraft) -> Finding | None:
+    """Find tensors of quantised layers, for a loader that knows those of floats alone."""
+    if not draft.quantised_tensors:
+        return None
+    what = f"Quantised tensors, which this reader does not know, are an error: {listed(draft.quantised_tensors)}"
+    return Finding(what, draft.quantised_tensors, "floats", IN_FLOATS)
+
+
+def unknown_quantisation(*methods: str) -> Check:
+    """Find a quant_method that is none of these."""
+
+    def check(draft: StoredDraft) -> Finding | None:
+        config = draft.top("quantization_config")
+        method = config.get("quant_method") if isinstance(config, dict) else None
+        if method is None or method in methods:
+            return None
+        what = f"quantization_config has the quant_method {shown(method)}, which is not converted"
+        return Finding(what, method, methods, IN_FLOATS)
 
     return check
 
@@ -344,6 +375,23 @@ def flat_dspark(draft: StoredDraft) -> Finding | None:
         return None
     what = f"The DSpark head has names of its own: {listed(flat)}"
     return Finding(what, flat, "markov_head.*, confidence_head.*", "Rename the tensors")
+
+
+def domino_prefix(draft: StoredDraft) -> Finding | None:
+    """Find a Domino draft with another prefix without corrections than the one that an engine computes with."""
+    length = draft.either("pure_draft_prefix_len")
+    if draft.head != "domino" or length in (None, 1):
+        return None
+    what = (
+        f"pure_draft_prefix_len is {shown(length)}, and 1 is computed with: other tokens are proposed, of which fewer "
+        "are accepted"
+    )
+    return Finding(what, length, 1, "Decode it with dflash-hub")
+
+
+def own_vocabulary_but_dspark(draft: StoredDraft) -> Finding | None:
+    """Find a trained embedding or head, but not of DSpark drafts, whose files ship copies of the target's."""
+    return None if draft.head == "dspark" else own_vocabulary(draft)
 
 
 def other_width(draft: StoredDraft) -> Finding | None:

@@ -28,6 +28,7 @@ AS_CONFIGURED, UNTRAINED = "as configured", "untrained"
 _SIGNIFICANT = 3  # standard errors
 _PERHAPS = 1.5
 _CLEARLY = 1.03  # times as many tokens that agree
+_SHOWS = ", which shows how they were trained"
 PROMPTS = (
     'def is_palindrome(text: str) -> bool:\n    """Return whether a text reads the same backwards."""\n',
     "Natalia sold clips to 48 of her friends in April, and then half as many in May. How many clips did she sell in "
@@ -365,6 +366,16 @@ def anchor_remark(found: Sequence[Acceptance]) -> Remark:
     return _SECTION.note("anchor-unknown", what, None, "one that accepts more", advice)
 
 
+def after_warnings(remark: Remark) -> Remark:
+    """Return a remark of a run whose config or pair was warned of: what is accepted may follow from that alone."""
+    if remark.name != "better-otherwise":
+        return remark
+    what = remark.finding.what.removesuffix(_SHOWS)
+    found, expected = remark.finding.found, remark.finding.expected
+    advice = "It may follow from the warnings of the config or the pair: correct those first"
+    return _SECTION.note(remark.name, what, found, expected, advice)
+
+
 def acceptance_remarks(found: Sequence[Acceptance]) -> Iterator[Remark]:
     """Yield that another config accepts more, or that the draft accepts no more than an untrained one.
 
@@ -377,7 +388,7 @@ def acceptance_remarks(found: Sequence[Acceptance]) -> Iterator[Remark]:
     best = max(surely or perhaps or [own], key=lambda one: one.length)
     figures = f"{best.length:.2f} with {best.name} and {own.length:.2f} as configured"
     if surely:
-        what = f"Acceptance is {figures}, with the same weights, which shows how they were trained"
+        what = f"Acceptance is {figures}, with the same weights{_SHOWS}"
         advice = f"Correct the config for {best.name}, or how training reads it"
         yield _SECTION.warning("better-otherwise", what, own.length, best.length, advice)
         return

@@ -120,12 +120,13 @@ def _llamacpp(launch: Launch) -> list[str]:
     target_lines = _local(launch.target, "target")
     draft = "draft" if draft_lines else shlex.quote(launch.draft)
     target = "target" if target_lines else shlex.quote(launch.target)
+    kind = "draft-dspark" if launch.stored.head == "dspark" else "draft-dflash"
     return [
         *draft_lines,
         *target_lines,
         f"python convert_hf_to_gguf.py {target} --outfile target.gguf",
         f"python convert_hf_to_gguf.py {draft} --target-model-dir {target} --outfile draft.gguf",
-        "llama-server -m target.gguf -md draft.gguf --spec-type draft-dflash "
+        f"llama-server -m target.gguf -md draft.gguf --spec-type {kind} "
         f"--spec-draft-n-max {launch.drafted}",
     ]
 

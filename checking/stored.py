@@ -165,16 +165,29 @@ class StoredDraft:
     @cached_property
     def further_tensors(self) -> list[str]:
         """Names of tensors that the body of a draft does not have, without embedding, head and tables of ids."""
+        known = {*self.vocabulary_tensors, *self.quantised_tensors}
+        return sorted(name for name in self._besides_body() if name not in known)
+
+    @cached_property
+    def quantised_tensors(self) -> list[str]:
+        """Names of tensors of quantised layers: a weight's scales, packed weights and the like."""
+        if self.top("quantization_config") is None:
+            return []
         found = []
-        quantised = self.top("quantization_config") is not None
+        for name in self._besides_body():
+            if any(part in name for part in _LINEAR):
+                found.append(name)
+        return sorted(found)
+
+    def _besides_body(self) -> list[str]:
+        """Return the names of tensors, without the prefix, that the body of a draft in floats does not have."""
+        found = []
         for name in self.tensors:
             bare = name.removeprefix("model.")
             body = bare in _BODY[:3] or (bare.startswith("layers.") and bare.endswith(_BODY[3:]))
-            known = body or bare in _MUSE_BODY or bare.endswith("inv_freq")
-            known = known or (quantised and any(part in bare for part in _LINEAR))
-            if not known and bare not in self.vocabulary_tensors:
+            if not body and bare not in _MUSE_BODY and not bare.endswith("inv_freq"):
                 found.append(bare)
-        return sorted(found)
+        return found
 
     vocabulary_tensors = ("embed_tokens.weight", "lm_head.weight", "d2t", "t2d")
 

@@ -34,7 +34,7 @@ from ..weights_dflash import (
 from .remarks import Remark, Section, listed
 from .sources import DraftFiles
 
-_SECTION = Section("tensors")
+_SECTION, _CONFIG = Section("tensors"), Section("config")
 _IDS = ("d2t", "t2d")  # which are no floats in any draft
 _CHUNK = 2**20  # values that are converted at once
 _FAULTS = {
@@ -148,11 +148,22 @@ def _quantisation_remarks(config: Any, files: DraftFiles) -> Iterator[Remark]:
         advice = "Remove it, it seems to be the target's: engines may believe it"
         yield _SECTION.warning("quantization-copied", what, quantization, None, advice)
         return
+    yield _CONFIG.note("quantised", *_quantised(quantization))
     try:
         check_quantization(config, files.name)
     except ValueError as error:
         advice = "Store the draft in bfloat16"
         yield _SECTION.error("quantization-unread", str(error), quantization, None, advice)
+
+
+def _quantised(quantization: Any) -> tuple[str, Any, Any, str]:
+    """Return what there is to note of a quantised draft."""
+    fields = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    named = [fields.get(key) for key in ("quant_method", "format")]
+    name = ", ".join(str(one) for one in named if one) or "unnamed"
+    what = f"The draft is quantised ({name}); what engines do with that format was not checked"
+    advice = "Try it there, or store the draft in bfloat16"
+    return what, name, "floats", advice
 
 
 def name_remarks(names: list[str]) -> Iterator[Remark]:
@@ -169,6 +180,8 @@ def name_remarks(names: list[str]) -> Iterator[Remark]:
     if own_parts:
         what = f"The draft ships {' and '.join(own_parts)}, which it uses in place of its target's"
         advice = "Leave out what is a copy of the target's: strict loaders (MLX) refuse it"
+        if "d2t" in own:
+            advice = "The head is that of its reduced vocabulary, which strict loaders (MLX) refuse"
         yield _SECTION.note("tensor-own-vocabulary", what, own_parts, "neither", advice)
 
 

@@ -80,6 +80,9 @@ def check(
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         message = in_flags(str(error), ("revision", "target", "prompts", "token"))
         errors.print(f"[red]Error:[/red] {escape(message)}", soft_wrap=True)
+        if as_json:
+            found = {"draft": draft, "status": _BROKEN, "verdict": "broken", "error": message}
+            typer.echo(json.dumps(found, indent=2))
         raise typer.Exit(_BROKEN) from error
     if as_json:
         typer.echo(json.dumps(report.as_dict(), indent=2))
@@ -107,9 +110,16 @@ def read_prompts(path: Path) -> list[str]:
     """Return the prompts of a file: a text a line, or JSONL with the key "prompt".
 
     Raises:
-        ValueError: a line of a JSONL file is none, or there is no prompt.
+        ValueError: it cannot be read, a line of a JSONL file is none, or there is no prompt.
     """
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text in UTF-8"
+        raise ValueError(
+            f"--prompts is {path}, which cannot be read: {reason}; pass a file of prompts."
+        ) from error
+    lines = [line for line in text.splitlines() if line.strip()]
     if path.suffix == ".jsonl":
         lines = [_prompt_in(path, line) for line in lines]
     if not lines:
@@ -125,7 +135,7 @@ def _prompt_in(path: Path, line: str) -> str:
         prompt = None
     if not isinstance(prompt, str):
         raise ValueError(
-            f'{path} has the line {line[:80]!r}; it must be a JSON object with a text under "prompt".'
+            f'--prompts is {path}, with the line {line[:80]!r}; it must be a JSON object with a text under "prompt".'
         )
     return prompt
 

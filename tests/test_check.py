@@ -19,6 +19,7 @@ from dflash_hub.checking.remarks import STATUS, status_of
 from dflash_hub.checking.runs import AS_CONFIGURED, Acceptance, acceptance_remarks, run_draft, with_fields
 from dflash_hub.checking.sources import open_draft
 from dflash_hub.checking.stored import StoredDraft
+from dflash_hub.checking.tensors import name_remarks
 from paths import DATA, TINY
 
 PUBLISHED = DATA / "published_configs"
@@ -271,6 +272,14 @@ def removed(*files: str):
 
 
 Q, FC = "layers.0.self_attn.q_proj.weight", "fc.weight"
+
+
+def quantised(folder):
+    config(quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})(folder)
+    eight = torch.float8_e4m3fn
+    tensors(lambda old: old | {Q: old[Q].to(eight), f"{Q}_scale_inv": torch.ones(1, 1)})(folder)
+
+
 NO_ROPE = dict.fromkeys(("rope_theta", "rope_scaling", "rope_parameters"))
 MISTAKES = {
     "a tensor with NaN": (filled(Q, float("nan")), "tensor-nan", 2),
@@ -287,6 +296,7 @@ MISTAKES = {
         "quantization-copied",
         1,
     ),
+    "a draft that is quantised": (quantised, "quantised", 0),
     "float16": (tensors(lambda old: {key: one.half() for key, one in old.items()}), "tensor-float16", 1),
     "the prefix model.": (
         tensors(lambda old: {f"model.{key}": one for key, one in old.items()}),
@@ -347,6 +357,13 @@ def test_a_mistake_in_the_files_is_found(mistake, folder):
     assert STATUS[found[name]] == status or name == "anchor-unsaid"  # in a layout that is broken for other reasons
     remark = next(one for one in report.remarks if one.name == name)
     assert remark.finding.advice or remark.finding.form == "{what}"
+
+
+def test_a_quantised_draft_names_its_format_and_that_engines_were_not_checked(folder):
+    quantised(folder)
+    (remark,) = [one for one in check_draft(folder).remarks if one.section == "config"]
+    assert (remark.name, remark.level, remark.finding.found) == ("quantised", "note", "fp8")
+    assert "was not checked" in remark.finding.what
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "mask_embedding.pt"])
@@ -476,9 +493,22 @@ ENGINE_CASES = [
     ({}, ("aux.weight",), "sglang", ""),
     ({}, ("lm_head.weight",), "mlx-vlm", "tensors"),
     ({"quantization_config": {"quant_method": "fp8"}}, ("layers.0.mlp.up_proj.weight_scale",), "vllm", ""),
+    ({"quantization_config": {"quant_method": "fp8"}}, ("fc.weight_scale",), "llama.cpp", ""),
+    ({"quantization_config": {"quant_method": "awq"}}, ("fc.qweight",), "llama.cpp", "quantisation"),
+    ({"quantization_config": {"quant_method": "fp8"}}, ("fc.weight_scale",), "dflash-zlab-mlx", "quantisation"),
+    ({"quantization_config": {"quant_method": "fp8"}}, (), "dflash-zlab-mlx", ""),
     ({}, ("layers.0.mlp.up_proj.weight_scale",), "vllm", "tensors"),
     ({"markov_rank": 4, "markov_head_type": "gated"}, (), "llama.cpp", "markov-head"),
     ({"dflash_config__gru_hidden_dim": 4}, (), "tensorrt-llm", "!heads"),
+    ({"dflash_config__gru_hidden_dim": 4, "dflash_config__pure_draft_prefix_len": 1}, (), "sglang", ""),
+    (
+        {"dflash_config__gru_hidden_dim": 4, "dflash_config__pure_draft_prefix_len": 0},
+        (),
+        "sglang",
+        "!domino-prefix",
+    ),
+    ({"markov_rank": 4, "has_own_lm_head": True}, ("lm_head.weight",), "sglang", ""),
+    ({"has_own_lm_head": True}, ("lm_head.weight",), "sglang", "!own-vocabulary"),
     ({"speculators_config": {}}, (), "vllm", "speculators-type speculators-fields"),
     (
         {"speculators_model_type": "dflash", "sample_from_anchor": True, "aux_hidden_state_layer_ids": [1]},
@@ -605,6 +635,28 @@ ALL_ENGINES: list[tuple[dict, tuple[str, ...], dict[str, str]]] = [
 def test_one_mistake_in_the_eyes_of_all_engines(good, changes, names, expected):
     found = outcomes(replace(good, config=changed(good.config, **changes), tensors={*good.tensors, *names}))
     assert {engine: rules for engine, rules in found.items() if rules} == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "names", "engine", "advice"),
+    [
+        (DOMINO, ("prefix_gru.weight_ih_l0",), "vllm", "This engine does not run Domino"),
+        (DOMINO, ("prefix_gru.weight_ih_l0",), "llama.cpp", "This engine does not run Domino"),
+        ({"markov_rank": 4}, ("markov_head.markov_w1.weight",), "dflash-mlx", "This engine does not run DSpark"),
+        ({"draft_vocab_size": 6}, ("d2t", "lm_head.weight"), "mlx-vlm", "Serve it with another engine"),
+        ({}, ("aux.weight",), "vllm", "Leave them out if the draft does not need them"),
+    ],
+)
+def test_nobody_is_advised_to_leave_out_what_a_draft_needs(good, changes, names, engine, advice):
+    draft = replace(good, config=changed(good.config, **changes), tensors={*good.tensors, *names})
+    found = next(one for one in verdicts(draft) if one.engine.name == engine)
+    assert [one.finding.advice for one in found.reasons if one.rule.name == "tensors"] == [advice]
+
+
+@pytest.mark.parametrize(("further", "copies"), [((), True), (("d2t", "t2d"), False)])
+def test_the_head_of_a_reduced_vocabulary_is_no_copy(further, copies):
+    (remark,) = name_remarks(["lm_head.weight", *further])
+    assert (remark.finding.advice.startswith("Leave out what is a copy")) == copies
 
 
 def test_a_dflash_config_that_is_null_is_refused_by_vllm_alone(folder):
@@ -791,3 +843,24 @@ def test_nothing_runs_while_the_draft_is_broken(folder, pair_to_run):
     assert report.run is None
     assert names(report)["not-run"] == "note"
     assert names(report)["misfit"] == "error"
+
+
+def test_a_decode_that_fails_leaves_the_report(folder):
+    target = tiny.target("qwen3")
+    target.config._name_or_path = str(TINY / "target")  # whose tokens this one has no rows for
+    report = check_draft(folder, target, CheckOptions(prompts=["Hello"], max_new_tokens=4))
+    remark = report.remarks[-1]
+    assert (remark.section, remark.name, remark.level) == ("run", "not-decoded", "error")
+    assert report.engines
+
+
+@pytest.mark.parametrize(("fields", "level"), [({}, "warning"), ({"mask_token_id": 40}, "note")])
+def test_what_a_run_shows_is_a_note_where_a_warning_may_explain_it(fields, level, pair_to_run, tmp_path):
+    draft, target = pair_to_run
+    with_fields(draft, {"is_causal": True} | fields).save_pretrained(tmp_path)
+    report = check_draft(tmp_path, target.model, CheckOptions(prompts=PROMPTS, max_new_tokens=NEW))
+    remark = next(one for one in report.remarks if one.name == "better-otherwise")
+    assert remark.level == level
+    assert ("shows how they were trained" in remark.finding.what) == (level == "warning")
+    assert ("correct those first" in remark.finding.advice) == (level == "note")
+    assert report.status == 1

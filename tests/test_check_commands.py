@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 import tiny
 from dflash_hub import cli
-from dflash_hub.checking import check_draft
+from dflash_hub.checking import CheckOptions, check_draft
 from dflash_hub.checking.serve import LAUNCHES, serve_with
 from dflash_hub.commands.shared import console
 from paths import DATA, TINY
@@ -63,11 +63,18 @@ def test_json_is_all_that_stands_on_stdout_and_holds_the_run_too(tmp_path):
 
 
 @pytest.mark.parametrize("as_json", [False, True])
-def test_what_cannot_be_read_has_the_status_of_a_broken_draft_and_nothing_on_stdout(as_json, hub):
-    done = run("check", "nobody/nothing", *(["--json"] if as_json else []))
+@pytest.mark.parametrize("name", ["nobody/nothing", "./no-such-folder"])
+def test_what_cannot_be_read_has_the_status_of_a_broken_draft_and_no_report(name, as_json, hub):
+    done = run("check", name, *(["--json"] if as_json else []))
     assert done.exit_code == 2
-    assert done.stdout == ""
-    assert "Error: nobody/nothing could not be read" in done.stderr
+    assert done.stderr.startswith("Error: ")
+    assert name in done.stderr
+    if as_json:
+        found = json.loads(done.stdout)
+        assert (found["draft"], found["status"], found["verdict"]) == (name, 2, "broken")
+        assert found["error"] in done.stderr
+    else:
+        assert done.stdout == ""
 
 
 def test_a_target_that_cannot_be_loaded_is_still_compared_by_its_config(tmp_path):
@@ -83,15 +90,31 @@ def test_a_target_that_cannot_be_loaded_is_still_compared_by_its_config(tmp_path
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("prompts.jsonl", '{"text": "x"}\n', 'must be a JSON object with a text under "prompt"'),
-        ("prompts.txt", "\n \n", "which holds no prompt"),
+        ("prompts.jsonl", b'{"text": "x"}\n', 'must be a JSON object with a text under "prompt"'),
+        ("prompts.txt", b"\n \n", "which holds no prompt"),
+        ("prompts.txt", b"\xff\xfe", "which cannot be read: it is no text in UTF-8"),
+        ("prompts.txt", None, "which cannot be read: No such file or directory"),
     ],
 )
 def test_a_file_without_prompts_is_refused(tmp_path, name, text, message):
-    (tmp_path / name).write_text(text)
-    done = run("check", TINY / "draft", "--prompts", tmp_path / name)
+    path = tmp_path / name
+    if text is not None:
+        path.write_bytes(text)
+    done = run("check", TINY / "draft", "--target", "not/loaded", "--prompts", path, "--json")
     assert done.exit_code == 2
-    assert message in " ".join(done.stderr.split())
+    assert f"--prompts is {path}, w" in done.stderr
+    assert message in json.loads(done.stdout)["error"]
+
+
+def test_a_target_without_a_tokenizer_is_not_decoded_with_and_all_else_is_reported():
+    golden = DATA / "golden" / "dspark-a"
+    done = run("check", golden / "draft", "--target", golden / "target", "--json")
+    report = json.loads(done.stdout)
+    (remark,) = [one for one in report["remarks"] if one["section"] == "run"]
+    assert (remark["name"], remark["level"]) == ("not-run", "note")
+    assert "the target has no tokenizer" in remark["what"]
+    assert "tokenizer-missing" in [one["name"] for one in report["remarks"]]
+    assert report["engines"]
 
 
 def test_a_draft_on_the_hub_is_checked_at_one_commit_and_points_to_its_other_branch(pushed):
@@ -186,6 +209,17 @@ def test_an_engine_that_would_be_wrong_exits_with_1_too(engines_folder):
     assert "--speculative-algorithm DFLASH" in done.stdout
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("length", [0, 1, 2])
+def test_a_domino_draft_of_another_prefix_is_wrong_in_sglang_as_its_remarks_say(length, tmp_path):
+    draft = tiny.draft(tiny.target("qwen3"), **tiny.DOMINO | {"pure_draft_prefix_len": length})
+    draft.save_pretrained(tmp_path, layout="engines")
+    done = run("serve-with", "sglang", tmp_path, "--target", "org/target")
+    remarked = any("pure_draft_prefix_len" in remark for remark in draft.config.engines_remarks)
+    assert (done.exit_code == 1) == remarked == (length != 1)
+    assert ("pure_draft_prefix_len" in done.stderr) == remarked
+
+
 @pytest.mark.parametrize(
     ("golden", "method", "drafted"), [("dspark-a", "dspark", 7), ("speculators-reduced", "dflash", 7)]
 )
@@ -194,6 +228,8 @@ def test_the_kind_decides_method_and_number_of_tokens(golden, method, drafted):
     (line,) = serve_with("vllm", draft, "org/target").lines
     settings = json.loads(shlex.split(line)[-1])
     assert (settings["method"], settings["num_speculative_tokens"]) == (method, drafted)
+    server = serve_with("llama.cpp", draft, "org/target").lines[-1]
+    assert f"--spec-type draft-{method} --spec-draft-n-max {drafted}" in server
 
 
 def test_arguments_that_mean_nothing_are_refused(engines_folder):
@@ -203,5 +239,7 @@ def test_arguments_that_mean_nothing_are_refused(engines_folder):
         serve_with("vllm", engines_folder)
     with pytest.raises(ValueError, match="options is 3"):
         check_draft(engines_folder, options=3)
+    with pytest.raises(ValueError, match=r"prompts is \[\]"):
+        check_draft(engines_folder, options=CheckOptions(prompts=[]))
     with pytest.raises(ValueError, match="target is 3"):
         check_draft(engines_folder, 3)
