@@ -238,7 +238,7 @@ DSPARK = GOLDEN / "speculators-dspark" / "draft"
 
 def test_a_dspark_draft_that_does_not_say_what_its_anchor_predicts_asks_for_it(tmp_path):
     folder = changed(DSPARK, tmp_path / "draft", sample_from_anchor=None)
-    words = r"sample_from_anchor.*speculative_tokens is 7 of a block_size of 7.*sample_from_anchor=False.*=True"
+    words = r"sample_from_anchor.*7 speculative_tokens for a block_size of 7.*sample_from_anchor=False.*=True"
     with pytest.raises(ValueError, match=words) as caught:
         load_draft(folder)
     assert [str(caught.value)] == [
