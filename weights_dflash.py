@@ -87,8 +87,7 @@ def check_stored(model_class: Any, config: Any, name: Any, where: dict[str, Any]
     config = with_own_parts(config, stored)
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
-        ids = {_IDS, _KNOWN}
-        if {dtype for key, (dtype, _) in stored.items() if key not in ids} - FLOATS:
+        if are_quantised(stored):
             return config
         warnings.warn(
             f"The config.json of {name} has quantization_config ({shown(quantization)}), but none of its tensors is "
@@ -217,6 +216,12 @@ def expected_shapes(model_class: Any, config: Any) -> dict[str, tuple[int, ...]]
 def _compare(stored: dict[str, Header], expected: dict[str, tuple[int, ...]], name: Any) -> None:
     """Refuse stored tensors that are not those of the model, by name, shape or type."""
     _refuse(name, misfits(stored, expected))
+
+
+def are_quantised(stored: dict[str, Header]) -> bool:
+    """Tell whether any of the stored tensors, but for the tables of ids, are no floats."""
+    types = {dtype for key, (dtype, _) in stored.items() if own_name(key) not in (_IDS, _KNOWN)}
+    return bool(types - FLOATS)
 
 
 def own_name(key: str) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..evaluation import stop_token_ids
+from ..evaluation import stop_token_ids, without_penalties
 from ..generation_dflash import DecodeStatistics
 from ..proposals_dflash import Proposal
 from ..support_dflash import draft_findings
@@ -196,18 +196,13 @@ def write(
         draft: to decode with; None for the target alone.
         options: further keywords of the draft's decoding function.
     """
-    stops = list(stop_token_ids(model)) or None
     if draft is not None:
         options |= {"custom_generate": draft.speculate, "capture": "eager"}
     return model.generate(
         **inputs,
         max_new_tokens=new_tokens,
         do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        eos_token_id=stops,
-        pad_token_id=stops[0] if stops else 0,
+        **without_penalties(model),
         **options,
     )
 

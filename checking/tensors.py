@@ -23,6 +23,7 @@ from ..weights_dflash import (
     UNKNOWN,
     WRONG_SHAPES,
     Header,
+    are_quantised,
     check_quantization,
     check_vocabulary,
     expected_shapes,
@@ -35,7 +36,6 @@ from .remarks import Remark, Section, listed
 from .sources import DraftFiles
 
 _SECTION, _CONFIG = Section("tensors"), Section("config")
-_IDS = ("d2t", "t2d")  # which are no floats in any draft
 _CHUNK = 2**20  # values that are converted at once
 _FAULTS = {
     WRONG_SHAPES: ("tensor-shape", "Correct the config, or export the draft again"),
@@ -134,8 +134,7 @@ def _header_remarks(files: DraftFiles, config: Any, values_too: bool) -> Iterato
 
 def _is_quantised(config: Any, stored: dict[str, Header]) -> bool:
     """Tell whether tensors are quantised, so that their names and shapes are those of the format."""
-    types = {dtype for name, (dtype, _) in stored.items() if own_name(name) not in _IDS}
-    return getattr(config, "quantization_config", None) is not None and bool(types - FLOATS)
+    return getattr(config, "quantization_config", None) is not None and are_quantised(stored)
 
 
 def _quantisation_remarks(config: Any, files: DraftFiles) -> Iterator[Remark]:

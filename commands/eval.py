@@ -10,7 +10,7 @@ import typer
 
 from .eval_models import Choice, Loader, against_of
 from .eval_table import show_differences, show_results, watching
-from .shared import Capture, NewTokens, console, tidy_when_terminated
+from .shared import Capture, Device, Dtype, NewTokens, console, tidy_when_terminated
 
 
 def evaluate(
@@ -65,13 +65,8 @@ def evaluate(
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Decodes of each prompt in each way.")] = 1,
     seed: Annotated[int, typer.Option(help="Of the noise, with a temperature.")] = 0,
-    dtype: Annotated[
-        str, typer.Option(help="float32, bfloat16 ..., or auto: the dtype of the checkpoint.")
-    ] = "auto",
-    device: Annotated[
-        str | None,
-        typer.Option(help="cpu, cuda, cuda:1 or mps (default: cuda if available, else cpu)."),
-    ] = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
     capture: Capture = "auto",
     float32_check: Annotated[
         bool, typer.Option(help="Decode in float32 again what differs, if it fits.")

@@ -8,6 +8,8 @@ import typer
 
 from .shared import (
     Capture,
+    Device,
+    Dtype,
     NewTokens,
     Target,
     console,
@@ -30,13 +32,8 @@ def generate(
         str | None, typer.Option(help="Commit, tag or branch of the draft.")
     ] = None,
     max_new_tokens: NewTokens = 256,
-    dtype: Annotated[
-        str, typer.Option(help="float32, bfloat16 ..., or auto: the dtype of the checkpoint.")
-    ] = "auto",
-    device: Annotated[
-        str | None,
-        typer.Option(help="cpu, cuda, cuda:1 or mps (default: cuda if available, else cpu)."),
-    ] = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
     chat: Annotated[
         bool, typer.Option(help="Apply the target's chat template, if it has one.")
     ] = True,

@@ -25,6 +25,13 @@ Token = Annotated[
 ReadToken = Annotated[
     str | None, typer.Option(envvar="HF_TOKEN", help="A Hub token that may read the draft.")
 ]
+Dtype = Annotated[
+    str, typer.Option(help="float32, bfloat16 ..., or auto: the dtype of the checkpoint.")
+]
+Device = Annotated[
+    str | None,
+    typer.Option(help="cpu, cuda, cuda:1 or mps (default: cuda if available, else cpu)."),
+]
 Capture = Annotated[
     str,
     typer.Option(

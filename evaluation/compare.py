@@ -120,22 +120,26 @@ def greedy(
     check_ids(input_ids)
     if type(max_new_tokens) is not int or max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens!r}; it must be an int, 1 or more.")
-    plain = {
-        "do_sample": False,
-        "num_beams": 1,
-        "repetition_penalty": 1.0,
-        "no_repeat_ngram_size": 0,
-    }
-    stops = list(stop_token_ids(target)) or None
     return target.generate(
         input_ids,
         attention_mask=torch.ones_like(input_ids),
         max_new_tokens=max_new_tokens,
-        eos_token_id=stops,
-        pad_token_id=stops[0] if stops else 0,
-        **plain,
+        do_sample=False,
+        **without_penalties(target),
         **generate_kwargs,
     )
+
+
+def without_penalties(target: Any) -> dict[str, Any]:
+    """Return the arguments of `generate` that end texts as the target does, and turn its penalties off."""
+    stops = list(stop_token_ids(target)) or None
+    return {
+        "num_beams": 1,
+        "repetition_penalty": 1.0,
+        "no_repeat_ngram_size": 0,
+        "eos_token_id": stops,
+        "pad_token_id": stops[0] if stops else 0,
+    }
 
 
 def stop_token_ids(target: Any) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..generation_dflash import DecodeStatistics, now
-from .compare import stop_token_ids
+from .compare import stop_token_ids, without_penalties
 from .ways import ASSISTANT, DFLASH, LOOKUP, LOOKUP_TOKENS, PLAIN, TRANSFORMERS, Drafting, Way
 
 Record = dict[str, Any]
@@ -163,10 +163,8 @@ def time_split(
 
 def generate(target: Any, inputs: dict[str, Any], job: Job, options: dict[str, Any]) -> Any:
     """Call the target's `generate`, without penalties of its generation config."""
-    stops = list(stop_token_ids(target)) or None
-    plain = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
-    ends = {"eos_token_id": stops, "pad_token_id": stops[0] if stops else 0}
-    return target.generate(**inputs, max_new_tokens=job.max_new_tokens, **plain, **ends, **options)
+    plain = without_penalties(target)
+    return target.generate(**inputs, max_new_tokens=job.max_new_tokens, **plain, **options)
 
 
 def keywords(models: Models, way: Way, statistics: CycleStatistics) -> dict[str, Any]:

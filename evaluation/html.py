@@ -8,7 +8,6 @@ and the page's policy forbids the browser to load anything or to run another scr
 
 import base64
 import hashlib
-import os
 from functools import cache
 from operator import itemgetter
 from pathlib import Path
@@ -26,10 +25,10 @@ from .charts import (
     times,
 )
 from .reading import Reading, Way, entries, entry, number, read, visible, words
+from .report import FORMAT, VERSION, write_whole
 from .svg import WIDTH, Drawing, draw
 from .texts import MOST_ROWS, divergences, outcomes, texts
 
-FORMAT, FORMAT_VERSION = "dflash-hub eval", 1
 _NAMES = {"dflash_hub": "dflash-hub", "bandwidth_gb_s": "memory bandwidth, GB/s"}
 _PAGE = Path(__file__).parent / "page"
 
@@ -45,10 +44,7 @@ def write_html(report: dict[str, Any], path: Path) -> None:
         raise ValueError(
             f"report is a {type(report).__name__}; pass the dict that report.json holds."
         )
-    page = render(report)
-    partial = path.with_name(f"_{path.name}")  # a full disk leaves the older page
-    partial.write_text(page, encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, render(report).encode())
 
 
 def render(report: dict[str, Any]) -> str:
@@ -176,8 +172,8 @@ def notices(reading: Reading) -> list[tuple[str, str]]:
     if not reading.is_complete:
         done = counted(sum(len(way.records) for way in reading.ways), "record")
         found.append(("warning", f"This report is partial: the run did not end. It holds {done}."))
-    if (report.get("format"), report.get("format_version")) != (FORMAT, FORMAT_VERSION):
-        known = f"{FORMAT!r}, version {FORMAT_VERSION}"
+    if (report.get("format"), report.get("format_version")) != (FORMAT, VERSION):
+        known = f"{FORMAT!r}, version {VERSION}"
         given = f"{words(report.get('format'))!r}, version {words(report.get('format_version'))}"
         found.append(("warning", f"This page shows reports of {known}; the report says {given}."))
     counts = _faults(reading)

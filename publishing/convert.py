@@ -6,7 +6,6 @@ The model is built without weights, and saved with the tensors of the mapped fil
 """
 
 import json
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from ..layouts_speculators import target_named
 from ..modeling_dflash import DFlashDraftModel
 from ..registry import check_folder
 from ..repository_dflash import check_repo_id
-from ..weights_dflash import OWN_PARTS, RENAMED, check_stored, stored_files
+from ..weights_dflash import OWN_PARTS, check_stored, own_name, stored_files
 from .layouts import OTHER_LAYOUTS, base_model_of, layout_findings
 from .layouts import renamed as renamed_for
 from .pickles import pickles_in, without_pickles
@@ -168,7 +167,7 @@ def _open(source: Any, where: dict[str, Any], target: str | None) -> StoredDraft
     expected = model.state_dict().keys()
     quantised = getattr(config, "quantization_config", None) is not None
     for stored, tensor in found.items():
-        name = _own_name(stored)
+        name = own_name(stored)
         if stored not in left_out:
             if name in expected or quantised:
                 tensors[name], stored_names[name] = tensor, stored
@@ -236,24 +235,24 @@ def complete(config: DFlashConfig, target: str) -> None:
 
 def drop_copies(config: Any, tensors: dict[str, torch.Tensor], target: str) -> list[str]:
     """Turn off the parts of a draft that are its target's, and return the names of their tensors."""
-    dropped = []
-    for stored, tensor in tensors.items():
-        field = OWN_PARTS.get(_own_name(stored))
-        if field is None or config.draft_vocab_size is not None:
-            continue
-        theirs = _target_tensor(target, _own_name(stored))
+    own = {stored: own_name(stored) for stored in tensors if own_name(stored) in OWN_PARTS}
+    if not own or config.draft_vocab_size is not None:
+        return []
+    parts, dropped = _target_parts(target), []
+    for stored, name in own.items():
+        tensor = tensors[stored]
+        theirs = parts.get(name.partition(".")[0], parts.get("embed_tokens"))
         if theirs is not None and theirs.shape == tensor.shape and torch.equal(theirs, tensor):
-            setattr(config, field, False)
+            setattr(config, OWN_PARTS[name], False)
             dropped.append(stored)
     return dropped
 
 
-def _target_tensor(target: str, name: str) -> torch.Tensor | None:
-    """Return the embedding or head of a target, mapped into memory; of tied ones the embedding. None if not found."""
+def _target_parts(target: str) -> dict[str, torch.Tensor]:
+    """Return embed_tokens and lm_head of a target, mapped into memory; the first alone where they are tied."""
     where = pinned(target, {}, False)
     index = find_file(target, "model.safetensors.index.json", **where)
     files = ["model.safetensors"]
-    names = {}
     if index is not None:
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files = sorted({shard for key, shard in names.items() if key.endswith(_PARTS)})
@@ -264,8 +263,7 @@ def _target_tensor(target: str, name: str) -> torch.Tensor | None:
             for key, tensor in load_file(path).items():
                 if key.endswith(_PARTS):
                     found[key.rpartition(".")[0].rpartition(".")[2]] = tensor
-    part = name.partition(".")[0]
-    return found.get(part, found.get("embed_tokens"))
+    return found
 
 
 def _plan(stored: StoredDraft, layout: str, options: ConvertOptions) -> Conversion:
@@ -310,14 +308,6 @@ def layout_of(content: dict[str, Any]) -> str:
     if names[0] == MUSE:
         return "muse"
     return "engines" if content.get("dflash_config") else "flat"
-
-
-def _own_name(stored: str) -> str:
-    """Return the model's name of a stored tensor."""
-    name = stored.removeprefix("model.")
-    for pattern, ours in RENAMED.items():
-        name = re.sub(pattern, ours, name)
-    return name
 
 
 def _dtype(tensors: dict[str, torch.Tensor]) -> torch.dtype:
