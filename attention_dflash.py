@@ -108,8 +108,11 @@ class BlockMasks:
     ):
         self.padding_mask = padding_mask
         self.slots, self.size = slots, size
+        self.reach = reach or size
+        self.behind = 0
+        """Slots by which rows may have moved since these masks were last used, at most."""
         self.offsets = torch.arange(size, device=slots.device)  # [Q]
-        self.nearby = torch.arange(-(reach or size), size, device=slots.device)  # [reach + Q]
+        self.nearby = torch.arange(-self.reach, size, device=slots.device)  # [reach + Q]
         chain = torch.ones(size, size, dtype=torch.bool, device=slots.device).tril()
         self.chain = chain.expand(len(slots), -1, -1).contiguous()  # [B, Q, Q]
         self.ancestors = self.chain
@@ -121,11 +124,21 @@ class BlockMasks:
     def get(self, kind: MaskKind) -> torch.Tensor:
         """Return the mask of this kind, built when first asked for: `[B, 1, G * Q, S]`, 0 if visible and -inf else."""
         if kind not in self.built:
-            slots = torch.arange(self.padding_mask.shape[1], device=self.slots.device)
-            values = self._values(slots.expand(len(self.slots), -1), kind)
-            grouped = values.expand(-1, 1, kind.groups, -1, -1)
-            self.built[kind] = grouped.contiguous()
+            self.built[kind] = self._whole(kind).contiguous()
         return self.built[kind].flatten(2, 3)
+
+    def rebuild(self, slots: torch.Tensor) -> None:
+        """Write all masks again where they lie, for chains at `slots [B]`, however far those have moved."""
+        self.slots, self.ancestors = slots, self.chain
+        self.depths = self.ancestors.sum(-1) - 1
+        for kind, mask in self.built.items():
+            mask.copy_(self._whole(kind))
+
+    def _whole(self, kind: MaskKind) -> torch.Tensor:
+        """Return the mask of this kind for all slots, `[B, 1, G, Q, S]`."""
+        slots = torch.arange(self.padding_mask.shape[1], device=self.slots.device)
+        values = self._values(slots.expand(len(self.slots), -1), kind)
+        return values.expand(-1, 1, kind.groups, -1, -1)
 
     def move(self, slots: torch.Tensor, ancestors: torch.Tensor) -> None:
         """Update all masks for blocks at `slots [B]`, at most `reach` slots after the last ones.
@@ -326,12 +339,12 @@ class BlockState:
     Args:
         cache: keys and values of its text.
         padding_mask `[B, P]`: True at slots that hold nothing to see.
-        masks: of the last block.
+        masks: of the blocks of each size.
     """
 
     cache: SlotCache
     padding_mask: torch.Tensor
-    masks: BlockMasks | None = field(default=None, kw_only=True)
+    masks: dict[int, BlockMasks] = field(default_factory=dict, kw_only=True)
 
     def masks_for(
         self,
@@ -340,11 +353,22 @@ class BlockState:
         attention: BlockAttention,
         reach: int | None = None,
     ) -> BlockMasks:
-        """Return the masks for blocks of `size` at `slots [B]`; new ones where buffers grew or the size changed."""
-        masks = self.masks
+        """Return the masks for blocks of `size` at `slots [B]`, which `BlockMasks.move` can update.
+
+        They are new where buffers grew, and written again where rows moved further than they reach.
+        """
+        masks = self.masks.get(size)
         capacity = self.cache.capacity
-        if masks is None or masks.size != size or masks.padding_mask.shape[1] < capacity:
+        if masks is None or masks.padding_mask.shape[1] < capacity:
             padding_mask = pad_to(self.padding_mask, capacity)
             kinds = attention.mask_kinds
-            masks = self.masks = BlockMasks(padding_mask, slots, size, kinds, reach)
+            masks = self.masks[size] = BlockMasks(padding_mask, slots, size, kinds, reach)
+        elif masks.behind > masks.reach:
+            masks.rebuild(slots)
+        masks.behind = 0
         return masks
+
+    def advance(self, num_slots: int) -> None:
+        """Note that rows are about to move on by this many slots at most."""
+        for masks in self.masks.values():
+            masks.behind += num_slots

@@ -10,13 +10,14 @@ of the draft, F taps * target hidden size. T is Q where the anchor's position pr
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn.functional import pad
 from transformers.cache_utils import DynamicCache
 
-from .attention_dflash import BlockAttention, BlockMasks, BlockState, LayerKind, pad_to
+from .attention_dflash import BlockAttention, BlockState, LayerKind, pad_to
 from .cache_dflash import SlotCache
 from .compat_dflash import device_of_inputs, dtype_of_inputs
 from .execution_dflash import BlockRunner, as_written
@@ -84,11 +85,12 @@ class DraftState(BlockState):
     Args:
         position_offset `[B, 1]`: position minus slot.
         noise_ids `[B, Q - 1]`: mask tokens.
+        pending: context that is not cached yet, in the order of the text.
     """
 
     position_offset: torch.Tensor
     noise_ids: torch.Tensor
-    pending: PendingContext | None = None
+    pending: list[PendingContext] = field(default_factory=list)
 
     def positions(self, slots: torch.Tensor) -> torch.Tensor:
         """Return the positions in each row's text of `slots [B, N]`."""
@@ -151,25 +153,34 @@ class Drafter:
         slots = torch.arange(first_slot, last_slot, device=self.draft.device)
         self.cache_at(state, features, slots.expand(len(features), -1))
 
-    def set_pending(self, state: DraftState, features: torch.Tensor, slots: torch.Tensor) -> None:
-        """Let context features `[B, N, F]` from `slots [B]` on reach the draft with its next block."""
+    def add_pending(self, state: DraftState, features: torch.Tensor, slots: torch.Tensor) -> None:
+        """Let context features `[B, N, F]` from `slots [B]` on reach the draft before or with its next block."""
+        state.advance(features.shape[1])
         features = self._to_draft(features)
-        state.pending = PendingContext(features, slots.to(self.draft.device))
+        state.pending.append(PendingContext(features, slots.to(self.draft.device)))
 
     def flush_pending(self, state: DraftState) -> None:
         """Cache the pending context now. The slots of rejected tokens are overwritten by whatever follows."""
-        if state.pending is not None:
-            features, first = state.pending.features, state.pending.slots
-            steps = torch.arange(features.shape[1], device=self.draft.device)
-            self.cache_at(state, features, first[:, None] + steps)
-            state.pending = None
+        if not state.pending:
+            return
+        parts = []
+        for context in state.pending:
+            steps = torch.arange(context.features.shape[1], device=self.draft.device)
+            parts.append(context.slots[:, None] + steps)
+        features = torch.cat([context.features for context in state.pending], dim=1)
+        state.pending = []
+        self.cache_at(state, features, *parts)
 
-    def cache_at(self, state: DraftState, features: torch.Tensor, slots: torch.Tensor) -> None:
-        """Cache the context features `[B, N, F]` of `slots [B, N]`."""
-        slots = slots.to(self.draft.device)
+    def cache_at(self, state: DraftState, features: torch.Tensor, *parts: torch.Tensor) -> None:
+        """Cache the context features `[B, N, F]` of slots, `[B, n]` for each part of the N.
+
+        Where parts share slots, the later one counts.
+        """
+        parts = tuple(part.to(self.draft.device) for part in parts)
+        slots = torch.cat(parts, dim=1)
         state.cache.reserve(int(slots.max()) + 1)
         self.draft.extend_cache(
-            self._to_draft(features), state.positions(slots), state.cache.at(slots)
+            self._to_draft(features), state.positions(slots), state.cache.at(*parts)
         )
         state.cache.check_written(slots.shape[1], "the draft")
 
@@ -183,17 +194,12 @@ class Drafter:
             num_slots: slots that the longest row needs, its block included.
         """
         own_slots = slots.to(self.draft.device)
-        # All context is cached. A captured block still takes context of the usual shape: zeros, whose slots the block
-        # overwrites.
-        if state.pending is None:
-            shape = (len(slots), self.verified_size, self.draft.config.fc_width)
-            zeros = torch.zeros(shape, device=own_slots.device, dtype=self.draft.dtype)
-            state.pending = PendingContext(zeros, own_slots)
-        context = state.pending
-        # A tree that was verified may be wider than a block.
-        wider = max(0, context.features.shape[1] - self.size)
-        state.cache.reserve(num_slots + wider)
-        with self.attention.under(self._masks(state, own_slots)):
+        context = self._context(state, own_slots)
+        state.cache.reserve(num_slots + self.verified_size - self.size)
+        # A cycle usually moves a row by all verified positions at most.
+        reach = self.verified_size
+        masks = state.masks_for(own_slots, self.size, self.attention, reach)
+        with self.attention.under(masks):
             output: DraftOutput = self.runner(
                 state, anchor, context.features, context.slots, own_slots
             )
@@ -214,9 +220,22 @@ class Drafter:
         choice = self.draft.select_tokens(scores.to(own), output.states, walk)
         return choice._replace(tokens=choice.tokens.to(scores.device))
 
-    def _masks(self, state: DraftState, slots: torch.Tensor) -> BlockMasks:
-        """Return the masks for blocks at `slots [B]`. A cycle moves a row by all verified positions at most."""
-        return state.masks_for(slots, self.size, self.attention, reach=self.verified_size)
+    def _context(self, state: DraftState, slots: torch.Tensor) -> PendingContext:
+        """Return the context to run with a block at `slots [B]`, in its usual shape; the rest is cached.
+
+        Usually all of it goes with the block. What is missing in length are zeros, whose slots the block overwrites.
+        """
+        pending, size = state.pending, self.verified_size
+        last = pending.pop() if pending and pending[-1].features.shape[1] <= size else None
+        self.flush_pending(state)
+        if last is None:
+            shape = (len(slots), 0, self.draft.config.fc_width)
+            empty = torch.zeros(shape, device=slots.device, dtype=self.draft.dtype)
+            last = PendingContext(empty, slots)
+        missing = size - last.features.shape[1]
+        if not missing:
+            return last
+        return PendingContext(pad(last.features, (0, 0, 0, missing)), last.slots)
 
     def _run_block(
         self,
@@ -227,7 +246,7 @@ class Drafter:
         slots: torch.Tensor,
     ) -> DraftOutput:
         """Run the block. What changes from cycle to cycle are the arguments."""
-        masks = self._masks(state, slots)
+        masks = state.masks[self.size]
         masks.move(slots, masks.chain)
         block_slots = slots[:, None] + masks.offsets  # [B, Q]
         steps = torch.arange(context.shape[1], device=slots.device)

@@ -106,20 +106,26 @@ class BlockRunner:
         self.mode = "eager"
         self.failed_modes: set[str] = set()
         self.last_key: Any = None
-        self.replay: Callable | None = None
+        self.recordings: dict[Any, Callable] = {}
+        """By key: what is called in place of the function. All are over the same buffers."""
+        self.shapes_seen: set[Any] = set()
+        """The shapes of inputs that a decode had. A block is recorded when its shapes come for the second time."""
+        self.shapes_recorded: set[Any] = set()
         self.verified_keys: set[Any] = set()
         """Keys for which compiled code was compared. A graph is compared when a decode first records it."""
 
     @contextmanager
     def using(self, mode: str) -> Iterator[None]:
-        """Run in this mode inside the context. A graph, which holds on to memory, is dropped at its end."""
+        """Run in this mode inside the context. Graphs, which hold on to memory, are dropped at its end."""
         self.mode = "eager" if mode in self.failed_modes else mode
         if self.mode == "compile" and self.compiled is self.function:
             self.compiled = torch.compile(self.function)
         try:
             yield
         finally:
-            self.last_key = self.replay = None
+            self.last_key = None
+            for found in (self.recordings, self.shapes_seen, self.shapes_recorded):
+                found.clear()
 
     def __call__(self, state: Any, *inputs: torch.Tensor) -> Any:
         """Return what the function returns."""
@@ -129,17 +135,18 @@ class BlockRunner:
         known = key in self.verified_keys
         if known and not inputs[0].is_cuda:
             return self._run_compiled(key, state, *inputs)
-        if key == self.last_key and self.replay is not None:
-            return self.replay(*inputs)  # the state is part of the recording
-        # Over larger buffers, the block is the one that was recorded.
-        grown = self.replay is not None and key[1] == self.last_key[1]
-        repeated = grown or key == self.last_key
-        self.last_key, self.replay = key, None  # a recording that is over makes room
-        if known or (grown and self.mode == "graphs"):
-            return self._capture_again(state, *inputs)
-        if not repeated:  # blocks of this size may not come again
+        if key in self.recordings:
+            return self.recordings[key](*inputs)  # the state is part of the recording
+        buffers, shapes = key
+        # Over larger buffers, recordings are over, and make room.
+        for other in [other for other in self.recordings if other[0] != buffers]:
+            del self.recordings[other]
+        if known or (shapes in self.shapes_recorded and self.mode == "graphs"):
+            return self._capture_again(key, state, *inputs)
+        if shapes not in self.shapes_seen:  # blocks of this size may not come again
+            self.shapes_seen.add(shapes)
             return self.function(state, *inputs)
-        return self._capture_and_compare(state, *inputs)
+        return self._capture_and_compare(key, state, *inputs)
 
     def _run_compiled(self, key: Any, state: Any, *inputs: torch.Tensor) -> Any:
         """Run compiled code; its guards cost a quarter of a call, so skip them while the key stays the same."""
@@ -150,19 +157,23 @@ class BlockRunner:
         with _STANCE, torch.compiler.set_stance(skip_guard_eval_unsafe=skips_guards):
             return self.compiled(state, *inputs)
 
-    def _capture_and_compare(self, state: Any, *inputs: torch.Tensor) -> Any:
+    def _capture_and_compare(self, key: Any, state: Any, *inputs: torch.Tensor) -> Any:
         """Record, compare with the eager function, and return what that one gave."""
         expected = self.function(state, *inputs)
-        self._record(state, inputs, lambda result: _close(result, expected))
+        self._record(key, state, inputs, lambda result: _close(result, expected))
         return expected
 
-    def _capture_again(self, state: Any, *inputs: torch.Tensor) -> Any:
+    def _capture_again(self, key: Any, state: Any, *inputs: torch.Tensor) -> Any:
         """Record what was compared before, over larger buffers; all outputs must be written, and are returned."""
-        result = self._record(state, inputs, _is_written)
-        return self.function(state, *inputs) if self.replay is None else result
+        result = self._record(key, state, inputs, _is_written)
+        return result if key in self.recordings else self.function(state, *inputs)
 
     def _record(
-        self, state: Any, inputs: tuple[torch.Tensor, ...], is_right: Callable[[Any], bool]
+        self,
+        key: Any,
+        state: Any,
+        inputs: tuple[torch.Tensor, ...],
+        is_right: Callable[[Any], bool],
     ) -> Any:
         """Record, and return what the recording gives. If it fails or that is not right, blocks run eagerly."""
         # A compiler or a driver may raise anything; the function itself still runs.
@@ -176,9 +187,10 @@ class BlockRunner:
         if not is_right(result):
             self._run_eagerly("it gave other numbers")
             return None
-        self.replay = capture
+        self.recordings[key] = capture
+        self.shapes_recorded.add(key[1])
         if self.mode == "compile":
-            self.verified_keys.add(self.last_key)
+            self.verified_keys.add(key)
         return result
 
     def _capture(self, state: Any, inputs: tuple[torch.Tensor, ...]) -> Callable:

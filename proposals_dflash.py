@@ -204,4 +204,4 @@ class ChainProposer:
         return Proposal(tokens, confidence=choice.confidence)
 
     def commit(self, features: torch.Tensor, slots: torch.Tensor) -> None:
-        self.drafter.set_pending(self.draft_state, features, slots)
+        self.drafter.add_pending(self.draft_state, features, slots)

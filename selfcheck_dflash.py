@@ -164,7 +164,7 @@ class Probe:
         slots = torch.full((len(self.prompt.input_ids),), self.before, device=self.prompt.device)
         self.state.cache.reserve(self.last)
         verified = self.target.verify(self.state, self.prompt.ids(self.before, self.last), slots)
-        self.state.masks = None  # they follow small moves only, and the next block may be far away
+        self.state.masks.clear()  # they follow small moves only, and the next block may be far away
         return verified
 
     def token_by_token(self) -> TargetOutput:

@@ -232,6 +232,7 @@ class Target:
                 state, tokens, slots, masks.chain if ancestors is None else ancestors
             )
         state.recurrent.record_inputs(snapshot, self.name)
+        state.advance(tokens.shape[1])
         return Verified(logits.to(slots.device), *rest, snapshot=snapshot)
 
     def move_path(
@@ -253,7 +254,7 @@ class Target:
     ) -> tuple[Any, ...]:
         """Return the fields of `TargetOutput`, for a block. What changes from cycle to cycle are the arguments."""
         length = tokens.shape[1]
-        masks = state.masks_for(slots, length, self.attention)
+        masks = state.masks[length]
         masks.move(slots, ancestors)
         text_slots = slots[:, None] + masks.depths
         # What lies beyond is never committed, so its position is free.
