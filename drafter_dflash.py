@@ -22,6 +22,7 @@ from .cache_dflash import SlotCache
 from .compat_dflash import device_of_inputs, dtype_of_inputs
 from .execution_dflash import BlockRunner, as_written
 from .target_dflash import embed_noise
+from .trees_dflash import NUM_CANDIDATES, Tree, best_tree
 
 
 class Walk(NamedTuple):
@@ -57,12 +58,14 @@ class DraftOutput(NamedTuple):
         states `[B, T, H]`: hidden states, on the draft's device.
         tokens `[B, T]`: what it proposes by its logits alone.
         confidence `[B, T]`: as in `Choice`, on the draft's device.
+        tree: the tree of likely texts by its logits alone, on the draft's device; None where none was asked for.
     """
 
     logits: torch.Tensor
     states: torch.Tensor
     tokens: torch.Tensor
     confidence: torch.Tensor | None = None
+    tree: Tree | None = None
 
 
 @dataclass
@@ -86,11 +89,13 @@ class DraftState(BlockState):
         position_offset `[B, 1]`: position minus slot.
         noise_ids `[B, Q - 1]`: mask tokens.
         pending: context that is not cached yet, in the order of the text.
+        num_nodes: of the tree that a block returns; 0 for none.
     """
 
     position_offset: torch.Tensor
     noise_ids: torch.Tensor
     pending: list[PendingContext] = field(default_factory=list)
+    num_nodes: int = 0
 
     def positions(self, slots: torch.Tensor) -> torch.Tensor:
         """Return the positions in each row's text of `slots [B, N]`."""
@@ -122,7 +127,8 @@ class Drafter:
         self.attention = BlockAttention(draft, layer_kinds(draft.config))
         self.no_masks = dict.fromkeys(draft.config.layer_types)
         self.runner = BlockRunner(
-            self._run_block, lambda state: (state.cache.length, state.cache.capacity)
+            self._run_block,
+            lambda state: (state.cache.length, state.cache.capacity, state.num_nodes),
         )
 
     @property
@@ -220,6 +226,19 @@ class Drafter:
         choice = self.draft.select_tokens(scores.to(own), output.states, walk)
         return choice._replace(tokens=choice.tokens.to(scores.device))
 
+    def grow(
+        self,
+        scores: torch.Tensor,
+        output: DraftOutput,
+        anchor: torch.Tensor,
+        pair_scale: float,
+        num_nodes: int,
+    ) -> Tree:
+        """Return the tree of `num_nodes` likely texts by `scores [B, T, V]` in place of its logits."""
+        own = output.states.device
+        walk = Walk(anchor.to(own), self._embed, pair_scale)
+        return self._tree(scores.to(own), output.states, walk, num_nodes)
+
     def _context(self, state: DraftState, slots: torch.Tensor) -> PendingContext:
         """Return the context to run with a block at `slots [B]`, in its usual shape; the rest is cached.
 
@@ -269,7 +288,14 @@ class Drafter:
             logits = logits.index_fill(-1, self._beyond(logits), -torch.inf)
         walk = Walk(anchor.to(slots.device), self._embed)
         choice = self.draft.select_tokens(logits.to(slots.device), states, walk)
-        return DraftOutput(logits, states, *choice)
+        tree = None
+        if state.num_nodes:
+            tree = self._tree(logits.to(slots.device), states, walk, state.num_nodes)
+        return DraftOutput(logits, states, *choice, tree=tree)
+
+    def _tree(self, scores: torch.Tensor, states: torch.Tensor, walk: Walk, num_nodes: int) -> Tree:
+        candidates = self.draft.candidates(scores, states, walk, NUM_CANDIDATES)
+        return best_tree(candidates, num_nodes)
 
     def _beyond(self, logits: torch.Tensor) -> torch.Tensor:
         """Return the tokens of `logits [B, T, V]` that the target has no embedding of."""

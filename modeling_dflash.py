@@ -43,6 +43,7 @@ from .drafter_dflash import Choice, Walk
 from .generate_dflash import SpeculativeGenerate, spec_generate
 from .layouts_dflash import shown
 from .repository_dflash import RepositoryMixin, own_config
+from .trees_dflash import Candidates, likeliest
 from .weights_dflash import UNUSED
 
 
@@ -372,6 +373,12 @@ class DFlashDraftModel(DFlashPreTrainedModel):
             states `[B, N, H]`: the draft's, for drafts whose tokens depend on each other.
         """
         return Choice(scores.argmax(dim=-1))
+
+    def candidates(
+        self, scores: torch.Tensor, states: torch.Tensor, walk: Walk, num_candidates: int
+    ) -> Candidates:
+        """Return the likeliest tokens of each position, for a tree; the arguments are those of `select_tokens`."""
+        return likeliest(scores, num_candidates)
 
     def _check_inputs(
         self, noise_embeds: torch.Tensor, context_hidden_states: torch.Tensor

@@ -19,6 +19,7 @@ from transformers import initialization as init
 from .configuration_dflash2 import DFlash2Config
 from .drafter_dflash import Choice, Walk
 from .modeling_dflash import DFlashDecoderLayer, DFlashDraftModel
+from .trees_dflash import Candidates, paired
 
 TRAVELS_TOO = """
 import .dflash2
@@ -80,34 +81,38 @@ class CandidateSelector(nn.Module):
         projected = self.hidden_projection(states).unsqueeze(-2)
         return embedding(predecessors, self.predecessor_codebook) * projected
 
-    def walk(
-        self, scores: torch.Tensor, states: torch.Tensor, anchor: torch.Tensor, pair_scale: float
-    ) -> torch.Tensor:
-        """Return one path through the best candidates of each position, `[B, Q - 1]`.
-
-        All pairs are scored at once. The walk then only gathers, and never waits for the device.
+    def pairs(
+        self, scores: torch.Tensor, states: torch.Tensor, walk: Walk
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the best candidates of each position, and the scores of all pairs of adjacent ones.
 
         Args:
             scores `[B, Q - 1, V]`: of single tokens.
             states `[B, Q - 1, H]`: the draft's.
-            anchor `[B, 1]`: the token before them.
-            pair_scale: factor of the selector's scores.
+
+        Returns:
+            Tokens `[B, Q - 1, k]`, and scores `[B, Q - 1, k, k]`, predecessor by candidate.
         """
-        known = len(
-            self.predecessor_codebook
-        )  # a target's head may be padded beyond its vocabulary
+        # a target's head may be padded beyond its vocabulary
+        known = len(self.predecessor_codebook)
         unary, candidates = scores[..., :known].topk(self.top_k)  # [B, Q - 1, k]
-        first = anchor.clamp_max(known - 1)[:, None].expand(-1, 1, self.top_k)
+        first = walk.anchor.clamp_max(known - 1)[:, None].expand(-1, 1, self.top_k)
         predecessors = torch.cat([first, candidates[:, :-1]], dim=1)  # [B, Q - 1, k]
         gates = self.gates(states, predecessors)  # [B, Q - 1, k, R]
-        # [B, Q - 1, k, k], predecessor by candidate
         pairs = gates @ embedding(candidates, self.successor_codebook).mT
-        totals = unary.float()[:, :, None] + pair_scale * pairs.float()
+        totals = unary.float()[:, :, None] + walk.pair_scale * pairs.float()
+        return candidates, totals
+
+    def path(self, totals: torch.Tensor) -> torch.Tensor:
+        """Return the candidates of one path, `[B, Q - 1]`, of the scores that `pairs` returned.
+
+        All pairs are scored at once. So this only gathers, and never waits for the device.
+        """
         best = totals.argmax(dim=-1)  # [B, Q - 1, k]
         steps = [best[:, 0, :1]]
         for position in range(1, best.shape[1]):
             steps.append(best[:, position].gather(1, steps[-1]))
-        return candidates.gather(-1, torch.cat(steps, dim=1)[..., None])[..., 0]
+        return torch.cat(steps, dim=1)
 
 
 class DFlash2DecoderLayer(DFlashDecoderLayer):
@@ -174,9 +179,17 @@ class DFlash2DraftModel(DFlashDraftModel):
         return cap * torch.tanh(logits / cap) if cap else logits
 
     def select_tokens(self, scores: torch.Tensor, states: torch.Tensor, walk: Walk) -> Choice:
-        """Return the path that the selector chooses; for the arguments see `CandidateSelector.walk`."""
-        path = self.candidate_selector.walk(scores, states, walk.anchor, walk.pair_scale)
-        return Choice(path)
+        """Return the path that the selector chooses; as in `DFlashDraftModel`."""
+        tokens, totals = self.candidate_selector.pairs(scores, states, walk)
+        path = self.candidate_selector.path(totals)
+        return Choice(tokens.gather(-1, path[..., None])[..., 0])
+
+    def candidates(
+        self, scores: torch.Tensor, states: torch.Tensor, walk: Walk, num_candidates: int
+    ) -> Candidates:
+        """Return the selector's candidates, whose number the config gives, with the chances of their pairs."""
+        tokens, totals = self.candidate_selector.pairs(scores, states, walk)
+        return Candidates(tokens, paired(scores, totals), self.candidate_selector.path(totals))
 
 
 Qwen3DFlash2DraftModel = DFlash2DraftModel

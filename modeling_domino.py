@@ -19,6 +19,7 @@ from transformers import initialization as init
 from .configuration_domino import DominoConfig
 from .drafter_dflash import Choice, Walk
 from .modeling_dflash import DFlashDraftModel
+from .trees_dflash import Candidates, likeliest
 
 TRAVELS_TOO = """
 import .domino
@@ -121,6 +122,16 @@ class DominoDraftModel(DFlashDraftModel):
             token = found.argmax(dim=-1)
             chosen.append(token)
         return Choice(torch.cat(chosen, dim=1))
+
+    def candidates(
+        self, scores: torch.Tensor, states: torch.Tensor, walk: Walk, num_candidates: int
+    ) -> Candidates:
+        """Return the likeliest tokens of each position, each after the chain's tokens before it."""
+        chain = self.select_tokens(scores, states, walk).tokens
+        predecessors = torch.cat([walk.anchor, chain[:, :-1]], dim=1)
+        nothing = torch.zeros_like(scores)
+        added = self.corrected_logits(nothing, states, predecessors, walk.embed)
+        return likeliest(scores + walk.pair_scale * added, num_candidates)
 
     def corrected_logits(
         self,

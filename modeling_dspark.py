@@ -14,11 +14,13 @@ the draft: `draft_vocab_size`, or V.
 
 import torch
 from torch import nn
+from torch.nn.functional import embedding, pad
 from transformers import initialization as init
 
 from .configuration_dspark import DSparkConfig
 from .drafter_dflash import Choice, Walk
 from .modeling_dflash import DFlashDraftModel
+from .trees_dflash import Candidates, likeliest, paired
 
 TRAVELS_TOO = """
 import .dspark
@@ -188,14 +190,65 @@ class DSparkDraftModel(DFlashDraftModel):
         confidence = self.confidence_logits(states, predecessors)
         return Choice(tokens, None if confidence is None else confidence.sigmoid())
 
+    def candidates(
+        self, scores: torch.Tensor, states: torch.Tensor, walk: Walk, num_candidates: int
+    ) -> Candidates:
+        """Return the likeliest tokens of each position, after those of the position before where a bias reads them.
+
+        A head that remembers more than one token gives its biases along the chain.
+        """
+        head = self.markov_head
+        if head is None:
+            return likeliest(scores, num_candidates)
+        chain = self._walk(scores, states, walk)
+        if isinstance(head, RecurrentMarkovHead):
+            predecessors = torch.cat([walk.anchor, chain[:, :-1]], dim=1)
+            biases = self.over_target_vocabulary(head.biases(states, predecessors))
+            biases = pad(biases, (0, scores.shape[-1] - biases.shape[-1]))
+            return likeliest(scores + walk.pair_scale * biases, num_candidates)
+        return self._pairs(scores, states, walk, chain, num_candidates)
+
+    def _pairs(
+        self,
+        scores: torch.Tensor,
+        states: torch.Tensor,
+        walk: Walk,
+        chain: torch.Tensor,
+        num_candidates: int,
+    ) -> Candidates:
+        """Return the likeliest tokens, those of the `chain [B, N]` among them, with the chances of their pairs."""
+        head, ids = self.markov_head, self.target_ids
+        known = self._known(scores)
+        num_candidates = min(num_candidates, known.shape[-1])
+        own = chain if ids is None else torch.searchsorted(ids, chain)
+        # The chain's token comes first, once.
+        first = known.scatter(-1, own[..., None], torch.inf)
+        drafted = first.topk(num_candidates).indices  # [B, N, K]
+        tokens = drafted if ids is None else ids[drafted]
+        anchor = walk.anchor[:, None].expand(-1, 1, num_candidates)
+        predecessors = torch.cat([anchor, tokens[:, :-1]], dim=1)
+        states = states[:, :, None].expand(-1, -1, num_candidates, -1)
+        mixed, _ = head.step(head.embed(predecessors), states, None)
+        biases = mixed @ embedding(drafted, head.markov_w2.weight).mT  # [B, N, K, K]
+        unary = known.gather(-1, drafted).float()[:, :, None]
+        totals = unary + walk.pair_scale * biases.float()
+        return Candidates(tokens, paired(known, totals), torch.zeros_like(chain))
+
+    def _known(self, scores: torch.Tensor) -> torch.Tensor:
+        """Return those of `scores [B, N, V]` that are of the draft's tokens, in their order: `[B, N, D]`."""
+        ids = self.target_ids
+        if ids is not None:
+            return scores[..., ids]
+        # a target's head may be padded beyond its vocabulary, or lack the padding
+        return scores[..., : self.markov_head.markov_w2.out_features]
+
     def _walk(self, scores: torch.Tensor, states: torch.Tensor, walk: Walk) -> torch.Tensor:
         """Return the best token of each position, given the one before it: `[B, N]`."""
         head = self.markov_head
         if head is None:
             return scores.argmax(dim=-1)
         ids = self.target_ids
-        # a target's head may be padded beyond its vocabulary, or lack the padding
-        known = scores[..., : head.markov_w2.out_features] if ids is None else scores[..., ids]
+        known = self._known(scores)
         memory, token = None, walk.anchor[:, 0]
         tokens = []
         for position in range(known.shape[1]):

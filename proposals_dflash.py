@@ -16,6 +16,7 @@ import torch
 
 from .drafter_dflash import Choice, Drafter, DraftState
 from .sampling_dflash import Sampler
+from .trees_dflash import Tree
 
 
 @dataclass
@@ -27,11 +28,13 @@ class Proposal:
         parents `[B, Q]`: for each position the one before it, -1 for the root. Parents come before their children. None
             for a chain, where they are -1, 0, 1, 2 ...
         confidence `[B, Q - 1]`: the chance that each drafted token is accepted if those before it are; None if unknown.
+        max_depth: no position is further from the root; None if unknown.
     """
 
     tokens: torch.Tensor
     parents: torch.Tensor | None = None
     confidence: torch.Tensor | None = None
+    max_depth: int | None = None
 
     def with_root(self, anchor: torch.Tensor) -> "Proposal":
         """Return the proposal with `anchor [B, 1]` as its root, whatever the proposer put there."""
@@ -205,3 +208,39 @@ class ChainProposer:
 
     def commit(self, features: torch.Tensor, slots: torch.Tensor) -> None:
         self.drafter.add_pending(self.draft_state, features, slots)
+
+
+class TreeProposer(ChainProposer):
+    """Proposes the tree of the texts that the draft holds likeliest.
+
+    Args:
+        num_nodes: of the tree, without its root.
+    """
+
+    def __init__(self, drafter: Drafter, draft_state: DraftState, sampler: Sampler, num_nodes: int):
+        super().__init__(drafter, draft_state, sampler)
+        self.num_nodes = num_nodes
+        if not sampler.coupled:
+            draft_state.num_nodes = num_nodes
+
+    def propose(self, state: Any) -> Proposal:
+        """Return the anchor and the nodes after it, the likeliest first."""
+        tree = self.grow(state)
+        device = state.anchor.device
+        root = torch.full_like(state.anchor, -1)
+        tokens = torch.cat([state.anchor, tree.tokens.to(device)], dim=1)
+        parents = torch.cat([root, tree.parents.to(device)], dim=1)
+        return Proposal(tokens, parents, max_depth=self.drafter.num_drafted)
+
+    def grow(self, state: Any) -> Tree:
+        """Return the tree after each row's anchor."""
+        num_slots = max(state.last_slots) + self.drafter.size
+        output = self.drafter.draft_block(self.draft_state, state.anchor, state.slots, num_slots)
+        if output.tree is not None:
+            return output.tree
+        scores, pair_scale = self.sampler.draft_scores(output.logits, state.next_slots)
+        return self.drafter.grow(scores, output, state.anchor, pair_scale, self.num_nodes)
+
+    def commit(self, features: torch.Tensor, slots: torch.Tensor) -> None:
+        """Take the features of the accepted path, which is no longer than the draft's block."""
+        super().commit(features[:, : self.drafter.verified_size], slots)

@@ -134,7 +134,8 @@ def test_the_walk_is_the_one_that_goes_step_by_step(pair, weight):
         pairs = unary + weight * (selector.successor_codebook[candidates] * gate[:, None]).sum(-1)
         before = candidates.gather(1, pairs.argmax(-1, keepdim=True))[:, 0]
         path.append(before)
-    found = selector.walk(scores, states, anchor, weight)
+    candidates, totals = selector.pairs(scores, states, Walk(anchor, pair_scale=weight))
+    found = candidates.gather(-1, selector.path(totals)[..., None])[..., 0]
     assert torch.equal(found, torch.stack(path, dim=1))
     assert not torch.equal(found, scores.argmax(-1))
 
