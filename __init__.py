@@ -20,6 +20,7 @@ from .kinds import KINDS
 from .layouts import read_layout
 
 if TYPE_CHECKING:
+    from .generate_dflash import lookup_generate
     from .generation_dflash import DecodeStatistics
     from .modeling_dflash import DFlashDraftModel, Qwen3DFlashDraftModel
     from .modeling_dflash2 import DFlash2DraftModel, Qwen3DFlash2DraftModel
@@ -52,6 +53,7 @@ _ON_DEMAND = {
     "build_target_layer_ids": "registry",
     "dflash_generate": "registry",
     "load_draft": "registry",
+    "lookup_generate": "generate_dflash",
 }
 
 __all__ = [
@@ -73,6 +75,7 @@ __all__ = [
     "build_target_layer_ids",
     "dflash_generate",
     "load_draft",
+    "lookup_generate",
     "register_dflash_draft",
     "resolve_dflash_draft_spec",
 ]

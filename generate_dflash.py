@@ -10,7 +10,8 @@ Shapes: B rows, P prompt tokens, T tokens of the longest text, V vocabulary.
 
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +46,7 @@ from .execution_dflash import CAPTURE, resolve_mode, turns
 from .findings_dflash import raise_first
 from .generation_dflash import DecodeState, DecodeStatistics, Recorder, decode, prefill
 from .layouts_dflash import shown
+from .lookup_dflash import LookupProposer
 from .outputs_dflash import StepOutputs
 from .past_key_values_dflash import (
     cache_findings,
@@ -61,6 +63,7 @@ from .support_dflash import (
     base_model,
     check_arguments,
     check_options,
+    check_target,
     draft_findings,
     warn_of_length,
     warn_of_new_family,
@@ -80,13 +83,16 @@ STATISTICS = (
 )
 PROPOSER = ("append_context", "propose", "commit")
 
-ProposerFactory = Callable[[ChainProposer], Proposer]
-"""Makes the proposer of a decode from the draft's own."""
+CHECKED_SIZE = 16
+"""Positions of the blocks with which a target is checked that decodes without a draft."""
+
+ProposerFactory = Callable[[Any], Proposer]
+"""Makes the proposer of a decode from the draft's own, a `ChainProposer`; without a draft, from a `LookupProposer`."""
 
 
-def own_proposer(chain: ChainProposer) -> Proposer:
+def own_proposer(own: Proposer) -> Proposer:
     """Return the draft's own proposer."""
-    return chain
+    return own
 
 
 class SpeculativeGenerate:
@@ -113,9 +119,13 @@ class SpeculativeGenerate:
     def __reduce__(self) -> tuple:
         return SpeculativeGenerate, (self.draft,)
 
+    def check_target(self, model: Any, strict: bool) -> None:
+        """Refuse a target that this draft does not fit, or that cannot be decoded exactly."""
+        check_compatible(self.draft.config, model, strict)
+
     def session(self, model: Any) -> "DecoderSession":
         """Return a session for this target, the compiled one where it still fits."""
-        with turns(self.draft, model):
+        with turns(*_present(self.draft, model)):
             session = self.compiled_session
             if (
                 session is not None
@@ -156,7 +166,7 @@ class SpeculativeGenerate:
         frame = sys._getframe(1)
         streamer = streamer or local_of_generate("streamer", frame)
         _check_choice("strict", strict, (True, False))
-        check_compatible(self.draft.config, model, strict)
+        self.check_target(model, strict)
         asked = {name: local_of_generate(name, frame) for name in IGNORED}
         check_arguments(self.draft, asked, local_of_generate("kwargs", frame) or {})
         check_options(model, generation_config, input_ids, inputs)
@@ -188,6 +198,31 @@ class SpeculativeGenerate:
         return request.output(cache)
 
     __signature__ = Signature(__call__)
+
+
+class LookupGenerate(SpeculativeGenerate):
+    """Decode without a draft: tokens are proposed that followed the same tokens before, in the prompt or the text.
+
+    It takes the keywords of `SpeculativeGenerate`; there is no draft that `draft_sampling` could tell how to choose.
+    Code that `capture="compile"` compiled stays with it, and with the target, until its next call.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(None)
+
+    def __reduce__(self) -> tuple:
+        return LookupGenerate, ()
+
+    def check_target(self, model: Any, strict: bool) -> None:
+        check_target(model, strict)
+
+
+lookup_generate = LookupGenerate()
+"""Decoding function for `target.generate(**inputs, custom_generate=lookup_generate)`, without any draft.
+
+Raises:
+    ValueError: the target cannot be decoded exactly, or an option has no meaning here.
+"""
 
 
 def choose_acceptance(
@@ -230,7 +265,7 @@ class DecodeRequest:
 
     Args:
         mode: "eager", "graphs" or "compile".
-        proposer: makes the proposer from the draft's own.
+        proposer: makes the proposer from the draft's own, or from that of look-ups.
     """
 
     prompt: Prompt
@@ -274,9 +309,10 @@ class DecodeRequest:
 
 
 class DecoderSession:
-    """A target and a draft that decode together.
+    """A target and a draft that decode together; or a target alone, whose tokens are looked up.
 
     Args:
+        draft: None for none.
         checked: session keys and circumstances for which a self-check of this target has passed; it is added to.
 
     Raises:
@@ -284,13 +320,16 @@ class DecoderSession:
     """
 
     def __init__(self, draft: Any, model: Any, checked: set):
-        if is_offloaded(draft):
+        if draft is not None and is_offloaded(draft):
             raise ValueError(
                 "Weights of the draft are on the meta device; it runs in every cycle, so load it onto one device."
             )
         self.checked = checked
-        self.target = Target(model, tuple(draft.config.target_layer_ids))
-        self.drafter = Drafter(draft, model)
+        taps = () if draft is None else tuple(draft.config.target_layer_ids)
+        self.target = Target(model, taps)
+        self.drafter = None if draft is None else Drafter(draft, model)
+        self.models = _present(draft, model)
+        """The draft, where there is one, and the target."""
         self.key = session_key(draft, model)
 
     def decode(
@@ -301,47 +340,56 @@ class DecoderSession:
         Returns:
             The cache to return, if one was asked for.
         """
-        prompt, mode = request.prompt, request.mode
-        target, drafter = self.target, self.drafter
-        recorder = Recorder(statistics, drafter.draft.device)
+        prompt, target = request.prompt, self.target
+        recorder = Recorder(statistics, self.models[0].device)
         recorder.record_stepwise(request.acceptance.reasons)
         raise_first(cache_findings(prompt, target, request.sequences.stop_conditions))
-        with turns(drafter.draft, target.model):
+        with turns(*self.models):
             self._check_alone(prompt)
             with (
-                target.decoding(prompt, mode, request.last_slot) as target_state,
-                drafter.decoding(prompt.padding_mask, mode) as draft_state,
+                target.decoding(prompt, request.mode, request.last_slot) as target_state,
+                self._drafting(request) as chain,
             ):
                 state = request.state(target, target_state)
-                proposer = request.proposer(
-                    ChainProposer(drafter, draft_state, request.acceptance.sampler)
-                )
+                proposer = request.proposer(chain or LookupProposer())
                 _check_object("what proposer= returned", proposer, PROPOSER, "a Proposer")
                 with recorder.phase("prefill"):
-                    first_slot = import_past_key_values(
-                        prompt.cache, target_state, drafter, draft_state
-                    )
+                    first_slot = import_past_key_values(prompt.cache, target_state, chain)
                     check_size = self._prompt_check_size(target_state, prompt)
                     checked = prefill(state, proposer, first_slot, check_size)
                 decode(state, proposer, recorder)
-                cache = export_past_key_values(state, drafter, draft_state)
+                cache = export_past_key_values(state, chain)
             if checked:
                 self.checked.add(self._circumstances(prompt))
         if request.sequences.streamer is not None:
             request.sequences.streamer.end()
         return cache
 
+    @contextmanager
+    def _drafting(self, request: DecodeRequest) -> Iterator[ChainProposer | None]:
+        """Make the draft's own proposer for one decode; None without a draft."""
+        if self.drafter is None:
+            yield None
+            return
+        with self.drafter.decoding(request.prompt.padding_mask, request.mode) as draft_state:
+            yield ChainProposer(self.drafter, draft_state, request.acceptance.sampler)
+
+    @property
+    def checked_size(self) -> int:
+        """Positions of the blocks with which the target is checked."""
+        return CHECKED_SIZE if self.drafter is None else self.drafter.verified_size
+
     def _prompt_check_size(self, target_state: TargetState, prompt: Prompt) -> int:
         """Return the block with which the end of the prompt is checked; 0 if that is done, or has no meaning."""
         if target_state.recurrent.states or self._circumstances(prompt) in self.checked:
             return 0
-        return self.drafter.verified_size
+        return self.checked_size
 
     def _check_alone(self, prompt: Prompt) -> None:
         """Check the block path on a short text, unless that was done for such prompts."""
         alone = ("alone", *self._circumstances(prompt)[:-1])
         if alone not in self.checked:
-            check_alone(self.target, self.drafter.verified_size, prompt)
+            check_alone(self.target, self.checked_size, prompt)
             self.checked.add(alone)
             warn_of_new_family(self.target.model)
 
@@ -351,13 +399,18 @@ class DecoderSession:
 
 
 def session_key(draft: Any, model: Any) -> tuple:
-    """Return what a session was made for, and may have changed since."""
+    """Return what a session was made for, and may have changed since; `draft` may be None."""
     found = []
-    for one in (draft, model):
+    for one in _present(draft, model):
         found.append(
             (one.dtype, one.device, attention_name(one.config.get_text_config(decoder=True)))
         )
     return (*found, arrangement(model))
+
+
+def _present(*models: Any) -> list[Any]:
+    """Return these models without None, which stands for no draft."""
+    return [model for model in models if model is not None]
 
 
 def _check_keywords(draft_sampling: Any, capture: Any, statistics: Any, proposer: Any) -> None:

@@ -30,9 +30,10 @@ from transformers.cache_utils import (
 from .attention_dflash import pad_to
 from .cache_dflash import SlotCache, SlotLayer, restore_states, roll_back, states_of
 from .compat_dflash import cache_in, mask_length, set_slots_seen
-from .drafter_dflash import Drafter, DraftState
+from .drafter_dflash import DraftState
 from .findings_dflash import Finding
 from .generation_dflash import DecodeState, run_chunk
+from .proposals_dflash import ChainProposer
 from .sequences_dflash import PREFILL_CHUNK, UNLIMITED, Prompt, StopConditions
 from .target_dflash import Target, TargetState, windows
 
@@ -289,9 +290,12 @@ def _marks(layer: SlotLayer, slots: int) -> torch.Tensor:
 
 
 def import_past_key_values(
-    cache: Cache | None, target_state: TargetState, drafter: Drafter, draft_state: DraftState
+    cache: Cache | None, target_state: TargetState, chain: ChainProposer | None
 ) -> int:
     """Copy what `cache` holds, which `cache_findings` has checked, into the slots of target and draft.
+
+    Args:
+        chain: the draft's own proposer; None without a draft.
 
     Returns:
         How many slots that is.
@@ -307,16 +311,15 @@ def import_past_key_values(
             ours.fill(slots - keys.shape[2], keys, values)
     _import_states(cache, target_state)
     target_state.cache.num_prefilled = slots
-    _import_context(getattr(cache, "dflash", None), target_state, drafter, draft_state)
+    if chain is not None:
+        _import_context(getattr(cache, "dflash", None), target_state, chain)
     return slots
 
 
-def _import_context(
-    context: Any, target_state: TargetState, drafter: Drafter, draft_state: DraftState
-) -> None:
+def _import_context(context: Any, target_state: TargetState, chain: ChainProposer) -> None:
     """Let the draft read what of `context` belongs to the target's keys, and hide all other cached slots from it."""
     layer, slots = deepest(target_state.cache), target_state.cache.num_prefilled
-    draft = drafter.draft
+    draft, draft_state = chain.drafter.draft, chain.draft_state
     first = slots - layer.num_written
     own = context if isinstance(context, DraftContext) and context.draft() is draft else None
     if own is not None and own.follow(_marks(layer, slots), first):
@@ -343,10 +346,11 @@ def held(layer: Any, slots: int) -> tuple[torch.Tensor, torch.Tensor]:
 # Export ---------------------------------------------------------------------------------------------------------------
 
 
-def export_past_key_values(
-    state: DecodeState, drafter: Drafter, draft_state: DraftState
-) -> Cache | None:
+def export_past_key_values(state: DecodeState, chain: ChainProposer | None) -> Cache | None:
     """Fill the cache that `generate` came with, with every slot but the last token's; large layers as views.
+
+    Args:
+        chain: the draft's own proposer. Without a draft, what another left on the cache stays: it belongs to its keys.
 
     Returns:
         The cache; None where nobody asked for it.
@@ -365,11 +369,12 @@ def export_past_key_values(
             f"The text takes {slots} slots, but the cache has room for {room}, so it was not changed. Pass one with a "
             "larger max_cache_len."
         )
-    drafter.flush_pending(draft_state)
+    if chain is not None:
+        chain.drafter.flush_pending(chain.draft_state)
     if state.target_state.recurrent.states and max(state.last_slots) > slots:
         _run_again(state, output_ids)
     else:
-        _complete(state, drafter, draft_state, output_ids)
+        _complete(state, chain, output_ids)
     # A cache made without a config makes its layers when used, up to the last that has keys.
     if not cache.layers:
         count = max(state.target_state.cache.slot_layers) + 1
@@ -379,19 +384,19 @@ def export_past_key_values(
             _export_keys(ours, theirs, slots)
         if isinstance(ours, LinearAttentionLayer):
             _export_states(ours, theirs)
-    cache.dflash = _context(state, drafter, draft_state, slots)
+    if chain is not None:
+        cache.dflash = _context(state, chain, slots)
     return cache
 
 
-def _context(
-    state: DecodeState, drafter: Drafter, draft_state: DraftState, slots: int
-) -> DraftContext | None:
+def _context(state: DecodeState, chain: ChainProposer, slots: int) -> DraftContext | None:
     """Return the draft's context of the first slots; None where the draft was given none."""
+    draft_state = chain.draft_state
     if not _has_context(draft_state):
         return None
     marks = _marks(deepest(state.target_state.cache), slots).clone()
     hidden = pad_to(draft_state.padding_mask, slots)[:, :slots]
-    return DraftContext(weakref.ref(drafter.draft), draft_state.cache, marks, hidden)
+    return DraftContext(weakref.ref(chain.drafter.draft), draft_state.cache, marks, hidden)
 
 
 def _has_context(draft_state: DraftState) -> bool:
@@ -441,9 +446,7 @@ def _export_states(ours: LinearAttentionLayer, theirs: LinearAttentionLayer) -> 
     vars(theirs).update(saved)
 
 
-def _complete(
-    state: DecodeState, drafter: Drafter, draft_state: DraftState, output_ids: torch.Tensor
-) -> None:
+def _complete(state: DecodeState, chain: ChainProposer | None, output_ids: torch.Tensor) -> None:
     """Run the slots that rows which ended early lack, as plain `generate` does: the end of their text, and padding.
 
     Args:
@@ -460,8 +463,8 @@ def _complete(
         state.target_state.recurrent.record_inputs(snapshot, state.target.name)
         committed = [min(max(0, count - start), size) for count in missing]
         roll_back(state.target_state.recurrent, snapshot, committed, size)
-        if _has_context(draft_state):
-            drafter.cache_at(draft_state, features, slots)
+        if chain is not None and _has_context(chain.draft_state):
+            chain.drafter.cache_at(chain.draft_state, features, slots)
 
 
 def _run_slots(state: DecodeState, output_ids: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:

@@ -35,7 +35,7 @@ class TargetOutput:
 
     Args:
         logits `[B, N, V]`.
-        features `[B, N, F]`: the outputs of the tapped layers, side by side.
+        features `[B, N, F]`: the outputs of the tapped layers, side by side; F is 0 where none is tapped.
         hidden_states: `[B, N, D]` of each layer, where they were asked for.
         attentions: `[B, heads, N, slots]` of each layer with attention, where they were asked for.
     """
@@ -306,7 +306,9 @@ class Target:
             )
         layers = [tuple(found.get(name) or ()) for name in LAYER_OUTPUTS]
         logits = found.logits[:, -num_logits:]
-        return TargetOutput(logits, self.taps.pop(), *layers)
+        nothing = logits.new_empty(len(logits), length, 0)
+        features = self.taps.pop() if self.taps.ids else nothing
+        return TargetOutput(logits, features, *layers)
 
     def _logits_to_keep(self, length: int, num_logits: int) -> Any:
         """Return 0 for all positions, else a tensor: given a number, some models skip positions in upper layers."""

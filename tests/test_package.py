@@ -46,6 +46,7 @@ def test_the_public_names_are_these():
         "build_target_layer_ids",
         "dflash_generate",
         "load_draft",
+        "lookup_generate",
         "register_dflash_draft",
         "resolve_dflash_draft_spec",
     ]
@@ -56,7 +57,7 @@ def test_the_public_names_are_these():
 def test_the_travelling_files_are_these():
     names = (
         "acceptance_ attention_ cache_ calls_ compat_ configuration_ custom_generate_ drafter_ execution_ findings_ "
-        "generate_ generation_ layouts_ modeling_ outputs_ past_key_values_ proposals_ repository_ sampling_ "
+        "generate_ generation_ layouts_ lookup_ modeling_ outputs_ past_key_values_ proposals_ repository_ sampling_ "
         "selfcheck_ sequences_ support_ taps_ target_ weights_"
     )
     later = {f"{part}{kind}.py" for kind in LATER for part in ("", "configuration_", "modeling_")}
