@@ -91,7 +91,8 @@ class BlockAcceptance:
 
     def accept(self, state: Any, proposal: Proposal, logits: torch.Tensor) -> Accepted:
         prefixes = self._prefixes(state, proposal)
-        tokens, scores = self.sampler.sample(logits, state.next_slots, proposal.depths, prefixes)
+        shape = (proposal.depths, prefixes, proposal.max_depth)
+        tokens, scores = self.sampler.sample(logits, state.next_slots, *shape)
         drafted, path = accept(proposal, tokens)
         if proposal.parents is not None:
             tokens = tokens.gather(1, path)

@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from .acceptance_dflash import (
     StepwiseAcceptance,
     foreign_objects,
 )
+from .adaptive_dflash import AdaptiveProposer
 from .calls_dflash import Signature, also_for_users, check_ids, check_loaded
 from .compat_dflash import (
     arrangement,
@@ -54,7 +56,7 @@ from .past_key_values_dflash import (
     import_past_key_values,
     lay_out,
 )
-from .proposals_dflash import ChainProposer, Proposer
+from .proposals_dflash import ChainProposer, PlainProposer, Proposer, TreeProposer
 from .sampling_dflash import PositionNoise, Sampler
 from .selfcheck_dflash import check_alone, circumstances
 from .sequences_dflash import UNLIMITED, Prompt, Sequences, StopConditions
@@ -77,6 +79,7 @@ from .target_dflash import (
 )
 
 DRAFT_SAMPLING = ("greedy", "coupled")
+PROPOSALS = ("auto", "chain", "tree", "lookup", "plain")
 STATISTICS = (
     "add_cycle",
     *("prefill_seconds", "draft_seconds", "verify_seconds", "rest_seconds", "rollback_seconds"),
@@ -98,9 +101,13 @@ def own_proposer(own: Proposer) -> Proposer:
 class SpeculativeGenerate:
     """A draft, as the decoding function of its target's `generate`.
 
-    Besides all that `generate` takes, it takes five keywords, none of which changes the text:
+    Besides all that `generate` takes, it takes seven keywords, none of which changes the text:
 
     statistics: a `DecodeStatistics` to fill.
+    proposal: what a cycle verifies. "auto" chooses in every cycle what brings the most tokens per second: a tree, the
+        chain or a part of it, what followed the same tokens before, or nothing. "chain", "tree", "lookup" and "plain"
+        ask for one of these.
+    width: how many tokens of a chain, a tree or a look-up are verified, at most.
     draft_sampling: how the draft chooses tokens when text is sampled. "coupled": with the same noise as the target.
         "greedy": always the likeliest, which are accepted less often.
     capture: how blocks run. "auto" is CUDA graphs for dense targets on a GPU and eager elsewhere; "graphs" and
@@ -115,6 +122,8 @@ class SpeculativeGenerate:
         """The last session, if it was compiled: the next decode can use the compiled code."""
         self.checked: weakref.WeakKeyDictionary[Any, set] = weakref.WeakKeyDictionary()
         """For each target, the session keys and circumstances for which a self-check has passed."""
+        self.experiences: weakref.WeakKeyDictionary[Any, dict] = weakref.WeakKeyDictionary()
+        """For each target, what decoding has shown, see `AdaptiveProposer`."""
 
     def __reduce__(self) -> tuple:
         return SpeculativeGenerate, (self.draft,)
@@ -135,6 +144,24 @@ class SpeculativeGenerate:
                 return session
             return DecoderSession(self.draft, model, self.checked.setdefault(model, set()))
 
+    def proposer_factory(
+        self, model: Any, mode: str, proposal: str, width: int | None
+    ) -> ProposerFactory:
+        """Return what makes the proposer that was asked for."""
+        if proposal == "plain":
+            return lambda own: PlainProposer()
+        if proposal == "lookup" or self.draft is None:
+            return lambda own: LookupProposer(width)
+        if proposal == "tree" and width is not None:
+            return partial(_fixed_tree, width=width)
+        # What is compiled takes half a minute for each size of a block.
+        if proposal == "chain" or mode == "compile":
+            return partial(_chain, width=width)
+        known = self.experiences.setdefault(model, {})
+        if proposal == "tree":
+            return lambda own: AdaptiveProposer(own, known, mode, ("tree",), measured_from=0)
+        return lambda own: AdaptiveProposer(own, known, mode)
+
     @also_for_users
     def __call__(
         self,
@@ -149,6 +176,8 @@ class SpeculativeGenerate:
         draft_sampling: str = "coupled",
         capture: str = "auto",
         strict: bool = False,
+        proposal: str = "auto",
+        width: int | None = None,
         proposer: ProposerFactory | None = None,
         **inputs: Any,
     ) -> torch.Tensor | ModelOutput:
@@ -171,6 +200,7 @@ class SpeculativeGenerate:
         check_arguments(self.draft, asked, local_of_generate("kwargs", frame) or {})
         check_options(model, generation_config, input_ids, inputs)
         _check_keywords(draft_sampling, capture, statistics, proposer)
+        _check_proposal(proposal, width, proposer)
         names = _requested_outputs(generation_config)
         layer_outputs = tuple(name for name in names if name in LAYER_OUTPUTS)
         inputs = lay_out(input_ids, inputs, generation_config)
@@ -182,13 +212,14 @@ class SpeculativeGenerate:
         acceptance, stop_conditions = choose_acceptance(
             sampler, stopping_criteria, input_ids, pad_token_id, names
         )
+        mode = resolve_mode(capture, model, is_recurrent(model))
         request = DecodeRequest(
             prompt,
             Sequences(input_ids, stop_conditions, pad_token_id, streamer),
             acceptance,
             _step_outputs(model, names, len(input_ids)),
-            resolve_mode(capture, model, is_recurrent(model)),
-            proposer or own_proposer,
+            mode,
+            proposer or self.proposer_factory(model, mode, proposal, width),
         )
         session = self.session(model)
         self.compiled_session = session if request.mode == "compile" else None
@@ -223,6 +254,14 @@ lookup_generate = LookupGenerate()
 Raises:
     ValueError: the target cannot be decoded exactly, or an option has no meaning here.
 """
+
+
+def _chain(own: ChainProposer, width: int | None) -> ChainProposer:
+    return ChainProposer(own.drafter, own.draft_state, own.sampler, width)
+
+
+def _fixed_tree(own: ChainProposer, width: int) -> Proposer:
+    return TreeProposer(own.drafter, own.draft_state, own.sampler, width)
 
 
 def choose_acceptance(
@@ -419,6 +458,24 @@ def _check_keywords(draft_sampling: Any, capture: Any, statistics: Any, proposer
     _check_choice("capture", capture, CAPTURE)
     _check_object("statistics", statistics, STATISTICS, "a DecodeStatistics()")
     _check_function("proposer", proposer, "a function of the draft's proposer")
+
+
+def _check_proposal(proposal: Any, width: Any, proposer: Any) -> None:
+    """Refuse a kind of proposals that is not known, and a width or a proposer that has no meaning beside it."""
+    _check_choice("proposal", proposal, PROPOSALS)
+    if proposer is not None and (proposal != "auto" or width is not None):
+        raise ValueError(
+            "proposer= proposes in place of proposal= and width=; pass one or the others."
+        )
+    if width is None:
+        return
+    if not isinstance(width, int) or isinstance(width, bool) or width < 1:
+        raise ValueError(f"width is {shown(width)}; it must be a number of tokens, 1 or more.")
+    if proposal in ("auto", "plain"):
+        raise ValueError(
+            f"width is {width}, but proposal={proposal!r} has no width to set; "
+            "pass proposal='chain', 'tree' or 'lookup'."
+        )
 
 
 def _check_choice(name: str, value: Any, known: tuple) -> None:

@@ -147,10 +147,13 @@ class LookupProposer:
     A block is as wide as the row with a match that asks for most. A row asks for twice as much after all that it asked
     for was accepted, for half after less than half of it was, and for twice the length of its match at most. Without
     any match the block is the anchor alone, a step of plain decoding.
+
+    Args:
+        width: tokens that are proposed at most; None for as many as `WIDTHS` allow.
     """
 
-    def __init__(self) -> None:
-        self.lookup = Lookup()
+    def __init__(self, width: int | None = None) -> None:
+        self.lookup, self.width = Lookup(), width
         self.widths: list[int] = []
         """For each row, what it may ask for, one of `WIDTHS`."""
         self.proposed: list[tuple[int, int]] = []
@@ -167,14 +170,11 @@ class LookupProposer:
         wanted = [self._width(row, match, state) for row, match in enumerate(matches)]
         self.proposed = list(zip(slots, wanted, strict=True))
         size = max(wanted)
+        if self.width is not None:
+            size = min(size, 1 + self.width)
         if size == 1:
             return Proposal(state.anchor)
-        rows = []
-        for match, generated in zip(matches, state.sequences.generated, strict=True):
-            anchor = generated[-1:]
-            followed = anchor * (size - 1) if match is None else match.tokens
-            rows.append(anchor + followed[: size - 1])
-        return Proposal(torch.tensor(rows, device=state.anchor.device))
+        return chain_of(matches, state, size)
 
     def commit(self, features: torch.Tensor, slots: torch.Tensor) -> None:
         """Take nothing: look-ups read the text."""
@@ -201,6 +201,16 @@ class LookupProposer:
         length = sequences.prompt.shape[1] + len(sequences.generated[row])
         left = sequences.stop_conditions.max_length - length
         return min(allowed, at_least(2 * match.length), at_least(left))
+
+
+def chain_of(matches: list[Match | None], state: Any, size: int) -> Proposal:
+    """Return each row's anchor and the first `size - 1` tokens of its match; rows without one repeat their anchor."""
+    rows = []
+    for match, generated in zip(matches, state.sequences.generated, strict=True):
+        anchor = generated[-1:]
+        followed = anchor * (size - 1) if match is None else match.tokens
+        rows.append(anchor + followed[: size - 1])
+    return Proposal(torch.tensor(rows, device=state.anchor.device), kind="lookup")
 
 
 def at_least(count: int) -> int:

@@ -29,17 +29,27 @@ class Proposal:
             for a chain, where they are -1, 0, 1, 2 ...
         confidence `[B, Q - 1]`: the chance that each drafted token is accepted if those before it are; None if unknown.
         max_depth: no position is further from the root; None if unknown.
+        kind: what it is called in statistics; by default a chain or a tree.
+        reason: why it was chosen, for statistics.
     """
 
     tokens: torch.Tensor
     parents: torch.Tensor | None = None
     confidence: torch.Tensor | None = None
     max_depth: int | None = None
+    kind: str = ""
+    reason: str = ""
 
     def with_root(self, anchor: torch.Tensor) -> "Proposal":
         """Return the proposal with `anchor [B, 1]` as its root, whatever the proposer put there."""
         tokens = torch.cat([anchor, self.tokens[:, 1:]], dim=1)
         return replace(self, tokens=tokens)
+
+    @property
+    def label(self) -> str:
+        """Its kind and the positions after the anchor, such as "tree of 15"."""
+        kind = self.kind or ("chain" if self.parents is None else "tree")
+        return f"{kind} of {self.size - 1}" if self.size > 1 else "plain"
 
     @property
     def size(self) -> int:
@@ -180,17 +190,37 @@ class Proposer(Protocol):
         """
 
 
+class PlainProposer:
+    """Proposes nothing but the anchor: every cycle is a step of plain decoding."""
+
+    def append_context(self, features: torch.Tensor, first_slot: int) -> None:
+        """Take nothing: there is no draft to read it."""
+
+    def propose(self, state: Any) -> Proposal:
+        return Proposal(state.anchor)
+
+    def commit(self, features: torch.Tensor, slots: torch.Tensor) -> None:
+        """Take nothing: there is no draft to read it."""
+
+
 class ChainProposer:
     """Proposes the draft's block as a chain.
 
     Args:
         draft_state: what the draft holds of this decode.
         sampler: with whose noise the draft draws, where it is coupled.
+        width: tokens of it that are proposed at most; None for all.
     """
 
-    def __init__(self, drafter: Drafter, draft_state: DraftState, sampler: Sampler):
+    def __init__(
+        self,
+        drafter: Drafter,
+        draft_state: DraftState,
+        sampler: Sampler,
+        width: int | None = None,
+    ):
         self.drafter, self.draft_state = drafter, draft_state
-        self.sampler = sampler
+        self.sampler, self.width = sampler, width
 
     def append_context(self, features: torch.Tensor, first_slot: int) -> None:
         self.drafter.cache_context(self.draft_state, features, first_slot)
@@ -203,11 +233,24 @@ class ChainProposer:
         if self.sampler.coupled:
             scores, pair_scale = self.sampler.draft_scores(output.logits, state.next_slots)
             choice = self.drafter.choose(scores, output, state.anchor, pair_scale)
-        tokens = torch.cat([state.anchor, choice.tokens], dim=1)
-        return Proposal(tokens, confidence=choice.confidence)
+        drafted, confidence = choice.tokens, choice.confidence
+        if self.width is not None:
+            drafted = drafted[:, : self.width]
+            confidence = None if confidence is None else confidence[:, : self.width]
+        tokens = torch.cat([state.anchor, drafted], dim=1)
+        return Proposal(tokens, confidence=confidence)
 
     def commit(self, features: torch.Tensor, slots: torch.Tensor) -> None:
         self.drafter.add_pending(self.draft_state, features, slots)
+
+
+def tree_proposal(anchor: torch.Tensor, tree: Tree, size: int) -> Proposal:
+    """Return `anchor [B, 1]` and the first `size` nodes of a tree after it."""
+    device = anchor.device
+    root = torch.full_like(anchor, -1)
+    tokens = torch.cat([anchor, tree.tokens[:, :size].to(device)], dim=1)
+    parents = torch.cat([root, tree.parents[:, :size].to(device)], dim=1)
+    return Proposal(tokens, parents, max_depth=tree.spine_tokens.shape[1])
 
 
 class TreeProposer(ChainProposer):
@@ -225,12 +268,7 @@ class TreeProposer(ChainProposer):
 
     def propose(self, state: Any) -> Proposal:
         """Return the anchor and the nodes after it, the likeliest first."""
-        tree = self.grow(state)
-        device = state.anchor.device
-        root = torch.full_like(state.anchor, -1)
-        tokens = torch.cat([state.anchor, tree.tokens.to(device)], dim=1)
-        parents = torch.cat([root, tree.parents.to(device)], dim=1)
-        return Proposal(tokens, parents, max_depth=self.drafter.num_drafted)
+        return tree_proposal(state.anchor, self.grow(state), self.num_nodes)
 
     def grow(self, state: Any) -> Tree:
         """Return the tree after each row's anchor."""

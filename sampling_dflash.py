@@ -113,6 +113,7 @@ class Sampler:
         first_slots: list[int],
         depths: torch.Tensor | None = None,
         prefixes: list[list[torch.Tensor]] | None = None,
+        max_depth: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Draw the target's token after each position of a block.
 
@@ -121,15 +122,20 @@ class Sampler:
             first_slots: for each row, the slot of the token after its anchor.
             depths `[B, Q]`: of each position in its tree; None for a chain, where they are 0, 1, 2 ...
             prefixes: for each row and position, the ids `[T]` up to and with it; None if no processor reads them.
+            max_depth: no position is deeper; None if that is not known.
 
         Returns:
             The tokens `[B, Q]`, -1 where logits are NaN, and the processed scores `[B, Q, V]`.
         """
         scores = self.process(logits, prefixes)
-        return self.draw(scores, first_slots, depths), scores
+        return self.draw(scores, first_slots, depths, max_depth), scores
 
     def draw(
-        self, scores: torch.Tensor, first_slots: list[int], depths: torch.Tensor | None = None
+        self,
+        scores: torch.Tensor,
+        first_slots: list[int],
+        depths: torch.Tensor | None = None,
+        max_depth: int | None = None,
     ) -> torch.Tensor:
         """Draw a token from each of the processed `scores [B, Q, V]`: `[B, Q]`, -1 where they are NaN.
 
@@ -137,11 +143,13 @@ class Sampler:
         """
         noisy = scores
         if self.noise is not None:
-            noise = self.noise.block(first_slots, scores.shape[1], scores)
+            size = scores.shape[1]
+            num_slots = size if max_depth is None else min(size, 1 + max_depth)
+            noise = self.noise.block(first_slots, num_slots, scores)
             # Positions of equal depth compete for one slot, and share its noise.
             if depths is not None:
                 index = depths.to(noise.device)[..., None]
-                noise = noise.gather(1, index.expand_as(noise))
+                noise = noise.gather(1, index.expand_as(scores))
             noisy = scores + noise
         best = noisy.max(dim=-1)
         return best.indices.masked_fill_(best.values.isnan(), -1)

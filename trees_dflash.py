@@ -49,13 +49,15 @@ class Tree(NamedTuple):
         parents `[B, N]`: 0 for the root, and k for the k-th node.
         depths `[B, N]`: how far each node is from the root, 1 or more.
         weights `[B, N]`: the chance that the draft gives to the path from the root to each node.
-        spine_weights `[B, T]`: the same of the chain's tokens, whether they are among the nodes or not.
+        spine_tokens `[B, T]`: the chain, whether all of it is among the nodes or not.
+        spine_weights `[B, T]`: the chance of each token of the chain.
     """
 
     tokens: torch.Tensor
     parents: torch.Tensor
     depths: torch.Tensor
     weights: torch.Tensor
+    spine_tokens: torch.Tensor
     spine_weights: torch.Tensor
 
 
@@ -101,43 +103,72 @@ def best_tree(candidates: Candidates, num_nodes: int) -> Tree:
     weights = torch.cat([level.weights for level in levels], dim=1)  # [B, M]
     chosen = torch.cat([level.chosen for level in levels], dim=1)
     widths = tuple(level.weights.shape[1] for level in levels)
-    depths, firsts, firsts_before = _layout(widths, weights.device)
-    tokens = candidates.tokens.flatten(1).gather(1, depths * count + chosen % count)
-    order = _order(weights, firsts)
-    places = torch.arange(1, weights.shape[1] + 1, device=weights.device)
-    place = torch.empty_like(order).scatter_(1, order, places.expand_as(order))
-    # A path of one token extends the root.
-    before = place.gather(1, firsts_before + chosen // count)
-    parents = torch.where(depths > 0, before, 0)
+    layout = _layout(widths, count, weights.device)
+    order = _order(weights, layout)
+    # A path of one token extends the root, whose place is 0.
+    place = torch.zeros_like(order[:, :1]).expand(-1, 1 + order.shape[1]).contiguous()
+    place.scatter_(1, 1 + order, layout.places.expand_as(order))
     nodes = order[:, :num_nodes]
+    picked = chosen.gather(1, nodes)
+    before = layout.before[nodes] + picked // count
+    tokens = candidates.tokens.flatten(1).gather(1, layout.positions[nodes] + picked % count)
+    weights = weights.exp()
     return Tree(
-        tokens.gather(1, nodes),
-        parents.gather(1, nodes),
-        1 + depths.expand_as(order).gather(1, nodes),
-        weights.gather(1, nodes).exp(),
-        weights[:, firsts].exp(),
+        tokens,
+        place.gather(1, before * (layout.depths[nodes] > 1)),
+        layout.depths[nodes],
+        weights.gather(1, nodes),
+        candidates.tokens.gather(-1, candidates.spine[..., None])[..., 0],
+        weights[:, layout.firsts],
     )
 
 
-@lru_cache
-def _layout(
-    widths: tuple[int, ...], device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return where the paths of every length lie, if there are `widths` of them: constants, made once.
+class _Layout(NamedTuple):
+    """Where the paths of every length lie among all M, the shortest first. These are constants.
 
-    Returns:
-        For each path its length minus one, `[M]`; the first path of each length, `[T]`; and for each path the first of
-        those that are one token shorter, `[M]`.
+    Args:
+        firsts `[T]`: the first path of each length.
+        allowed `[T]`: how many branches may come before each token of the spine.
+        num_allowed: one more than the largest of them.
+        places `[M]`: 1, 2, 3 ...
+        depths `[M]`: the length of each path.
+        positions `[M]`: K times the position of its last token.
+        before `[M]`: one more than where the paths begin that are one token shorter.
     """
+
+    firsts: torch.Tensor
+    allowed: torch.Tensor
+    num_allowed: int
+    places: torch.Tensor
+    depths: torch.Tensor
+    positions: torch.Tensor
+    before: torch.Tensor
+
+
+@lru_cache
+def _layout(widths: tuple[int, ...], count: int, device: torch.device) -> _Layout:
+    """Return the layout of so many paths of every length, with `count` candidates at each position."""
     firsts = list(accumulate(widths, initial=0))[:-1]
-    depths, before = [], []
+    depths, positions, before = [], [], []
     for depth, width in enumerate(widths):
-        depths += [depth] * width
-        before += [firsts[max(depth - 1, 0)]] * width
-    return (
-        torch.tensor(depths, device=device),
-        torch.tensor(firsts, device=device),
-        torch.tensor(before, device=device),
+        depths += [1 + depth] * width
+        positions += [count * depth] * width
+        before += [1 + firsts[max(depth - 1, 0)]] * width
+    most = len(depths) - 1
+    allowed = [min(BRANCHES_PER_TOKEN * (1 + depth), most) for depth in range(len(widths))]
+    places = list(range(1, 1 + len(depths)))
+
+    def constant(values: list[int]) -> torch.Tensor:
+        return torch.tensor(values, device=device)
+
+    return _Layout(
+        constant(firsts),
+        constant(allowed),
+        1 + allowed[-1],
+        constant(places),
+        constant(depths),
+        constant(positions),
+        constant(before),
     )
 
 
@@ -156,42 +187,52 @@ class _Level(NamedTuple):
 def _levels(candidates: Candidates, num_nodes: int) -> list[_Level]:
     """Return the heaviest paths of every length, `num_nodes` at most, the spine first."""
     log_probs = candidates.log_probs.nan_to_num(nan=-torch.inf).clamp_max(0)
-    count = log_probs.shape[-1]
-    weights = log_probs.new_zeros(len(log_probs), 1)
-    last = torch.zeros_like(weights, dtype=torch.long)
+    level = _Level(log_probs.new_zeros(len(log_probs), 1), candidates.spine[:, :1])
     levels = []
-    for depth in range(log_probs.shape[1]):
-        following = log_probs[:, depth]  # [B, A, K]
+    for depth, following in enumerate(log_probs.unbind(dim=1)):  # [B, A, K]
         if following.shape[1] > 1:
-            index = last[..., None].expand(-1, -1, count)
-            following = following.gather(1, index)
-        paths = (weights[..., None] + following).flatten(1)  # [B, W * K]
-        width = min(num_nodes, paths.shape[1])
-        # The path in the first place is the spine's, which goes on from itself.
-        first = candidates.spine[:, depth : depth + 1]
-        chosen = paths.scatter(1, first, torch.inf).topk(width).indices
-        weights = paths.gather(1, chosen)
-        last = chosen % count
-        levels.append(_Level(weights, chosen))
+            spine = candidates.spine[:, depth : depth + 1]
+            level = _extend_by_pairs(level, following, spine, num_nodes)
+        else:
+            paths = (level.weights[..., None] + following).flatten(1)  # [B, W * K]
+            # The spine's, of the best tokens throughout, is the heaviest.
+            level = _Level(*paths.topk(min(num_nodes, paths.shape[1])))
+        levels.append(level)
     return levels
 
 
-def _order(weights: torch.Tensor, firsts: torch.Tensor) -> torch.Tensor:
+def _extend_by_pairs(
+    level: _Level, following: torch.Tensor, spine: torch.Tensor, num_nodes: int
+) -> _Level:
+    """Return the heaviest paths that are one token longer, the spine's first.
+
+    Args:
+        following `[B, K, K]`: as in `Candidates`, for one position.
+        spine `[B, 1]`: the spine's candidate there.
+    """
+    count = following.shape[-1]
+    last = level.chosen % count
+    index = last[..., None].expand(-1, -1, count)
+    paths = (level.weights[..., None] + following.gather(1, index)).flatten(1)  # [B, W * K]
+    # The first path is the spine's, which goes on from itself.
+    ranked = paths.scatter(1, spine, torch.inf)
+    chosen = ranked.topk(min(num_nodes, paths.shape[1])).indices
+    return _Level(paths.gather(1, chosen), chosen)
+
+
+def _order(weights: torch.Tensor, layout: "_Layout") -> torch.Tensor:
     """Return the paths `[B, M]` in the order of their weights, those of the spine moved forward.
 
     Every path comes after the one that it extends: of equal weights the shorter comes first.
 
     Args:
-        weights `[B, M]`: by depth.
-        firsts `[T]`: the first path of every length, which is the spine's.
+        weights `[B, M]`: by length.
     """
-    order = weights.argsort(dim=1, descending=True, stable=True)
-    is_branch = torch.ones_like(order).index_fill_(1, firsts, 0)
-    # How many branches come before each path in that order.
-    branches = is_branch.gather(1, order)
-    before = torch.empty_like(order).scatter_(1, order, branches.cumsum(dim=1) - branches)
-    steps = torch.arange(1, len(firsts) + 1, device=weights.device)
-    allowed = before[:, firsts].minimum(BRANCHES_PER_TOKEN * steps)
-    # A path of the spine comes right before the branch of the same number.
-    key = before.float().index_copy(1, firsts, allowed - 1 + steps / (len(firsts) + 1))
-    return key.argsort(dim=1)
+    branches = weights.index_fill(1, layout.firsts, -torch.inf)
+    heaviest = branches.topk(layout.num_allowed).values
+    # As many branches may come before each token of the spine; it then outweighs the next one.
+    latest = heaviest[:, layout.allowed]
+    above = torch.nextafter(latest, latest.new_full((), torch.inf))
+    spine = weights[:, layout.firsts].maximum(above)
+    keys = weights.index_copy(1, layout.firsts, spine)
+    return keys.argsort(dim=1, descending=True, stable=True)

@@ -1,0 +1,326 @@
+# Copyright 2026 the dflash-hub authors.
+# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+"""Choose in every cycle what brings the most tokens per second: a tree, a chain, a look-up, or nothing at all.
+
+This file travels with every pushed draft. What a block costs was measured (`costs_dflash`), and is followed while
+decoding. What it brings is estimated from the chances that the draft gives to its tokens, corrected by how often such
+tokens were accepted. None of this changes the text. After CAST (arXiv 2610.00321) and CaDDTree (arXiv 2606.01813).
+
+Shapes: B rows, Q block positions, T drafted positions, N nodes of a tree.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .costs_dflash import cost_table, known_costs
+from .experience_dflash import Estimate, Experience
+from .lookup_dflash import Lookup, Match, chain_of
+from .proposals_dflash import ChainProposer, Proposal, TreeProposer, tree_proposal
+from .trees_dflash import Tree
+
+CHOICES = ("plain", "chain", "tree", "lookup", "branch")
+"""What a cycle may verify; a branch is a look-up beside a tree."""
+
+SIZES = (1, 3, 7, 15, 31, 63, 127)
+"""Positions after the anchor to choose from: with it, powers of 2."""
+
+WIDEST = 3.0
+"""Trees that cost more than so many steps of plain decoding are not built."""
+
+MEASURED_FROM = 128
+"""New tokens from which on a text is long enough to measure costs that nobody knows, unless a tree is asked for."""
+
+RECORDING_SECONDS = 0.15
+"""What a size of blocks costs that is new to a decode, where blocks are recorded."""
+
+UNKNOWN_LENGTH = 1024
+"""Tokens that are expected of a text without a limit."""
+
+PENDING_LIMIT = 1024
+"""Tokens of context that wait for the draft at most."""
+
+
+class AdaptiveProposer(TreeProposer):
+    """Proposes what is expected to bring the most tokens per second.
+
+    Until costs are known, it proposes the draft's chain.
+
+    Args:
+        chain: the draft's own proposer.
+        experiences: by the number of rows and the mode in which blocks run; it is added to.
+        mode: "eager" or "graphs".
+        kinds: to choose from.
+        measured_from: new tokens from which on a text is long enough to measure costs that nobody knows.
+    """
+
+    def __init__(
+        self,
+        chain: ChainProposer,
+        experiences: dict[Any, Experience],
+        mode: str,
+        kinds: tuple[str, ...] = CHOICES,
+        measured_from: int = MEASURED_FROM,
+    ):
+        super().__init__(chain.drafter, chain.draft_state, chain.sampler, num_nodes=0)
+        self.experiences, self.mode, self.kinds = experiences, mode, kinds
+        self.measured_from = measured_from
+        self.experience: Experience | None = None
+        self.lookup = Lookup()
+        self.matches: list[Match | None] = []
+        self.chosen: Estimate | None = None
+        self.lengths: list[int] = []
+        """Generated tokens of each row when a block was proposed last."""
+        self.started = 0.0
+        self.uses: Counter[int] = Counter()
+        """How often this decode has verified each size."""
+        self.is_new = True
+        self.active: list[bool] = []
+        self.tokens_left = 1
+
+    def propose(self, state: Any) -> Proposal:
+        if self.is_new:
+            self._begin(state)
+        if self.experience is None:
+            return self._whole_chain(state)
+        self._learn(state)
+        self.matches = self.lookup.find(state, SIZES[-1])
+        estimates = self._without_draft(state)
+        best = max(estimates, key=rate_of)
+        tree = None
+        if self._drafts(best):
+            tree, best = self._draft(state, estimates[0])
+        self.chosen = best
+        self.lengths = [len(tokens) for tokens in state.sequences.generated]
+        self.uses[best.size] += 1
+        proposal = self._proposal(state, best, tree)
+        self.started = time.perf_counter()
+        return proposal
+
+    def commit(self, features: torch.Tensor, slots: torch.Tensor) -> None:
+        """Take the features of the accepted path."""
+        pending = self.draft_state.pending
+        self.drafter.add_pending(self.draft_state, features, slots)
+        if sum(context.features.shape[1] for context in pending) > PENDING_LIMIT:
+            self.drafter.flush_pending(self.draft_state)
+
+    def _begin(self, state: Any) -> None:
+        """Find what is known of such decodes, or measure where the text is long enough."""
+        self.is_new = False
+        if state.target_state.recurrent.states:
+            self.kinds = tuple(kind for kind in self.kinds if kind not in ("tree", "branch"))
+        if not self.kinds:
+            return
+        key = (len(state.anchor), self.mode)
+        if key not in self.experiences:
+            limit = state.sequences.stop_conditions.max_length
+            is_long = limit - state.sequences.prompt.shape[1] >= self.measured_from
+            costs = cost_table(state, self.mode) if is_long else known_costs(state, self.mode)
+            if costs is None:
+                return
+            self.experiences[key] = Experience(costs)
+        self.experience = self.experiences[key]
+        self.experience.pause = 0  # another text may suit the draft better
+        self.num_nodes = self._widest_tree()
+        if not self.sampler.coupled:
+            self.draft_state.num_nodes = self.num_nodes
+
+    def _widest_tree(self) -> int:
+        """Return how many nodes to build: 1 where no tree is worth it, which still tells the chances of the chain."""
+        costs = self.experience.costs
+        limit = WIDEST * costs.seconds(1)
+        fitting = [size for size in SIZES if costs.seconds(1 + size) <= limit]
+        return max(fitting, default=1) if "tree" in self.kinds else 1
+
+    def _whole_chain(self, state: Any) -> Proposal:
+        chain = ChainProposer(self.drafter, self.draft_state, self.sampler)
+        return chain.propose(state)
+
+    # What the last cycle has shown
+
+    def _learn(self, state: Any) -> None:
+        """Compare the last cycle with what was expected of it."""
+        chosen, experience = self.chosen, self.experience
+        if chosen is None:
+            return
+        recordings = 0 if self.mode == "eager" else 2
+        if self.uses[chosen.size] > recordings:
+            elapsed = time.perf_counter() - self.started
+            experience.add_cycle(chosen.kind, chosen.size, elapsed)
+        new_tokens = []
+        for length, tokens in zip(self.lengths, state.sequences.generated, strict=True):
+            new_tokens.append(tokens[length:])
+        for match, new in zip(self.matches, new_tokens, strict=True):
+            if match is not None and new:
+                right = common(match.tokens, new)
+                experience.odds_of(match).add(right, right + (right < len(new)))
+        if chosen.masses and not state.sequences.row_ended:
+            accepted = [len(new) - 1 for new in new_tokens]
+            experience.add_accepted(chosen.kind, chosen.masses, accepted)
+
+    # What may be chosen
+
+    def _estimate(
+        self, kind: str, size: int, masses: list[float], drafted: float, more: float = 0.0
+    ) -> Estimate:
+        """Return the estimate of a kind and size.
+
+        Args:
+            masses: as in `Estimate`.
+            drafted: how many drafted tokens are expected to be accepted, over all rows.
+            more: seconds of the cycle beside those of verifying.
+        """
+        rows = sum(self.active)
+        tokens = min(rows + drafted, rows * self.tokens_left)
+        seconds = self.experience.cycle_seconds(kind, size) + more
+        if self.mode != "eager" and not self.uses[size]:
+            # A cycle commits about three tokens.
+            seconds += 3 * RECORDING_SECONDS / self.tokens_left
+        return Estimate(kind, size, masses, tokens, seconds)
+
+    def _without_draft(self, state: Any) -> list[Estimate]:
+        """Return the estimates of a plain step, which comes first, and of look-ups."""
+        self.active = state.sequences.active
+        self.tokens_left = tokens_left(state)
+        found = [self._estimate("plain", 0, [], 0.0)]
+        if "lookup" in self.kinds and any(self.matches):
+            chances = self._match_chances()
+            for size in SIZES:
+                drafted = sum(geometric_sum(chance, size) for chance in chances)
+                found.append(self._estimate("lookup", size, [], drafted))
+        return found
+
+    def _match_chances(self) -> list[float]:
+        """Return for each row with a match the chance that its next token is right."""
+        matches = [match for match in self.matches if match is not None]
+        return [self.experience.odds_of(match).mean for match in matches]
+
+    def _drafts(self, other: Estimate) -> bool:
+        """Tell whether to ask the draft, where `other` is the best without it."""
+        experience = self.experience
+        if not {"chain", "tree"} & set(self.kinds):
+            return False
+        if experience.pause > 0 and "plain" in self.kinds:
+            experience.pause -= 1
+            return False
+        known = experience.draft_rate
+        return other.kind == "plain" or not known.weight or known.mean > other.rate
+
+    def _draft(self, state: Any, plain: Estimate) -> tuple[Tree, Estimate]:
+        """Return the draft's tree, and the best of what can be made of it."""
+        started = time.perf_counter()
+        tree = self.grow(state)
+        spine, by_size = self._masses(tree, state)
+        experience = self.experience
+        experience.draft_seconds.add(time.perf_counter() - started)
+        seconds = experience.draft_seconds.mean
+        found = []
+        if "chain" in self.kinds:
+            for size in self._chain_sizes():
+                found.append(self._of_draft("chain", size, spine[:size], seconds))
+        for size, masses in by_size.items():
+            found.append(self._of_draft("tree", size, masses, seconds))
+            if "branch" in self.kinds and any(self.matches):
+                both = self._beside(masses, size + 1)
+                found.append(self._of_draft("branch", 2 * size + 1, both, seconds))
+        best = max(found, key=rate_of)
+        if "plain" in self.kinds:
+            experience.add_draft_rate(best.rate, plain.rate)
+            nothing = self._estimate("plain", 0, [], 0.0, seconds)
+            best = max(best, nothing, key=rate_of)
+        return tree, best
+
+    def _of_draft(self, kind: str, size: int, masses: list[float], seconds: float) -> Estimate:
+        """Return an estimate of what the draft proposes, for `seconds` of drafting."""
+        drafted = self.experience.odds[kind].corrected(masses)
+        return self._estimate(kind, size, masses, drafted, seconds)
+
+    def _beside(self, masses: list[float], size: int) -> list[float]:
+        """Return in how many rows a tree or a look-up of `size` beside it is right, if they err independently."""
+        rows = sum(self.active)
+        found = []
+        for depth in range(size):
+            tree = masses[depth] / rows if depth < len(masses) else 0.0
+            copied = sum(chance ** (depth + 1) for chance in self._match_chances()) / rows
+            found.append(rows * (tree + copied - tree * copied))
+        return found
+
+    def _chain_sizes(self) -> list[int]:
+        whole = self.drafter.num_drafted
+        return [*(size for size in SIZES if size < whole), whole]
+
+    def _masses(self, tree: Tree, state: Any) -> tuple[list[float], dict[int, list[float]]]:
+        """Return what the draft expects of the chain, by depth; and of the first nodes of the tree, by their number.
+
+        This is the draft's one transfer to the host.
+        """
+        active = state.active.to(tree.weights.device)[:, None]
+        depths = tree.spine_weights.shape[1]
+        weights = tree.weights * active  # [B, N]
+        by_depth = weights.new_zeros(len(weights), depths, weights.shape[1])
+        by_depth.scatter_(1, tree.depths[:, None] - 1, weights[:, None])
+        sizes = [size for size in SIZES if 1 < size <= self.num_nodes]
+        columns = [(tree.spine_weights * active).sum(dim=0)]
+        if sizes:
+            first = by_depth.sum(dim=0).cumsum(dim=-1)  # [T, N]
+            columns += [first[:, size - 1] for size in sizes]
+        spine, *others = torch.stack(columns).tolist()
+        return spine, dict(zip(sizes, others, strict=True))
+
+    # What was chosen
+
+    def _proposal(self, state: Any, best: Estimate, tree: Tree | None) -> Proposal:
+        """Return the proposal of an estimate."""
+        make: dict[str, Callable[[], Proposal]] = {
+            "plain": lambda: Proposal(state.anchor),
+            "lookup": lambda: chain_of(self.matches, state, 1 + best.size),
+            "chain": lambda: self._chain(state, tree, best.size),
+            "tree": lambda: tree_proposal(state.anchor, tree, best.size),
+            "branch": lambda: self._branch(state, tree, best.size // 2),
+        }
+        proposal = make[best.kind]()
+        proposal.kind, proposal.reason = best.kind, str(best)
+        return proposal
+
+    def _chain(self, state: Any, tree: Tree, size: int) -> Proposal:
+        drafted = tree.spine_tokens[:, :size].to(state.anchor.device)
+        return Proposal(torch.cat([state.anchor, drafted], dim=1))
+
+    def _branch(self, state: Any, tree: Tree, size: int) -> Proposal:
+        """Return the first `size` nodes of a tree, and as many tokens and one more of a look-up beside them."""
+        found = tree_proposal(state.anchor, tree, size)
+        copied = chain_of(self.matches, state, 2 + size).tokens[:, 1:]  # [B, size + 1]
+        first = 1 + size
+        steps = torch.arange(first - 1, first + size, device=copied.device)
+        steps[0] = 0  # the look-up follows the root
+        tokens = torch.cat([found.tokens, copied], dim=1)
+        parents = torch.cat([found.parents, steps.expand_as(copied)], dim=1)
+        return Proposal(tokens, parents, max_depth=max(found.max_depth, 1 + size))
+
+
+def rate_of(estimate: Estimate) -> float:
+    """Return the tokens per second of an estimate."""
+    return estimate.rate
+
+
+def common(first: list[int], second: list[int]) -> int:
+    """Return how many tokens two lists have in common from their beginning."""
+    for place, (one, other) in enumerate(zip(first, second, strict=False)):
+        if one != other:
+            return place
+    return min(len(first), len(second))
+
+
+def geometric_sum(chance: float, count: int) -> float:
+    """Return chance + chance ** 2 + ..., `count` terms: the tokens to expect if each is right with that chance."""
+    return count if chance >= 1 else chance * (1 - chance**count) / (1 - chance)
+
+
+def tokens_left(state: Any) -> int:
+    """Return how many tokens the row that is furthest may still get."""
+    longest = max(len(tokens) for tokens in state.sequences.generated)
+    limit = state.sequences.stop_conditions.max_length - state.sequences.prompt.shape[1]
+    return max(1, min(limit - longest, UNKNOWN_LENGTH))
