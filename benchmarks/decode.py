@@ -15,6 +15,7 @@ weights and keys from memory, at the bandwidth measured here. The last line is J
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -29,7 +30,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from dflash_hub import DecodeStatistics, DFlashDraftSpec, load_draft
 from dflash_hub.evaluation.floor import bytes_of_draft, bytes_of_plain_step, measured_bandwidth
 from dflash_hub.execution_dflash import CAPTURE
-from dflash_hub.generate_dflash import SpeculativeGenerate
+from dflash_hub.generate_dflash import PROPOSALS, SpeculativeGenerate
 from dflash_hub.generation_dflash import DecodeState, now
 from dflash_hub.kinds import KINDS
 from dflash_hub.proposals_dflash import ChainProposer, Proposal
@@ -128,6 +129,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--variant", default="dflash", choices=KINDS, help="kind of the draft")
     parser.add_argument("--tau", type=int, default=None, help="force this many tokens per cycle")
     parser.add_argument("--capture", nargs="+", default=["auto"], choices=CAPTURE)
+    parser.add_argument("--proposal", nargs="+", default=["auto", "chain"], choices=PROPOSALS)
+    parser.add_argument("--width", type=int, default=None, help="nodes of --proposal tree")
     parser.add_argument("--methods", nargs="*", help="rows of the table, plain among them")
     parser.add_argument("--prompts", type=int, default=6, help="number of prompts of the tiny pair")
     parser.add_argument("--runs", type=int, default=3)
@@ -198,9 +201,16 @@ def methods(target: Any, draft: Any, options: argparse.Namespace) -> dict[str, d
         found["transformers' own dflash"] = own
         if options.device != "cpu":  # transformers compiles it from 5.24 on
             found["transformers' own, static"] = own | {"cache_implementation": "static"}
-    for capture in options.capture:  # compiled code stays with its function
+    proposals = ["chain"] if options.tau else options.proposal
+    for capture, proposal in itertools.product(options.capture, proposals):
+        # Compiled code and what was learnt stay with the function.
         ours = {"custom_generate": SpeculativeGenerate(draft), "capture": capture}
-        found[f"ours, {capture}"] = ours
+        if not options.tau:
+            ours["proposal"] = proposal
+        if proposal == "tree":
+            ours["width"] = options.width
+        name = f"ours, {proposal}" if capture == "auto" else f"ours, {proposal}, {capture}"
+        found[name] = ours
     return found
 
 

@@ -175,6 +175,8 @@ def keywords(models: Models, way: Way, statistics: CycleStatistics) -> dict[str,
             "custom_generate": draft.speculate,
             "statistics": statistics,
             "capture": models.capture,
+            # Its figures are those of the draft, and not of look-ups or of pauses.
+            "proposal": "chain",
         }
     if way.method == TRANSFORMERS:
         return {"assistant_model": draft, "speculation_type": "dflash"}

@@ -378,7 +378,11 @@ class DFlashTrainer(Trainer):
         draft.eval()
         for row in islice(rows, self.args.eval_acceptance_prompts):
             ids = prompt_of(row).to(self.target.device)
-            generate_kwargs = {"custom_generate": draft.speculate, "statistics": statistics}
+            generate_kwargs = {
+                "custom_generate": draft.speculate,
+                "statistics": statistics,
+                "proposal": "chain",
+            }
             greedy(self.target, ids, self.args.eval_acceptance_tokens, **generate_kwargs)
         draft.train(training)
         return statistics.acceptance_length
