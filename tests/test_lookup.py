@@ -151,10 +151,34 @@ def test_widths_grow_with_what_is_accepted_and_end_with_the_text():
     sizes = [size for size, _ in statistics.blocks]
     assert set(sizes) <= set(WIDTHS)
     # 0, 1, 2 was followed by 9, and 3 is right.
-    first = next(index for index, size in enumerate(sizes) if size > 1)
-    assert sizes[first] == 8 and statistics.blocks[first][1] == [0]
-    assert sizes[first + 1 :][:1] == [4] or 1 in sizes[first + 1 :]
-    assert 64 in sizes and len(sizes) < 20
+    assert [block for block in statistics.blocks if block[0] > 1][0] == (8, [0])
+    assert [size for size in sizes if size > 1][1] == 4
+    assert statistics.blocks[-4:] == [(16, [15]), (32, [31]), (64, [63]), (64, [63])]
+
+
+class Wrong(LookupProposer):
+    """Proposes another token than that which follows, wherever it finds something."""
+
+    def __init__(self, longest):
+        super().__init__()
+        self.lookup.longest = longest
+
+    def propose(self, state):
+        proposal = super().propose(state)
+        steps = torch.arange(1, proposal.size)
+        return Proposal(torch.cat([state.anchor, (state.anchor + steps + 1) % tiny.VOCAB], dim=1))
+
+
+@pytest.mark.parametrize(("longest", "sizes"), [(32, {4}), (4, {1})])
+def test_after_rejections_only_long_matches_are_proposed(longest, sizes):
+    model, ids = counting(), torch.arange(24)[None] % tiny.VOCAB
+    statistics = Sizes()
+    more = {"proposer": lambda own: Wrong(longest), "statistics": statistics}
+    asked = one_row(ids) | {"max_new_tokens": 30, "do_sample": False}
+    text = model.generate(**asked, custom_generate=lookup_generate, **more)
+    assert torch.equal(text, torch.arange(54)[None] % tiny.VOCAB)
+    assert [size for size, _ in statistics.blocks[:5]] == [8, 4, 4, 4, min(sizes)]
+    assert {size for size, _ in statistics.blocks[4:-3]} == sizes
 
 
 def test_sampled_text_is_that_of_the_same_noise_without_proposals():
