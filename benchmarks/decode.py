@@ -11,8 +11,9 @@
 Shapes other than `tiny-pair` have random weights, so their drafts guess no token. `--tau` fixes how many tokens are
 committed per cycle: after the draft ran, right tokens replace its own. Texts are greedy and compared with plain
 greedy decoding. Such a target counts: after token n it writes n + 1, far ahead of all others, so rounding changes no
-text. With `--copy` the text to come stands in the prompt already, so that look-ups find it. Times are medians over the runs, where the methods take turns. The floor is the time to read all
-weights and keys from memory, at the bandwidth measured here. The last line is JSON.
+text. With `--copy` the text to come stands in the prompt already, so that look-ups find it. Times are medians over the
+runs, where the methods take turns. The floor is the time to read all weights and keys from memory, at the bandwidth
+measured here. The last line is JSON.
 """
 
 import argparse

@@ -12,7 +12,7 @@ import tiny
 from dflash_hub import DecodeStatistics, lookup_generate
 from dflash_hub.attention_dflash import BlockMasks
 from dflash_hub.generate_dflash import LookupGenerate
-from dflash_hub.lookup_dflash import WIDTHS, LookupProposer, SuffixIndex
+from dflash_hub.lookup_dflash import LookupProposer, SuffixIndex
 from dflash_hub.proposals_dflash import Proposal
 
 FAMILIES = ("qwen3", "gemma3_text", "qwen3_next", "qwen3_moe", "lfm2")
@@ -77,8 +77,10 @@ def counting():
     """A target that writes n + 1 after n."""
     model = tiny.target("qwen3")
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    embedding[0] = torch.randn(len(embedding[0]), generator=torch.Generator().manual_seed(0))  # padding had none
+    embedding.div_(embedding.norm(dim=1, keepdim=True))
     head.copy_(embedding.roll(1, dims=0))
-    embedding.mul_(1000)
+    embedding.mul_(1e5)
     return model
 
 
@@ -132,7 +134,8 @@ def test_greedy_text_is_the_targets_own(family):
     no_token_twice = torch.randperm(tiny.VOCAB, generator=torch.Generator().manual_seed(5))[None]
     once = compared(model, one_row(no_token_twice))
     assert repeating.accepted + once.accepted > 2
-    assert repeating.rejected and once.rejected
+    assert repeating.rejected
+    assert once.rejected
     assert once.blocks[0] == (1, [0])
 
 
@@ -140,7 +143,8 @@ def test_greedy_text_is_the_targets_own(family):
 def test_rows_of_a_padded_batch_find_their_own_matches(family):
     model = tiny.target(family)
     statistics = compared(model, repeating_batch(pads=(0, 19, 7)))
-    assert statistics.accepted > 5 and statistics.rejected
+    assert statistics.accepted > 5
+    assert statistics.rejected
 
 
 def test_widths_grow_with_what_is_accepted_and_end_with_the_text():
@@ -149,11 +153,9 @@ def test_widths_grow_with_what_is_accepted_and_end_with_the_text():
     ids = torch.tensor([[*range(12), 0, 1, 2, 9, 10, 11, 0, 1]])
     statistics = compared(model, one_row(ids), max_new_tokens=200)
     sizes = [size for size, _ in statistics.blocks]
-    assert set(sizes) <= set(WIDTHS)
     # 0, 1, 2 was followed by 9, and 3 is right.
-    assert [block for block in statistics.blocks if block[0] > 1][0] == (8, [0])
-    assert [size for size in sizes if size > 1][1] == 4
-    assert statistics.blocks[-4:] == [(16, [15]), (32, [31]), (64, [63]), (64, [63])]
+    assert sizes == [8, 4, 8, 16, 32, 64, 64, 16]
+    assert [rows[0] for _, rows in statistics.blocks] == [0, 3, 7, 15, 31, 63, 63, 15]
 
 
 class Wrong(LookupProposer):
@@ -191,7 +193,8 @@ def test_sampled_text_is_that_of_the_same_noise_without_proposals():
         texts.append(model.generate(**asked, **more))
     assert torch.equal(*texts)
     assert not torch.equal(texts[0], model.generate(**asked | {"do_sample": False, "temperature": None}))
-    assert statistics.accepted and statistics.rejected
+    assert statistics.accepted
+    assert statistics.rejected
 
 
 class Counted:
@@ -264,7 +267,8 @@ def test_caches_go_in_and_come_out(family):
         context = getattr(cache, "dflash", None)
     assert torch.equal(*texts)
     hidden = context.hidden[0]
-    assert not hidden[:29].any() and not hidden[-13:].any(), "what the draft read"
+    assert not hidden[:29].any(), "what the draft read"
+    assert not hidden[-13:].any(), "what the draft read"
     assert hidden[29:-14].any(), "what it was not shown"
 
 
@@ -272,7 +276,8 @@ def test_a_target_without_a_draft_taps_nothing_and_is_checked_before_the_first_t
     model, ids = tiny.target("qwen3"), tiny.prompt(6).repeat(1, 4)
     function = LookupGenerate()
     session = function.session(model)
-    assert session.target.taps.ids == () and session.drafter is None
+    assert session.target.taps.ids == ()
+    assert session.drafter is None
     monkeypatch.setattr(
         BlockMasks, "visible_slots", lambda self, where, *kind: torch.ones(1, self.size, where.shape[1]) > 0
     )
