@@ -380,7 +380,8 @@ class DecoderSession:
             The cache to return, if one was asked for.
         """
         prompt, target = request.prompt, self.target
-        recorder = Recorder(statistics, self.models[0].device)
+        device = prompt.device if self.drafter is None else self.drafter.draft.device
+        recorder = Recorder(statistics, device)
         recorder.record_stepwise(request.acceptance.reasons)
         raise_first(cache_findings(prompt, target, request.sequences.stop_conditions))
         with turns(*self.models):

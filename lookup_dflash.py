@@ -24,7 +24,7 @@ WIDTHS = (1, 4, 8, 16, 32, 64)
 FIRST_WIDTH = 8
 """The width with which a row begins."""
 TRUSTED = 8
-"""A match of this many tokens is proposed even after rejections."""
+"""A match of this many tokens is proposed after any number of rejections."""
 
 
 @dataclass
@@ -145,8 +145,9 @@ class LookupProposer:
     """Proposes as a chain what followed the last tokens of each row's text before.
 
     A block is as wide as the row with a match that asks for most. A row asks for twice as much after all that it asked
-    for was accepted, for half after less than half of it was, and for twice the length of its match at most. Without
-    any match the block is the anchor alone, a step of plain decoding.
+    for was accepted, for half after less than half of it was, and for twice the length of its match at most. After
+    every two proposals of which nothing was accepted its match must be one token longer. Without any match the block is
+    the anchor alone, a step of plain decoding.
 
     Args:
         width: tokens that are proposed at most; None for as many as `WIDTHS` allow.
@@ -156,6 +157,8 @@ class LookupProposer:
         self.lookup, self.width = Lookup(), width
         self.widths: list[int] = []
         """For each row, what it may ask for, one of `WIDTHS`."""
+        self.failures: list[int] = []
+        """For each row, how many proposals in a row had nothing that was accepted."""
         self.proposed: list[tuple[int, int]] = []
         """For each row at the last proposal, the slot of its anchor, and what it asked for; 1 is the anchor alone."""
 
@@ -182,25 +185,25 @@ class LookupProposer:
     def _learn(self, slots: list[int]) -> None:
         """Let rows ask for more or for less, by how far they moved to their anchors' new `slots`."""
         if not self.widths:
-            self.widths = [FIRST_WIDTH] * len(slots)
+            self.widths, self.failures = [FIRST_WIDTH] * len(slots), [0] * len(slots)
         for row, (slot, width) in enumerate(self.proposed):
+            if width == 1:
+                continue
             moved = slots[row] - slot
-            if width > 1 and moved >= width:
+            self.failures[row] = 0 if moved > 1 else self.failures[row] + 1
+            if moved >= width:
                 self.widths[row] = max(self.widths[row], at_least(width + 1))
-            elif width > 1 and 2 * moved < width:
-                self.widths[row] = max(one for one in WIDTHS if one < width)
+            elif 2 * moved < width:
+                self.widths[row] = WIDTHS[max(1, WIDTHS.index(width) - 1)]
 
     def _width(self, row: int, match: Match | None, state: Any) -> int:
         """Return what a row asks for: at most what its match is worth, and what reaches the end of the text."""
-        if match is None:
+        if match is None or match.length < min(SHORTEST + self.failures[row] // 2, TRUSTED):
             return 1
-        allowed = self.widths[row]
-        if match.length >= TRUSTED:
-            allowed = max(allowed, at_least(2))
         sequences = state.sequences
         length = sequences.prompt.shape[1] + len(sequences.generated[row])
         left = sequences.stop_conditions.max_length - length
-        return min(allowed, at_least(2 * match.length), at_least(left))
+        return min(self.widths[row], at_least(2 * match.length), at_least(left))
 
 
 def chain_of(matches: list[Match | None], state: Any, size: int) -> Proposal:

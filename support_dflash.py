@@ -414,7 +414,7 @@ def argument_findings(
 
 
 _OTHER_WAYS = {
-    "prompt_lookup_num_tokens": "the draft proposes the tokens, not the prompt",
+    "prompt_lookup_num_tokens": "it chooses transformers' own look-ups; ours are `custom_generate=lookup_generate`",
     "assistant_early_exit": "the draft proposes the tokens, not early layers of the target",
     "force_words_ids": "words are forced by a search with beams",
     "constraints": "constraints are met by a search with beams",

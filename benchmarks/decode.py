@@ -6,12 +6,14 @@
     python benchmarks/decode.py --capture compile                   # the same, with blocks compiled
     python benchmarks/decode.py --shape hybrid --tau 3              # a target with recurrent state
     python benchmarks/decode.py --shape qwen3-8b --device cuda --context 1024 --tau 6 --capture eager graphs
+    python benchmarks/decode.py --shape small --copy --new 200      # a text that stands in the prompt: look-ups
 
 Shapes other than `tiny-pair` have random weights, so their drafts guess no token. `--tau` fixes how many tokens are
 committed per cycle: after the draft ran, right tokens replace its own. Texts are greedy and compared with plain
 greedy decoding. Such a target counts: after token n it writes n + 1, far ahead of all others, so rounding changes no
-text. Times are medians over the runs, where the methods take turns. The floor is the time to read all
-weights and keys from memory, at the bandwidth measured here. The last line is JSON.
+text. With `--copy` the text to come stands in the prompt already, so that look-ups find it. Times are medians over the
+runs, where the methods take turns. The floor is the time to read all weights and keys from memory, at the bandwidth
+measured here. The last line is JSON.
 """
 
 import argparse
@@ -30,7 +32,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from dflash_hub import DecodeStatistics, DFlashDraftSpec, load_draft
 from dflash_hub.evaluation.floor import bytes_of_draft, bytes_of_plain_step, measured_bandwidth
 from dflash_hub.execution_dflash import CAPTURE
-from dflash_hub.generate_dflash import PROPOSALS, SpeculativeGenerate
+from dflash_hub.generate_dflash import PROPOSALS, LookupGenerate, SpeculativeGenerate
 from dflash_hub.generation_dflash import DecodeState, now
 from dflash_hub.kinds import KINDS
 from dflash_hub.proposals_dflash import ChainProposer, Proposal
@@ -128,6 +130,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=5, help="layers of the draft")
     parser.add_argument("--variant", default="dflash", choices=KINDS, help="kind of the draft")
     parser.add_argument("--tau", type=int, default=None, help="force this many tokens per cycle")
+    parser.add_argument("--copy", action="store_true", help="prompts that hold the text to come")
     parser.add_argument("--capture", nargs="+", default=["auto"], choices=CAPTURE)
     parser.add_argument("--proposal", nargs="+", default=["auto", "chain"], choices=PROPOSALS)
     parser.add_argument("--width", type=int, default=None, help="nodes of --proposal tree")
@@ -143,8 +146,17 @@ def build(options: argparse.Namespace) -> tuple[Any, Any, list[dict[str, Any]]]:
     dtype = getattr(torch, options.dtype or ("float32" if options.device == "cpu" else "bfloat16"))
     load = load_tiny_pair if options.shape == "tiny-pair" else build_random_pair
     target, draft, rows = load(options, dtype)
+    if options.copy:
+        rows = [holding_its_text(target, row, options) for row in rows]
     prompts = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in rows]
     return target, draft, prompts
+
+
+def holding_its_text(target: Any, row: torch.Tensor, options: argparse.Namespace) -> torch.Tensor:
+    """Return the prompt `row [B, P]`, its greedy text, and its end again, which the same text is to follow."""
+    asked = {"max_new_tokens": options.new, "do_sample": False, "eos_token_id": None}
+    text = target.generate(row, attention_mask=torch.ones_like(row), **asked)
+    return torch.cat([text, row[:, -options.context // 2 :]], dim=1)
 
 
 def load_tiny_pair(options: argparse.Namespace, dtype: torch.dtype) -> tuple[Any, Any, list[Any]]:
@@ -199,6 +211,7 @@ def methods(target: Any, draft: Any, options: argparse.Namespace) -> dict[str, d
     if options.batch == 1 and not is_recurrent(target):
         own = {"assistant_model": draft, "speculation_type": "dflash"}
         found["transformers' own dflash"] = own
+        found["transformers' own look-ups"] = {"prompt_lookup_num_tokens": 10}
         if options.device != "cpu":  # transformers compiles it from 5.24 on
             found["transformers' own, static"] = own | {"cache_implementation": "static"}
     proposals = ["chain"] if options.tau else options.proposal
@@ -211,6 +224,8 @@ def methods(target: Any, draft: Any, options: argparse.Namespace) -> dict[str, d
             ours["width"] = options.width
         name = f"ours, {proposal}" if capture == "auto" else f"ours, {proposal}, {capture}"
         found[name] = ours
+    look_ups = {"custom_generate": LookupGenerate(), "capture": options.capture[0]}
+    found["ours, look-ups without a draft"] = look_ups
     return found
 
 
@@ -235,7 +250,7 @@ def measure(
         for index, inputs in enumerate(prompts):
             for name, generate_kwargs in kwargs_of.items():
                 call = inputs | generate_kwargs
-                if is_ours(name):
+                if is_ours(name) and "look-ups" not in name:
                     call |= forced(options, plain.get(index), vocab_size)
                 (text, seconds), peak = timed_with_peak(target, call)
                 totals[name] += seconds
