@@ -223,7 +223,8 @@ class AdaptiveProposer(TreeProposer):
                 found.append(self._of_draft("chain", size, spine[:size], seconds))
         for size, masses in by_size.items():
             found.append(self._of_draft("tree", size, masses, seconds))
-            if "branch" in self.kinds and any(self.matches):
+            fits = 2 * size + 1 <= SIZES[-1]
+            if fits and "branch" in self.kinds and any(self.matches):
                 both = self._beside(masses, size + 1)
                 found.append(self._of_draft("branch", 2 * size + 1, both, seconds))
         best = max(found, key=rate_of)

@@ -267,7 +267,13 @@ class TreeProposer(ChainProposer):
             draft_state.num_nodes = num_nodes
 
     def propose(self, state: Any) -> Proposal:
-        """Return the anchor and the nodes after it, the likeliest first."""
+        """Return the anchor and the nodes after it, the likeliest first.
+
+        Branches cannot share a recurrent state, so such a target gets the chain.
+        """
+        if state.target_state.recurrent.states:
+            self.draft_state.num_nodes = 0
+            return super().propose(state)
         return tree_proposal(state.anchor, self.grow(state), self.num_nodes)
 
     def grow(self, state: Any) -> Tree:

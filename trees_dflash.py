@@ -190,31 +190,27 @@ def _levels(candidates: Candidates, num_nodes: int) -> list[_Level]:
     level = _Level(log_probs.new_zeros(len(log_probs), 1), candidates.spine[:, :1])
     levels = []
     for depth, following in enumerate(log_probs.unbind(dim=1)):  # [B, A, K]
-        if following.shape[1] > 1:
-            spine = candidates.spine[:, depth : depth + 1]
-            level = _extend_by_pairs(level, following, spine, num_nodes)
-        else:
-            paths = (level.weights[..., None] + following).flatten(1)  # [B, W * K]
-            # The spine's, of the best tokens throughout, is the heaviest.
-            level = _Level(*paths.topk(min(num_nodes, paths.shape[1])))
+        spine = candidates.spine[:, depth : depth + 1]
+        level = _extended(level, following, spine, num_nodes)
         levels.append(level)
     return levels
 
 
-def _extend_by_pairs(
+def _extended(
     level: _Level, following: torch.Tensor, spine: torch.Tensor, num_nodes: int
 ) -> _Level:
     """Return the heaviest paths that are one token longer, the spine's first.
 
     Args:
-        following `[B, K, K]`: as in `Candidates`, for one position.
+        following `[B, A, K]`: as in `Candidates`, for one position.
         spine `[B, 1]`: the spine's candidate there.
     """
-    count = following.shape[-1]
-    last = level.chosen % count
-    index = last[..., None].expand(-1, -1, count)
-    paths = (level.weights[..., None] + following.gather(1, index)).flatten(1)  # [B, W * K]
-    # The first path is the spine's, which goes on from itself.
+    if following.shape[1] > 1:
+        count = following.shape[-1]
+        last = level.chosen % count
+        following = following.gather(1, last[..., None].expand(-1, -1, count))
+    paths = (level.weights[..., None] + following).flatten(1)  # [B, W * K]
+    # The first path is the spine's, and goes on as the spine, whatever else has its weight.
     ranked = paths.scatter(1, spine, torch.inf)
     chosen = ranked.topk(min(num_nodes, paths.shape[1])).indices
     return _Level(paths.gather(1, chosen), chosen)
