@@ -11,15 +11,14 @@ Shapes: B rows, Q block positions, T drafted positions, N nodes of a tree.
 
 import time
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from .costs_dflash import cost_table, known_costs
+from .costs_dflash import CostTable, cost_table, known_costs
 from .experience_dflash import Estimate, Experience
 from .lookup_dflash import Lookup, Match, chain_of
-from .proposals_dflash import ChainProposer, Proposal, TreeProposer, tree_proposal
+from .proposals_dflash import ChainProposer, Proposal, Proposer, TreeProposer, tree_proposal
 from .trees_dflash import Tree
 
 CHOICES = ("plain", "chain", "tree", "lookup", "branch")
@@ -44,10 +43,8 @@ PENDING_LIMIT = 1024
 """Tokens of context that wait for the draft at most."""
 
 
-class AdaptiveProposer(TreeProposer):
-    """Proposes what is expected to bring the most tokens per second.
-
-    Until costs are known, it proposes the draft's chain.
+class AutoProposer:
+    """Proposes by experience once costs are known, and until then the draft's chain.
 
     Args:
         chain: the draft's own proposer.
@@ -65,10 +62,61 @@ class AdaptiveProposer(TreeProposer):
         kinds: tuple[str, ...] = CHOICES,
         measured_from: int = MEASURED_FROM,
     ):
-        super().__init__(chain.drafter, chain.draft_state, chain.sampler, num_nodes=0)
-        self.experiences, self.mode, self.kinds = experiences, mode, kinds
-        self.measured_from = measured_from
-        self.experience: Experience | None = None
+        self.chain, self.experiences, self.mode = chain, experiences, mode
+        self.kinds, self.measured_from = kinds, measured_from
+        self.proposer: Proposer = chain
+        self.has_begun = False
+
+    def append_context(self, features: torch.Tensor, first_slot: int) -> None:
+        self.chain.append_context(features, first_slot)
+
+    def propose(self, state: Any) -> Proposal:
+        if not self.has_begun:
+            self.has_begun = True
+            self._begin(state)
+        return self.proposer.propose(state)
+
+    def commit(self, features: torch.Tensor, slots: torch.Tensor) -> None:
+        self.proposer.commit(features, slots)
+
+    def _begin(self, state: Any) -> None:
+        """Find what is known of such decodes, or measure where the text is long enough."""
+        kinds = self.kinds
+        if state.target_state.recurrent.states:  # branches cannot share it
+            kinds = tuple(kind for kind in kinds if kind not in ("tree", "branch"))
+        experience = self._experience(state) if kinds else None
+        if experience is not None:
+            experience.pause = 0  # another text may suit the draft better
+            self.proposer = AdaptiveProposer(self.chain, experience, self.mode, kinds)
+
+    def _experience(self, state: Any) -> Experience | None:
+        key = (len(state.anchor), self.mode)
+        if key not in self.experiences:
+            limit = state.sequences.stop_conditions.max_length
+            is_long = limit - state.sequences.prompt.shape[1] >= self.measured_from
+            costs = cost_table(state, self.mode) if is_long else known_costs(state, self.mode)
+            if costs is None:
+                return None
+            self.experiences[key] = Experience(costs)
+        return self.experiences[key]
+
+
+class AdaptiveProposer(TreeProposer):
+    """Proposes what is expected to bring the most tokens per second.
+
+    Args:
+        chain: the draft's own proposer.
+        mode: "eager" or "graphs".
+        kinds: to choose from.
+    """
+
+    def __init__(
+        self, chain: ChainProposer, experience: Experience, mode: str, kinds: tuple[str, ...]
+    ):
+        self.experience, self.mode = experience, mode
+        self.kinds = kinds
+        num_nodes = widest_tree(experience.costs) if "tree" in kinds else 1
+        super().__init__(chain.drafter, chain.draft_state, chain.sampler, num_nodes)
         self.lookup = Lookup()
         self.matches: list[Match | None] = []
         self.chosen: Estimate | None = None
@@ -77,26 +125,24 @@ class AdaptiveProposer(TreeProposer):
         self.started = 0.0
         self.uses: Counter[int] = Counter()
         """How often this decode has verified each size."""
-        self.is_new = True
         self.active: list[bool] = []
         self.tokens_left = 1
 
     def propose(self, state: Any) -> Proposal:
-        if self.is_new:
-            self._begin(state)
-        if self.experience is None:
-            return self._whole_chain(state)
         self._learn(state)
         self.matches = self.lookup.find(state, SIZES[-1])
         estimates = self._without_draft(state)
         best = max(estimates, key=rate_of)
-        tree = None
         if self._drafts(best):
-            tree, best = self._draft(state, estimates[0])
+            best, proposal = self._draft(state, estimates[0])
+        elif best.kind == "plain":
+            proposal = Proposal(state.anchor)
+        else:
+            proposal = chain_of(self.matches, state, 1 + best.size)
+        proposal.kind, proposal.reason = best.kind, str(best)
         self.chosen = best
         self.lengths = [len(tokens) for tokens in state.sequences.generated]
         self.uses[best.size] += 1
-        proposal = self._proposal(state, best, tree)
         self.started = time.perf_counter()
         return proposal
 
@@ -106,38 +152,6 @@ class AdaptiveProposer(TreeProposer):
         self.drafter.add_pending(self.draft_state, features, slots)
         if sum(context.features.shape[1] for context in pending) > PENDING_LIMIT:
             self.drafter.flush_pending(self.draft_state)
-
-    def _begin(self, state: Any) -> None:
-        """Find what is known of such decodes, or measure where the text is long enough."""
-        self.is_new = False
-        if state.target_state.recurrent.states:
-            self.kinds = tuple(kind for kind in self.kinds if kind not in ("tree", "branch"))
-        if not self.kinds:
-            return
-        key = (len(state.anchor), self.mode)
-        if key not in self.experiences:
-            limit = state.sequences.stop_conditions.max_length
-            is_long = limit - state.sequences.prompt.shape[1] >= self.measured_from
-            costs = cost_table(state, self.mode) if is_long else known_costs(state, self.mode)
-            if costs is None:
-                return
-            self.experiences[key] = Experience(costs)
-        self.experience = self.experiences[key]
-        self.experience.pause = 0  # another text may suit the draft better
-        self.num_nodes = self._widest_tree()
-        if not self.sampler.coupled:
-            self.draft_state.num_nodes = self.num_nodes
-
-    def _widest_tree(self) -> int:
-        """Return how many nodes to build: 1 where no tree is worth it, which still tells the chances of the chain."""
-        costs = self.experience.costs
-        limit = WIDEST * costs.seconds(1)
-        fitting = [size for size in SIZES if costs.seconds(1 + size) <= limit]
-        return max(fitting, default=1) if "tree" in self.kinds else 1
-
-    def _whole_chain(self, state: Any) -> Proposal:
-        chain = ChainProposer(self.drafter, self.draft_state, self.sampler)
-        return chain.propose(state)
 
     # What the last cycle has shown
 
@@ -209,8 +223,8 @@ class AdaptiveProposer(TreeProposer):
         known = experience.draft_rate
         return other.kind == "plain" or not known.weight or known.mean > other.rate
 
-    def _draft(self, state: Any, plain: Estimate) -> tuple[Tree, Estimate]:
-        """Return the draft's tree, and the best of what can be made of it."""
+    def _draft(self, state: Any, plain: Estimate) -> tuple[Estimate, Proposal]:
+        """Ask the draft; return the best of what can be made of its tree, and that."""
         started = time.perf_counter()
         tree = self.grow(state)
         spine, by_size = self._masses(tree, state)
@@ -232,7 +246,7 @@ class AdaptiveProposer(TreeProposer):
             experience.add_draft_rate(best.rate, plain.rate)
             nothing = self._estimate("plain", 0, [], 0.0, seconds)
             best = max(best, nothing, key=rate_of)
-        return tree, best
+        return best, self._made_of(tree, state, best)
 
     def _of_draft(self, kind: str, size: int, masses: list[float], seconds: float) -> Estimate:
         """Return an estimate of what the draft proposes, for `seconds` of drafting."""
@@ -273,33 +287,34 @@ class AdaptiveProposer(TreeProposer):
 
     # What was chosen
 
-    def _proposal(self, state: Any, best: Estimate, tree: Tree | None) -> Proposal:
-        """Return the proposal of an estimate."""
-        make: dict[str, Callable[[], Proposal]] = {
-            "plain": lambda: Proposal(state.anchor),
-            "lookup": lambda: chain_of(self.matches, state, 1 + best.size),
-            "chain": lambda: self._chain(state, tree, best.size),
-            "tree": lambda: tree_proposal(state.anchor, tree, best.size),
-            "branch": lambda: self._branch(state, tree, best.size // 2),
-        }
-        proposal = make[best.kind]()
-        proposal.kind, proposal.reason = best.kind, str(best)
-        return proposal
-
-    def _chain(self, state: Any, tree: Tree, size: int) -> Proposal:
-        drafted = tree.spine_tokens[:, :size].to(state.anchor.device)
+    def _made_of(self, tree: Tree, state: Any, best: Estimate) -> Proposal:
+        """Return the proposal of an estimate, from what the draft returned."""
+        if best.kind == "tree":
+            return tree_proposal(state.anchor, tree, best.size)
+        if best.kind == "branch":
+            return self._branch(state, tree, best.size // 2)
+        drafted = tree.spine_tokens[:, : best.size].to(state.anchor.device)
         return Proposal(torch.cat([state.anchor, drafted], dim=1))
 
     def _branch(self, state: Any, tree: Tree, size: int) -> Proposal:
         """Return the first `size` nodes of a tree, and as many tokens and one more of a look-up beside them."""
         found = tree_proposal(state.anchor, tree, size)
         copied = chain_of(self.matches, state, 2 + size).tokens[:, 1:]  # [B, size + 1]
-        first = 1 + size
-        steps = torch.arange(first - 1, first + size, device=copied.device)
-        steps[0] = 0  # the look-up follows the root
+        # Each of its tokens follows the one before it, and the first one the root.
+        before = torch.arange(size, 2 * size + 1, device=copied.device)
+        before = before.masked_fill(before == size, 0)
+        root = torch.full_like(state.anchor, -1)
+        tree_parents = tree.parents[:, :size].to(copied.device)
+        parents = torch.cat([root, tree_parents, before.expand_as(copied)], dim=1)
         tokens = torch.cat([found.tokens, copied], dim=1)
-        parents = torch.cat([found.parents, steps.expand_as(copied)], dim=1)
-        return Proposal(tokens, parents, max_depth=max(found.max_depth, 1 + size))
+        return Proposal(tokens, parents, max_depth=max(self.drafter.num_drafted, 1 + size))
+
+
+def widest_tree(costs: CostTable) -> int:
+    """Return how many nodes to build; 1 where no tree is worth it, which still tells the chances of the chain."""
+    limit = WIDEST * costs.seconds(1)
+    fitting = [size for size in SIZES if costs.seconds(1 + size) <= limit]
+    return max(fitting, default=1)
 
 
 def rate_of(estimate: Estimate) -> float:

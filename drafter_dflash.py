@@ -291,7 +291,7 @@ class Drafter:
         tree = None
         if state.num_nodes:
             tree = self._tree(logits.to(slots.device), states, walk, state.num_nodes)
-        return DraftOutput(logits, states, *choice, tree=tree)
+        return DraftOutput(logits, states, choice.tokens, choice.confidence, tree)
 
     def _tree(self, scores: torch.Tensor, states: torch.Tensor, walk: Walk, num_nodes: int) -> Tree:
         candidates = self.draft.candidates(scores, states, walk, NUM_CANDIDATES)

@@ -33,7 +33,7 @@ from .acceptance_dflash import (
     StepwiseAcceptance,
     foreign_objects,
 )
-from .adaptive_dflash import AdaptiveProposer
+from .adaptive_dflash import AutoProposer
 from .calls_dflash import Signature, also_for_users, check_ids, check_loaded
 from .compat_dflash import (
     arrangement,
@@ -123,7 +123,7 @@ class SpeculativeGenerate:
         self.checked: weakref.WeakKeyDictionary[Any, set] = weakref.WeakKeyDictionary()
         """For each target, the session keys and circumstances for which a self-check has passed."""
         self.experiences: weakref.WeakKeyDictionary[Any, dict] = weakref.WeakKeyDictionary()
-        """For each target, what decoding has shown, see `AdaptiveProposer`."""
+        """For each target, what decoding has shown, see `AutoProposer`."""
 
     def __reduce__(self) -> tuple:
         return SpeculativeGenerate, (self.draft,)
@@ -159,8 +159,8 @@ class SpeculativeGenerate:
             return partial(_chain, width=width)
         known = self.experiences.setdefault(model, {})
         if proposal == "tree":
-            return lambda own: AdaptiveProposer(own, known, mode, ("tree",), measured_from=0)
-        return lambda own: AdaptiveProposer(own, known, mode)
+            return lambda own: AutoProposer(own, known, mode, ("tree",), measured_from=0)
+        return lambda own: AutoProposer(own, known, mode)
 
     @also_for_users
     def __call__(

@@ -107,14 +107,11 @@ class DominoDraftModel(DFlashDraftModel):
         Raises:
             ValueError: the walk has no embeddings.
         """
-        if walk.embed is None:
-            raise ValueError(
-                "A Domino draft reads the tokens that it chooses: pass Walk(..., embed=...)."
-            )
+        embed = embedding_of(walk)
         token, chosen = walk.anchor, []
         prefix = self.prefix_gru.initial_state(walk.anchor.shape)  # [B, 1, G]
         for position in range(scores.shape[1]):
-            prefix = self.prefix_gru.step(walk.embed(token), prefix)
+            prefix = self.prefix_gru.step(embed(token), prefix)
             found = scores[:, position : position + 1]
             if position >= self.config.pure_draft_prefix_len:
                 state = states[:, position : position + 1]
@@ -130,7 +127,7 @@ class DominoDraftModel(DFlashDraftModel):
         chain = self.select_tokens(scores, states, walk).tokens
         predecessors = torch.cat([walk.anchor, chain[:, :-1]], dim=1)
         nothing = torch.zeros_like(scores)
-        added = self.corrected_logits(nothing, states, predecessors, walk.embed)
+        added = self.corrected_logits(nothing, states, predecessors, embedding_of(walk))
         return likeliest(scores + walk.pair_scale * added, num_candidates)
 
     def corrected_logits(
@@ -157,3 +154,16 @@ class DominoDraftModel(DFlashDraftModel):
         alone, later = logits[..., :pure, :], logits[..., pure:, :]
         corrected = later + self.correction(states[..., pure:, :], gru, later)
         return torch.cat([alone, corrected], dim=-2)
+
+
+def embedding_of(walk: Walk) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return what embeds the tokens of a walk.
+
+    Raises:
+        ValueError: the walk has no embeddings.
+    """
+    if walk.embed is None:
+        raise ValueError(
+            "A Domino draft reads the tokens that it chooses: pass Walk(..., embed=...)."
+        )
+    return walk.embed

@@ -206,10 +206,11 @@ class DSparkDraftModel(DFlashDraftModel):
             biases = self.over_target_vocabulary(head.biases(states, predecessors))
             biases = pad(biases, (0, scores.shape[-1] - biases.shape[-1]))
             return likeliest(scores + walk.pair_scale * biases, num_candidates)
-        return self._pairs(scores, states, walk, chain, num_candidates)
+        return self._pairs(head, scores, states, walk, chain, num_candidates)
 
     def _pairs(
         self,
+        head: MarkovHead,
         scores: torch.Tensor,
         states: torch.Tensor,
         walk: Walk,
@@ -217,8 +218,8 @@ class DSparkDraftModel(DFlashDraftModel):
         num_candidates: int,
     ) -> Candidates:
         """Return the likeliest tokens, those of the `chain [B, N]` among them, with the chances of their pairs."""
-        head, ids = self.markov_head, self.target_ids
-        known = self._known(scores)
+        ids = self.target_ids
+        known = self._known(head, scores)
         num_candidates = min(num_candidates, known.shape[-1])
         own = chain if ids is None else torch.searchsorted(ids, chain)
         # The chain's token comes first, once.
@@ -234,13 +235,13 @@ class DSparkDraftModel(DFlashDraftModel):
         totals = unary + walk.pair_scale * biases.float()
         return Candidates(tokens, paired(known, totals), torch.zeros_like(chain))
 
-    def _known(self, scores: torch.Tensor) -> torch.Tensor:
+    def _known(self, head: MarkovHead, scores: torch.Tensor) -> torch.Tensor:
         """Return those of `scores [B, N, V]` that are of the draft's tokens, in their order: `[B, N, D]`."""
         ids = self.target_ids
         if ids is not None:
             return scores[..., ids]
         # a target's head may be padded beyond its vocabulary, or lack the padding
-        return scores[..., : self.markov_head.markov_w2.out_features]
+        return scores[..., : head.markov_w2.out_features]
 
     def _walk(self, scores: torch.Tensor, states: torch.Tensor, walk: Walk) -> torch.Tensor:
         """Return the best token of each position, given the one before it: `[B, N]`."""
@@ -248,7 +249,7 @@ class DSparkDraftModel(DFlashDraftModel):
         if head is None:
             return scores.argmax(dim=-1)
         ids = self.target_ids
-        known = self._known(scores)
+        known = self._known(head, scores)
         memory, token = None, walk.anchor[:, 0]
         tokens = []
         for position in range(known.shape[1]):

@@ -149,7 +149,9 @@ class _Layout(NamedTuple):
 def _layout(widths: tuple[int, ...], count: int, device: torch.device) -> _Layout:
     """Return the layout of so many paths of every length, with `count` candidates at each position."""
     firsts = list(accumulate(widths, initial=0))[:-1]
-    depths, positions, before = [], [], []
+    depths: list[int] = []
+    positions: list[int] = []
+    before: list[int] = []
     for depth, width in enumerate(widths):
         depths += [1 + depth] * width
         positions += [count * depth] * width
