@@ -84,6 +84,13 @@ class MaskKind(NamedTuple):
     from_anchor: bool = False
 
 
+def additive(seen: torch.Tensor, kind: MaskKind) -> torch.Tensor:
+    """Return 0 where `seen`, a bool of any shape, is True, and -inf elsewhere: what a mask of this kind holds."""
+    values = torch.zeros(seen.shape, dtype=kind.dtype, device=seen.device)
+    values.masked_fill_(~seen, float("-inf"))
+    return values.to(kind.device)
+
+
 class BlockMasks:
     """The additive masks of a block, updated as its rows move on.
 
@@ -116,8 +123,12 @@ class BlockMasks:
         chain = torch.ones(size, size, dtype=torch.bool, device=slots.device).tril()
         self.chain = chain.expand(len(slots), -1, -1).contiguous()  # [B, Q, Q]
         self.ancestors = self.chain
-        self.depths = self.ancestors.sum(-1) - 1  # [B, Q]
+        self.depths = self.offsets.expand(len(slots), -1)  # [B, Q]
         self.built: dict[MaskKind, torch.Tensor] = {}
+        self.padding: dict[MaskKind, torch.Tensor] = {}
+        """What hides padding in a mask of this kind, `[B, S]`, to be added."""
+        self.by_offset: dict[MaskKind, torch.Tensor] = {}
+        """What a mask of this kind holds for a chain, `[R, Q]`, from the first slot on that its rows may change."""
         for kind in kinds:
             self.get(kind)
 
@@ -125,12 +136,13 @@ class BlockMasks:
         """Return the mask of this kind, built when first asked for: `[B, 1, G * Q, S]`, 0 if visible and -inf else."""
         if kind not in self.built:
             self.built[kind] = self._whole(kind).contiguous()
+            self.padding[kind] = additive(~self.padding_mask, kind)
+            self.by_offset[kind] = self._by_offset(kind)
         return self.built[kind].flatten(2, 3)
 
     def rebuild(self, slots: torch.Tensor) -> None:
         """Write all masks again where they lie, for chains at `slots [B]`, however far those have moved."""
-        self.slots, self.ancestors = slots, self.chain
-        self.depths = self.ancestors.sum(-1) - 1
+        self.place(slots, None)
         for kind, mask in self.built.items():
             mask.copy_(self._whole(kind))
 
@@ -140,32 +152,66 @@ class BlockMasks:
         values = self._values(slots.expand(len(self.slots), -1), kind)
         return values.expand(-1, 1, kind.groups, -1, -1)
 
-    def move(self, slots: torch.Tensor, ancestors: torch.Tensor) -> None:
+    def _by_offset(self, kind: MaskKind) -> torch.Tensor:
+        """Return a mask of this kind for a chain, by the offset of a slot from the anchor: `[R, Q]`."""
+        first = -self.reach - (kind.window or 0)
+        key = torch.arange(first, self.size, device=self.slots.device)
+        key = key[:, None]
+        anchor = None
+        if kind.from_anchor:
+            anchor = torch.zeros_like(key)
+        seen = visible(self.offsets, key, kind.window, kind.causal, anchor)
+        return additive(seen, kind)
+
+    def place(self, slots: torch.Tensor, ancestors: torch.Tensor | None) -> None:
+        """Note where the blocks are, `slots [B]`, and their trees, as `move` is given them."""
+        self.slots = slots
+        self.ancestors, self.depths = self.chain, self.offsets.expand(len(slots), -1)
+        if ancestors is not None:
+            self.ancestors, self.depths = ancestors, ancestors.sum(-1) - 1
+
+    def move(self, slots: torch.Tensor, ancestors: torch.Tensor | None = None) -> None:
         """Update all masks for blocks at `slots [B]`, at most `reach` slots after the last ones.
 
+        A chain looks the same wherever it is, so its values are copied; those of a tree are computed.
+
         Args:
-            ancestors `[B, Q, Q]`: of each row's tree, as `ancestors` gives it, or `chain`.
+            ancestors `[B, Q, Q]`: of each row's tree, as `ancestors` gives it; None for chains, without padding in
+                their blocks.
         """
-        self.slots, self.ancestors = slots, ancestors
-        self.depths = ancestors.sum(-1) - 1
+        self.place(slots, ancestors)
+        near_slots = slots[:, None] + self.nearby
+        near = near_slots.clamp_min(0)
         for kind, mask in self.built.items():
-            changed = self.nearby
+            where = near
             if kind.window is not None:
                 # Its far end lies there, counted from each position or from the anchor.
-                changed = torch.cat([changed, changed - kind.window])
-            where = (slots[:, None] + changed).clamp_min(0)  # [B, M]
-            values = self._values(where, kind)
-            index = where.to(kind.device)[:, None, None, None]
+                far = (near_slots - kind.window).clamp_min(0)
+                where = torch.cat([near, far], dim=1)
+            values = self._moved_values(where, kind, ancestors is None)
+            index = where.to(kind.device).view(-1, 1, 1, 1, where.shape[1])
             index = index.expand(*mask.shape[:-1], -1)
             mask.scatter_(-1, index, values.expand_as(index))
+
+    def _moved_values(self, where: torch.Tensor, kind: MaskKind, is_chain: bool) -> torch.Tensor:
+        """Return what `_values` does; for chains, it is looked up and not computed."""
+        if not is_chain:
+            return self._values(where, kind)
+        values = self.by_offset[kind]  # without a window, all of it lies near
+        if kind.window is not None:
+            anchor = self.slots - (self.reach + kind.window)
+            row = where - anchor[:, None]
+            values = values[row.to(kind.device)]
+        index = where.to(kind.device)
+        padding = self.padding[kind].gather(1, index)
+        values = values.mT + padding[:, None]
+        return values[:, None, None]
 
     def _values(self, where: torch.Tensor, kind: MaskKind) -> torch.Tensor:
         """Return the masks for the slots `where [B, M]`: `[B, 1, 1, Q, M]`."""
         layer_kind = LayerKind(kind.window, kind.causal, kind.from_anchor)
         seen = self.visible_slots(where, *layer_kind)
-        values = torch.zeros(seen.shape, device=seen.device)
-        values.masked_fill_(~seen, float("-inf"))
-        return values.to(kind.device, kind.dtype)[:, None, None]
+        return additive(seen, kind)[:, None, None]
 
     def visible_slots(
         self, where: torch.Tensor, window: int | None, causal: bool, from_anchor: bool = False

@@ -266,7 +266,7 @@ class Drafter:
     ) -> DraftOutput:
         """Run the block. What changes from cycle to cycle are the arguments."""
         masks = state.masks[self.size]
-        masks.move(slots, masks.chain)
+        masks.move(slots)
         block_slots = slots[:, None] + masks.offsets  # [B, Q]
         steps = torch.arange(context.shape[1], device=slots.device)
         before = context_slots[:, None] + steps

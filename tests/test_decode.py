@@ -205,7 +205,8 @@ def test_only_the_last_position_of_a_prompt_goes_through_the_head():
 
 @pytest.mark.parametrize(("window", "from_anchor"), [(None, False), (7, False), (7, True), (2, True)])
 @pytest.mark.parametrize("causal", [True, False])
-def test_masks_that_are_moved_on_equal_masks_that_are_built_there(window, from_anchor, causal):
+@pytest.mark.parametrize("as_tree", [False, True])
+def test_masks_that_are_moved_on_equal_masks_that_are_built_there(window, from_anchor, causal, as_tree):
     torch.manual_seed(0)
     padding_mask = torch.zeros(3, 120, dtype=torch.bool)
     padding_mask[1, :6] = padding_mask[2, 3] = True
@@ -215,7 +216,7 @@ def test_masks_that_are_moved_on_equal_masks_that_are_built_there(window, from_a
     masks.get(kind)
     for _ in range(15):
         slots = slots + torch.randint(0, 6, (3,))
-        masks.move(slots, masks.chain)
+        masks.move(slots, masks.chain if as_tree else None)
         fresh = BlockMasks(padding_mask, slots, size=5).get(kind)
         assert torch.equal(masks.get(kind), fresh)
         assert fresh.shape == (3, 1, 10, 120)
