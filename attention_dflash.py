@@ -262,6 +262,7 @@ class BlockAttention:
     def __init__(self, model: Any, layer_kinds: list[LayerKind]):
         self.configs = configs_of(model)
         self.layer_kinds = layer_kinds
+        self.one_kind = len(set(layer_kinds)) == 1
         self.name = f"dflash_slots_{id(self):x}"
         self.original = attention_name(model.config.get_text_config(decoder=True))
         self.names_before: list[str] = []
@@ -322,8 +323,9 @@ class BlockAttention:
             )
         if not torch.compiler.is_compiling():
             self.layers_seen.append(module.layer_idx)
-        beyond_sdpa = any(kwargs.get(name) is not None for name in ("softcap", "s_aux"))
-        eager = self.original == "eager" or (beyond_sdpa and self.original != "sdpa")
+        eager = self.original == "eager"
+        if self.original not in ("eager", "sdpa"):
+            eager = any(kwargs.get(name) is not None for name in ("softcap", "s_aux"))
         groups = 1 if eager else query.shape[1] // key.shape[1]
         length = key.shape[2]
         mask = self._mask(module, groups, query)[..., :length]
@@ -356,7 +358,7 @@ class BlockAttention:
         Raises:
             ValueError: layers differ, and this one does not know its number.
         """
-        if len(set(self.layer_kinds)) == 1:
+        if self.one_kind:
             return self.layer_kinds[0]
         if module.layer_idx not in range(len(self.layer_kinds)):
             raise difference(

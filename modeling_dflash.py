@@ -219,6 +219,8 @@ class DFlashDraftModel(DFlashPreTrainedModel):
         )
         self.norm = DFlashRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = DFlashRotaryEmbedding(config)
+        self.layer_kinds = list(zip(config.layer_types, config.causal_layers, strict=True))
+        """The type of each layer, and whether it is causal."""
         vocab, width = config.vocab_size or 0, config.hidden_size
         self.embed_tokens: nn.Embedding | None = None
         if config.has_own_embed_tokens:
@@ -319,8 +321,7 @@ class DFlashDraftModel(DFlashPreTrainedModel):
         features = self.hidden_norm(self.fc(context_hidden_states))  # [B, C, H]
         hidden_states = noise_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
-        kinds = zip(self.config.layer_types, self.config.causal_layers, strict=True)
-        for layer, kind in zip(self.layers, kinds, strict=True):
+        for layer, kind in zip(self.layers, self.layer_kinds, strict=True):
             hidden_states = layer(
                 hidden_states,
                 context_hidden_states=features,
@@ -443,8 +444,7 @@ class DFlashDraftModel(DFlashPreTrainedModel):
     ) -> dict[tuple[str, bool], torch.Tensor | None]:
         """Return one mask per kind of layer; a kind is a layer type and whether it is causal."""
         kinds: dict[tuple[str, bool], int] = {}
-        layers = zip(self.config.layer_types, self.config.causal_layers, strict=True)
-        for index, kind in enumerate(layers):
+        for index, kind in enumerate(self.layer_kinds):
             kinds.setdefault(kind, index)
         if isinstance(attention_mask, dict):
             masks_by_kind = {}
