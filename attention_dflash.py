@@ -136,7 +136,8 @@ class BlockMasks:
         """Return the mask of this kind, built when first asked for: `[B, 1, G * Q, S]`, 0 if visible and -inf else."""
         if kind not in self.built:
             self.built[kind] = self._whole(kind).contiguous()
-            self.padding[kind] = additive(~self.padding_mask, kind)
+            shown = ~self.padding_mask
+            self.padding[kind] = additive(shown, kind)
             self.by_offset[kind] = self._by_offset(kind)
         return self.built[kind].flatten(2, 3)
 
@@ -154,8 +155,11 @@ class BlockMasks:
 
     def _by_offset(self, kind: MaskKind) -> torch.Tensor:
         """Return a mask of this kind for a chain, by the offset of a slot from the anchor: `[R, Q]`."""
-        first = -self.reach - (kind.window or 0)
-        key = torch.arange(first, self.size, device=self.slots.device)
+        first = -self.reach
+        if kind.window is not None:
+            first -= kind.window
+        device = self.slots.device
+        key = torch.arange(first, self.size, device=device)
         key = key[:, None]
         anchor = None
         if kind.from_anchor:
@@ -166,9 +170,11 @@ class BlockMasks:
     def place(self, slots: torch.Tensor, ancestors: torch.Tensor | None) -> None:
         """Note where the blocks are, `slots [B]`, and their trees, as `move` is given them."""
         self.slots = slots
-        self.ancestors, self.depths = self.chain, self.offsets.expand(len(slots), -1)
+        self.ancestors = self.chain
+        self.depths = self.offsets.expand(len(slots), -1)
         if ancestors is not None:
-            self.ancestors, self.depths = ancestors, ancestors.sum(-1) - 1
+            self.ancestors = ancestors
+            self.depths = ancestors.sum(-1) - 1
 
     def move(self, slots: torch.Tensor, ancestors: torch.Tensor | None = None) -> None:
         """Update all masks for blocks at `slots [B]`, at most `reach` slots after the last ones.
@@ -189,7 +195,9 @@ class BlockMasks:
                 far = (near_slots - kind.window).clamp_min(0)
                 where = torch.cat([near, far], dim=1)
             values = self._moved_values(where, kind, ancestors is None)
-            index = where.to(kind.device).view(-1, 1, 1, 1, where.shape[1])
+            num_changed = where.shape[1]
+            index = where.to(kind.device)
+            index = index.view(-1, 1, 1, 1, num_changed)
             index = index.expand(*mask.shape[:-1], -1)
             mask.scatter_(-1, index, values.expand_as(index))
 
@@ -199,9 +207,10 @@ class BlockMasks:
             return self._values(where, kind)
         values = self.by_offset[kind]  # without a window, all of it lies near
         if kind.window is not None:
-            anchor = self.slots - (self.reach + kind.window)
-            row = where - anchor[:, None]
-            values = values[row.to(kind.device)]
+            first = self.slots - self.reach - kind.window
+            row = where - first[:, None]
+            row = row.to(kind.device)
+            values = values[row]
         index = where.to(kind.device)
         padding = self.padding[kind].gather(1, index)
         values = values.mT + padding[:, None]
@@ -211,7 +220,8 @@ class BlockMasks:
         """Return the masks for the slots `where [B, M]`: `[B, 1, 1, Q, M]`."""
         layer_kind = LayerKind(kind.window, kind.causal, kind.from_anchor)
         seen = self.visible_slots(where, *layer_kind)
-        return additive(seen, kind)[:, None, None]
+        values = additive(seen, kind)
+        return values[:, None, None]
 
     def visible_slots(
         self, where: torch.Tensor, window: int | None, causal: bool, from_anchor: bool = False

@@ -147,7 +147,8 @@ class Drafter:
             mode: "eager", "graphs" or "compile".
         """
         # A model looks for its weights whenever it is asked for these.
-        self.device, self.dtype = self.draft.device, self.draft.dtype
+        self.device = self.draft.device
+        self.dtype = self.draft.dtype
         shape = (len(padding_mask), self.size - 1)
         noise_ids = torch.full(shape, self.draft.config.mask_token_id, device=padding_mask.device)
         padding_mask = padding_mask.to(self.device)
@@ -274,8 +275,13 @@ class Drafter:
         masks = state.masks[self.size]
         masks.move(slots)
         sizes = [context.shape[1], self.size]
-        first = context_slots[:, None].expand(-1, sizes[0])
-        first = torch.cat([first, slots[:, None].expand(-1, sizes[1])], dim=1)
+        first = torch.cat(
+            [
+                context_slots[:, None].expand(-1, sizes[0]),
+                slots[:, None].expand(-1, sizes[1]),
+            ],
+            dim=1,
+        )
         all_slots = first + state.steps  # [B, C + Q]
         # Rejected positions of the context share their slots with the block, which is written after it.
         view = state.cache.at(*all_slots.split(sizes, dim=1))
