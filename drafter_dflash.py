@@ -155,8 +155,8 @@ class Drafter:
         # The slot at which each row's text begins.
         first = (~padding_mask).int().argmax(dim=1, keepdim=True)
         cache = SlotCache(DynamicCache(config=self.draft.config))
-        steps = [*range(self.verified_size), *range(self.size)]
-        steps = torch.tensor(steps, device=padding_mask.device)
+        numbers = [*range(self.verified_size), *range(self.size)]
+        steps = torch.tensor(numbers, device=padding_mask.device)
         with as_written(self.draft), self.runner.using(mode), self.attention.installed():
             yield DraftState(cache, padding_mask, -first, noise_ids, steps)
 

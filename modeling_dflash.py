@@ -219,7 +219,8 @@ class DFlashDraftModel(DFlashPreTrainedModel):
         )
         self.norm = DFlashRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = DFlashRotaryEmbedding(config)
-        self.layer_kinds = list(zip(config.layer_types, config.causal_layers, strict=True))
+        types, causal = self.config.layer_types, self.config.causal_layers
+        self.layer_kinds = list(zip(types, causal, strict=True))
         """The type of each layer, and whether it is causal."""
         vocab, width = config.vocab_size or 0, config.hidden_size
         self.embed_tokens: nn.Embedding | None = None
