@@ -84,6 +84,13 @@ class MaskKind(NamedTuple):
     from_anchor: bool = False
 
 
+def additive(seen: torch.Tensor, kind: MaskKind) -> torch.Tensor:
+    """Return 0 where `seen`, a bool of any shape, is True, and -inf elsewhere: what a mask of this kind holds."""
+    values = torch.zeros(seen.shape, dtype=kind.dtype, device=seen.device)
+    values.masked_fill_(~seen, float("-inf"))
+    return values.to(kind.device)
+
+
 class BlockMasks:
     """The additive masks of a block, updated as its rows move on.
 
@@ -116,8 +123,12 @@ class BlockMasks:
         chain = torch.ones(size, size, dtype=torch.bool, device=slots.device).tril()
         self.chain = chain.expand(len(slots), -1, -1).contiguous()  # [B, Q, Q]
         self.ancestors = self.chain
-        self.depths = self.ancestors.sum(-1) - 1  # [B, Q]
+        self.depths = self.offsets.expand(len(slots), -1)  # [B, Q]
         self.built: dict[MaskKind, torch.Tensor] = {}
+        self.padding: dict[MaskKind, torch.Tensor] = {}
+        """What hides padding in a mask of this kind, `[B, S]`, to be added."""
+        self.by_offset: dict[MaskKind, torch.Tensor] = {}
+        """What a mask of this kind holds for a chain, `[R, Q]`, from the first slot on that its rows may change."""
         for kind in kinds:
             self.get(kind)
 
@@ -125,12 +136,14 @@ class BlockMasks:
         """Return the mask of this kind, built when first asked for: `[B, 1, G * Q, S]`, 0 if visible and -inf else."""
         if kind not in self.built:
             self.built[kind] = self._whole(kind).contiguous()
+            shown = ~self.padding_mask
+            self.padding[kind] = additive(shown, kind)
+            self.by_offset[kind] = self._by_offset(kind)
         return self.built[kind].flatten(2, 3)
 
     def rebuild(self, slots: torch.Tensor) -> None:
         """Write all masks again where they lie, for chains at `slots [B]`, however far those have moved."""
-        self.slots, self.ancestors = slots, self.chain
-        self.depths = self.ancestors.sum(-1) - 1
+        self.place(slots, None)
         for kind, mask in self.built.items():
             mask.copy_(self._whole(kind))
 
@@ -140,32 +153,75 @@ class BlockMasks:
         values = self._values(slots.expand(len(self.slots), -1), kind)
         return values.expand(-1, 1, kind.groups, -1, -1)
 
-    def move(self, slots: torch.Tensor, ancestors: torch.Tensor) -> None:
+    def _by_offset(self, kind: MaskKind) -> torch.Tensor:
+        """Return a mask of this kind for a chain, by the offset of a slot from the anchor: `[R, Q]`."""
+        first = -self.reach
+        if kind.window is not None:
+            first -= kind.window
+        device = self.slots.device
+        key = torch.arange(first, self.size, device=device)
+        key = key[:, None]
+        anchor = None
+        if kind.from_anchor:
+            anchor = torch.zeros_like(key)
+        seen = visible(self.offsets, key, kind.window, kind.causal, anchor)
+        return additive(seen, kind)
+
+    def place(self, slots: torch.Tensor, ancestors: torch.Tensor | None) -> None:
+        """Note where the blocks are, `slots [B]`, and their trees, as `move` is given them."""
+        self.slots = slots
+        self.ancestors = self.chain
+        self.depths = self.offsets.expand(len(slots), -1)
+        if ancestors is not None:
+            self.ancestors = ancestors
+            self.depths = ancestors.sum(-1) - 1
+
+    def move(self, slots: torch.Tensor, ancestors: torch.Tensor | None = None) -> None:
         """Update all masks for blocks at `slots [B]`, at most `reach` slots after the last ones.
 
+        A chain looks the same wherever it is, so its values are copied; those of a tree are computed.
+
         Args:
-            ancestors `[B, Q, Q]`: of each row's tree, as `ancestors` gives it, or `chain`.
+            ancestors `[B, Q, Q]`: of each row's tree, as `ancestors` gives it; None for chains, without padding in
+                their blocks.
         """
-        self.slots, self.ancestors = slots, ancestors
-        self.depths = ancestors.sum(-1) - 1
+        self.place(slots, ancestors)
+        near_slots = slots[:, None] + self.nearby
+        near = near_slots.clamp_min(0)
         for kind, mask in self.built.items():
-            changed = self.nearby
+            where = near
             if kind.window is not None:
                 # Its far end lies there, counted from each position or from the anchor.
-                changed = torch.cat([changed, changed - kind.window])
-            where = (slots[:, None] + changed).clamp_min(0)  # [B, M]
-            values = self._values(where, kind)
-            index = where.to(kind.device)[:, None, None, None]
+                far = (near_slots - kind.window).clamp_min(0)
+                where = torch.cat([near, far], dim=1)
+            values = self._moved_values(where, kind, ancestors is None)
+            num_changed = where.shape[1]
+            index = where.to(kind.device)
+            index = index.view(-1, 1, 1, 1, num_changed)
             index = index.expand(*mask.shape[:-1], -1)
             mask.scatter_(-1, index, values.expand_as(index))
+
+    def _moved_values(self, where: torch.Tensor, kind: MaskKind, is_chain: bool) -> torch.Tensor:
+        """Return what `_values` does; for chains, it is looked up and not computed."""
+        if not is_chain:
+            return self._values(where, kind)
+        values = self.by_offset[kind]  # without a window, all of it lies near
+        if kind.window is not None:
+            first = self.slots - self.reach - kind.window
+            row = where - first[:, None]
+            row = row.to(kind.device)
+            values = values[row]
+        index = where.to(kind.device)
+        padding = self.padding[kind].gather(1, index)
+        values = values.mT + padding[:, None]
+        return values[:, None, None]
 
     def _values(self, where: torch.Tensor, kind: MaskKind) -> torch.Tensor:
         """Return the masks for the slots `where [B, M]`: `[B, 1, 1, Q, M]`."""
         layer_kind = LayerKind(kind.window, kind.causal, kind.from_anchor)
         seen = self.visible_slots(where, *layer_kind)
-        values = torch.zeros(seen.shape, device=seen.device)
-        values.masked_fill_(~seen, float("-inf"))
-        return values.to(kind.device, kind.dtype)[:, None, None]
+        values = additive(seen, kind)
+        return values[:, None, None]
 
     def visible_slots(
         self, where: torch.Tensor, window: int | None, causal: bool, from_anchor: bool = False
@@ -216,6 +272,7 @@ class BlockAttention:
     def __init__(self, model: Any, layer_kinds: list[LayerKind]):
         self.configs = configs_of(model)
         self.layer_kinds = layer_kinds
+        self.one_kind = len(set(layer_kinds)) == 1
         self.name = f"dflash_slots_{id(self):x}"
         self.original = attention_name(model.config.get_text_config(decoder=True))
         self.names_before: list[str] = []
@@ -276,8 +333,9 @@ class BlockAttention:
             )
         if not torch.compiler.is_compiling():
             self.layers_seen.append(module.layer_idx)
-        beyond_sdpa = any(kwargs.get(name) is not None for name in ("softcap", "s_aux"))
-        eager = self.original == "eager" or (beyond_sdpa and self.original != "sdpa")
+        eager = self.original == "eager"
+        if self.original not in ("eager", "sdpa"):
+            eager = any(kwargs.get(name) is not None for name in ("softcap", "s_aux"))
         groups = 1 if eager else query.shape[1] // key.shape[1]
         length = key.shape[2]
         mask = self._mask(module, groups, query)[..., :length]
@@ -310,7 +368,7 @@ class BlockAttention:
         Raises:
             ValueError: layers differ, and this one does not know its number.
         """
-        if len(set(self.layer_kinds)) == 1:
+        if self.one_kind:
             return self.layer_kinds[0]
         if module.layer_idx not in range(len(self.layer_kinds)):
             raise difference(

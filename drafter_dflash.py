@@ -88,12 +88,14 @@ class DraftState(BlockState):
     Args:
         position_offset `[B, 1]`: position minus slot.
         noise_ids `[B, Q - 1]`: mask tokens.
+        steps `[C + Q]`: of each position of a block's context, and then of the block, from its first one.
         pending: context that is not cached yet, in the order of the text.
         num_nodes: of the tree that a block returns; 0 for none.
     """
 
     position_offset: torch.Tensor
     noise_ids: torch.Tensor
+    steps: torch.Tensor
     pending: list[PendingContext] = field(default_factory=list)
     num_nodes: int = 0
 
@@ -144,26 +146,31 @@ class Drafter:
             padding_mask `[B, P]`: True at the prompt's slots of padding.
             mode: "eager", "graphs" or "compile".
         """
+        # A model looks for its weights whenever it is asked for these.
+        self.device = self.draft.device
+        self.dtype = self.draft.dtype
         shape = (len(padding_mask), self.size - 1)
         noise_ids = torch.full(shape, self.draft.config.mask_token_id, device=padding_mask.device)
-        padding_mask = padding_mask.to(self.draft.device)
+        padding_mask = padding_mask.to(self.device)
         # The slot at which each row's text begins.
         first = (~padding_mask).int().argmax(dim=1, keepdim=True)
         cache = SlotCache(DynamicCache(config=self.draft.config))
+        numbers = [*range(self.verified_size), *range(self.size)]
+        steps = torch.tensor(numbers, device=padding_mask.device)
         with as_written(self.draft), self.runner.using(mode), self.attention.installed():
-            yield DraftState(cache, padding_mask, -first, noise_ids)
+            yield DraftState(cache, padding_mask, -first, noise_ids, steps)
 
     def cache_context(self, state: DraftState, features: torch.Tensor, first_slot: int) -> None:
         """Cache the context features `[B, N, F]` of the slots from `first_slot` on, the same in every row."""
         last_slot = first_slot + features.shape[1]
-        slots = torch.arange(first_slot, last_slot, device=self.draft.device)
+        slots = torch.arange(first_slot, last_slot, device=self.device)
         self.cache_at(state, features, slots.expand(len(features), -1))
 
     def add_pending(self, state: DraftState, features: torch.Tensor, slots: torch.Tensor) -> None:
         """Let context features `[B, N, F]` from `slots [B]` on reach the draft before or with its next block."""
         state.advance(features.shape[1])
         features = self._to_draft(features)
-        state.pending.append(PendingContext(features, slots.to(self.draft.device)))
+        state.pending.append(PendingContext(features, slots.to(self.device)))
 
     def flush_pending(self, state: DraftState) -> None:
         """Cache the pending context now. The slots of rejected tokens are overwritten by whatever follows."""
@@ -171,7 +178,7 @@ class Drafter:
             return
         parts = []
         for context in state.pending:
-            steps = torch.arange(context.features.shape[1], device=self.draft.device)
+            steps = torch.arange(context.features.shape[1], device=self.device)
             parts.append(context.slots[:, None] + steps)
         features = torch.cat([context.features for context in state.pending], dim=1)
         state.pending = []
@@ -182,7 +189,7 @@ class Drafter:
 
         Where parts share slots, the later one counts.
         """
-        parts = tuple(part.to(self.draft.device) for part in parts)
+        parts = tuple(part.to(self.device) for part in parts)
         slots = torch.cat(parts, dim=1)
         state.cache.reserve(int(slots.max()) + 1)
         self.draft.extend_cache(
@@ -199,7 +206,7 @@ class Drafter:
             slots `[B]`: of each row's anchor.
             num_slots: slots that the longest row needs, its block included.
         """
-        own_slots = slots.to(self.draft.device)
+        own_slots = slots.to(self.device)
         context = self._context(state, own_slots)
         state.cache.reserve(num_slots + self.verified_size - self.size)
         # A cycle usually moves a row by all verified positions at most.
@@ -249,7 +256,7 @@ class Drafter:
         self.flush_pending(state)
         if last is None:
             shape = (len(slots), 0, self.draft.config.fc_width)
-            empty = torch.zeros(shape, device=slots.device, dtype=self.draft.dtype)
+            empty = torch.zeros(shape, device=slots.device, dtype=self.dtype)
             last = PendingContext(empty, slots)
         missing = size - last.features.shape[1]
         if not missing:
@@ -266,15 +273,21 @@ class Drafter:
     ) -> DraftOutput:
         """Run the block. What changes from cycle to cycle are the arguments."""
         masks = state.masks[self.size]
-        masks.move(slots, masks.chain)
-        block_slots = slots[:, None] + masks.offsets  # [B, Q]
-        steps = torch.arange(context.shape[1], device=slots.device)
-        before = context_slots[:, None] + steps
+        masks.move(slots)
+        sizes = [context.shape[1], self.size]
+        first = torch.cat(
+            [
+                context_slots[:, None].expand(-1, sizes[0]),
+                slots[:, None].expand(-1, sizes[1]),
+            ],
+            dim=1,
+        )
+        all_slots = first + state.steps  # [B, C + Q]
         # Rejected positions of the context share their slots with the block, which is written after it.
-        view = state.cache.at(before, block_slots)
+        view = state.cache.at(*all_slots.split(sizes, dim=1))
         noise_ids = torch.cat([anchor, state.noise_ids], dim=1)
         noise_embeds = self._embed(noise_ids)
-        positions = state.positions(torch.cat([before, block_slots], dim=1))
+        positions = all_slots + state.position_offset
         output = self.draft(noise_embeds, context, self.no_masks, positions, view)
         states = output.last_hidden_state[:, -self.num_drafted :]
         if not torch.compiler.is_compiling():
@@ -310,7 +323,7 @@ class Drafter:
         return self._to_draft(embeds)
 
     def _to_draft(self, states: torch.Tensor) -> torch.Tensor:
-        return states.to(self.draft.device, self.draft.dtype)
+        return states.to(self.device, self.dtype)
 
 
 def embedding_and_head(draft: Any, target: Any) -> tuple[Any, Any]:

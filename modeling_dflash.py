@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.functional import rms_norm
 from transformers import PretrainedConfig
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -26,7 +27,6 @@ from transformers.models.qwen3.modeling_qwen3 import (
     Qwen3RMSNorm,
     Qwen3RotaryEmbedding,
     eager_attention_forward,
-    rotate_half,
 )
 
 from .attention_dflash import LayerKind, visible
@@ -47,8 +47,27 @@ from .trees_dflash import Candidates, likeliest
 from .weights_dflash import UNUSED
 
 
+class DFlashRMSNorm(Qwen3RMSNorm):
+    """Qwen3's, as one operation of torch, which is one kernel on a GPU; it rounds once, after the weight."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return `hidden_states [..., width]` normalised over the width."""
+        weight = self.weight
+        if hidden_states.dtype != weight.dtype:  # mixed precision, where the weight's dtype counts
+            return super().forward(hidden_states)
+        return rms_norm(hidden_states, weight.shape, weight, self.variance_epsilon)
+
+
 class DFlashRotaryEmbedding(Qwen3RotaryEmbedding):
     """Qwen3's, whose frequencies stay float32: in bfloat16, rounding lowers acceptance, more at later positions."""
+
+    def forward(
+        self, x: torch.Tensor, position_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return cosines and signed sines, as `rotate` takes them, of `position_ids [B, N]` in the dtype of `x`."""
+        cos, sin = super().forward(x, position_ids)
+        half = sin[..., : sin.shape[-1] // 2]  # the other half is the same
+        return cos[:, None], torch.cat([-half, half], dim=-1)[:, None]
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "DFlashRotaryEmbedding":
         super()._apply(fn, recurse)
@@ -66,10 +85,9 @@ CACHE_FIELD = cache_field(BaseModelOutputWithPast)
 
 
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate `states` `[B, heads, N, head_dim]` by the last N of `cos`, `sin` `[B, C + Q, head_dim]`."""
-    length = states.shape[-2]
-    cos, sin = cos[:, None, -length:], sin[:, None, -length:]
-    return states * cos + rotate_half(states) * sin
+    """Rotate `states [B, heads, N, D]` by `cos, sin [B, 1, N, D]`, where sines of the first half are negative."""
+    swapped = states.roll(states.shape[-1] // 2, dims=-1)
+    return torch.addcmul(states * cos, swapped, sin)
 
 
 class DFlashAttention(Qwen3Attention):
@@ -78,6 +96,8 @@ class DFlashAttention(Qwen3Attention):
     def __init__(self, config: DFlashConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         self.is_causal = config.causal_layers[layer_idx]
+        self.q_norm = DFlashRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.k_norm = DFlashRMSNorm(self.head_dim, eps=config.rms_norm_eps)
 
     def forward(
         self,
@@ -100,7 +120,10 @@ class DFlashAttention(Qwen3Attention):
         """
         sources = torch.cat([context_hidden_states, hidden_states], dim=1)  # [B, C + Q, H]
         query = self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
-        query = rotate(self.q_norm(query).transpose(1, 2), *position_embeddings)
+        cos, sin = position_embeddings
+        length = hidden_states.shape[1]
+        query = self.q_norm(query).transpose(1, 2)
+        query = rotate(query, cos[:, :, -length:], sin[:, :, -length:])
         key, value = self.keys_and_values(sources, position_embeddings)
         cache = past_key_values if cache is None else cache
         if cache is not None:
@@ -137,6 +160,9 @@ class DFlashDecoderLayer(Qwen3DecoderLayer):
     def __init__(self, config: DFlashConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         self.self_attn = DFlashAttention(config, layer_idx)
+        width, eps = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = DFlashRMSNorm(width, eps=eps)
+        self.post_attention_layernorm = DFlashRMSNorm(width, eps=eps)
 
 
 class DFlashPreTrainedModel(RepositoryMixin, Qwen3PreTrainedModel):
@@ -187,12 +213,15 @@ class DFlashDraftModel(DFlashPreTrainedModel):
         config = own_config(self.config_class, config)
         super().__init__(config)
         self.fc = nn.Linear(config.fc_width, config.hidden_size, bias=False)
-        self.hidden_norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.hidden_norm = DFlashRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.layers = nn.ModuleList(
             [self.layer_class(config, index) for index in range(config.num_hidden_layers)]
         )
-        self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = DFlashRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = DFlashRotaryEmbedding(config)
+        types, causal = self.config.layer_types, self.config.causal_layers
+        self.layer_kinds = list(zip(types, causal, strict=True))
+        """The type of each layer, and whether it is causal."""
         vocab, width = config.vocab_size or 0, config.hidden_size
         self.embed_tokens: nn.Embedding | None = None
         if config.has_own_embed_tokens:
@@ -293,8 +322,7 @@ class DFlashDraftModel(DFlashPreTrainedModel):
         features = self.hidden_norm(self.fc(context_hidden_states))  # [B, C, H]
         hidden_states = noise_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
-        kinds = zip(self.config.layer_types, self.config.causal_layers, strict=True)
-        for layer, kind in zip(self.layers, kinds, strict=True):
+        for layer, kind in zip(self.layers, self.layer_kinds, strict=True):
             hidden_states = layer(
                 hidden_states,
                 context_hidden_states=features,
@@ -417,8 +445,7 @@ class DFlashDraftModel(DFlashPreTrainedModel):
     ) -> dict[tuple[str, bool], torch.Tensor | None]:
         """Return one mask per kind of layer; a kind is a layer type and whether it is causal."""
         kinds: dict[tuple[str, bool], int] = {}
-        layers = zip(self.config.layer_types, self.config.causal_layers, strict=True)
-        for index, kind in enumerate(layers):
+        for index, kind in enumerate(self.layer_kinds):
             kinds.setdefault(kind, index)
         if isinstance(attention_mask, dict):
             masks_by_kind = {}

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import embedding, pad
+from torch.nn.functional import embedding
 from transformers import initialization as init
 
 from .configuration_dflash2 import DFlash2Config
@@ -46,23 +46,25 @@ class DynamicConv(nn.Module):
     def before(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the sublayer's input, of `states [B, N, H]`; and the corrections `[B, N, K, G]` for `after`."""
         corrections = self.kernel_projection(states).unflatten(-1, (2, self.taps, -1))
-        return self._convolve(states, corrections[:, :, 0], 0), corrections[:, :, 1]
+        before, after = corrections.unbind(2)
+        return self._convolve(states, before, 0), after
 
     def after(self, states: torch.Tensor, corrections: torch.Tensor) -> torch.Tensor:
         """Return the convolved output of the sublayer, `[B, N, H]`."""
         return self._convolve(states, corrections, 1)
 
     def _convolve(self, states: torch.Tensor, corrections: torch.Tensor, side: int) -> torch.Tensor:
-        blocks = states.unflatten(1, (-1, min(self.block_size, states.shape[1])))
-        result = torch.zeros_like(states)
-        for tap in range(self.taps):
-            moved = states
-            if tap:
-                moved = pad(blocks[:, :, : blocks.shape[2] - tap], (0, 0, tap, 0)).flatten(1, 2)
-            groups = moved.unflatten(-1, (-1, self.group_size))
-            correction = (corrections[:, :, tap, :, None] * groups).flatten(-2)
-            result = torch.addcmul(result + correction, self.base_kernel[side, tap], moved)
-        return result
+        shape = (-1, min(self.block_size, states.shape[1]))
+        blocks = states.unflatten(-1, (-1, self.group_size)).unflatten(1, shape)
+        base = self.base_kernel[side].unflatten(-1, (-1, self.group_size))  # [K, G, channels]
+        corrections = corrections[..., None].unflatten(1, shape)
+        # A kernel is not put together, which would hold as much as the states, for each tap.
+        result = torch.addcmul(blocks * corrections[..., 0, :, :], blocks, base[0])
+        for tap in range(1, self.taps):
+            earlier, later = blocks[:, :, :-tap], result[:, :, tap:]
+            later.addcmul_(earlier, corrections[:, :, tap:, tap])
+            later.addcmul_(earlier, base[tap])
+        return result.flatten(1, 2).flatten(-2)
 
 
 class CandidateSelector(nn.Module):

@@ -228,9 +228,8 @@ class Target:
         masks = state.masks_for(slots, tokens.shape[1], self.attention)
         snapshot = state.recurrent.snapshot()
         with self.attention.under(masks):
-            logits, *rest = self.runner(
-                state, tokens, slots, masks.chain if ancestors is None else ancestors
-            )
+            tree = () if ancestors is None else (ancestors,)
+            logits, *rest = self.runner(state, tokens, slots, *tree)
         state.recurrent.record_inputs(snapshot, self.name)
         state.advance(tokens.shape[1])
         return Verified(logits.to(slots.device), *rest, snapshot=snapshot)
@@ -250,7 +249,11 @@ class Target:
         return replace(verified, features=gather_path(verified.features, path))
 
     def _run_block(
-        self, state: TargetState, tokens: torch.Tensor, slots: torch.Tensor, ancestors: torch.Tensor
+        self,
+        state: TargetState,
+        tokens: torch.Tensor,
+        slots: torch.Tensor,
+        ancestors: torch.Tensor | None = None,
     ) -> tuple[Any, ...]:
         """Return the fields of `TargetOutput`, for a block. What changes from cycle to cycle are the arguments."""
         length = tokens.shape[1]

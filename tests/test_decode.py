@@ -3,6 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import tiny
@@ -205,7 +206,8 @@ def test_only_the_last_position_of_a_prompt_goes_through_the_head():
 
 @pytest.mark.parametrize(("window", "from_anchor"), [(None, False), (7, False), (7, True), (2, True)])
 @pytest.mark.parametrize("causal", [True, False])
-def test_masks_that_are_moved_on_equal_masks_that_are_built_there(window, from_anchor, causal):
+@pytest.mark.parametrize("as_tree", [False, True])
+def test_masks_that_are_moved_on_equal_masks_that_are_built_there(window, from_anchor, causal, as_tree):
     torch.manual_seed(0)
     padding_mask = torch.zeros(3, 120, dtype=torch.bool)
     padding_mask[1, :6] = padding_mask[2, 3] = True
@@ -215,10 +217,27 @@ def test_masks_that_are_moved_on_equal_masks_that_are_built_there(window, from_a
     masks.get(kind)
     for _ in range(15):
         slots = slots + torch.randint(0, 6, (3,))
-        masks.move(slots, masks.chain)
+        masks.move(slots, masks.chain if as_tree else None)
         fresh = BlockMasks(padding_mask, slots, size=5).get(kind)
         assert torch.equal(masks.get(kind), fresh)
         assert fresh.shape == (3, 1, 10, 120)
+
+
+def test_a_mask_of_chains_is_moved_on_by_five_kernels():
+    slots, kernels = torch.tensor([9]), []
+    masks = BlockMasks(torch.zeros(1, 40, dtype=torch.bool), slots, size=5)
+    masks.get(MaskKind(None, True, 2, torch.float32, torch.device("cpu")))
+
+    class Counted(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if not function.is_view:
+                kernels.append(str(function))
+            return function(*args, **kwargs or {})
+
+    slots = slots + 3
+    with Counted():
+        masks.move(slots)
+    assert len(kernels) == 5, kernels
 
 
 def test_a_mask_shows_what_the_definition_of_a_window_says():

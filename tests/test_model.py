@@ -5,11 +5,18 @@ import copy
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, Qwen3RotaryEmbedding, apply_rotary_pos_emb
 
 import tiny
 from dflash_hub import DFlashConfig, DFlashDraftModel, load_draft
 from dflash_hub.cache_dflash import rewindable_cache
-from dflash_hub.modeling_dflash import Qwen3DFlashDraftModel, visible_keys
+from dflash_hub.modeling_dflash import (
+    DFlashRMSNorm,
+    DFlashRotaryEmbedding,
+    Qwen3DFlashDraftModel,
+    rotate,
+    visible_keys,
+)
 from paths import DATA, TINY
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -172,6 +179,41 @@ def test_flash_attention_agrees_with_sdpa_on_a_gpu():
     expected = draft(noise, context).last_hidden_state
     draft.set_attn_implementation("flash_attention_2")
     torch.testing.assert_close(draft(noise, context).last_hidden_state, expected, atol=3e-2, rtol=3e-2)
+
+
+def no_further(ours, theirs, exact):
+    """Whether our numbers are, on average, as near to the exact ones as transformers', in the same dtype."""
+    assert ours.dtype == theirs.dtype
+    ours, theirs = (states.double().sub(exact).square().mean() for states in (ours, theirs))
+    return ours <= 1.05 * theirs + 1e-12
+
+
+@pytest.mark.parametrize("weight", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_a_norm_is_as_precise_as_qwen3s_and_gives_its_dtype(dtype, weight):
+    torch.manual_seed(0)
+    ours, theirs, states = DFlashRMSNorm(64), Qwen3RMSNorm(64), torch.randn(50, 64).mul(9).to(dtype)
+    for norm in (ours, theirs):
+        norm.weight.data = torch.linspace(-1, 2, 64).to(weight)
+    exact = states.double() * (states.double().square().mean(-1, keepdim=True) + 1e-6).rsqrt() * theirs.weight.double()
+    assert no_further(ours(states), theirs(states), exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_a_rotation_is_as_precise_as_transformers_own(dtype):
+    torch.manual_seed(0)
+    config, positions = small().config, torch.tensor([[5, 6, 40]])
+    embedding, states = DFlashRotaryEmbedding(config), torch.randn(1, 4, 3, config.head_dim)
+    ours = rotate(states.to(dtype), *embedding(states.to(dtype), positions))
+    theirs, _ = apply_rotary_pos_emb(
+        states.to(dtype), states.to(dtype), *Qwen3RotaryEmbedding(config)(states.to(dtype), positions)
+    )
+    angles = positions[..., None] * embedding.inv_freq.double()
+    first, second = states.to(dtype).double().chunk(2, dim=-1)
+    turned = [first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin()]
+    assert no_further(ours, theirs, torch.cat(turned, dim=-1))
 
 
 @pytest.mark.parametrize("rope", [{"rope_type": "default", "rope_theta": 1e6}, {"rope_type": "yarn", "factor": 4.0}])
