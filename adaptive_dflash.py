@@ -62,7 +62,8 @@ class AutoProposer:
         kinds: tuple[str, ...] = CHOICES,
         measured_from: int = MEASURED_FROM,
     ):
-        self.chain, self.experiences, self.mode = chain, experiences, mode
+        self.chain, self.experiences = chain, experiences
+        self.mode = mode
         self.kinds, self.measured_from = kinds, measured_from
         self.proposer: Proposer = chain
         self.has_begun = False

@@ -309,9 +309,9 @@ class Target:
             )
         layers = [tuple(found.get(name) or ()) for name in LAYER_OUTPUTS]
         logits = found.logits[:, -num_logits:]
-        nothing = logits.new_empty(len(logits), length, 0)
-        features = self.taps.pop() if self.taps.ids else nothing
-        return TargetOutput(logits, features, *layers)
+        if not self.taps.ids:
+            return TargetOutput(logits, logits.new_empty(len(logits), length, 0), *layers)
+        return TargetOutput(logits, self.taps.pop(), *layers)
 
     def _logits_to_keep(self, length: int, num_logits: int) -> Any:
         """Return 0 for all positions, else a tensor: given a number, some models skip positions in upper layers."""
