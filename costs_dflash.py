@@ -31,13 +31,10 @@ SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 """Positions of the blocks that are measured."""
 
 REPEATS = 3
-"""How often each size is measured again, in turns. The fastest counts."""
+"""How often each size is measured again, in turns. The fastest counts: the first may record a block."""
 
 TIME_LIMIT = 3.0
-"""Seconds after which no larger block is measured, once there are three sizes."""
-
-STEEPEST = 8.0
-"""Times the cost of one token. A block that costs more is the last to be measured."""
+"""Seconds after which no larger block is measured, once there are three sizes. Repeats end after twice as long."""
 
 
 @dataclass
@@ -89,13 +86,13 @@ def measure_costs(state: Any) -> CostTable:
     """Measure blocks of growing size after the prompt of a `DecodeState`. What they write is overwritten later."""
     best: dict[int, float] = {}
     started = time.perf_counter()
-    # The first round may record, and tells which sizes are too expensive to measure again.
     for size in SIZES:
         best[size] = _seconds(state, size)
-        is_enough = time.perf_counter() - started > TIME_LIMIT
-        if len(best) >= 3 and (is_enough or best[size] > STEEPEST * best[1]):
+        if len(best) >= 3 and time.perf_counter() - started > TIME_LIMIT:
             break
     for _ in range(REPEATS):
+        if time.perf_counter() - started > 2 * TIME_LIMIT:
+            break
         for size in best:
             best[size] = min(best[size], _seconds(state, size))
     return CostTable(list(best), list(best.values()))
