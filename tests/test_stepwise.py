@@ -1,5 +1,6 @@
 """Processors and criteria that are not transformers' own are called exactly as plain `generate` calls them."""
 
+import functools
 import json
 
 import pytest
@@ -72,7 +73,9 @@ def pair():
     return pair_of("qwen3", "chain")
 
 
+@functools.cache
 def pair_of(family, kind):
+    """A target and its draft; decoding leaves both as they were."""
     target = tiny.target(family)
     return target, tiny.draft(target, **KINDS[kind])
 
