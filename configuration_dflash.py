@@ -120,6 +120,8 @@ class DFlashConfig(PretrainedConfig):
     architecture = "DFlashDraftModel"
     _auto_class = "AutoConfig"
     default_theta = 1_000_000.0
+    # Whether the fields of its head have values that may be guessed; else whoever trains one writes them.
+    has_usual_head = True
     # Without this, transformers 5.15 builds a default config when it saves one, and three fields have no default.
     has_no_defaults_at_init = True
 

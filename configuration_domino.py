@@ -23,6 +23,7 @@ class DominoConfig(DFlashConfig):
 
     model_type = "domino"
     architecture = "DominoDraftModel"
+    has_usual_head = False
 
     emb_dim: int = 256
     gru_hidden_dim: int = 1024

@@ -12,9 +12,6 @@ from transformers.configuration_utils import PretrainedConfig
 from .layouts import read_layout
 from .layouts_dflash import DRAFT_LAYOUTS, LAYERS, check_field, int_from
 
-_UNGUESSED = ("domino",)
-"""Kinds whose head has no usual shape: its fields are written by whoever trains one."""
-
 
 def read_qwen3(config_class: Any, config: PretrainedConfig) -> Any:
     """Translate a Qwen3 config into one of `config_class`.
@@ -51,8 +48,9 @@ def _original_defaults(config_class: Any, content: dict[str, Any]) -> dict[str, 
     if not nested:
         return {}
     missing, variant = {}, config_class.model_type
-    for name in () if variant in _UNGUESSED else DRAFT_LAYOUTS[variant].fields:
-        missing[name] = config_class.__dataclass_fields__[name].default
+    if config_class.has_usual_head:
+        for name in DRAFT_LAYOUTS[variant].fields:
+            missing[name] = config_class.__dataclass_fields__[name].default
     if layers:
         missing["target_layer_ids"] = build_target_layer_ids(layers, content["num_hidden_layers"])
     given = {*content, *nested}
