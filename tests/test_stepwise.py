@@ -251,7 +251,6 @@ def only_even(batch_id, input_ids):
 
 STATEFUL = {
     "prefix_allowed_tokens_fn": {"prefix_allowed_tokens_fn": only_even},
-    "guidance_scale": {"guidance_scale": 1.7},
     "guidance_scale with a negative prompt": {"guidance_scale": 1.7, "negative_prompt_ids": tiny.prompt(6, seed=8)},
 }
 
