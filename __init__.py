@@ -18,6 +18,7 @@ from .configuration_domino import DominoConfig
 from .configuration_dspark import DSparkConfig
 from .kinds import KINDS
 from .layouts import read_layout
+from .qwen3_configs import read_qwen3
 
 if TYPE_CHECKING:
     from .generate_dflash import lookup_generate
@@ -148,5 +149,6 @@ EXTENSIONS.read_layout = read_layout
 EXTENSIONS.other_layouts = ("speculators", "muse")
 EXTENSIONS.write_layout = _write_layout
 EXTENSIONS.write_card = _write_card
+EXTENSIONS.read_qwen3 = read_qwen3
 for _kind in KINDS.values():
     _register(_kind.config_class)

@@ -105,6 +105,10 @@ class Signature:
     Workaround: `generate` pops `tokenizer` before it reads the signature and then discards it, so stop strings would
     fail. While it reads, `tokenizer` is put back among its arguments.
 
+    There is no other moment: reading the signature is all that `generate` does with this object before it has dropped
+    the tokenizer and made its criteria, where stop strings without one are an error. Anything else would have to
+    change the target's methods, or ask users for another call than `generate(..., tokenizer=...)`.
+
     Args:
         decode: the method that `generate` calls in the end.
         more: names of further keywords.

@@ -38,15 +38,12 @@ from .findings_dflash import (  # noqa: E402
     raise_first,
 )
 from .layouts_dflash import (  # noqa: E402
-    DRAFT_LAYOUTS,
     FIELDS,
     FULL,
-    LAYERS,
     SLIDING,
     check_content,
     check_field,
     engines_layout,
-    int_from,
     modern_rope,
     read_own_layout,
     rope_findings,
@@ -63,12 +60,15 @@ class Extensions:
         write_card: writes a model card from the package's template. With None, the existing card is passed on.
         other_layouts: names of the layouts of other projects that `write_layout` writes.
         write_layout: writes config and weights of a draft into a folder, in one of them; returns remarks.
+        read_qwen3: makes a config of a class of drafts from a `Qwen3Config`. With None, a model is built from a config
+            of its own only.
     """
 
     read_layout: Callable[[dict[str, Any], dict[str, Any], str], dict[str, Any]] = read_own_layout
     write_card: Callable[..., None] | None = None
     other_layouts: tuple[str, ...] = ()
     write_layout: Callable[..., list[str]] | None = None
+    read_qwen3: Callable[[Any, PretrainedConfig], Any] | None = None
 
 
 EXTENSIONS = Extensions()
@@ -120,6 +120,8 @@ class DFlashConfig(PretrainedConfig):
     architecture = "DFlashDraftModel"
     _auto_class = "AutoConfig"
     default_theta = 1_000_000.0
+    # Whether the fields of its head have values that may be guessed; else whoever trains one writes them.
+    has_usual_head = True
     # Without this, transformers 5.15 builds a default config when it saves one, and three fields have no default.
     has_no_defaults_at_init = True
 
@@ -415,51 +417,6 @@ class DFlashConfig(PretrainedConfig):
         fields = EXTENSIONS.read_layout(config_dict, overrides, cls.model_type)
         return super().from_dict(fields, **kwargs)
 
-    @classmethod
-    def from_qwen3(cls, config: PretrainedConfig) -> Any:
-        """Translate the config that the reference implementation's classes take: Qwen3's, with a `dflash_config`.
-
-        One that was loaded from a draft is read as its file. A new one has their defaults: blocks are bidirectional,
-        and taps are spread by `build_target_layer_ids`, one for each layer of the draft.
-
-        Raises:
-            ValueError: as in `from_dict`; its message says how a draft for a target is built.
-        """
-        content = config.to_dict()
-        names = content.get("architectures") or []
-        is_new = not config.name_or_path or all(map(_is_targets, names))
-        if is_new and content.get("dflash_config") and all(map(_is_targets, names)):
-            content["architectures"] = None  # of a target, whose config was copied to be changed
-        try:
-            overrides = cls._original_defaults(content) if is_new else {}
-            fields = EXTENSIONS.read_layout(content, overrides, cls.model_type)
-        except ValueError as error:
-            raise ValueError(
-                f"This {type(config).__name__} does not describe a draft. {error}\nSet what is missing in the config "
-                "or in its dflash_config; or build a draft for a target: "
-                "dflash_hub.DFlashDraftSpec().build(target.config, mask_token_id=...)."
-            ) from None
-        if is_new and fields.get("is_causal") is None:
-            fields["is_causal"] = False
-        fields.pop("quantization_config", None)  # a copied target's: what is built is not quantised
-        return cls(**fields)
-
-    @classmethod
-    def _original_defaults(cls, content: dict[str, Any]) -> dict[str, Any]:
-        """Return the values that the reference implementation has for fields that a `dflash_config` may leave out."""
-        nested, layers = content.get("dflash_config"), content.get("num_target_layers")
-        if not nested:
-            return {}
-        missing = {}
-        for name in DRAFT_LAYOUTS[cls.model_type].fields:
-            missing[name] = cls.__dataclass_fields__[name].default
-        if layers:
-            missing["target_layer_ids"] = build_target_layer_ids(
-                layers, content["num_hidden_layers"]
-            )
-        given = {*content, *nested}
-        return {name: value for name, value in missing.items() if name not in given}
-
     # Writing ---------------------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
@@ -508,38 +465,6 @@ def _check_no_key_twice(json_file: Any) -> None:
         return found
 
     json.loads(Path(json_file).read_text(encoding="utf-8"), object_pairs_hook=collect)
-
-
-def _is_targets(architecture: str) -> bool:
-    """Return whether this is the name of a class of targets, not of drafts."""
-    return architecture.endswith(("ForCausalLM", "ForConditionalGeneration"))
-
-
-def build_target_layer_ids(num_target_layers: int, num_draft_layers: int = 5) -> list[int]:
-    """Return `num_draft_layers` layers to tap, spread evenly from the second to the third-last, as in z-lab/dflash.
-
-    A single one is the middle layer. The name and the arguments are the original's, which has a tap for each layer of
-    the draft.
-
-    Raises:
-        ValueError: the target is too shallow for that many.
-    """
-    taps = num_draft_layers
-    for name, value in (("num_target_layers", num_target_layers), ("num_draft_layers", taps)):
-        check_field(name, value, rule=int_from(-LAYERS, LAYERS))
-    first, last = 1, num_target_layers - 3
-    if min(taps, num_target_layers) < 1:
-        raise ValueError(
-            f"{taps} taps of a target with {num_target_layers} layers are asked for; both must be at least 1."
-        )
-    if taps == 1:
-        return [num_target_layers // 2]
-    if last - first + 1 < taps:
-        raise ValueError(
-            f"The target has {num_target_layers} layers, too few to spread {taps} taps from the second to the "
-            "third-last; choose them yourself: target_layer_ids=[...]."
-        )
-    return [round(first + index * (last - first) / (taps - 1)) for index in range(taps)]
 
 
 LAYOUTS = ("hub", "engines")

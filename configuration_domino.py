@@ -6,7 +6,6 @@ This file travels with every pushed Domino draft. Source: Domino (arXiv 2605.297
 """
 
 from collections.abc import Iterator
-from typing import Any
 
 from .configuration_dflash import DFlashConfig
 from .findings_dflash import Finding, must
@@ -24,6 +23,7 @@ class DominoConfig(DFlashConfig):
 
     model_type = "domino"
     architecture = "DominoDraftModel"
+    has_usual_head = False
 
     emb_dim: int = 256
     gru_hidden_dim: int = 1024
@@ -58,9 +58,3 @@ class DominoConfig(DFlashConfig):
                 "proposes other tokens there, of which fewer are accepted."
             )
         return remarks
-
-    @classmethod
-    def _original_defaults(cls, content: dict[str, Any]) -> dict[str, Any]:
-        """Return those of DFlash: the fields of the head are written by whoever trains one, so none is guessed."""
-        found = super()._original_defaults(content)
-        return {name: value for name, value in found.items() if name not in cls.__annotations__}

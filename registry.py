@@ -19,7 +19,7 @@ from transformers import PretrainedConfig
 from .calls_dflash import PREPARED, Signature, check_direct_call
 from .checkpoints import Origin, TargetInfo, base_of_adapter, origin_of, out_of_cache
 from .compat_dflash import checkpoint_name, device_of, pinned
-from .configuration_dflash import DFlashConfig, build_target_layer_ids, same_vocabulary
+from .configuration_dflash import DFlashConfig, same_vocabulary
 from .families import FAMILIES, siblings_of
 from .findings_dflash import LOADING, explained, explained_for
 from .generate_dflash import SpeculativeGenerate
@@ -29,6 +29,7 @@ from .layouts_dflash import shown
 from .layouts_speculators import target_named
 from .modeling_dflash import DFlashDraftModel, Qwen3DFlashDraftModel
 from .published import refusal, target_refusal
+from .qwen3_configs import build_target_layer_ids
 from .support_dflash import check_target
 
 # Field of a spec -> the class that it holds by default, and that any other must extend.

@@ -666,14 +666,21 @@ def own_config(config_class: Any, config: Any) -> Any:
     """Return the config of a draft that a model is built with: `config`, or what a Qwen3 config describes.
 
     Raises:
-        ValueError: the config is of another model than a draft, or lacks a field.
+        ValueError: the config is of another model than a draft, or lacks a field; or it is a Qwen3 config, and this is
+            a copy of the code in a repository.
     """
     is_own = isinstance(config, config_class) or (
         getattr(config, "model_type", None) == config_class.model_type
     )
     if is_own or not isinstance(config, PretrainedConfig):
         return config
-    own = config_class.from_qwen3(config)
+    read: Any = EXTENSIONS.read_qwen3
+    if read is None:
+        raise ValueError(
+            f"config is a {type(config).__name__}; pass a {config_class.__name__}. The package translates configs of "
+            "Qwen3: install it, and import it, pip install dflash-hub."
+        )
+    own = read(config_class, config)
     copy_loading_options(own, config)
     return own
 

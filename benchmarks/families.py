@@ -44,6 +44,8 @@ FOREIGN = "FOREIGN ERROR"
 NOT_BUILT = "not built"
 
 SECONDS = 120
+ROWS = ((1, 16), (7, 2), (40, 5))
+"""Lengths of prompts that are decoded alone, and the block of each."""
 BATCH_BLOCKS = (2, 6, 16)
 MARKS = ("<!-- families -->", "<!-- /families -->")
 
@@ -219,7 +221,7 @@ def batch_is_sound(model, inputs, new=24):
 
 def decode_all(model):
     """Return the outcome for one model, and a remark for the table."""
-    for length, block in ((1, 16), (7, 2), (40, 5)):
+    for length, block in ROWS:
         ids = tiny.prompt(length, seed=length)
         row = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         plain, ours = decode_both(model, row, block)

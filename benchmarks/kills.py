@@ -165,16 +165,22 @@ def interrupted(job: Any, folder: Path, number: signal.Signals, after: float) ->
     return finish(pid)
 
 
-def run_job(name: str, moments: int, generator: random.Random, folder: Path) -> dict[str, Any]:
-    """Interrupt and resume a job `moments` times with each signal; return the counts."""
+def run_job(
+    name: str,
+    moments: int,
+    signals: list[signal.Signals],
+    generator: random.Random,
+    folder: Path,
+) -> dict[str, Any]:
+    """Interrupt and resume a job `moments` times with each of the signals; return the counts."""
     job = JOBS[name]
     began = time.monotonic()
     expect(f"the exit status of {name}", finish(start(job, folder / f"{name}-whole")) == 0)
     seconds = time.monotonic() - began
     whole = job.result(folder / f"{name}-whole")
-    ended = dict.fromkeys((number.name for number in SIGNALS), 0)
+    ended = dict.fromkeys((number.name for number in signals), 0)
     for moment in range(moments):
-        for number in SIGNALS:
+        for number in signals:
             place = folder / f"{name}-{number.name}-{moment}"
             status = interrupted(job, place, number, generator.uniform(0, seconds))
             ended[number.name] += status != 0
@@ -276,12 +282,15 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--jobs", nargs="+", default=[*JOBS, "decodes"], choices=[*JOBS, "decodes"])
     parser.add_argument("--moments", type=int, default=10, help="for each job and each signal")
+    names = [number.name for number in SIGNALS]
+    parser.add_argument("--signals", nargs="+", default=names, choices=names)
     parser.add_argument("--steps", type=int, default=8, help="of a training run")
     parser.add_argument("--decodes", type=int, default=300)
     parser.add_argument("--longest", type=int, default=200, help="prompt of a decode, in tokens")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
     Train.steps = options.steps
+    signals = [signal.Signals[name] for name in options.signals]
     with own_hub(), tempfile.TemporaryDirectory() as folder:
         import torch
 
@@ -294,7 +303,7 @@ def main(argv: list[str] | None = None) -> None:
             if name == "decodes":
                 figures = decodes(options.decodes, options.longest, generator)
             else:
-                figures = run_job(name, options.moments, generator, Path(folder))
+                figures = run_job(name, options.moments, signals, generator, Path(folder))
             print(json.dumps(figures), flush=True)
 
 

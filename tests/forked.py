@@ -91,14 +91,14 @@ class Running:
 def _send(address: str, request: dict[str, Any]) -> socket.socket:
     connection = socket.socket(socket.AF_UNIX)
     connection.settimeout(300)
-    for _ in range(3000):  # the server may still be importing
+    for _ in range(15_000):  # the server may still be importing
         try:
             connection.connect(address)
             break
         except (FileNotFoundError, ConnectionRefusedError):
             select.select([], [], [], 0.02)
     else:
-        raise RuntimeError("No process to fork from has started within a minute; its errors are above")
+        raise RuntimeError("No process to fork from has started within five minutes; its errors are above")
     connection.sendall(json.dumps(request).encode())
     connection.shutdown(socket.SHUT_WR)
     return connection

@@ -54,11 +54,15 @@ def test_the_blocks_of_a_family_need_neither_the_data_nor_another_device(family,
         assert output.logits.shape == (rows, size - 1, tiny.VOCAB)
 
 
-@pytest.mark.parametrize("family", CAPTURED)
 @pytest.mark.parametrize(
-    ("second", "sampled"),
-    [({}, False), (tiny.SECOND, True), (tiny.DSPARK | tiny.REDUCED, False), (tiny.DOMINO, False)],
-    ids=["dflash, greedy", "dflash2, sampled", "dspark, reduced, greedy", "domino, greedy"],
+    ("family", "second", "sampled"),
+    [
+        *((family, {}, False) for family in CAPTURED),
+        ("gemma3_text", tiny.SECOND, True),
+        ("qwen3", tiny.DSPARK | tiny.REDUCED, False),
+        ("qwen3", tiny.DOMINO, False),
+    ],
+    ids=[*CAPTURED, "dflash2, sampled", "dspark, reduced", "domino"],
 )
 def test_a_recording_that_is_replayed_without_python_gives_the_same_text(family, second, sampled, monkeypatch):
     target = tiny.target(family)

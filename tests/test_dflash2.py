@@ -168,7 +168,8 @@ def test_logits_are_multiplied_then_capped_and_embeddings_scaled(pair):
 # Decoding -----------------------------------------------------------------------------------------------------------
 
 
-FAMILIES = ("qwen3", "qwen3_moe", "gemma3_text", "gpt_oss", "deepseek_v3", "qwen3_next", "nemotron_h", "lfm2")
+# Dense, with scaled embeddings and windows, with latent heads, and recurrent.
+FAMILIES = ("qwen3", "gemma3_text", "deepseek_v3", "qwen3_next")
 
 
 @pytest.mark.parametrize(("family", "block"), [*((family, 7) for family in FAMILIES), ("qwen3", 2)])
@@ -424,19 +425,6 @@ def test_options_of_the_trainer_hold_for_it_too(tmp_path, options):
     trainer.train()
     assert {weight.dtype for weight in trainer.model.parameters()} == {torch.float32}
     assert trainer.state.log_history[-2]["loss"] < 8
-
-
-def test_two_processes_are_one_with_twice_the_batch(tmp_path, train_apart):
-    options = {"packing": False, "max_steps": 4}
-    one = train_apart(tmp_path / "one", "--second", per_device_train_batch_size=4, **options)
-    weights = load_file(tmp_path / "one" / "draft" / "model.safetensors")
-    options |= {"per_device_train_batch_size": 2, "ddp_backend": "gloo"}
-    for how, more in (("ddp", {}), ("fsdp2", {"fsdp": True, "fsdp_config": {"fsdp_version": 2}})):
-        two = train_apart(tmp_path / how, "--second", processes=2, **options, **more)
-        assert list(two["losses"].values()) == pytest.approx(list(one["losses"].values()), rel=1e-4)
-        found = load_file(tmp_path / how / "draft" / "model.safetensors")
-        for name, values in weights.items():
-            torch.testing.assert_close(found[name], values, rtol=1e-3, atol=1e-4)
 
 
 # On the Hub ---------------------------------------------------------------------------------------------------------

@@ -277,12 +277,12 @@ def test_traced_blocks_give_the_same_text_while_batches_change_and_buffers_grow(
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     target = tiny.target("gemma3 of two layers")
     draft = tiny.draft(target, target_layer_ids=[0, 1], num_hidden_layers=1)
-    for rows, length, new in ((1, 240, 40), (3, 12, 20)):
+    for rows, length, new in ((3, 12, 20), (1, 300, 12)):
         inputs = tiny.batch(length, pads=(0, 3, 5)[:rows])
         asked = inputs | {"max_new_tokens": new, "do_sample": False}
         plain = target.generate(**asked)
         assert torch.equal(target.generate(**asked, custom_generate=draft.speculate, capture="compile"), plain)
-    assert len(draft.speculate.compiled_session.target.runner.verified_keys) == 3
+    assert len(draft.speculate.compiled_session.target.runner.verified_keys) == 2
     assert tiny.as_found(target)
 
 
@@ -301,8 +301,10 @@ def test_compiled_blocks_give_the_same_text(monkeypatch):
     assert tiny.as_found(target)
 
 
-@pytest.mark.parametrize("family", ["qwen3_5", "qwen3_5_moe", "gemma3", "gemma4"])
-@pytest.mark.parametrize(("image", "rows"), [(False, 2), (True, 1), (True, 2)])
+SEEING = [(family, *way) for family in ("qwen3_5", "gemma3", "gemma4") for way in ((False, 2), (True, 1), (True, 2))]
+
+
+@pytest.mark.parametrize(("family", "image", "rows"), [*SEEING, ("qwen3_5_moe", True, 2)])
 def test_targets_that_see_images_decode_with_and_without_one(family, image, rows):
     target, inputs = tiny.seeing(family, image)
     if rows == 1:

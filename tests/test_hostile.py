@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 import time
 
 import pytest
@@ -13,10 +14,23 @@ from dflash_hub import DFlashConfig, DFlashDraftModel, load_draft
 from dflash_hub.weights_dflash import shards_in
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A folder with a draft in each layout."""
+    home, draft = tmp_path_factory.mktemp("saved"), tiny.draft(tiny.target("qwen3"))
+    for layout in ("hub", "engines"):
+        draft.save_pretrained(home / layout, layout=layout)
+    return home
+
+
 @pytest.fixture(params=["hub", "engines"])
-def folder(request, tmp_path):
-    tiny.draft(tiny.target("qwen3")).save_pretrained(tmp_path, layout=request.param)
-    return tmp_path
+def folder(request, saved, tmp_path):
+    """A draft's folder of the test's own."""
+    return shutil.copytree(saved / request.param, tmp_path, dirs_exist_ok=True)
+
+
+IN_ONE_LAYOUT = pytest.mark.parametrize("folder", ["hub"], indirect=True)
+"""For weights, which are stored alike in both."""
 
 
 def edit_config(folder, **fields):
@@ -112,6 +126,7 @@ VALUES = {
 }
 
 
+@IN_ONE_LAYOUT
 @pytest.mark.parametrize(("change", "complaint"), VALUES.values(), ids=VALUES)
 def test_weights_that_are_worth_nothing_are_refused_by_name(folder, change, complaint):
     edit_weights(folder, change)
@@ -125,6 +140,7 @@ def test_a_single_matrix_that_is_all_zero_is_named(folder, caplog):
     assert "weights that are all zero: fc.weight" in caplog.text
 
 
+@IN_ONE_LAYOUT
 @pytest.mark.parametrize(
     "shard",
     ["../outside.safetensors", "/etc/passwd", "sub/model.safetensors", "model.bin", 3, "..", "a\\b.safetensors"],

@@ -162,10 +162,17 @@ def test_a_published_layout_without_code_is_saved_as_a_whole_repository(tmp_path
 
 
 def test_a_draft_in_the_engines_layout_does_not_take_the_place_of_qwen3_models(draft, tmp_path, fresh_process):
+    """Nor is its class built from their config, which the package alone translates."""
     draft.save_pretrained(tmp_path, layout="engines")
     code = f"""
     from transformers import AutoModel, Qwen3Config
-    AutoModel.from_pretrained({str(tmp_path)!r}, trust_remote_code=True)
+    draft = AutoModel.from_pretrained({str(tmp_path)!r}, trust_remote_code=True)
+    try:
+        type(draft)(Qwen3Config())
+    except ValueError as error:
+        assert "pip install dflash-hub" in str(error), error
+    else:
+        raise AssertionError("A config of Qwen3 was taken for a draft's")
     print(type(AutoModel.from_config(Qwen3Config(num_hidden_layers=1, hidden_size=8, vocab_size=8))).__name__)
     """
     assert fresh_process(code).strip().endswith("Qwen3Model")
@@ -661,7 +668,7 @@ def test_a_trained_mask_embedding_beside_the_weights_is_refused(hub, repo_id, dr
             DFlashDraftModel.from_pretrained(name)
 
 
-def test_with_telemetry_left_on_no_other_host_is_asked(hub, repo_id, draft, fresh_process, tmp_path):
+def test_with_telemetry_left_on_no_other_host_is_asked(hub, repo_id, draft, fresh_process):
     draft.push_to_hub(repo_id)
     code = f"""
         import json, sys
@@ -672,7 +679,7 @@ def test_with_telemetry_left_on_no_other_host_is_asked(hub, repo_id, draft, fres
         AutoModel.from_pretrained({repo_id!r}, trust_remote_code=True)
         print(json.dumps(asked))
     """
-    asked = json.loads(fresh_process(code, HF_HOME=str(tmp_path)).splitlines()[-1])
+    asked = json.loads(fresh_process(code).splitlines()[-1])
     assert {*asked} == {"127.0.0.1"}
 
 
@@ -783,7 +790,7 @@ DECODE = """
 """
 
 
-@pytest.mark.parametrize("where", ["Hub", "folder", "folder for engines"])
+@pytest.mark.parametrize("where", ["Hub", "folder for engines"])
 def test_a_target_decodes_with_a_draft_by_name_and_nothing_but_transformers(
     hub, repo_id, where, tmp_path, fresh_process
 ):
@@ -792,7 +799,7 @@ def test_a_target_decodes_with_a_draft_by_name_and_nothing_but_transformers(
     if where == "Hub":
         draft.push_to_hub(repo_id)
     else:
-        draft.save_pretrained(tmp_path, layout="engines" if "engines" in where else "hub")
+        draft.save_pretrained(tmp_path, layout="engines")
     code = DECODE.format(tests=str(ROOT / "tests"), target=str(TINY / "target"), repo=repo)
     same, most, shape, loads = json.loads(fresh_process(code).splitlines()[-1])
     assert same == [True, True]

@@ -133,10 +133,14 @@ def test_the_wheel_installs_and_its_demo_runs_elsewhere(built, tmp_path):
 
 
 def test_importing_it_costs_no_more_than_automodel_and_our_own_files(servers):
-    def modules_after(statement: str) -> set[str]:
-        return set(servers.torch.run(code=f"{statement}\nimport sys; print('\\n'.join(sys.modules))").stdout.split())
-
-    extra = modules_after("import dflash_hub") - modules_after("from transformers import AutoModel, AutoConfig")
+    code = """
+import sys
+from transformers import AutoModel, AutoConfig
+before = {*sys.modules}
+import dflash_hub
+print(*sys.modules.keys() - before)
+"""
+    extra = set(servers.torch.run(code=code).stdout.split())
     assert "dflash_hub" in extra
     foreign = {name for name in extra if not name.startswith(("dflash_hub", "__editable__"))}
     assert foreign == set()

@@ -30,6 +30,7 @@ ROOMS_OF_ROOT = {
     "families": "registry",
     "checkpoints": "registry",
     "layouts": "registry",
+    "qwen3_configs": "registry",
     "kinds": "registry",
 }
 PACKAGES = ("checking", "commands", "evaluation", "publishing", "training")

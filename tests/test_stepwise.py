@@ -1,5 +1,6 @@
 """Processors and criteria that are not transformers' own are called exactly as plain `generate` calls them."""
 
+import functools
 import json
 
 import pytest
@@ -72,7 +73,9 @@ def pair():
     return pair_of("qwen3", "chain")
 
 
+@functools.cache
 def pair_of(family, kind):
+    """A target and its draft; decoding leaves both as they were."""
     target = tiny.target(family)
     return target, tiny.draft(target, **KINDS[kind])
 
@@ -248,7 +251,6 @@ def only_even(batch_id, input_ids):
 
 STATEFUL = {
     "prefix_allowed_tokens_fn": {"prefix_allowed_tokens_fn": only_even},
-    "guidance_scale": {"guidance_scale": 1.7},
     "guidance_scale with a negative prompt": {"guidance_scale": 1.7, "negative_prompt_ids": tiny.prompt(6, seed=8)},
 }
 
