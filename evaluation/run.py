@@ -6,7 +6,7 @@ import hashlib
 import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,14 @@ from ..configuration_dflash import __version__
 from .decoding import Job, Models, Record, attempted, decode
 from .divergence import NOT_CHECKED, check_in_float32, divergence, parting
 from .encoding import Encoding, of_length
-from .floor import bytes_of_draft, bytes_of_plain_step, has_floor, measured_bandwidth
+from .floor import bytes_of_assistant, bytes_of_draft, bytes_of_plain_step, has_floor
+from .floor import measured_bandwidth
 from .html import write_html
 from .profile import write_profiles
 from .prompts import PromptSet
 from .report import FORMAT, VERSION, Report
 from .results import ACCEPTANCE_BY_POSITION, ACCEPTANCE_LENGTH
-from .ways import DFLASH, PLAIN, Condition, Way, groups, in_turn
+from .ways import ASSISTANT, STATIC, Condition, Way, groups, in_turn
 
 EMPTY: Record = {
     "seconds": None,
@@ -45,6 +46,8 @@ EMPTY: Record = {
     "error": None,
 }
 """The fields of a record that failed, its error aside."""
+COMPILED_WARM_UP = 3
+"""Decodes that warm up a way whose code is compiled."""
 SHOWN = 2000
 """Characters of each prompt in the report."""
 
@@ -316,7 +319,8 @@ class Evaluation:
                 f"The prompt has {longest:,} tokens, but the target was made for texts of {positions:,}."
             )
         seed = self.settings.seed + 10_007 * batch.number + batch.repeat
-        return Job(tuple(chosen), new_tokens, seed)
+        longest = max(map(len, rows)) + self.settings.max_new_tokens
+        return Job(tuple(chosen), new_tokens, seed, longest)
 
     def _rows_of(self, context: int | None) -> list[list[int]]:
         """Return the tokens of all prompts, brought to `context` tokens if that is a number."""
@@ -329,24 +333,34 @@ class Evaluation:
     def _warm_up(self, condition: Condition, indices: Sequence[int]) -> None:
         """Decode in every way, so that one-time costs do not count. What fails, fails later by name."""
         for index in indices:
-            for batch in self._warm_up_batches(condition):
+            way = self.ways[index]
+            is_whole = self._is_compiled(way)
+            turns = (
+                max(self.settings.warm_up, COMPILED_WARM_UP) if is_whole else self.settings.warm_up
+            )
+            for batch in self._warm_up_batches(condition, turns):
 
-                def run(way: Way = self.ways[index], batch: Batch = batch) -> list[Record]:
+                def run(
+                    way: Way = way, batch: Batch = batch, is_whole: bool = is_whole
+                ) -> list[Record]:
                     job = self._job(batch)
-                    if self.settings.capture == "compile":
-                        return decode(self.models, way, job)
                     short = min(job.max_new_tokens, 4 * (way.drafting.block_size or 8))
-                    return decode(self.models, way, Job(job.rows, short))
+                    shortened = replace(job, max_new_tokens=short)
+                    return decode(self.models, way, job if is_whole else shortened)
 
                 attempted(run, 1)
 
-    def _warm_up_batches(self, condition: Condition) -> list[Batch]:
+    def _is_compiled(self, way: Way) -> bool:
+        """Return whether code is compiled for a way: ours where it was asked for, static caches on a GPU too."""
+        on_gpu = self.models.target.device.type == "cuda"
+        return self.settings.capture == "compile" or (on_gpu and way.method in STATIC)
+
+    def _warm_up_batches(self, condition: Condition, wanted: int) -> list[Batch]:
         """Return the batches to warm up with: the first; or those with the shortest, the longest and other prompts.
 
         Code is compiled anew for the second length that it meets, so that more than one is needed.
         """
         batches = [batch for batch in self._batches(condition) if batch.repeat == 0]
-        wanted = self.settings.warm_up
         if wanted < 2:
             return batches[:wanted]
         rows = self._rows_of(condition.context)
@@ -385,12 +399,16 @@ class Evaluation:
         return [found[index] for index in sorted(found)]
 
     def _bytes(self, way: Way) -> dict[str, float] | None:
-        target = self.models.target
-        if way.method not in (PLAIN, DFLASH) or not has_floor(target):
+        target, draft = self.models.target, self.models.draft_of(way.drafting)
+        if not has_floor(target):
             return None
         read = bytes_of_plain_step(target)
-        if way.method == DFLASH:
-            read = read + bytes_of_draft(target, self.models.draft_of(way.drafting))
+        if way.method == ASSISTANT and not has_floor(draft):
+            return None
+        if way.method == ASSISTANT:
+            read = read + bytes_of_assistant(draft)
+        elif draft is not None:
+            read = read + bytes_of_draft(target, draft)
         return asdict(read)
 
 

@@ -8,11 +8,17 @@ from itertools import product
 from typing import Any
 
 PLAIN = "plain"
+PLAIN_STATIC = "plain-static"
 DFLASH = "dflash"
 TRANSFORMERS = "transformers-dflash"
+TRANSFORMERS_STATIC = "transformers-dflash-static"
 LOOKUP = "prompt-lookup"
 ASSISTANT = "assistant"
-METHODS = (PLAIN, DFLASH, TRANSFORMERS, LOOKUP, ASSISTANT)
+METHODS = (PLAIN, PLAIN_STATIC, DFLASH, TRANSFORMERS, TRANSFORMERS_STATIC, LOOKUP, ASSISTANT)
+UNDRAFTED = (PLAIN, PLAIN_STATIC)
+"""Methods that give one token in a step."""
+STATIC = (PLAIN_STATIC, TRANSFORMERS_STATIC)
+"""Methods of transformers with a cache of fixed size, which it compiles on a GPU."""
 LOOKUP_TOKENS = 10
 """Tokens that prompt look-up proposes, as transformers' documentation does."""
 
@@ -61,12 +67,13 @@ class Drafting:
     is_varied: bool = False
 
     def __str__(self) -> str:
-        if self.method in (PLAIN, LOOKUP):
+        if self.draft is None:
             return self.method
         name = str(self.draft)
         if self.is_varied:
             name = f"{name}, block {self.block_size}"
-        return f"transformers, {name}" if self.method == TRANSFORMERS else name
+        prefixes = {TRANSFORMERS: "transformers, ", TRANSFORMERS_STATIC: "transformers-static, "}
+        return prefixes.get(self.method, "") + name
 
 
 @dataclass(frozen=True)
