@@ -6,16 +6,18 @@ import os
 import shutil
 import signal
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
 from huggingface_hub import HfApi
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from typer.testing import CliRunner
 
 from dflash_hub import DecodeStatistics, DFlashDraftModel, cli
 from dflash_hub.commands import eval as command
+from dflash_hub.commands.eval_models import Choice, Loader, against_of
 from dflash_hub.commands.shared import console
 from dflash_hub.evaluation import divergence, profile, results
 from dflash_hub.evaluation.card import with_section
@@ -161,20 +163,56 @@ def test_cycles_of_other_methods_follow_from_the_forwards(forwards, text, counts
     assert (cycles and [(one.drafted, one.accepted, one.committed) for one in cycles]) == counts
 
 
-def test_all_methods_and_conditions_are_compared_in_one_call(models, tmp_path):
+DRAFT = ("draft", None, None, 8)
+HAS_STATIC_LOOP = hasattr(GenerationConfig(), "max_cache_len")
+
+
+def test_all_methods_are_compared_in_one_call_with_the_floor_of_each(models, tmp_path):
     models.assistants["assistant"] = AutoModelForCausalLM.from_pretrained(TINY / "target")
-    draft = ("draft", None, None, 8)
-    others = [Drafting("transformers-dflash", *draft), Drafting("prompt-lookup"), Drafting("assistant", "assistant")]
+    others = [Drafting("transformers-dflash", *DRAFT), Drafting("prompt-lookup"), Drafting("assistant", "assistant")]
+    others += [Drafting("plain-static"), Drafting("transformers-dflash-static", *DRAFT)]
     report = evaluation(models, tmp_path, draftings=others, max_new_tokens=12).run()
     names = ["plain", "draft", "transformers, draft", "prompt-lookup", "assistant"]
-    assert [way["name"] for way in report["ways"]] == names
-    assert [result["identical"] for result in report["results"]] == [0, 2, 2, 2, 2]
-    ours, theirs = report["results"][1:3]
-    assert ours["acceptance_length"] == theirs["acceptance_length"]
-    assert ours["acceptance_by_position"] == theirs["acceptance_by_position"]
+    assert [way["name"] for way in report["ways"]] == [*names, "plain-static", "transformers-static, draft"]
+    identical = [result["identical"] for result in report["results"]]
+    assert identical == [0, 2, 2, 2, 2, 2, 2 if HAS_STATIC_LOOP else 0]
+    drafted = report["results"][1]
+    for theirs in report["results"][2:7:4] if HAS_STATIC_LOOP else report["results"][2:3]:
+        assert drafted["acceptance_length"] == theirs["acceptance_length"]
+        assert drafted["acceptance_by_position"] == theirs["acceptance_by_position"]
     assert report["results"][4]["acceptance_length"] > 2  # the target itself guesses right
-    assert all(len(record["drafted"]) == record["new_tokens"] for record in report["records"])
-    assert {record["prompt"]: record["way"] for record in report["records"]} == {"p0": 4, "p1": 4}
+    assert all(len(record["drafted"]) == record["new_tokens"] for record in report["records"] if not record["error"])
+    assert {record["prompt"]: record["way"] for record in report["records"]} == {"p0": 6, "p1": 6}
+    plain, ours, theirs, lookup, assistant, static, _ = [way["bytes_per_step"] for way in report["ways"]]
+    assert plain == lookup == static
+    assert ours == theirs
+    assert assistant == plain | {"per_drafted": plain["fixed"]}  # the assistant is the target once more
+    assert 0 < report["results"][4]["floor_share"] < 1
+    assert not command.has_failed(report)
+
+
+def test_a_method_that_fails_here_is_a_row_that_says_why(models, tmp_path):
+    others = [Drafting("transformers-dflash", *DRAFT)]
+    report = evaluation(models, tmp_path, draftings=others, found=[Condition(batch_size=2)]).run()
+    assert report["results"][2]["errors"] == 2
+    assert "batch_size = 1" in report["records"][4]["error"]
+    assert "transformers, draft, batches of 2 failed: see the errors" in report["recommendation"]["words"]
+    assert not command.has_failed(report)
+    report["ways"][2]["method"] = "dflash"
+    assert command.has_failed(report)
+
+
+def test_the_word_transformers_is_both_of_its_loops_where_it_compiles_one():
+    chosen = Choice("target", [], [], against_of("plain-static,transformers,transformers"), "auto", None, "auto")
+    loader = Loader(chosen)
+    ours = [Drafting("dflash", "draft", None, "dflash", 8)]
+    found = {}
+    for device in ("cpu", "cuda"):
+        target = SimpleNamespace(device=torch.device(device))
+        others = [loader._others(word, ours, Models(target, None)) for word in chosen.against]
+        found[device] = [str(one) for several in others for one in several]
+    assert found["cpu"] == ["plain-static", "transformers, draft"]
+    assert found["cuda"] == ["plain-static", "transformers, draft", "transformers-static, draft"]
 
 
 def test_rows_of_a_batch_have_the_texts_that_they_have_alone(models, tmp_path):
@@ -413,7 +451,7 @@ import os, signal, sys
 sys.path.append({tests!r})
 import test_eval
 from pathlib import Path
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from dflash_hub import DFlashDraftModel
 from dflash_hub.evaluation.card import with_section
 from dflash_hub.evaluation.decoding import Models
