@@ -122,10 +122,10 @@ class ForwardWatch:
 
     def _compiled_call(self, compile_config: Any) -> Callable[..., Any]:
         """Return the compiled forward, watched; in place of the target's own method of this name."""
-        self._remove_hooks()
         compiled = type(self.target).get_compiled_call(self.target, compile_config)
 
         def call(*args: Any, **kwargs: Any) -> Any:
+            self._remove_hooks()  # which the prefill, that is not compiled, has had
             self._note_ids(self.target, args, kwargs)
             output = compiled(*args, **kwargs)
             if self.first_end is None:

@@ -191,6 +191,26 @@ def test_all_methods_are_compared_in_one_call_with_the_floor_of_each(models, tmp
     assert not command.has_failed(report)
 
 
+@pytest.mark.skipif(not HAS_STATIC_LOOP, reason="transformers before 5.24 has no static cache in its loop")
+def test_the_cycles_of_a_compiled_loop_are_watched_without_hooks_in_its_graph(models, monkeypatch):
+    """The compiler stands aside here, for its time; transformers takes its compiled path all the same."""
+    hooks = []
+
+    def compiled(target, config):
+        return lambda **kwargs: hooks.append(len(target._forward_pre_hooks)) or target(**kwargs)
+
+    monkeypatch.setattr(type(models.target), "get_compiled_call", compiled)
+    models.capture, job = "compile", Job((tuple(models.tokenizer(TEXTS[0]).input_ids),), 12)
+    records = []
+    for method in ("transformers-dflash", "transformers-dflash-static"):
+        records += decode(models, Way(Drafting(method, *DRAFT), Condition()), job)
+    assert hooks
+    assert set(hooks) == {0}
+    assert records[0]["speculative_decoding"] == records[1]["speculative_decoding"]
+    assert 0 < records[1]["prefill_seconds"] < records[1]["seconds"]
+    assert "get_compiled_call" not in vars(models.target)
+
+
 def test_a_method_that_fails_here_is_a_row_that_says_why(models, tmp_path):
     others = [Drafting("transformers-dflash", *DRAFT)]
     report = evaluation(models, tmp_path, draftings=others, found=[Condition(batch_size=2)]).run()
