@@ -187,8 +187,14 @@ class Loader:
 
         Transformers compiles its loop where the cache is static, on a GPU. So there `transformers` is both loops.
         """
-        from ..evaluation.ways import ASSISTANT, LOOKUP, PLAIN_STATIC, Drafting
-        from ..evaluation.ways import TRANSFORMERS, TRANSFORMERS_STATIC
+        from ..evaluation.ways import (
+            ASSISTANT,
+            LOOKUP,
+            PLAIN_STATIC,
+            TRANSFORMERS,
+            TRANSFORMERS_STATIC,
+            Drafting,
+        )
 
         if word == "plain-static":
             return [Drafting(PLAIN_STATIC)]

@@ -12,8 +12,18 @@ from transformers import CompileConfig, GenerationConfig
 
 from ..generation_dflash import DecodeStatistics, now
 from .compare import stop_token_ids, without_penalties
-from .ways import ASSISTANT, DFLASH, LOOKUP, LOOKUP_TOKENS, STATIC, TRANSFORMERS
-from .ways import TRANSFORMERS_STATIC, UNDRAFTED, Drafting, Way
+from .ways import (
+    ASSISTANT,
+    DFLASH,
+    LOOKUP,
+    LOOKUP_TOKENS,
+    STATIC,
+    TRANSFORMERS,
+    TRANSFORMERS_STATIC,
+    UNDRAFTED,
+    Drafting,
+    Way,
+)
 
 Record = dict[str, Any]
 UNKNOWN_CYCLES = {"committed": None, "drafted": None, "speculative_decoding": None}

@@ -18,8 +18,13 @@ from ..configuration_dflash import __version__
 from .decoding import Job, Models, Record, attempted, decode
 from .divergence import NOT_CHECKED, check_in_float32, divergence, parting
 from .encoding import Encoding, of_length
-from .floor import bytes_of_assistant, bytes_of_draft, bytes_of_plain_step, has_floor
-from .floor import measured_bandwidth
+from .floor import (
+    bytes_of_assistant,
+    bytes_of_draft,
+    bytes_of_plain_step,
+    has_floor,
+    measured_bandwidth,
+)
 from .html import write_html
 from .profile import write_profiles
 from .prompts import PromptSet
@@ -418,6 +423,7 @@ def described(prompt_set: PromptSet, rows: Sequence[list[int]]) -> dict[str, Any
     return {
         "name": prompt_set.name,
         "license": prompt_set.license,
+        "language": prompt_set.language,
         "source": prompt_set.source,
         "count": len(prompt_set.prompts),
         "sha256": digest,

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -578,36 +579,102 @@ def test_the_built_in_prompts_are_of_several_categories_with_code_first():
     assert len({one.category for one in load_prompts(BUILT_IN, limit=5).prompts}) == 5
 
 
-def test_benchmarks_are_read_by_the_columns_of_their_datasets(tmp_path, monkeypatch):
-    """From folders with the names, configurations, splits and columns of the datasets on the Hub."""
-    pytest.importorskip("datasets")
-    monkeypatch.chdir(tmp_path)
+SPEED = {"question_id": "q1", "category": "coding", "sub_category": "x", "turns": ["First turn", "Second turn"]}
+SPEED |= {"source": "s", "src_id": "1", "difficulty": "hard", "multiturn": True}
+PUBLISHED = {
+    "openai/gsm8k": ("mit", {"main/test-00000-of-00001.parquet": {"question": "First turn", "answer": "4"}}),
+    "HuggingFaceH4/MATH-500": (None, {"test.jsonl": {"problem": "First turn", "level": 2, "unique_id": "test/1"}}),
+    "openai/openai_humaneval": (
+        "mit",
+        {"openai_humaneval/test-00000-of-00001.parquet": {"task_id": "HumanEval/0", "prompt": "First turn"}},
+    ),
+    "google-research-datasets/mbpp": (
+        "cc-by-4.0",
+        {"sanitized/test-00000-of-00001.parquet": {"task_id": 2, "prompt": "First turn", "code": "pass"}},
+    ),
+    "HuggingFaceH4/mt_bench_prompts": (
+        "apache-2.0",
+        {"data/train-00000-of-00001.parquet": {"prompt": ["First turn", "Second turn"], "category": "writing"}},
+    ),
+    "RedHatAI/speculator_benchmarks": (
+        "apache-2.0",
+        {file: {"prompt": "First turn"} for file in BENCHMARKS["speculator-benchmarks"].files},
+    ),
+    "nvidia/SPEED-Bench": (
+        "other",
+        {f"{config}/test-00000-of-00001.parquet": SPEED for config in ("qualitative", "throughput_32k")},
+    ),
+}
+"""License, files and columns of the datasets on the Hub."""
+
+
+def upload_dataset(folder, repository: str, license: str | None, rows: dict[str, dict]) -> None:
+    """Upload one row a file, as the file's ending says, and a card with a configuration for each folder."""
+    datasets = pytest.importorskip("datasets")
+    configs = []
+    for file, row in rows.items():
+        path = folder / repository / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".parquet":
+            datasets.Dataset.from_list([row]).to_parquet(path)
+            name, split = Path(file).parent.name, Path(file).name.partition("-")[0]
+            data = {"split": split, "path": f"{name}/{split}-*"}
+            configs.append({"config_name": "default" if name == "data" else name, "data_files": [data]})
+        else:
+            path.write_text(json.dumps(row) + "\n")
+    metadata = {"license": license, "language": ["en"]} | ({"configs": configs} if configs else {})
+    (folder / repository / "README.md").write_text(f"---\n{json.dumps(metadata)}\n---\n")
+    HfApi().create_repo(repository, repo_type="dataset")
+    HfApi().upload_folder(folder_path=folder / repository, repo_id=repository, repo_type="dataset")
+
+
+def test_benchmarks_are_read_over_http_by_the_files_and_columns_of_their_datasets(tmp_path, hub):
+    for repository, (license, rows) in PUBLISHED.items():
+        upload_dataset(tmp_path, repository, license, rows)
+    alike = [f"speed-bench-throughput-{size}" for size in ("1k", "2k", "8k", "16k")]
+    assert all(BENCHMARKS[name].config == name.removeprefix("speed-bench-").replace("-", "_") for name in alike)
+    found = {name: load_prompts(name) for name in BENCHMARKS if name not in alike}
     for name, benchmark in BENCHMARKS.items():
-        folder = tmp_path / benchmark.repository
-        folder.mkdir(parents=True, exist_ok=True)
-        value = ["First turn", "Second turn"] if benchmark.column == "turns" or name == "mt-bench" else "First turn"
-        row = json.dumps({benchmark.column: value, "category": "roleplay", "task_id": "t/1", "question_id": "q1"})
-        for file in benchmark.files or {"data.jsonl": ""}:
-            (folder / file).write_text(row + "\n")
-        if not benchmark.files:
-            data = {"config_name": benchmark.config or "default"}
-            data["data_files"] = [{"split": benchmark.split, "path": "data.jsonl"}]
-            (folder / "README.md").write_text(f"---\nconfigs:\n- {json.dumps(data)}\n---\n")
-    for name, benchmark in BENCHMARKS.items():
-        found = load_prompts(name)
-        assert len(found.prompts) == len(benchmark.files or [1])
-        assert found.prompts[0].text.startswith("First turn")
-        assert benchmark.repository in found.source
-    assert load_prompts("speed-bench").prompts[0].category == "roleplay"
-    assert load_prompts("humaneval").prompts[0].id == "t/1"
-    assert [one.category for one in load_prompts("spec-bench").prompts][:2] == ["mt-bench", "math"]
+        if name in alike:
+            continue
+        assert len(found[name].prompts) == len(benchmark.files or [1])
+        assert found[name].prompts[0].text.startswith("First turn")
+        assert benchmark.repository in found[name].source
+        stated = PUBLISHED[benchmark.repository][0] or "not stated"
+        assert stated == "other" or found[name].license.lower().startswith(stated)
+    assert found["speed-bench"].prompts[0].category == "coding"
+    assert found["humaneval"].prompts[0].id == "HumanEval/0"
+    assert [one.category for one in found["spec-bench"].prompts][:2] == ["mt-bench", "math"]
+    assert len(found["speculator-benchmarks"].prompts) == 9
+    qa = load_prompts("spec-bench:qa, rag")
+    assert [one.category for one in qa.prompts] == ["qa", "rag"]
+    assert qa.prompts[0].id == "spec-bench-2"  # as in the whole set
+    with pytest.raises(ValueError, match="no category 'poems'; it has mt-bench, math, qa"):
+        load_prompts("spec-bench:poems")
+    any_dataset = load_prompts("openai/openai_humaneval")
+    assert (any_dataset.license, any_dataset.language) == ("mit", "en")
+    assert any_dataset.prompts[0].text == "First turn"
+    assert load_prompts("openai/gsm8k:main").prompts[0].id == "gsm8k-0"
+    with pytest.raises(OSError, match=r"(?s)dataset no/such could not be read.*hf auth login"):
+        load_prompts("no/such")
+
+
+def test_prompts_that_another_script_prepared_are_read_from_parquet(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = [SPEED, SPEED | {"question_id": "q2", "category": "rag"}]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "test.parquet")
+    found = load_prompts(str(tmp_path / "test.parquet")).prompts
+    assert [(one.id, one.category, one.text) for one in found] == [
+        ("q1", "coding", "First turn"),
+        ("q2", "rag", "First turn"),
+    ]
 
 
 def test_prompts_that_are_only_placeholders_are_refused(monkeypatch):
     rows = [{"turns": ["First turn"]}, {"turns": ["FULL BENCHMARK DATA SHOULD BE FETCHED FROM THE SOURCE USING IT"]}]
     rows = [row | {"category": "rag", "question_id": str(number)} for number, row in enumerate(rows)]
     monkeypatch.setattr("dflash_hub.evaluation.prompts._rows", lambda *args: rows)
-    with pytest.raises(ValueError, match="1 of the 2 prompts of speed-bench are not in its dataset"):
+    with pytest.raises(ValueError, match=r"1 of the 2 prompts of speed-bench are not in its .* test\.parquet"):
         load_prompts("speed-bench")
 
 
