@@ -4,13 +4,16 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .eval_models import Choice, Loader, against_of
 from .eval_table import show_differences, show_results, watching
 from .shared import Capture, Device, Dtype, NewTokens, console, tidy_when_terminated
+
+if TYPE_CHECKING:
+    from ..evaluation.scores import Score
 
 
 def evaluate(
@@ -78,6 +81,14 @@ def evaluate(
             "--update-card", help="Write the figures into the cards of drafts in folders."
         ),
     ] = False,
+    eval_results: Annotated[
+        tuple[str, str, str] | None,
+        typer.Option(
+            metavar="DATASET TASK FIGURE",
+            help="With --update-card: write acceptance_length, speedup or tokens_per_second as the score of this "
+            "benchmark of the Hub into .eval_results. It must rank that.",
+        ),
+    ] = None,
     pngs: Annotated[
         bool,
         typer.Option("--pngs", help="Draw the charts as PNG files too (needs dflash-hub[plots])."),
@@ -111,6 +122,7 @@ def evaluate(
         from ..evaluation.card import check_folders
 
         check_folders(choice.drafts)
+    score = score_of(eval_results, prompts, update_card)
     report = run(choice, conditions, prompts, encoding, output_dir, counts)
     if pngs:
         from ..evaluation.pngs import write_pngs
@@ -122,6 +134,7 @@ def evaluate(
 
         for path in update_cards(report):
             console.print(f"Card: {path}", soft_wrap=True, highlight=False)
+        write_score(report, score)
     if has_failed(report):
         raise typer.Exit(1)
 
@@ -188,6 +201,34 @@ def run(
             raise typer.Exit(130) from None
     show_results(report, evaluation.report.path)
     return report
+
+
+def score_of(words: tuple[str, str, str] | None, prompts: str, update_card: bool) -> "Score | None":
+    """Return what `--eval-results` names.
+
+    Raises:
+        ValueError: it would be a false score, or `--update-card` is missing.
+    """
+    from ..evaluation.scores import Score
+
+    if words is None:
+        return None
+    if not update_card:
+        raise ValueError("--eval-results goes with --update-card; add that.")
+    score = Score(*words)
+    score.check(prompts)
+    return score
+
+
+def write_score(report: dict[str, Any], score: "Score | None") -> None:
+    """Write the score beside the cards, or say why there is none."""
+    from ..evaluation.scores import NOTHING_WRITTEN, write_scores
+
+    if score is None:
+        console.print(NOTHING_WRITTEN, soft_wrap=True, highlight=False)
+        return
+    for path in write_scores(report, score):
+        console.print(f"Score: {path}", soft_wrap=True, highlight=False)
 
 
 def has_failed(report: dict[str, Any]) -> bool:

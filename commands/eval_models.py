@@ -176,7 +176,9 @@ class Loader:
         for (name, size), draft in models.drafts.items():
             is_varied = len(self.choice.block_sizes) > 1
             kind = draft.config.model_type
-            ours.append(Drafting(DFLASH, name, self.revision(draft), kind, size, is_varied))
+            about = (self.revision(draft), kind, size, is_varied)
+            taps = tuple(draft.config.target_layer_ids)
+            ours.append(Drafting(DFLASH, name, *about, taps))
         found = list(ours)
         for word in self.choice.against:
             found += self._others(word, ours, models)

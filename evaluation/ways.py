@@ -57,6 +57,7 @@ class Drafting:
         kind: of the draft.
         block_size: of the draft.
         is_varied: whether the same draft takes part with several block sizes.
+        taps: the target's layers that the draft reads.
     """
 
     method: str = PLAIN
@@ -65,6 +66,7 @@ class Drafting:
     kind: str | None = None
     block_size: int | None = None
     is_varied: bool = False
+    taps: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         if self.draft is None:
@@ -106,6 +108,7 @@ class Way:
             "revision": drafting.revision,
             "kind": drafting.kind,
             "block_size": drafting.block_size,
+            "taps": list(drafting.taps),
             "temperature": condition.temperature,
             "batch_size": condition.batch_size,
             "context": condition.context,

@@ -6,11 +6,14 @@ import os
 import shutil
 import signal
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 import torch
+import yaml
 from huggingface_hub import HfApi
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -706,6 +709,7 @@ def test_the_command_shows_results_and_goes_on_and_compares(tmp_path, wide, monk
         "revision": None,
         "kind": "dflash",
         "block_size": 8,
+        "taps": list(DFlashDraftModel.from_pretrained(TINY / "draft").config.target_layer_ids),
         "temperature": 0.0,
         "batch_size": 1,
         "context": None,
@@ -727,27 +731,95 @@ def test_the_command_shows_results_and_goes_on_and_compares(tmp_path, wide, monk
     assert (row[6], row[-1]) == (f"{length:.2f}", "2")
 
 
-def test_the_figures_get_into_the_card_of_a_draft_in_a_folder(tmp_path):
+@pytest.fixture
+def update_card(tmp_path):
+    """The words of a command that evaluates a draft in a folder with a card, and updates the card."""
     shutil.copytree(TINY / "draft", tmp_path / "draft")
-    card = tmp_path / "draft" / "README.md"
+    (tmp_path / "draft" / "README.md").write_text("# A draft\n\nMade by me.\n")
     words = ("eval", "--target", str(TINY / "target"), "--draft", str(tmp_path / "draft"), "--limit", "2")
-    words += ("--max-new-tokens", "8", "--update-card", "--output-dir", str(tmp_path / "report"))
-    card.unlink(missing_ok=True)
-    with pytest.raises(ValueError, match="there is none in"):
-        run(*words)
-    card.write_text("# A draft\n\nMade by me.\n")
+    return (*words, "--max-new-tokens", "8", "--update-card", "--output-dir", str(tmp_path / "report"))
+
+
+def test_the_figures_get_into_the_card_of_a_draft_in_a_folder(tmp_path, update_card):
+    card = tmp_path / "draft" / "README.md"
     for _ in range(2):  # the second replaces the first
-        assert run(*words).exit_code == 0
+        done = run(*update_card)
+        assert done.exit_code == 0
         text = card.read_text()
         assert text.startswith("# A draft\n\nMade by me.\n")
         assert text.count("## Measured") == text.count("| block |") == 1
+    assert "Nothing is written into .eval_results: " in done.stdout
+    assert not (tmp_path / "draft" / ".eval_results").exists()
     report = read_report(tmp_path / "report")
     length = report["results"][1]["acceptance_length"]
     assert f"| {length:.2f} | 2 of 2 |" in text
-    for known in ("hardware", "torch"):
+    for known in ("hardware", "torch", "transformers"):
         assert report["environment"][known] in text
+    taps = ", ".join(map(str, DFlashDraftModel.from_pretrained(TINY / "draft").config.target_layer_ids))
+    for word in (
+        "language: en",
+        "without a chat template",
+        f"taps the layers {taps}.",
+        report["environment"]["date"][:10],
+    ):
+        assert word in text
     with pytest.raises(ValueError, match="but not both"):
         with_section("<!-- dflash-hub eval: end -->", "")
+    card.unlink()
+    with pytest.raises(ValueError, match="there is none in"):
+        run(*update_card)
+
+
+def test_a_new_card_of_a_draft_has_its_figures_in_place_of_the_words_that_there_are_none(tmp_path):
+    DFlashDraftModel.from_pretrained(TINY / "draft").save_pretrained(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "Nothing yet: no acceptance length" in text
+    measured = with_section(text, "## Measured\n\nSomething.")
+    assert "Nothing yet" not in measured
+    assert measured.count("## Measured") == 1
+
+
+def test_a_score_is_written_as_the_hub_documents_it_if_the_benchmark_ranks_it(tmp_path, update_card):
+    """Read by huggingface_hub, and by the fields of hub-docs' eval_results.yaml: which it has, of which type."""
+    (tmp_path / "mine.jsonl").write_text('{"prompt": "def add(a, b):"}\n{"prompt": "import os"}\n')
+    file = tmp_path / "draft" / ".eval_results" / "speed.yaml"
+    file.parent.mkdir()
+    other = {"dataset": {"id": "org/speed", "task_id": "answers"}, "value": 0.5}
+    file.write_text(json.dumps([other]))
+    prompts = ("--prompts", str(tmp_path / "mine.jsonl"))
+    for _ in range(2):  # the second replaces the first
+        done = run(*update_card, *prompts, "--eval-results", "org/speed", "lengths", "acceptance_length")
+        assert done.exit_code == 0, done.output
+    assert f"Score: {file}" in done.stdout
+    before, entry = yaml.safe_load(file.read_text())
+    assert before == other
+    assert entry.keys() == {"dataset", "value", "date", "notes"}
+    assert entry["dataset"] == {"id": "org/speed", "task_id": "lengths"}
+    report = read_report(tmp_path / "report")
+    assert entry["value"] == round(report["results"][1]["acceptance_length"], 4)
+    assert datetime.fromisoformat(entry["date"])
+    for word in ("tokens per cycle", "block 8, temperature 0", report["environment"]["hardware"]):
+        assert word in entry["notes"]
+    parse = getattr(huggingface_hub, "parse_eval_result_entries", None)
+    if parse is not None:  # huggingface_hub 1.5
+        assert [(one.dataset_id, one.task_id) for one in parse([before, entry])][1] == ("org/speed", "lengths")
+
+
+@pytest.mark.parametrize(
+    ("prompts", "words", "message"),
+    [
+        ("gsm8k", ("openai/gsm8k", "gsm8k", "acceptance_length"), "ranks the share of right answers"),
+        ("built-in", ("org/speed", "lengths", "speedup"), "names org/speed, but the prompts are built-in"),
+        ("speed-bench", ("org/speed", "lengths", "speedup"), "but the prompts are speed-bench"),
+        ("speed-bench", ("nvidia/SPEED-Bench", "all", "accuracy"), "figure 'accuracy'; it must be one of acceptance_"),
+    ],
+)
+def test_a_false_score_is_refused_before_anything_is_decoded(update_card, prompts, words, message):
+    with pytest.raises(ValueError, match=message):
+        run(*update_card, "--prompts", prompts, "--eval-results", *words)
+    without = [word for word in update_card if word != "--update-card"]
+    with pytest.raises(ValueError, match="--eval-results goes with --update-card"):
+        run(*without, "--eval-results", *words)
 
 
 def test_a_draft_of_the_hub_is_recorded_with_its_commit(hub, repo_id, tmp_path):

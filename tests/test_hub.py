@@ -466,6 +466,7 @@ def test_what_does_not_load_bit_equal_in_a_fresh_process_is_never_pushed(hub, re
 
 
 SECRET = "hf_a_secret_of_the_owner"
+LEAK = ".eval_results/leak.yaml"
 
 
 @pytest.fixture
@@ -481,6 +482,9 @@ def crowded(tmp_path):
     (folder / ".env").write_text(SECRET)
     (folder / "extra.py").write_text(f"TOKEN = {SECRET!r}")
     (folder / "runs").mkdir()
+    (folder / ".eval_results").mkdir()
+    (folder / ".eval_results" / "own.yaml").write_text("[]")
+    (folder / ".eval_results" / "leak.yaml").symlink_to(secret)
     (folder / "README.md").unlink()
     (folder / "README.md").symlink_to(secret)
     return folder
@@ -491,11 +495,11 @@ def test_only_a_drafts_own_files_are_published_and_no_link_is_followed(hub, repo
     done = publish(crowded, repo_id)
     for branch in ("main", "engines"):
         published = files(hub, repo_id, branch)
-        assert "plot.png" in published
-        assert not {"leak.png", "notes.png", "optimizer.pt", ".env", "extra.py", "runs"} & set(published)
+        assert {"plot.png", ".eval_results/own.yaml"} <= set(published)
+        assert not {"leak.png", "notes.png", "optimizer.pt", ".env", "extra.py", "runs", LEAK} & set(published)
         assert not [name for name, content in published.items() if content and SECRET.encode() in content]
     reasons = {one.name: one.reason for one in done.left_out}
-    assert set(reasons) == {".env", "README.md", "extra.py", "leak.png", "notes.png", "optimizer.pt", "runs/"}
+    assert set(reasons) == {".env", "README.md", "extra.py", "leak.png", "notes.png", "optimizer.pt", "runs/", LEAK}
     assert "a link" in reasons["leak.png"]
     assert "a link" in reasons["README.md"]
     assert "does not begin as such a picture" in reasons["notes.png"]
