@@ -76,8 +76,15 @@ def results_table(report: dict[str, Any]) -> Table:
     for name in ("tokens/s", "times plain", "a cycle", "identical", "slower", "floor"):
         table.add_column(name, justify="right", no_wrap=True)
     for result in report["results"]:
-        table.add_row(escape(report["ways"][result["way"]]["name"]), *cells(result))
+        table.add_row(escape(short_name(report["ways"][result["way"]])), *cells(result))
     return table
+
+
+def short_name(way: dict[str, Any]) -> str:
+    """Return the name of a way, with only the last two folders of a long path."""
+    draft = way["draft"] or ""
+    parts = Path(draft).parts
+    return way["name"].replace(draft, "/".join(parts[-2:])) if len(parts) > 2 else way["name"]
 
 
 def cells(result: dict[str, Any]) -> list[str]:

@@ -5,6 +5,7 @@
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from itertools import pairwise
+from statistics import mean
 from typing import Any
 
 import torch
@@ -77,7 +78,9 @@ def result_of(
     result: dict[str, Any] = {"way": index, "tokens_per_second": totals.rate}
     result["seconds_per_token"] = 1 / totals.rate if totals.rate else None
     result["acceptance_length"] = totals.acceptance_length
-    result["acceptance_length_by_prompt"] = by_prompt(totals.records)
+    lengths = by_prompt(totals.records)
+    result["acceptance_length_by_prompt"] = lengths
+    result["acceptance_length_mean_of_prompts"] = mean(lengths.values()) if lengths else None
     result["by_category"] = by_category(category_of, totals.records, pairs)
     result["acceptance_by_position"] = by_position(totals.records)
     result["histogram"] = {str(key): count for key, count in sorted(Counter(totals.cycles).items())}

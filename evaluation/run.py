@@ -5,6 +5,7 @@
 import hashlib
 import os
 import platform
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
@@ -155,6 +156,7 @@ class Evaluation:
         head |= {"settings": asdict(settings), "environment": environment(models.target)}
         head |= {"prompt_set": described(prompt_set, self.rows), "prompts": self._prompts()}
         head |= {"ways": self._ways(), "float32_check": "not done"}
+        head["overhead"] = {"decoding_seconds": 0.0, "other_seconds": 0.0, "share": None}
         head["definitions"] = {
             "acceptance_length": ACCEPTANCE_LENGTH,
             "acceptance_by_position": ACCEPTANCE_BY_POSITION,
@@ -188,6 +190,7 @@ class Evaluation:
     def _decode_all(self, watch: Callable[[Progress], None]) -> None:
         """Decode every batch that has no records yet."""
         warm: set[Condition] = set()
+        spent = self.report.head["overhead"]
         for condition, indices in groups(self.ways):
             for batch in self._batches(condition):
                 if self._is_done(batch, indices):
@@ -196,9 +199,13 @@ class Evaluation:
                     watch(Progress(len(self.report.records), self.total, "warming up"))
                     self._warm_up(condition, indices)
                     warm.add(condition)
+                started, before = time.perf_counter(), spent["decoding_seconds"]
                 self.report.add(self._decode_in_turn(batch, indices, watch))
                 content = self.report.write_in_time()
                 watch(Progress(len(self.report.records), self.total, "", content))
+                elapsed = time.perf_counter() - started
+                spent["other_seconds"] += elapsed - (spent["decoding_seconds"] - before)
+                spent["share"] = spent["other_seconds"] / spent["decoding_seconds"]
 
     def _decode_in_turn(
         self, batch: Batch, indices: Sequence[int], watch: Callable[[Progress], None]
@@ -221,7 +228,13 @@ class Evaluation:
             return decode(self.models, way, self._job(batch))
 
         records = []
-        for member, found in zip(batch.members, attempted(run, len(batch.members)), strict=True):
+        started = time.perf_counter()
+        decoded = attempted(run, len(batch.members))
+        seconds = [found.get("seconds") for found in decoded]
+        if None in seconds:  # it failed
+            seconds = [time.perf_counter() - started]
+        self.report.head["overhead"]["decoding_seconds"] += sum(seconds)
+        for member, found in zip(batch.members, decoded, strict=True):
             place = {"prompt": self.prompts[member].id, "way": index, "repeat": batch.repeat}
             record = {**place, "batch": batch.number, **EMPTY, **found}
             tokens = record["token_ids"]

@@ -12,20 +12,21 @@ from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
+import tokenizers
 import torch
 import yaml
 from huggingface_hub import HfApi
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from dflash_hub import DecodeStatistics, DFlashDraftModel, cli
+from dflash_hub import DecodeStatistics, DFlashDraftModel, cli, load_draft
 from dflash_hub.commands import eval as command
 from dflash_hub.commands.eval_models import Choice, Loader, against_of
 from dflash_hub.commands.shared import console
 from dflash_hub.evaluation import divergence, profile, results
 from dflash_hub.evaluation.card import with_section
-from dflash_hub.evaluation.decoding import Job, Models, decode, followed
+from dflash_hub.evaluation.decoding import Cycle, Job, Models, decode, engine_words, followed
 from dflash_hub.evaluation.encoding import Encoding, of_length
 from dflash_hub.evaluation.floor import measured_bandwidth
 from dflash_hub.evaluation.prompts import BENCHMARKS, BUILT_IN, Prompt, PromptSet, load_prompts
@@ -122,23 +123,86 @@ def test_figures_are_those_counted_by_hand(models, tmp_path):
     assert sum(profiled["acceptance_length_histogram"].values()) == len(committed)
 
 
-@pytest.mark.parametrize("name", ["qwen3-full", "qwen3-sliding"])
-def test_cycles_are_counted_as_the_original_code_counts_them(name):
+def numbers_tokenizer(size: int) -> PreTrainedTokenizerFast:
+    """A tokenizer whose words are the ids of tokens."""
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({str(token): token for token in range(size)}))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words)
+
+
+VLLM_FIELDS = [
+    *("mean_acceptance_length", "draft_acceptance_rate", "acceptance_histogram"),
+    *("acceptance_histogram_by_draft_length", "num_spec_steps", "num_accepted_draft_tokens", "num_draft_tokens"),
+    *("num_spec_tokens", "per_step_accepted", "per_step_drafted"),
+]
+"""What `metrics.speculative_decoding` holds of a request in vLLM, with per-request metrics that are `detailed`."""
+PROFILE_FIELDS = [
+    *("schema_version", "measured", "method", "draft_checkpoint", "target_model", "num_speculative_tokens"),
+    *("block_size", "max_supported_k", "verification_method", "conditional_accept_rates", "marginal_accept_rates"),
+    *("mean_accept_length", "mean_accept_length_per_request", "accept_length_model", "accept_length_by_k"),
+    *("acceptance_length_histogram", "per_category", "measurement_conditions", "validation"),
+]
+"""What a `speculation_profile.json` of Model Optimizer's schema 1.0 holds."""
+
+
+def test_counts_are_in_the_words_and_forms_that_other_tools_read(models, tmp_path):
+    report = evaluation(models, tmp_path, prompt_set(0, 3), max_new_tokens=20).run()
+    for record in report["records"][1::2]:
+        words = record["speculative_decoding"]
+        assert list(words) == VLLM_FIELDS
+        steps, histogram = words["num_spec_steps"], words["acceptance_histogram"]
+        assert words["num_spec_tokens"] == 7
+        assert len(histogram) == 8
+        assert sum(histogram) == steps == len(words["per_step_accepted"]) == len(words["per_step_drafted"])
+        assert sum(place * count for place, count in enumerate(histogram)) == words["num_accepted_draft_tokens"]
+        assert words["acceptance_histogram_by_draft_length"] == {"7": histogram}
+        assert words["mean_acceptance_length"] == 1 + words["num_accepted_draft_tokens"] / steps
+        assert words["draft_acceptance_rate"] == words["num_accepted_draft_tokens"] / words["num_draft_tokens"]
+        assert words["num_draft_tokens"] == sum(words["per_step_drafted"])
+    several = engine_words([Cycle(3, 1, 2), Cycle(1, 1, 2), Cycle(3, 3, 4)], 7)
+    assert several["acceptance_histogram_by_draft_length"] == {"1": [0, 1], "3": [0, 1, 0, 1]}
+    assert engine_words([], 7)["acceptance_histogram"] == [0] * 8
+    profiled = json.loads((tmp_path / profile.FILE).read_text())
+    assert list(profiled) == PROFILE_FIELDS
+    assert profiled["num_speculative_tokens"] == len(profiled["conditional_accept_rates"]) == 7
+    assert profiled["accept_length_by_k"] == {"7": profiled["mean_accept_length"]}
+    assert all(check["passed"] for check in profiled["validation"].values())
+    survival = 1.0
+    for conditional, marginal in zip(
+        profiled["conditional_accept_rates"], profiled["marginal_accept_rates"], strict=True
+    ):
+        survival *= conditional
+        assert math.isclose(survival, marginal, abs_tol=1e-9)
+    assert set(profiled["per_category"]) == {"even", "odd"}
+    assert profile.checkpoint("/home/me/org/draft", None) == {"id": "org/draft", "revision": None}
+
+
+COUNTED = ["qwen3-full", "dspark-a", "domino-a", "domino-b", "speculators-dspark-bonus", "speculators-reduced"]
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_acceptance_is_number_for_number_what_the_original_loops_count(name, tmp_path):
+    """Of texts that end with one of their cycles, since they count the last one whole, also past the end."""
     home = DATA / "golden" / name
     data = load_file(home / "golden.safetensors")
-    draft = DFlashDraftModel.from_pretrained(home / "draft")
+    counted = data["committed_per_cycle"].tolist()
+    draft = load_draft(home / "draft")
     target = AutoModelForCausalLM.from_pretrained(home / "target")
     target.generation_config.eos_token_id = None
-    size = draft.config.block_size
-    models = Models(target, None, {("draft", size): draft})
-    prompt = tuple(data["prompt_ids"][0].tolist())
-    way = Way(Drafting("dflash", "draft", block_size=size), Condition())
-    (record,) = decode(models, way, Job((prompt,), data["greedy_ids"].shape[1] - len(prompt)))
-    assert record["token_ids"] == data["generated_ids"][0, len(prompt) :].tolist()
-    if "committed_per_cycle" in data:  # which counts the last cycle whole
-        counted = len(record["committed"]) - 1
-        assert counted > 1
-        assert record["committed"][:-1] == data["committed_per_cycle"].tolist()[:counted]
+    models = Models(target, numbers_tokenizer(target.config.vocab_size), {("draft", draft.config.block_size): draft})
+    ids = data["prompt_ids"][0].tolist()
+    prompts = PromptSet("own", "", "", (Prompt("p", "all", " ".join(map(str, ids))),))
+    report = evaluation(models, tmp_path, prompts, max_new_tokens=1 + sum(counted)).run()
+    plain, drafted = report["records"]
+    text = data["generated_ids"][0, len(ids) :].tolist()
+    assert plain["token_ids"] == drafted["token_ids"]
+    assert drafted["token_ids"][: len(text)] == text
+    assert drafted["committed"] == counted
+    figures = report["results"][1]
+    length = sum(counted) / len(counted)
+    assert figures["acceptance_length"] == figures["acceptance_length_mean_of_prompts"] == length
+    assert drafted["speculative_decoding"]["mean_acceptance_length"] == pytest.approx(length)
+    assert figures["histogram"] == {str(size): counted.count(size) for size in sorted(set(counted))}
 
 
 def test_a_bootstrap_interval_is_the_known_one():
@@ -427,11 +491,12 @@ def test_a_text_that_ends_early_differs_where_it_ends(models):
     assert divergence.divergence(models, Job(((1,),), 3), 0, [1, 2, 3], [1, 2])["margin"] is None
 
 
-def test_a_draft_of_another_target_is_found_out(models, tmp_path):
+def test_a_draft_of_a_sibling_of_its_target_is_found_out(models, tmp_path):
+    """The sibling has the target's shape, tokens and embeddings, so the draft loads and decodes; it guesses nothing."""
     torch.manual_seed(0)
-    for name, weight in models.drafts["draft", 8].named_parameters():
-        if "norm" not in name:
-            torch.nn.init.normal_(weight, std=0.05)
+    sibling = AutoModelForCausalLM.from_config(models.target.config).eval()
+    sibling.set_input_embeddings(models.target.get_input_embeddings())
+    models.target = sibling
     report = evaluation(models, tmp_path, prompt_set(0, 1, 2), max_new_tokens=12).run()
     drafted = report["results"][1]
     assert drafted["acceptance_length"] < 1.3
@@ -475,7 +540,7 @@ import os, signal, sys
 sys.path.append({tests!r})
 import test_eval
 from pathlib import Path
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 from dflash_hub import DFlashDraftModel
 from dflash_hub.evaluation.card import with_section
 from dflash_hub.evaluation.decoding import Models
@@ -505,6 +570,10 @@ def test_an_evaluation_that_was_killed_goes_on_with_the_same_records(models, tmp
     whole = evaluation(models, tmp_path / "whole", prompts).run()
     assert untimed(resumed["records"]) == untimed(whole["records"])
     assert resumed["complete"]
+    spent = resumed["overhead"]
+    assert math.isclose(spent["decoding_seconds"], sum(record["seconds"] for record in resumed["records"]))
+    assert spent["share"] == spent["other_seconds"] / spent["decoding_seconds"]
+    assert spent["other_seconds"] > partial["overhead"]["other_seconds"] > 0
 
 
 @pytest.mark.parametrize(
@@ -857,7 +926,7 @@ def test_sigterm_leaves_a_partial_report(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--prompts", "nothing.jsonl"], "which is no file; pass a JSONL file, or one of built-in, gsm8k"),
+        (["--prompts", "nothing.jsonl"], "which is no file; pass a JSONL file, the org/name of a dataset, or one of"),
         (["--thinking", "maybe"], "--thinking is 'maybe'; it must be on or off"),
         (["--thinking", "on"], "no meaning with --no-chat-template"),
         (["--chat-template"], "has no chat template"),
