@@ -27,6 +27,10 @@ class BytesRead:
     per_slot: float
     per_drafted: float = 0.0
 
+    def of(self, slots: float, rows: int = 1) -> float:
+        """Return the bytes of a step after `slots` slots in each row."""
+        return self.fixed + self.per_slot * slots * rows
+
     def __add__(self, other: "BytesRead") -> "BytesRead":
         drafted = self.per_drafted + other.per_drafted
         return BytesRead(self.fixed + other.fixed, self.per_slot + other.per_slot, drafted)
