@@ -25,6 +25,8 @@ from .shared import console
 if TYPE_CHECKING:
     from ..evaluation.run import Progress as EvaluationProgress
 
+PLAIN = "plain"
+
 
 @contextmanager
 def watching() -> Iterator[Callable[["EvaluationProgress"], None]]:
@@ -75,16 +77,26 @@ def results_table(report: dict[str, Any]) -> Table:
     table.add_column("way", overflow="fold", min_width=13)
     for name in ("tokens/s", "times plain", "a cycle", "identical", "slower", "floor"):
         table.add_column(name, justify="right", no_wrap=True)
-    for result in report["results"]:
-        table.add_row(escape(short_name(report["ways"][result["way"]])), *cells(result))
+    conditions = [condition_of(report, way) for way in report["ways"]]
+    for index, result in enumerate(report["results"]):
+        condition = conditions[result["way"]]
+        is_first = index == 0 or condition != conditions[report["results"][index - 1]["way"]]
+        if is_first and len(set(conditions)) > 1:
+            table.add_row(f"[bold]{escape(condition or 'greedy, one row')}[/bold]")
+        table.add_row(escape(short_name(report["ways"][result["way"]], condition)), *cells(result))
     return table
 
 
-def short_name(way: dict[str, Any]) -> str:
-    """Return the name of a way, with only the last two folders of a long path."""
-    draft = way["draft"] or ""
+def condition_of(report: dict[str, Any], way: dict[str, Any]) -> str:
+    """Return the condition of a way in words, which its plain way's name has; empty for the usual one."""
+    return report["ways"][way["baseline"]]["name"].removeprefix(PLAIN).removeprefix(", ")
+
+
+def short_name(way: dict[str, Any], condition: str) -> str:
+    """Return the name of a way without its condition, and with only the last two folders of a long path."""
+    draft, name = way["draft"] or "", way["name"].removesuffix(f", {condition}")
     parts = Path(draft).parts
-    return way["name"].replace(draft, "/".join(parts[-2:])) if len(parts) > 2 else way["name"]
+    return name.replace(draft, "/".join(parts[-2:])) if len(parts) > 2 else name
 
 
 def cells(result: dict[str, Any]) -> list[str]:

@@ -68,10 +68,9 @@ def remark_on(ways: Sequence[dict[str, Any]], result: dict[str, Any]) -> str | N
     if result["speedup"] is None and result["errors"]:
         return f"{name} failed: see the errors of its records."
     if ways[result["way"]]["draft"] and length is not None and length < LITTLE:
-        return (
-            f"{name} guesses hardly anything: {length:.2f} tokens per cycle, of which one is the target's own. Was it "
-            "made for this target?"
-        )
+        words = f"{name} guesses hardly anything: {length:.2f} tokens per cycle, of which one is the target's own."
+        is_sampled = ways[result["way"]]["temperature"] > 0  # which any draft finds harder to guess
+        return words if is_sampled else f"{words} Was it made for this target?"
     return None
 
 

@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 from dflash_hub import DecodeStatistics, DFlashDraftModel, cli, load_draft
 from dflash_hub.commands import eval as command
 from dflash_hub.commands.eval_models import Choice, Loader, against_of
+from dflash_hub.commands.eval_table import condition_of, short_name
 from dflash_hub.commands.shared import console
 from dflash_hub.evaluation import divergence, profile, results
 from dflash_hub.evaluation.card import with_section
@@ -396,7 +397,8 @@ PLAIN_FIRST = [{"name": "plain", "method": "plain", "draft": None, "baseline": 0
 def test_the_fastest_way_that_is_exact_is_recommended_if_it_is_faster_for_sure(speedups, bugs, way, words):
     ways, found = list(PLAIN_FIRST), [{"way": 0}]
     for index, (speedup, bug) in enumerate(zip(speedups, bugs, strict=True), start=1):
-        ways.append({"name": "ab"[index - 1], "method": "dflash", "draft": "ab"[index - 1], "baseline": 0})
+        name = "ab"[index - 1]
+        ways.append({"name": name, "method": "dflash", "draft": name, "baseline": 0, "temperature": 0.0})
         figures = speedup and dict(zip(("pooled", "low", "high"), speedup, strict=True))
         result = {"way": index, "speedup": figures, "verdicts": {"bug": bug} if bug else {}, "errors": not figures}
         found.append(result | {"acceptance_length": 3.0, "slower_than_plain": []})
@@ -807,6 +809,15 @@ def update_card(tmp_path):
     (tmp_path / "draft" / "README.md").write_text("# A draft\n\nMade by me.\n")
     words = ("eval", "--target", str(TINY / "target"), "--draft", str(tmp_path / "draft"), "--limit", "2")
     return (*words, "--max-new-tokens", "8", "--update-card", "--output-dir", str(tmp_path / "report"))
+
+
+def test_the_table_names_a_condition_once_and_shortens_folders():
+    ways = [("plain", None, 0), ("/a/b/c/d, block 4", "/a/b/c/d", 0), ("plain, batches of 2", None, 2)]
+    ways = [{"name": name, "draft": draft, "baseline": baseline} for name, draft, baseline in ways]
+    ways.append({"name": "org/draft, batches of 2", "draft": "org/draft", "baseline": 2})
+    names = [short_name(way, condition_of({"ways": ways}, way)) for way in ways]
+    assert names == ["plain", "c/d, block 4", "plain", "org/draft"]
+    assert condition_of({"ways": ways}, ways[3]) == "batches of 2"
 
 
 def test_the_figures_get_into_the_card_of_a_draft_in_a_folder(tmp_path, update_card):
