@@ -94,9 +94,16 @@ def condition_of(report: dict[str, Any], way: dict[str, Any]) -> str:
 
 def short_name(way: dict[str, Any], condition: str) -> str:
     """Return the name of a way without its condition, and with only the last two folders of a long path."""
-    draft, name = way["draft"] or "", way["name"].removesuffix(f", {condition}")
-    parts = Path(draft).parts
-    return name.replace(draft, "/".join(parts[-2:])) if len(parts) > 2 else name
+    return shortened(way["name"].removesuffix(f", {condition}"))
+
+
+def shortened(name: str) -> str:
+    """Return the name of a way with only the last two folders of a long path."""
+    parts = []
+    for part in name.split(", "):
+        folders = Path(part).parts
+        parts.append("/".join(folders[-2:]) if len(folders) > 2 else part)
+    return ", ".join(parts)
 
 
 def cells(result: dict[str, Any]) -> list[str]:
@@ -133,16 +140,16 @@ def differing(report: dict[str, Any]) -> Iterator[str]:
 
 def show_differences(found: Sequence[dict[str, Any]], unlike: Sequence[str]) -> None:
     """Print how two reports differ."""
-    table = Table(box=None, padding=(0, 2))
+    table = Table(box=None, pad_edge=False, padding=(0, 1))
     for name in ("first", "second"):
-        table.add_column(name)
-    for name in ("prompts", "speed, times the first", "tokens/cycle, more", "same texts"):
+        table.add_column(name, overflow="fold", min_width=10)
+    for name in ("prompts", "times as fast", "tokens/cycle more", "same"):
         table.add_column(name, justify="right", no_wrap=True)
     for entry in found:
         length = entry["acceptance_length"]
         table.add_row(
-            escape(entry["first"]),
-            escape(entry["second"]),
+            escape(shortened(entry["first"])),
+            escape(shortened(entry["second"])),
             str(entry["prompts"]),
             with_interval(entry["speed"], "pooled"),
             with_interval(length, "difference") if length else "-",
