@@ -47,8 +47,9 @@ def profile_of(
     means = [one["mean_acceptance_length"] for one in words if one["num_spec_steps"]]
     if not means:
         return None
-    way, counts, rates = report["ways"][index], accepted_counts(records), by_position(records)
+    way, rates = report["ways"][index], by_position(records)
     mean, drafted = mean_length(records), len(rates["marginal"])
+    counts = accepted_counts(records)
     histogram = {str(accepted + 1): count for accepted, count in enumerate(counts) if count}
     target = checkpoint(report["settings"]["target"], report["settings"]["target_revision"])
     return {

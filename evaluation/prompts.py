@@ -156,7 +156,8 @@ def load_prompts(name: str, limit: int | None = None) -> PromptSet:
         ValueError: there is no such set or category, a line of the file is no prompt, or two prompts have the same id.
         OSError: the dataset could not be loaded.
     """
-    benchmark, _, chosen = name.partition(":")
+    benchmark = name.partition(":")[0]
+    chosen = name.partition(":")[2]
     if name == BUILT_IN:
         own = tuple(read_file(BUILT_IN_FILE))
         found = PromptSet(name, "Apache-2.0", "evaluation/prompts.jsonl", own, "en")
@@ -283,8 +284,8 @@ def _of_benchmark(name: str, benchmark: Benchmark, categories: str) -> PromptSet
             category = str(row.get(benchmark.category_column) or "all")
         named = row.get(benchmark.id_column or "")
         text = benchmark.question.format(_text(row, benchmark))
-        number_name = name.partition(":")[0].rpartition("/")[2]
-        prompts.append(Prompt(str(named or f"{number_name}-{number}"), category, text))
+        stem = name.partition(":")[0].rpartition("/")[2]
+        prompts.append(Prompt(str(named or f"{stem}-{number}"), category, text))
     prompts = _of_categories(prompts, categories, name)
     _check_whole(name, prompts)
     address = f"https://huggingface.co/datasets/{benchmark.repository}"
@@ -298,7 +299,9 @@ def _of_categories(prompts: list[Prompt], chosen: str, name: str) -> list[Prompt
         ValueError: there is no such category; with those that there are.
     """
     known = list(dict.fromkeys(prompt.category for prompt in prompts))
-    wanted = [word.strip() for word in chosen.split(",")] if chosen else known
+    wanted = known
+    if chosen:
+        wanted = [word.strip() for word in chosen.split(",")]
     for category in wanted:
         if category not in known:
             raise ValueError(
@@ -312,8 +315,10 @@ def _of_hub(repository: str, config: str | None) -> Benchmark:
     from huggingface_hub import HfApi
 
     with explained(f"The dataset {repository} could not be read", _CONNECTION):
-        card = HfApi().dataset_info(repository).card_data or {}
-    stated = {name: _listed(card.get(name)) for name in ("license", "language")}
+        card = HfApi().dataset_info(repository).card_data
+    stated = {}
+    for name in ("license", "language"):
+        stated[name] = _listed(card.get(name) if card else None)
     return Benchmark(
         *(repository, "", "prompt", stated["license"]),
         config=config,

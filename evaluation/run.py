@@ -230,10 +230,10 @@ class Evaluation:
         records = []
         started = time.perf_counter()
         decoded = attempted(run, len(batch.members))
-        seconds = [found.get("seconds") for found in decoded]
-        if None in seconds:  # it failed
-            seconds = [time.perf_counter() - started]
-        self.report.head["overhead"]["decoding_seconds"] += sum(seconds)
+        spent = time.perf_counter() - started
+        if not decoded[0].get("error"):
+            spent = sum(found["seconds"] for found in decoded)
+        self.report.head["overhead"]["decoding_seconds"] += spent
         for member, found in zip(batch.members, decoded, strict=True):
             place = {"prompt": self.prompts[member].id, "way": index, "repeat": batch.repeat}
             record = {**place, "batch": batch.number, **EMPTY, **found}
