@@ -154,6 +154,7 @@ def run(
         template: whether to apply the chat template, and whether to think; None to leave it to the target.
         counts: further fields of `Settings`.
     """
+    from ..compat_dflash import attention_name
     from ..evaluation.encoding import Encoding
     from ..evaluation.prompts import load_prompts
     from ..evaluation.run import Evaluation, Settings
@@ -179,6 +180,7 @@ def run(
             thinking=template[1],
             dtype=str(models.target.dtype).removeprefix("torch."),
             device=str(models.target.device),
+            attention=attention_name(models.target.config),
             capture=choice.capture,
             warm_up=3 if choice.capture == "compile" else 1,
             command=" ".join(["dflash-hub", *sys.argv[1:]]),

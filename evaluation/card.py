@@ -18,8 +18,12 @@ def check_folders(drafts: list[str]) -> None:
     """Refuse drafts whose card is not in a folder.
 
     Raises:
-        ValueError: naming the first.
+        ValueError: naming the first; or none is named, so that the known draft of the Hub would be taken.
     """
+    if not drafts:
+        raise ValueError(
+            f"--update-card writes into {FILE} of a draft's folder. Pass the folder as --draft."
+        )
     for draft in drafts:
         if not (Path(draft) / FILE).is_file():
             raise ValueError(

@@ -66,6 +66,7 @@ class Settings:
         target: name of the target.
         prompts: name or file of the prompts.
         seed: of the noise, where text is sampled.
+        attention: of the target, by the name that transformers has for it.
         limit: how many of the prompts were taken; None for all.
         repeats: how often each prompt is decoded in each way.
         warm_up: decodes in each way before the first that counts; short, unless blocks are compiled.
@@ -83,6 +84,7 @@ class Settings:
     thinking: bool | None = None
     dtype: str = "float32"
     device: str = "cpu"
+    attention: str = ""
     capture: str = "auto"
     repeats: int = 1
     warm_up: int = 1
@@ -451,6 +453,8 @@ def environment(target: Any) -> dict[str, Any]:
         "transformers": transformers.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cuda": torch.version.cuda,
         "hardware": hardware(target.device),
         "threads": torch.get_num_threads(),
         "bandwidth_gb_s": None,

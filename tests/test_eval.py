@@ -848,6 +848,8 @@ def test_the_figures_get_into_the_card_of_a_draft_in_a_folder(tmp_path, update_c
     card.unlink()
     with pytest.raises(ValueError, match="there is none in"):
         run(*update_card)
+    with pytest.raises(ValueError, match="Pass the folder as --draft"):
+        run(*(update_card[:3] + update_card[5:]))
 
 
 def test_a_new_card_of_a_draft_has_its_figures_in_place_of_the_words_that_there_are_none(tmp_path):
