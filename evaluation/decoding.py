@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import CompileConfig, GenerationConfig
+from transformers import CompileConfig
 
 from ..generation_dflash import DecodeStatistics, now
 from .compare import stop_token_ids, without_penalties
@@ -242,10 +242,9 @@ def static_cache(models: Models, way: Way, job: Job) -> dict[str, Any]:
     transformers compiles it on a GPU by itself; on a CPU only with `capture="compile"`. A block may reach beyond the
     text's end.
     """
+    longest = max(job.longest, job.width + job.max_new_tokens)
     options: dict[str, Any] = {"cache_implementation": "static"}
-    if hasattr(GenerationConfig(), "max_cache_len"):  # transformers 5.24
-        longest = max(job.longest, job.width + job.max_new_tokens)
-        options["max_cache_len"] = longest + (way.drafting.block_size or 0)
+    options["max_cache_len"] = longest + (way.drafting.block_size or 0)
     if models.capture == "compile":
         options["compile_config"] = CompileConfig()
         options["compile_config"]._compile_all_devices = True
