@@ -437,13 +437,23 @@ def changed_verify(monkeypatch, change):
     monkeypatch.setattr(Target, "verify", changed)
 
 
-def test_a_cache_whose_slots_are_wrong_is_called_a_bug(models, tmp_path, monkeypatch):
-    evaluation(models, tmp_path / "checked").run()  # the self-check passes, once
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cache_whose_slots_are_wrong_is_called_a_bug(models, tokenizer, tmp_path, monkeypatch, dtype):
+    """In bfloat16, where rounding changes texts too, since they differ in float32 as well."""
+    tested = models
+    if dtype == torch.bfloat16:
+        target = AutoModelForCausalLM.from_pretrained(TINY / "target", dtype=dtype)
+        draft = DFlashDraftModel.from_pretrained(TINY / "draft", dtype=dtype)
+        tested = Models(target, tokenizer, {("draft", 8): draft})
+    for number, checked in enumerate((models, tested)):
+        evaluation(checked, tmp_path / f"checked{number}").run()  # the self-check passes, once
     changed_verify(monkeypatch, lambda target, verify, slots: verify(slots - 3))
-    report = evaluation(models, tmp_path, max_new_tokens=20).run()
+    broken = evaluation(tested, tmp_path, max_new_tokens=20)
+    broken.in_float32 = lambda: models
+    report = broken.run()
     drafted = report["results"][1]
     assert drafted["verdicts"] == {"bug": 2}
-    assert report["records"][1]["divergence"]["margin"] > 0.01
+    assert report["records"][1]["divergence"]["float32"] == "differs"
     assert report["recommendation"]["way"] == 0
     assert "Do not use draft: 2 of its texts differ" in report["recommendation"]["words"]
     assert command.has_failed(report)
