@@ -62,7 +62,11 @@ import .dflash
 logger = logging.get_logger(__name__)
 
 PLACEHOLDER = "your-name/your-draft"
-_PLAIN_CARD = f"---\nlibrary_name: transformers\n---\n# {PLACEHOLDER}\n\nA DFlash draft model.\n"
+LIBRARY = "dflash-hub"
+"""A draft's library on the Hub, which has no code to show for it."""
+_SHOWS_CODE = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+"""Metadata for which the Hub shows code that loads or serves a draft as a model of its own, which fails."""
+_PLAIN_CARD = f"---\nlibrary_name: {LIBRARY}\n---\n# {PLACEHOLDER}\n\nA DFlash draft model.\n"
 LAYOUT_BRANCHES: dict[str, str | None] = {"hub": None, "engines": "engines"}
 """The branch to which each layout is pushed; None is main."""
 _STAGED, _LOCK = "dflash-hub-push-", "lock"
@@ -269,6 +273,7 @@ class RepositoryMixin:
         if existing is None and repo_id is not None:
             old_name = self.card_source[0] if self.card_source else PLACEHOLDER
             card.text = card.text.replace(str(old_name), repo_id).replace(PLACEHOLDER, repo_id)
+        correct_metadata(card, self.card_metadata)
         for key, value in self.card_metadata.items():
             card.data[key] = value
         card.data["tags"] = list(dict.fromkeys([*(card.data.get("tags") or ()), *(tags or ())]))
@@ -288,6 +293,29 @@ class RepositoryMixin:
             return None if found is None else read_card(found, str(found))
         except (OSError, ValueError):
             return None
+
+
+def correct_metadata(card: ModelCard, chosen: dict[str, Any]) -> None:
+    """Replace metadata of a card for which the Hub shows code that fails for a draft.
+
+    Args:
+        chosen: metadata of the owner's choice, whose names stay.
+    """
+    replaced = []
+    for name, value in _SHOWS_CODE.items():
+        if card.data.get(name) == value and name not in chosen:
+            card.data[name] = LIBRARY if name == "library_name" else None
+            replaced.append(f"{name}: {value}")
+    tags = card.data.get("tags")
+    if isinstance(tags, list) and "tags" not in chosen:
+        shows = [tag for tag in tags if tag in _SHOWS_CODE.values()]
+        card.data["tags"] = [tag for tag in tags if tag not in shows]
+        replaced += [f"the tag {tag}" for tag in shows]
+    if replaced:
+        logger.warning(
+            f"The card had {', '.join(replaced)}. The Hub would show code that loads a draft as a model of its own, "
+            f"which fails. It has library_name: {LIBRARY} instead; set card_metadata to choose."
+        )
 
 
 @contextmanager

@@ -4,13 +4,16 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .eval_models import Choice, Loader, against_of
 from .eval_table import show_differences, show_results, watching
 from .shared import Capture, Device, Dtype, NewTokens, console, tidy_when_terminated
+
+if TYPE_CHECKING:
+    from ..evaluation.scores import Score
 
 
 def evaluate(
@@ -53,7 +56,8 @@ def evaluate(
     against: Annotated[
         str,
         typer.Option(
-            help="Other methods, with commas: transformers, prompt-lookup, or the Hub id of an assistant."
+            help="Other methods, with commas: plain-static, transformers, transformers-static, prompt-lookup, "
+            "or the Hub id of an assistant."
         ),
     ] = "",
     chat_template: Annotated[
@@ -77,6 +81,14 @@ def evaluate(
             "--update-card", help="Write the figures into the cards of drafts in folders."
         ),
     ] = False,
+    eval_results: Annotated[
+        tuple[str, str, str] | None,
+        typer.Option(
+            metavar="DATASET TASK FIGURE",
+            help="With --update-card: write acceptance_length, speedup or tokens_per_second as the score of this "
+            "benchmark of the Hub into .eval_results. It must rank that.",
+        ),
+    ] = None,
     pngs: Annotated[
         bool,
         typer.Option("--pngs", help="Draw the charts as PNG files too (needs dflash-hub[plots])."),
@@ -110,6 +122,7 @@ def evaluate(
         from ..evaluation.card import check_folders
 
         check_folders(choice.drafts)
+    score = score_of(eval_results, prompts, update_card)
     report = run(choice, conditions, prompts, encoding, output_dir, counts)
     if pngs:
         from ..evaluation.pngs import write_pngs
@@ -121,6 +134,7 @@ def evaluate(
 
         for path in update_cards(report):
             console.print(f"Card: {path}", soft_wrap=True, highlight=False)
+        write_score(report, score)
     if has_failed(report):
         raise typer.Exit(1)
 
@@ -140,6 +154,7 @@ def run(
         template: whether to apply the chat template, and whether to think; None to leave it to the target.
         counts: further fields of `Settings`.
     """
+    from ..compat_dflash import attention_name
     from ..evaluation.encoding import Encoding
     from ..evaluation.prompts import load_prompts
     from ..evaluation.run import Evaluation, Settings
@@ -165,6 +180,7 @@ def run(
             thinking=template[1],
             dtype=str(models.target.dtype).removeprefix("torch."),
             device=str(models.target.device),
+            attention=attention_name(models.target.config),
             capture=choice.capture,
             warm_up=3 if choice.capture == "compile" else 1,
             command=" ".join(["dflash-hub", *sys.argv[1:]]),
@@ -189,14 +205,47 @@ def run(
     return report
 
 
-def has_failed(report: dict[str, Any]) -> bool:
-    """Return whether a text differs by a bug, or a way failed with every prompt."""
-    from ..evaluation.divergence import BUG
+def score_of(words: tuple[str, str, str] | None, prompts: str, update_card: bool) -> "Score | None":
+    """Return what `--eval-results` names.
 
-    return any(
-        result["verdicts"].get(BUG) or result["tokens_per_second"] is None
-        for result in report["results"]
-    )
+    Raises:
+        ValueError: it would be a false score, or `--update-card` is missing.
+    """
+    from ..evaluation.scores import Score
+
+    if words is None:
+        return None
+    if not update_card:
+        raise ValueError("--eval-results goes with --update-card; add that.")
+    score = Score(*words)
+    score.check(prompts)
+    return score
+
+
+def write_score(report: dict[str, Any], score: "Score | None") -> None:
+    """Write the score beside the cards, or say why there is none."""
+    from ..evaluation.scores import NOTHING_WRITTEN, write_scores
+
+    if score is None:
+        console.print(NOTHING_WRITTEN, soft_wrap=True, highlight=False)
+        return
+    for path in write_scores(report, score):
+        console.print(f"Score: {path}", soft_wrap=True, highlight=False)
+
+
+def has_failed(report: dict[str, Any]) -> bool:
+    """Return whether a text differs by a bug, or plain decoding or a draft failed with every prompt.
+
+    What another method cannot do on this machine is a row that says so.
+    """
+    from ..evaluation.divergence import BUG
+    from ..evaluation.ways import DFLASH, PLAIN
+
+    for result in report["results"]:
+        is_ours = report["ways"][result["way"]]["method"] in (PLAIN, DFLASH)
+        if result["verdicts"].get(BUG) or (is_ours and result["tokens_per_second"] is None):
+            return True
+    return False
 
 
 def thinking_of(word: str | None) -> bool | None:

@@ -4,7 +4,7 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from ..evaluation.decoding import Models
     from ..evaluation.ways import Condition, Drafting
 
+METHODS = ("plain-static", "transformers", "transformers-static", "prompt-lookup")
+"""What `--against` takes besides assistants."""
 SPARE = 1.25
 """Memory for float32 decoding, as a multiple of its weights."""
 
@@ -56,9 +58,10 @@ class Choice:
         for name, values in (("--draft", self.drafts), ("--block-size", self.block_sizes)):
             if len(set(values)) < len(values):
                 raise ValueError(f"{name} is given twice with the same value.")
-        if self.against and any(condition.batch_size > 1 for condition in conditions):
+        single = [word for word in self.against if word != "plain-static"]
+        if single and any(condition.batch_size > 1 for condition in conditions):
             raise ValueError(
-                f"--against {','.join(self.against)} decodes one row at a time in transformers; leave out "
+                f"--against {','.join(single)} decodes one row at a time in transformers; leave out "
                 "--batch-size or --against."
             )
 
@@ -71,10 +74,9 @@ def against_of(words: str) -> list[str]:
     """
     found = [word.strip() for word in words.split(",") if word.strip()]
     for word in found:
-        is_named = word in ("transformers", "prompt-lookup")
-        if not is_named and "/" not in word and not Path(word).is_dir():
+        if word not in METHODS and "/" not in word and not Path(word).is_dir():
             raise ValueError(
-                f"--against has {word!r}; it takes transformers, prompt-lookup, or an assistant's ORG/NAME or folder."
+                f"--against has {word!r}; it takes {', '.join(METHODS)}, or an assistant's ORG/NAME or folder."
             )
     return list(dict.fromkeys(found))
 
@@ -123,7 +125,7 @@ class Loader:
                 draft = self._draft(name, size, target.dtype)
                 models.drafts[name, draft.config.block_size] = draft
         for word in self.choice.against:
-            if word not in ("transformers", "prompt-lookup"):
+            if word not in METHODS:
                 assistant = load_target(word, dtype).to(self.device).eval()
                 models.assistants[word] = assistant
         loaded = [target, *models.drafts.values(), *models.assistants.values()]
@@ -168,25 +170,46 @@ class Loader:
 
     def draftings(self, models: "Models") -> list["Drafting"]:
         """Return what proposes tokens: each draft with each block size, and then the other methods."""
-        from ..evaluation.ways import ASSISTANT, DFLASH, LOOKUP, TRANSFORMERS, Drafting
+        from ..evaluation.ways import DFLASH, Drafting
 
         ours = []
         for (name, size), draft in models.drafts.items():
             is_varied = len(self.choice.block_sizes) > 1
             kind = draft.config.model_type
-            ours.append(Drafting(DFLASH, name, self.revision(draft), kind, size, is_varied))
+            about = (self.revision(draft), kind, size, is_varied)
+            taps = tuple(draft.config.target_layer_ids)
+            ours.append(Drafting(DFLASH, name, *about, taps))
         found = list(ours)
         for word in self.choice.against:
-            if word == "transformers":
-                for one in ours:
-                    values = (one.draft, one.revision, one.kind, one.block_size, one.is_varied)
-                    found.append(Drafting(TRANSFORMERS, *values))
-            elif word == "prompt-lookup":
-                found.append(Drafting(LOOKUP))
-            else:
-                revision = self.revision(models.assistants[word])
-                found.append(Drafting(ASSISTANT, word, revision))
-        return found
+            found += self._others(word, ours, models)
+        return list(dict.fromkeys(found))
+
+    def _others(self, word: str, ours: Sequence["Drafting"], models: "Models") -> list["Drafting"]:
+        """Return what a word of `--against` stands for.
+
+        Transformers compiles its loop where the cache is static, on a GPU. So there `transformers` is both loops.
+        """
+        from ..evaluation.ways import (
+            ASSISTANT,
+            LOOKUP,
+            PLAIN_STATIC,
+            TRANSFORMERS,
+            TRANSFORMERS_STATIC,
+            Drafting,
+        )
+
+        if word == "plain-static":
+            return [Drafting(PLAIN_STATIC)]
+        if word == "prompt-lookup":
+            return [Drafting(LOOKUP)]
+        if word == "transformers-static":
+            return [replace(one, method=TRANSFORMERS_STATIC) for one in ours]
+        if word == "transformers":
+            methods = [TRANSFORMERS]
+            if models.target.device.type == "cuda":
+                methods.append(TRANSFORMERS_STATIC)
+            return [replace(one, method=method) for method in methods for one in ours]
+        return [Drafting(ASSISTANT, word, self.revision(models.assistants[word]))]
 
     def revision(self, model: Any) -> str | None:
         """Return the commit of a model of the Hub; None for one of a folder."""

@@ -25,6 +25,8 @@ from .shared import console
 if TYPE_CHECKING:
     from ..evaluation.run import Progress as EvaluationProgress
 
+PLAIN = "plain"
+
 
 @contextmanager
 def watching() -> Iterator[Callable[["EvaluationProgress"], None]]:
@@ -75,9 +77,33 @@ def results_table(report: dict[str, Any]) -> Table:
     table.add_column("way", overflow="fold", min_width=13)
     for name in ("tokens/s", "times plain", "a cycle", "identical", "slower", "floor"):
         table.add_column(name, justify="right", no_wrap=True)
-    for result in report["results"]:
-        table.add_row(escape(report["ways"][result["way"]]["name"]), *cells(result))
+    conditions = [condition_of(report, way) for way in report["ways"]]
+    for index, result in enumerate(report["results"]):
+        condition = conditions[result["way"]]
+        is_first = index == 0 or condition != conditions[report["results"][index - 1]["way"]]
+        if is_first and len(set(conditions)) > 1:
+            table.add_row(f"[bold]{escape(condition or 'greedy, one row')}[/bold]")
+        table.add_row(escape(short_name(report["ways"][result["way"]], condition)), *cells(result))
     return table
+
+
+def condition_of(report: dict[str, Any], way: dict[str, Any]) -> str:
+    """Return the condition of a way in words, which its plain way's name has; empty for the usual one."""
+    return report["ways"][way["baseline"]]["name"].removeprefix(PLAIN).removeprefix(", ")
+
+
+def short_name(way: dict[str, Any], condition: str) -> str:
+    """Return the name of a way without its condition, and with only the last two folders of a long path."""
+    return shortened(way["name"].removesuffix(f", {condition}"))
+
+
+def shortened(name: str) -> str:
+    """Return the name of a way with only the last two folders of a long path."""
+    parts = []
+    for part in name.split(", "):
+        folders = Path(part).parts
+        parts.append("/".join(folders[-2:]) if len(folders) > 2 else part)
+    return ", ".join(parts)
 
 
 def cells(result: dict[str, Any]) -> list[str]:
@@ -114,16 +140,16 @@ def differing(report: dict[str, Any]) -> Iterator[str]:
 
 def show_differences(found: Sequence[dict[str, Any]], unlike: Sequence[str]) -> None:
     """Print how two reports differ."""
-    table = Table(box=None, padding=(0, 2))
+    table = Table(box=None, pad_edge=False, padding=(0, 1))
     for name in ("first", "second"):
-        table.add_column(name)
-    for name in ("prompts", "speed, times the first", "tokens/cycle, more", "same texts"):
+        table.add_column(name, overflow="fold", min_width=10)
+    for name in ("prompts", "times as fast", "tokens/cycle more", "same"):
         table.add_column(name, justify="right", no_wrap=True)
     for entry in found:
         length = entry["acceptance_length"]
         table.add_row(
-            escape(entry["first"]),
-            escape(entry["second"]),
+            escape(shortened(entry["first"])),
+            escape(shortened(entry["second"])),
             str(entry["prompts"]),
             with_interval(entry["speed"], "pooled"),
             with_interval(length, "difference") if length else "-",

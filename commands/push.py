@@ -24,6 +24,13 @@ def push(
     license: Annotated[
         str | None, typer.Option(help="License, such as apache-2.0, for the card.")
     ] = None,
+    language: Annotated[
+        list[str] | None,
+        typer.Option(help="Language that the draft was made for, such as en; may be repeated."),
+    ] = None,
+    thinking: Annotated[
+        str | None, typer.Option(help="Mode that the draft was made for: on, off or both.")
+    ] = None,
     private: Annotated[bool, typer.Option(help="Create the repository as private.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, list the files, push nothing.")
@@ -37,7 +44,8 @@ def push(
     from ..publishing import Published, PublishOptions, plan, publish
 
     logging.disable_progress_bar()
-    metadata = {"base_model": base_model, "license": license}
+    metadata = {"base_model": base_model, "license": license, "language": language}
+    metadata["thinking"] = thinking
     card = {key: value for key, value in metadata.items() if value}
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with tidy_when_terminated(), Progress(*columns, console=console) as progress:

@@ -18,8 +18,12 @@ def check_folders(drafts: list[str]) -> None:
     """Refuse drafts whose card is not in a folder.
 
     Raises:
-        ValueError: naming the first.
+        ValueError: naming the first; or none is named, so that the known draft of the Hub would be taken.
     """
+    if not drafts:
+        raise ValueError(
+            f"--update-card writes into {FILE} of a draft's folder. Pass the folder as --draft."
+        )
     for draft in drafts:
         if not (Path(draft) / FILE).is_file():
             raise ValueError(
@@ -62,24 +66,34 @@ def with_section(card: str, text: str) -> str:
 
 def section(report: dict[str, Any], draft: str) -> str:
     """Return the figures of one draft, with everything that they depend on."""
-    settings, environment = report["settings"], report["environment"]
-    prompts = report["prompt_set"]
+    settings, prompts = report["settings"], report["prompt_set"]
+    ways = [way for way in report["ways"] if way["method"] == DFLASH and way["draft"] == draft]
+    taps = ", ".join(map(str, ways[0]["taps"]))
     lines = [
         "## Measured",
         "",
-        f"With `{Path(settings['target']).name}` in {settings['dtype']}, on {environment['hardware']}, "
-        f"{environment['date'][:10]}: {prompts['count']} prompts of {prompts['name']} (license: {prompts['license']}), "
-        f"up to {settings['max_new_tokens']} new tokens{template_words(settings)}. dflash-hub "
-        f"{environment['dflash_hub']}, transformers {environment['transformers']}, torch {environment['torch']}.",
+        f"{measured_on(report)}: {prompts['count']} prompts of {prompts['name']} (license: {prompts['license']}; "
+        f"language: {prompts['language']}), up to {settings['max_new_tokens']} new tokens{template_words(settings)}. "
+        f"The draft taps the layers {taps}. Other texts, modes, languages and machines give other figures.",
         "",
         "| block | temperature | batch | context | times as fast as plain [95 %] | tokens per cycle | identical |",
         "|---|---|---|---|---|---|---|",
     ]
     for result in report["results"]:
         way = report["ways"][result["way"]]
-        if way["method"] == DFLASH and way["draft"] == draft and result["speedup"]:
+        if way in ways and result["speedup"]:
             lines.append(row(way, result))
     return "\n".join(lines)
+
+
+def measured_on(report: dict[str, Any]) -> str:
+    """Return the target, the machine, the day and the versions, in words."""
+    settings, environment = report["settings"], report["environment"]
+    return (
+        f"With `{Path(settings['target']).name}` in {settings['dtype']}, on {environment['hardware']}, "
+        f"{environment['date'][:10]}, with dflash-hub {environment['dflash_hub']}, transformers "
+        f"{environment['transformers']} and torch {environment['torch']}"
+    )
 
 
 def row(way: dict[str, Any], result: dict[str, Any]) -> str:
@@ -102,5 +116,5 @@ def template_words(settings: dict[str, Any]) -> str:
     if not settings["chat_template"]:
         return ", without a chat template"
     if settings["thinking"] is None:
-        return ", with the chat template"
+        return ", with the chat template and its own mode of thinking"
     return f", with the chat template, thinking {'on' if settings['thinking'] else 'off'}"

@@ -8,12 +8,26 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from transformers import CompileConfig
 
 from ..generation_dflash import DecodeStatistics, now
 from .compare import stop_token_ids, without_penalties
-from .ways import ASSISTANT, DFLASH, LOOKUP, LOOKUP_TOKENS, PLAIN, TRANSFORMERS, Drafting, Way
+from .ways import (
+    ASSISTANT,
+    DFLASH,
+    LOOKUP,
+    LOOKUP_TOKENS,
+    STATIC,
+    TRANSFORMERS,
+    TRANSFORMERS_STATIC,
+    UNDRAFTED,
+    Drafting,
+    Way,
+)
 
 Record = dict[str, Any]
+UNKNOWN_CYCLES = {"committed": None, "drafted": None, "speculative_decoding": None}
+"""The fields of a record whose cycles are not known."""
 LONGEST_ERROR = 2000
 """Characters of an error in a record."""
 
@@ -50,11 +64,18 @@ class Job:
         rows: the token ids of each prompt.
         max_new_tokens: for each of them.
         seed: of the noise, where text is sampled.
+        longest: tokens of the longest text of the evaluation, prompt included, for caches of fixed size.
     """
 
     rows: tuple[tuple[int, ...], ...]
     max_new_tokens: int
     seed: int = 0
+    longest: int = 0
+
+    @property
+    def width(self) -> int:
+        """Tokens of the longest prompt."""
+        return max(map(len, self.rows))
 
 
 @dataclass
@@ -81,28 +102,51 @@ class CycleStatistics(DecodeStatistics):
 
 
 class ForwardWatch:
-    """Notes when the target's first forward ends; and the ids of each forward, if `with_ids`, without reading them."""
+    """Notes when the target's first forward ends; and the ids of each forward, if `with_ids`, without reading them.
+
+    Where transformers compiles the forward, hooks would break its graph, so the compiled call is watched from outside.
+    """
 
     def __init__(self, target: Any, with_ids: bool):
         self.target, self.with_ids = target, with_ids
         self.first_end: float | None = None
         self.ids: list[torch.Tensor] = []
+        self.hooks: list[Any] = []
 
     def __enter__(self) -> "ForwardWatch":
-        self.after = self.target.register_forward_hook(self._note_end)
-        self.before = None
+        self.hooks = [self.target.register_forward_hook(self._note_end)]
         if self.with_ids:
-            self.before = self.target.register_forward_pre_hook(self._note_ids, with_kwargs=True)
+            before = self.target.register_forward_pre_hook(self._note_ids, with_kwargs=True)
+            self.hooks.append(before)
+            self.target.get_compiled_call = self._compiled_call
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self.after.remove()
-        if self.before is not None:
-            self.before.remove()
+        self._remove_hooks()
+        if self.with_ids:
+            del self.target.get_compiled_call
+
+    def _remove_hooks(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def _compiled_call(self, compile_config: Any) -> Callable[..., Any]:
+        """Return the compiled forward, watched; in place of the target's own method of this name."""
+        compiled = type(self.target).get_compiled_call(self.target, compile_config)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self._remove_hooks()  # which the prefill, that is not compiled, has had
+            self._note_ids(self.target, args, kwargs)
+            output = compiled(*args, **kwargs)
+            if self.first_end is None:
+                self.first_end = now(self.target.device)
+            return output
+
+        return call
 
     def _note_end(self, module: Any, inputs: Any, output: Any) -> None:
         self.first_end = now(self.target.device)
-        self.after.remove()
+        self.hooks[0].remove()
 
     def _note_ids(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         self.ids.append(kwargs["input_ids"])
@@ -114,7 +158,9 @@ def decode(models: Models, way: Way, job: Job) -> list[Record]:
     inputs = padded(job.rows, target)
     statistics = CycleStatistics()
     options = keywords(models, way, statistics) | sampling(way.condition.temperature)
-    is_watched = way.method not in (PLAIN, DFLASH)
+    if way.method in STATIC:
+        options |= static_cache(models, way, job)
+    is_watched = way.method not in (*UNDRAFTED, DFLASH)
     reset_peak(target.device)
     torch.manual_seed(job.seed)
     watch = ForwardWatch(target, with_ids=is_watched)
@@ -127,17 +173,20 @@ def decode(models: Models, way: Way, job: Job) -> list[Record]:
     seconds = now(target.device) - started
     width = inputs["input_ids"].shape[1]
     texts = [cut(row, target) for row in output[:, width:].tolist()]
-    cycles: Sequence[list[Cycle] | None] = statistics.rows
+    cycles: list[list[Cycle] | None] = [*statistics.rows] or [[] for _ in texts]
     if is_watched:
         cycles = [followed([ids.tolist() for ids in watch.ids], width, texts[0])]
     times = time_split(way, seconds, statistics, watch.first_end, started)
     shares = {name: shared(value, len(job.rows)) for name, value in times.items()}
     peak = peak_memory(target.device)
     records = []
+    bound = most_drafted(models, way.drafting)
     for row, tokens in enumerate(texts):
         record: Record = {**shares, "new_tokens": len(tokens), "token_ids": tokens}
-        found = cycles[row] if row < len(cycles) else []
-        record |= cycle_fields(found, len(tokens), way.method)
+        if way.method in UNDRAFTED:
+            record |= UNKNOWN_CYCLES | {"drafted": [False] * len(tokens)}
+        else:
+            record |= cycle_fields(cycles[row], len(tokens), bound)
         record["peak_memory_bytes"] = peak
         records.append(record)
     return records
@@ -178,13 +227,37 @@ def keywords(models: Models, way: Way, statistics: CycleStatistics) -> dict[str,
             # Its figures are those of the draft, and not of look-ups or of pauses.
             "proposal": "chain",
         }
-    if way.method == TRANSFORMERS:
+    if way.method in (TRANSFORMERS, TRANSFORMERS_STATIC):
         return {"assistant_model": draft, "speculation_type": "dflash"}
     if way.method == ASSISTANT:
         return {"assistant_model": draft}
     if way.method == LOOKUP:
         return {"prompt_lookup_num_tokens": LOOKUP_TOKENS}
     return {}
+
+
+def static_cache(models: Models, way: Way, job: Job) -> dict[str, Any]:
+    """Return the arguments of `generate` for a cache of fixed size, the same for all prompts, so that it compiles once.
+
+    transformers compiles it on a GPU by itself; on a CPU only with `capture="compile"`. A block may reach beyond the
+    text's end.
+    """
+    longest = max(job.longest, job.width + job.max_new_tokens)
+    options: dict[str, Any] = {"cache_implementation": "static"}
+    options["max_cache_len"] = longest + (way.drafting.block_size or 0)
+    if models.capture == "compile":
+        options["compile_config"] = CompileConfig()
+        options["compile_config"]._compile_all_devices = True
+    return options
+
+
+def most_drafted(models: Models, drafting: Drafting) -> int:
+    """Return how many tokens a method drafts in a cycle at most; 0 if nothing bounds it or it drafts none."""
+    if drafting.method == LOOKUP:
+        return LOOKUP_TOKENS
+    if drafting.method in (DFLASH, TRANSFORMERS, TRANSFORMERS_STATIC):
+        return models.draft_of(drafting).config.num_drafted
+    return 0
 
 
 def sampling(temperature: float) -> dict[str, Any]:
@@ -238,11 +311,14 @@ def followed(
     return cycles if length == len(text) else None
 
 
-def cycle_fields(cycles: list[Cycle] | None, new_tokens: int, method: str) -> Record:
-    """Return what a record says of its cycles; None where it has none or they are not known."""
-    if method == PLAIN or cycles is None:
-        drafted = [False] * new_tokens if method == PLAIN else None
-        return {"committed": None, "drafted": drafted, "speculative_decoding": None}
+def cycle_fields(cycles: list[Cycle] | None, new_tokens: int, most: int) -> Record:
+    """Return what a record says of its cycles; None where they are not known.
+
+    Args:
+        most: tokens that a cycle drafts at most; 0 if that is not known.
+    """
+    if cycles is None:
+        return UNKNOWN_CYCLES
     committed = [cycle.committed for cycle in cycles]
     drafted = [False] * (new_tokens - sum(committed))  # the prefill's token
     for cycle in cycles:
@@ -250,27 +326,41 @@ def cycle_fields(cycles: list[Cycle] | None, new_tokens: int, method: str) -> Re
     return {
         "committed": committed,
         "drafted": drafted,
-        "speculative_decoding": engine_words(cycles),
+        "speculative_decoding": engine_words(cycles, most),
     }
 
 
-def engine_words(cycles: Sequence[Cycle]) -> dict[str, Any]:
-    """Return the counts in the words of serving engines."""
-    accepted, drafted = 0, 0
-    for cycle in cycles:
-        accepted += cycle.accepted
-        drafted += cycle.drafted
-    counted = Counter(cycle.accepted for cycle in cycles)
-    histogram = {str(accepted): counted[accepted] for accepted in sorted(counted)}
+def engine_words(cycles: Sequence[Cycle], most: int) -> dict[str, Any]:
+    """Return the counts as vLLM gives them for each request, with `--per-request-spec-decode-metrics detailed`.
+
+    Args:
+        most: tokens that a cycle drafts at most.
+    """
+    accepted = [cycle.accepted for cycle in cycles]
+    drafted = [cycle.drafted for cycle in cycles]
+    most = max([most, *drafted])
+    by_length = {}
+    for length in sorted(set(drafted)):
+        of_length = [cycle.accepted for cycle in cycles if cycle.drafted == length]
+        by_length[str(length)] = dense(of_length, length)
     return {
-        "mean_acceptance_length": 1 + accepted / max(len(cycles), 1),
-        "draft_acceptance_rate": accepted / max(drafted, 1),
-        "acceptance_histogram": histogram,
+        "mean_acceptance_length": 1 + sum(accepted) / max(len(cycles), 1),
+        "draft_acceptance_rate": sum(accepted) / max(sum(drafted), 1),
+        "acceptance_histogram": dense(accepted, most),
+        "acceptance_histogram_by_draft_length": by_length,
         "num_spec_steps": len(cycles),
-        "num_accepted_draft_tokens": accepted,
-        "num_draft_tokens": drafted,
-        "num_spec_tokens": max((cycle.drafted for cycle in cycles), default=0),
+        "num_accepted_draft_tokens": sum(accepted),
+        "num_draft_tokens": sum(drafted),
+        "num_spec_tokens": most,
+        "per_step_accepted": accepted,
+        "per_step_drafted": drafted,
     }
+
+
+def dense(values: Sequence[int], most: int) -> list[int]:
+    """Return how often each of 0, 1, ... `most` is among the values."""
+    counted = Counter(values)
+    return [counted[value] for value in range(most + 1)]
 
 
 def shared(value: float | None, rows: int) -> float | None:

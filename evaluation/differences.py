@@ -43,7 +43,10 @@ def unlike(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
     """Return what else differs between two reports, in words: it may be what the difference of figures is from."""
     words = []
     for part, names in {
-        "settings": ("target", "target_revision", "max_new_tokens", "dtype", "chat_template"),
+        "settings": (
+            *("target", "target_revision", "max_new_tokens", "dtype", "chat_template"),
+            *("thinking", "capture", "repeats", "seed"),
+        ),
         "environment": ("hardware", "torch", "transformers", "dflash_hub", "threads"),
         "prompt_set": ("name", "sha256"),
     }.items():

@@ -20,25 +20,32 @@ class BytesRead:
     Args:
         fixed: weights.
         per_slot: keys and values of one slot of one row.
+        per_drafted: weights of an assistant, which reads them for every token that it drafts.
     """
 
     fixed: float
     per_slot: float
+    per_drafted: float = 0.0
 
     def of(self, slots: float, rows: int = 1) -> float:
         """Return the bytes of a step after `slots` slots in each row."""
         return self.fixed + self.per_slot * slots * rows
 
     def __add__(self, other: "BytesRead") -> "BytesRead":
-        return BytesRead(self.fixed + other.fixed, self.per_slot + other.per_slot)
+        drafted = self.per_drafted + other.per_drafted
+        return BytesRead(self.fixed + other.fixed, self.per_slot + other.per_slot, drafted)
+
+
+def bytes_of_weights(model: Any) -> int:
+    """Return the bytes of the weights that a step reads. Of an embedding of its own, it reads nearly nothing."""
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    weights = sum(weight.nbytes for weight in model.parameters())
+    return weights if head is embedding else weights - embedding.nbytes
 
 
 def bytes_of_plain_step(target: Any) -> BytesRead:
-    """Return what plain decoding reads for a token. Of an embedding of its own, a step reads nearly nothing."""
-    embedding, head = target.get_input_embeddings().weight, target.get_output_embeddings().weight
-    weights = sum(weight.nbytes for weight in target.parameters())
-    if head is not embedding:
-        weights -= embedding.nbytes
+    """Return what plain decoding reads for a token."""
+    weights = bytes_of_weights(target)
     text = target.config.get_text_config(decoder=True)
     kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
     layers = len(kinds) - kinds.count("linear_attention")
@@ -50,6 +57,11 @@ def bytes_of_draft(target: Any, draft: Any) -> BytesRead:
     head = target.get_output_embeddings().weight
     weights = sum(weight.nbytes for weight in draft.parameters()) + head.nbytes
     return BytesRead(weights, draft.config.num_hidden_layers * bytes_per_layer(target))
+
+
+def bytes_of_assistant(assistant: Any) -> BytesRead:
+    """Return what a cycle reads of an assistant besides a plain step: its weights for every drafted token."""
+    return BytesRead(0, 0, bytes_of_weights(assistant))
 
 
 def bytes_per_layer(target: Any) -> int:

@@ -5,6 +5,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from .ways import UNDRAFTED
+
 _GREATEST = 1e18
 _BIDI = {*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0x061C}
 
@@ -79,8 +81,10 @@ class Way:
 
     @property
     def acceptance_length(self) -> float | None:
-        """Tokens per row and step; 1 of plain decoding."""
-        return 1.0 if self.is_plain else number(self.result.get("acceptance_length"))
+        """Tokens per row and step; 1 of plain decoding, whatever its cache."""
+        if self.about.get("method") in UNDRAFTED:
+            return 1.0
+        return number(self.result.get("acceptance_length"))
 
     @property
     def speedup(self) -> float | None:

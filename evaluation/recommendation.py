@@ -33,12 +33,13 @@ def recommended(
     exact = [result for result in measured if not result["verdicts"].get(BUG)]
     condition = ways[baseline]["name"].removeprefix(PLAIN).removeprefix(", ")
     start = f"At {condition}: " if condition else ""
-    remarks = [remark for result in others if (remark := remark_on(ways, result))]
+    names = {index: way["name"].removesuffix(f", {condition}") for index, way in enumerate(ways)}
+    remarks = [found for one in others if (found := remark_on(ways, one, names[one["way"]]))]
     best = max(exact, key=lambda result: result["speedup"]["pooled"], default=None)
     if best is None:
         return {"way": baseline, "words": " ".join([f"{start}Use plain decoding.", *remarks])}
     low, pooled = best["speedup"]["low"], best["speedup"]["pooled"]
-    name, figure = ways[best["way"]]["name"], shown_speedup(best["speedup"])
+    name, figure = names[best["way"]], shown_speedup(best["speedup"])
     if pooled <= 1:
         words = f"Use plain decoding, which is faster: the fastest other way, {name}, is {figure}."
     elif low is not None and low <= 1:
@@ -59,19 +60,18 @@ def recommended(
     return {"way": way, "words": " ".join([start + words, *remarks])}
 
 
-def remark_on(ways: Sequence[dict[str, Any]], result: dict[str, Any]) -> str | None:
-    """Return what is wrong with a way; None if nothing is."""
-    name, length = ways[result["way"]]["name"], result["acceptance_length"]
+def remark_on(ways: Sequence[dict[str, Any]], result: dict[str, Any], name: str) -> str | None:
+    """Return what is wrong with the way of this name; None if nothing is."""
+    length = result["acceptance_length"]
     bugs = result["verdicts"].get(BUG, 0)
     if bugs:
         return f"Do not use {name}: {bugs} of its texts differ from the plain ones for more than rounding explains."
     if result["speedup"] is None and result["errors"]:
         return f"{name} failed: see the errors of its records."
     if ways[result["way"]]["draft"] and length is not None and length < LITTLE:
-        return (
-            f"{name} guesses hardly anything: {length:.2f} tokens per cycle, of which one is the target's own. Was it "
-            "made for this target?"
-        )
+        words = f"{name} guesses hardly anything: {length:.2f} tokens per cycle, of which one is the target's own."
+        is_sampled = ways[result["way"]]["temperature"] > 0  # which any draft finds harder to guess
+        return words if is_sampled else f"{words} Was it made for this target?"
     return None
 
 

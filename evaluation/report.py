@@ -56,6 +56,7 @@ class Report:
         check_same(before, self.head, self.folder)
         self.head["environment"]["bandwidth_gb_s"] = before["environment"]["bandwidth_gb_s"]
         self.head["environment"]["date"] = before["environment"]["date"]
+        self.head["overhead"].update(before["overhead"])
         self.add(before["records"])
 
     def add(self, records: Sequence[Record]) -> None:

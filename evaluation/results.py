@@ -5,11 +5,12 @@
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from itertools import pairwise
+from statistics import mean
 from typing import Any
 
 import torch
 
-from .ways import DFLASH, PLAIN
+from .ways import PLAIN
 
 Record = dict[str, Any]
 RESAMPLES = 2000
@@ -77,7 +78,9 @@ def result_of(
     result: dict[str, Any] = {"way": index, "tokens_per_second": totals.rate}
     result["seconds_per_token"] = 1 / totals.rate if totals.rate else None
     result["acceptance_length"] = totals.acceptance_length
-    result["acceptance_length_by_prompt"] = by_prompt(totals.records)
+    lengths = by_prompt(totals.records)
+    result["acceptance_length_by_prompt"] = lengths
+    result["acceptance_length_mean_of_prompts"] = mean(lengths.values()) if lengths else None
     result["by_category"] = by_category(category_of, totals.records, pairs)
     result["acceptance_by_position"] = by_position(totals.records)
     result["histogram"] = {str(key): count for key, count in sorted(Counter(totals.cycles).items())}
@@ -131,24 +134,27 @@ def by_category(
 
 def by_position(records: Sequence[Record]) -> dict[str, list[float]]:
     """Return the acceptance at each position of the block, see `ACCEPTANCE_BY_POSITION`."""
-    counts: Counter[int] = Counter()
-    positions = 0
-    for record in records:
-        words = record["speculative_decoding"]
-        if words is not None:
-            positions = max(positions, words["num_spec_tokens"])
-            for accepted, cycles in words["acceptance_histogram"].items():
-                counts[int(accepted)] += cycles
-    reached = []
-    for position in range(positions + 1):
-        reached.append(sum(counts[accepted] for accepted in counts if accepted >= position))
-    if not reached[0]:
+    counts = accepted_counts(records)
+    reached = [sum(counts[position:]) for position in range(len(counts))]
+    if not reached or not reached[0]:
         return {"conditional": [], "marginal": []}
     conditional = []
     for before, count in pairwise(reached):
         conditional.append(count / before if before else 0.0)
     marginal = [count / reached[0] for count in reached[1:]]
     return {"conditional": conditional, "marginal": marginal}
+
+
+def accepted_counts(records: Sequence[Record]) -> list[int]:
+    """Return how many cycles accepted 0, 1, 2, ... drafted tokens, over all records whose cycles are known."""
+    counts: list[int] = []
+    for record in records:
+        words = record["speculative_decoding"] or {"acceptance_histogram": []}
+        own = words["acceptance_histogram"]
+        counts += [0] * (len(own) - len(counts))  # none if it is as long already
+        for accepted, cycles in enumerate(own):
+            counts[accepted] += cycles
+    return counts
 
 
 def time_split(records: Sequence[Record]) -> dict[str, float | None]:
@@ -166,7 +172,7 @@ def floor_of(
     """Return the least seconds of a step, by the memory it reads, and that as a share of the seconds measured."""
     unknown: dict[str, float | None] = {"floor_seconds_per_step": None, "floor_share": None}
     bandwidth, read = report["environment"]["bandwidth_gb_s"], way["bytes_per_step"]
-    steps = steps_of(way, records)
+    steps = steps_of(records)
     if read is None or not steps:
         return unknown
     lengths = {prompt["id"]: prompt["tokens"] for prompt in report["prompts"]}
@@ -174,26 +180,46 @@ def floor_of(
     for record in records:
         slots += (way["context"] or lengths[record["prompt"]]) + record["new_tokens"] / 2
     slots *= way["batch_size"] / len(records)
-    floor = (read["fixed"] + read["per_slot"] * slots) / (1e9 * bandwidth)
+    moved = (
+        read["fixed"] + read["per_slot"] * slots + read["per_drafted"] * drafted_per_cycle(records)
+    )
+    floor = moved / (1e9 * bandwidth)
     spent = sum(record["seconds"] - record["prefill_seconds"] for record in records)
     return {"floor_seconds_per_step": floor, "floor_share": floor * steps / spent}
 
 
-def steps_of(way: dict[str, Any], records: Sequence[Record]) -> int:
+def drafted_per_cycle(records: Sequence[Record]) -> float:
+    """Return the mean number of tokens that a cycle drafts; 0 where none are drafted."""
+    drafted, cycles = 0, 0
+    for record in records:
+        words = record["speculative_decoding"]
+        if words is not None:
+            drafted += words["num_draft_tokens"]
+            cycles += words["num_spec_steps"]
+    return drafted / max(cycles, 1)
+
+
+def steps_of(records: Sequence[Record]) -> int:
     """Return how many steps the decodes took after their prefill; 0 if that is not known.
 
     A batch takes as many as its longest row.
     """
     longest: dict[tuple[int, int], int] = defaultdict(int)
     for record in records:
-        if way["method"] not in (PLAIN, DFLASH):
+        if record["drafted"] is None:
             return 0
-        steps = record["new_tokens"] - 1
-        if record["committed"] is not None:
-            steps = len(record["committed"])
         batch = (record["batch"], record["repeat"])
-        longest[batch] = max(longest[batch], steps)
+        longest[batch] = max(longest[batch], steps_of_row(record))
     return sum(longest.values())
+
+
+def steps_of_row(record: Record) -> int:
+    """Return the steps of one row after its prefill."""
+    committed = record["committed"]
+    if committed is None:
+        return record["new_tokens"] - 1
+    is_with_prefill = sum(committed) == record["new_tokens"]  # tokens were drafted before it
+    return len(committed) - is_with_prefill
 
 
 Times = tuple[float, float, float, float]

@@ -5,8 +5,9 @@
 import hashlib
 import os
 import platform
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,19 @@ from ..configuration_dflash import __version__
 from .decoding import Job, Models, Record, attempted, decode
 from .divergence import NOT_CHECKED, check_in_float32, divergence, parting
 from .encoding import Encoding, of_length
-from .floor import bytes_of_draft, bytes_of_plain_step, has_floor, measured_bandwidth
+from .floor import (
+    bytes_of_assistant,
+    bytes_of_draft,
+    bytes_of_plain_step,
+    has_floor,
+    measured_bandwidth,
+)
 from .html import write_html
 from .profile import write_profiles
 from .prompts import PromptSet
 from .report import FORMAT, VERSION, Report
 from .results import ACCEPTANCE_BY_POSITION, ACCEPTANCE_LENGTH
-from .ways import DFLASH, PLAIN, Condition, Way, groups, in_turn
+from .ways import ASSISTANT, STATIC, Condition, Way, groups, in_turn
 
 EMPTY: Record = {
     "seconds": None,
@@ -45,6 +52,8 @@ EMPTY: Record = {
     "error": None,
 }
 """The fields of a record that failed, its error aside."""
+COMPILED_WARM_UP = 3
+"""Decodes that warm up a way whose code is compiled."""
 SHOWN = 2000
 """Characters of each prompt in the report."""
 
@@ -57,6 +66,7 @@ class Settings:
         target: name of the target.
         prompts: name or file of the prompts.
         seed: of the noise, where text is sampled.
+        attention: of the target, by the name that transformers has for it.
         limit: how many of the prompts were taken; None for all.
         repeats: how often each prompt is decoded in each way.
         warm_up: decodes in each way before the first that counts; short, unless blocks are compiled.
@@ -74,6 +84,7 @@ class Settings:
     thinking: bool | None = None
     dtype: str = "float32"
     device: str = "cpu"
+    attention: str = ""
     capture: str = "auto"
     repeats: int = 1
     warm_up: int = 1
@@ -147,6 +158,7 @@ class Evaluation:
         head |= {"settings": asdict(settings), "environment": environment(models.target)}
         head |= {"prompt_set": described(prompt_set, self.rows), "prompts": self._prompts()}
         head |= {"ways": self._ways(), "float32_check": "not done"}
+        head["overhead"] = {"decoding_seconds": 0.0, "other_seconds": 0.0, "share": None}
         head["definitions"] = {
             "acceptance_length": ACCEPTANCE_LENGTH,
             "acceptance_by_position": ACCEPTANCE_BY_POSITION,
@@ -180,6 +192,7 @@ class Evaluation:
     def _decode_all(self, watch: Callable[[Progress], None]) -> None:
         """Decode every batch that has no records yet."""
         warm: set[Condition] = set()
+        spent = self.report.head["overhead"]
         for condition, indices in groups(self.ways):
             for batch in self._batches(condition):
                 if self._is_done(batch, indices):
@@ -188,9 +201,13 @@ class Evaluation:
                     watch(Progress(len(self.report.records), self.total, "warming up"))
                     self._warm_up(condition, indices)
                     warm.add(condition)
+                started, before = time.perf_counter(), spent["decoding_seconds"]
                 self.report.add(self._decode_in_turn(batch, indices, watch))
                 content = self.report.write_in_time()
                 watch(Progress(len(self.report.records), self.total, "", content))
+                elapsed = time.perf_counter() - started
+                spent["other_seconds"] += elapsed - (spent["decoding_seconds"] - before)
+                spent["share"] = spent["other_seconds"] / spent["decoding_seconds"]
 
     def _decode_in_turn(
         self, batch: Batch, indices: Sequence[int], watch: Callable[[Progress], None]
@@ -213,7 +230,13 @@ class Evaluation:
             return decode(self.models, way, self._job(batch))
 
         records = []
-        for member, found in zip(batch.members, attempted(run, len(batch.members)), strict=True):
+        started = time.perf_counter()
+        decoded = attempted(run, len(batch.members))
+        spent = time.perf_counter() - started
+        if not decoded[0].get("error"):
+            spent = sum(found["seconds"] for found in decoded)
+        self.report.head["overhead"]["decoding_seconds"] += spent
+        for member, found in zip(batch.members, decoded, strict=True):
             place = {"prompt": self.prompts[member].id, "way": index, "repeat": batch.repeat}
             record = {**place, "batch": batch.number, **EMPTY, **found}
             tokens = record["token_ids"]
@@ -316,7 +339,8 @@ class Evaluation:
                 f"The prompt has {longest:,} tokens, but the target was made for texts of {positions:,}."
             )
         seed = self.settings.seed + 10_007 * batch.number + batch.repeat
-        return Job(tuple(chosen), new_tokens, seed)
+        longest = max(map(len, rows)) + self.settings.max_new_tokens
+        return Job(tuple(chosen), new_tokens, seed, longest)
 
     def _rows_of(self, context: int | None) -> list[list[int]]:
         """Return the tokens of all prompts, brought to `context` tokens if that is a number."""
@@ -329,24 +353,34 @@ class Evaluation:
     def _warm_up(self, condition: Condition, indices: Sequence[int]) -> None:
         """Decode in every way, so that one-time costs do not count. What fails, fails later by name."""
         for index in indices:
-            for batch in self._warm_up_batches(condition):
+            way = self.ways[index]
+            is_whole = self._is_compiled(way)
+            turns = (
+                max(self.settings.warm_up, COMPILED_WARM_UP) if is_whole else self.settings.warm_up
+            )
+            for batch in self._warm_up_batches(condition, turns):
 
-                def run(way: Way = self.ways[index], batch: Batch = batch) -> list[Record]:
+                def run(
+                    way: Way = way, batch: Batch = batch, is_whole: bool = is_whole
+                ) -> list[Record]:
                     job = self._job(batch)
-                    if self.settings.capture == "compile":
-                        return decode(self.models, way, job)
                     short = min(job.max_new_tokens, 4 * (way.drafting.block_size or 8))
-                    return decode(self.models, way, Job(job.rows, short))
+                    shortened = replace(job, max_new_tokens=short)
+                    return decode(self.models, way, job if is_whole else shortened)
 
                 attempted(run, 1)
 
-    def _warm_up_batches(self, condition: Condition) -> list[Batch]:
+    def _is_compiled(self, way: Way) -> bool:
+        """Return whether code is compiled for a way: ours where it was asked for, static caches on a GPU too."""
+        on_gpu = self.models.target.device.type == "cuda"
+        return self.settings.capture == "compile" or (on_gpu and way.method in STATIC)
+
+    def _warm_up_batches(self, condition: Condition, wanted: int) -> list[Batch]:
         """Return the batches to warm up with: the first; or those with the shortest, the longest and other prompts.
 
         Code is compiled anew for the second length that it meets, so that more than one is needed.
         """
         batches = [batch for batch in self._batches(condition) if batch.repeat == 0]
-        wanted = self.settings.warm_up
         if wanted < 2:
             return batches[:wanted]
         rows = self._rows_of(condition.context)
@@ -385,12 +419,16 @@ class Evaluation:
         return [found[index] for index in sorted(found)]
 
     def _bytes(self, way: Way) -> dict[str, float] | None:
-        target = self.models.target
-        if way.method not in (PLAIN, DFLASH) or not has_floor(target):
+        target, draft = self.models.target, self.models.draft_of(way.drafting)
+        if not has_floor(target):
             return None
         read = bytes_of_plain_step(target)
-        if way.method == DFLASH:
-            read = read + bytes_of_draft(target, self.models.draft_of(way.drafting))
+        if way.method == ASSISTANT and not has_floor(draft):
+            return None
+        if way.method == ASSISTANT:
+            read = read + bytes_of_assistant(draft)
+        elif draft is not None:
+            read = read + bytes_of_draft(target, draft)
         return asdict(read)
 
 
@@ -400,6 +438,7 @@ def described(prompt_set: PromptSet, rows: Sequence[list[int]]) -> dict[str, Any
     return {
         "name": prompt_set.name,
         "license": prompt_set.license,
+        "language": prompt_set.language,
         "source": prompt_set.source,
         "count": len(prompt_set.prompts),
         "sha256": digest,
@@ -414,6 +453,8 @@ def environment(target: Any) -> dict[str, Any]:
         "transformers": transformers.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cuda": torch.version.cuda,
         "hardware": hardware(target.device),
         "threads": torch.get_num_threads(),
         "bandwidth_gb_s": None,

@@ -8,11 +8,17 @@ from itertools import product
 from typing import Any
 
 PLAIN = "plain"
+PLAIN_STATIC = "plain-static"
 DFLASH = "dflash"
 TRANSFORMERS = "transformers-dflash"
+TRANSFORMERS_STATIC = "transformers-dflash-static"
 LOOKUP = "prompt-lookup"
 ASSISTANT = "assistant"
-METHODS = (PLAIN, DFLASH, TRANSFORMERS, LOOKUP, ASSISTANT)
+METHODS = (PLAIN, PLAIN_STATIC, DFLASH, TRANSFORMERS, TRANSFORMERS_STATIC, LOOKUP, ASSISTANT)
+UNDRAFTED = (PLAIN, PLAIN_STATIC)
+"""Methods that give one token in a step."""
+STATIC = (PLAIN_STATIC, TRANSFORMERS_STATIC)
+"""Methods of transformers with a cache of fixed size, which it compiles on a GPU."""
 LOOKUP_TOKENS = 10
 """Tokens that prompt look-up proposes, as transformers' documentation does."""
 
@@ -51,6 +57,7 @@ class Drafting:
         kind: of the draft.
         block_size: of the draft.
         is_varied: whether the same draft takes part with several block sizes.
+        taps: the target's layers that the draft reads.
     """
 
     method: str = PLAIN
@@ -59,14 +66,16 @@ class Drafting:
     kind: str | None = None
     block_size: int | None = None
     is_varied: bool = False
+    taps: tuple[int, ...] = ()
 
     def __str__(self) -> str:
-        if self.method in (PLAIN, LOOKUP):
+        if self.draft is None:
             return self.method
         name = str(self.draft)
         if self.is_varied:
             name = f"{name}, block {self.block_size}"
-        return f"transformers, {name}" if self.method == TRANSFORMERS else name
+        prefixes = {TRANSFORMERS: "transformers, ", TRANSFORMERS_STATIC: "transformers-static, "}
+        return prefixes.get(self.method, "") + name
 
 
 @dataclass(frozen=True)
@@ -99,6 +108,7 @@ class Way:
             "revision": drafting.revision,
             "kind": drafting.kind,
             "block_size": drafting.block_size,
+            "taps": list(drafting.taps),
             "temperature": condition.temperature,
             "batch_size": condition.batch_size,
             "context": condition.context,

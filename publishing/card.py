@@ -9,11 +9,15 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers.utils import logging
 
 from ..layouts_dflash import engines_remarks
-from ..repository_dflash import PLACEHOLDER, check_repo_id
+from ..repository_dflash import LIBRARY, PLACEHOLDER, check_repo_id, correct_metadata
 
 logger = logging.get_logger(__name__)
 
 TAGS = ("dflash", "speculative-decoding", "draft-model", "custom_generate")
+THINKING = "thinking"
+"""The entry of `card_metadata` that is no metadata of the Hub: the mode that a draft was made for."""
+MODES = {"on": "thinking", "off": "non-thinking", "both": "thinking and non-thinking"}
+NOT_STATED = "not stated"
 
 
 def write_card(
@@ -24,23 +28,44 @@ def write_card(
     Without a `repo_id` the card names a placeholder, and the Hub is not contacted.
 
     Raises:
-        ValueError: `card_metadata` names a target that is no Hub id.
+        ValueError: `card_metadata` names a target that is no Hub id, or a mode that there is not.
     """
-    metadata = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    metadata: dict[str, Any] = {"library_name": LIBRARY}
     metadata |= draft.card_known
     metadata |= _inherited_metadata(draft.source_card(online=repo_id is not None))
     for name in _names(draft.card_metadata):
         _check_base_model(name)
-    metadata |= draft.card_metadata
-    card = existing or _new_card(draft, repo_id or PLACEHOLDER, metadata)
+    chosen = dict(draft.card_metadata)
+    mode = _mode(chosen.pop(THINKING, None))
+    metadata |= chosen
+    if existing and mode != NOT_STATED:
+        logger.warning(
+            f"The card stays as it is, so it does not get the mode: {mode}. Write it there."
+        )
+    card = existing or _new_card(draft, repo_id or PLACEHOLDER, metadata, mode)
     if repo_id is not None:
         old_title, title = (f"# {name.split('/')[-1]}\n" for name in (PLACEHOLDER, repo_id))
         card.text = card.text.replace(PLACEHOLDER, repo_id).replace(old_title, title)
+    correct_metadata(card, chosen)
     for key, value in metadata.items():
-        if card.data.get(key) is None or key in draft.card_metadata:
+        if card.data.get(key) is None or key in chosen:
             card.data[key] = value
-    card.data["tags"] = list(dict.fromkeys([*(card.data.get("tags") or ()), *TAGS, *(tags or ())]))
+    own = (*TAGS, draft.config.model_type, *(tags or ()))
+    card.data["tags"] = list(dict.fromkeys([*(card.data.get("tags") or ()), *own]))
     card.save(Path(folder) / "README.md")
+
+
+def _mode(thinking: Any) -> str:
+    """Return in words which mode a draft was made for.
+
+    Raises:
+        ValueError: `thinking` is no such mode.
+    """
+    if thinking is None:
+        return NOT_STATED
+    if thinking not in MODES:
+        raise ValueError(f"thinking is {thinking!r}; it must be one of {', '.join(MODES)}.")
+    return MODES[thinking]
 
 
 def _inherited_metadata(card: ModelCard | None) -> dict[str, Any]:
@@ -59,10 +84,14 @@ def _inherited_metadata(card: ModelCard | None) -> dict[str, Any]:
 
 def _names(metadata: dict[str, Any]) -> list[Any]:
     """Return the targets that metadata names."""
-    found = metadata.get("base_model")
-    if found is None:
+    return _listed(metadata.get("base_model"))
+
+
+def _listed(value: Any) -> list[Any]:
+    """Return a value of metadata as a list, as several of them may stand there."""
+    if value is None:
         return []
-    return list(found) if isinstance(found, list | tuple) else [found]
+    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def _check_base_model(name: Any) -> None:
@@ -79,14 +108,20 @@ def _check_base_model(name: Any) -> None:
         ) from error
 
 
-def _new_card(draft: Any, repo_id: str, metadata: dict[str, Any]) -> ModelCard:
-    """Return a card made from the template."""
+def _new_card(draft: Any, repo_id: str, metadata: dict[str, Any], mode: str) -> ModelCard:
+    """Return a card made from the template.
+
+    Args:
+        mode: that the draft was made for, in words.
+    """
     template = Path(__file__).parents[1] / "hub_repo" / "README.md"
     target = metadata.get("base_model") or "THE-TARGET-OF-THIS-DRAFT"
     values = {
         "repo_id": repo_id,
         "target": target[0] if isinstance(target, list) else target,
         "config": draft.config,
+        "mode": mode,
+        "languages": ", ".join(map(str, _listed(metadata.get("language")))) or NOT_STATED,
         "parameters": f"{draft.num_parameters():,}",
         "drafted": draft.config.num_drafted,
         "engines_remarks": engines_remarks(draft.config),

@@ -1,6 +1,6 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""Which files of a folder are published with a draft: pictures and a card of its own, and nothing behind a link.
+"""Which files of a folder are published with a draft: pictures, card and scores of its own, and nothing behind a link.
 
 Config, weights and code are written anew from the loaded draft. Everything else in the folder stays at home.
 """
@@ -21,8 +21,10 @@ PICTURES = {
     ".webp": b"RIFF",
 }
 """Endings of pictures, and how such a file begins."""
+SCORES = ".eval_results"
 _REWRITTEN = {"config.json", "model.safetensors.index.json", ".gitattributes", "custom_generate"}
 """Names that are written anew, besides the weights and the code of dflash-hub."""
+_NO_SCORE = "no YAML file of this folder"
 _LINK = "a link, and what it points to is not part of this folder"
 
 
@@ -44,6 +46,8 @@ class Contents:
     pictures: tuple[Path, ...]
     card: ModelCard | None
     left_out: tuple[LeftOut, ...]
+    scores: tuple[Path, ...] = ()
+    """Files in `.eval_results/`, which the Hub shows in the leaderboards of benchmarks."""
 
 
 def contents(folder: Path) -> Contents:
@@ -53,15 +57,22 @@ def contents(folder: Path) -> Contents:
         ValueError: its README.md cannot be read as a card.
     """
     pictures, left_out = [], []
+    scores: list[Path] = []
     card = None
     for path in sorted(folder.iterdir()):
         if path.name == "README.md" and is_own_file(path, folder):
             card = read_card(path, str(path))
         elif path.is_file() and not path.is_symlink() and _is_picture(path):
             pictures.append(path)
+        elif path.name == SCORES and path.is_dir() and not path.is_symlink():
+            for one in sorted(path.iterdir()):
+                if one.suffix == ".yaml" and is_own_file(one, folder):
+                    scores.append(one)
+                else:
+                    left_out.append(LeftOut(f"{SCORES}/{one.name}", _NO_SCORE))
         else:
             left_out += _left_out(path, folder)
-    return Contents(tuple(pictures), card, tuple(left_out))
+    return Contents(tuple(pictures), card, tuple(left_out), tuple(scores))
 
 
 def _is_picture(path: Path) -> bool:

@@ -29,7 +29,7 @@ from ..repository_dflash import (
     staging_folder,
     upload_all,
 )
-from .contents import Contents, LeftOut, contents
+from .contents import SCORES, Contents, LeftOut, contents
 from .probe import digests
 
 ENGINES_BRANCH = LAYOUT_BRANCHES["engines"]
@@ -179,6 +179,9 @@ def _staged(
                 stage(draft, path, layout, options.card)
                 for picture in found.pictures:  # the card may show them
                     shutil.copyfile(picture, path / picture.name, follow_symlinks=False)
+                for score in found.scores:
+                    (path / SCORES).mkdir(exist_ok=True)
+                    shutil.copyfile(score, path / SCORES / score.name, follow_symlinks=False)
             check_staged(draft, path)
             folders.append((path, branch))
         yield draft, folders, found, repo_id

@@ -6,20 +6,30 @@ import os
 import shutil
 import signal
 from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
+import tokenizers
 import torch
+import transformers
+import yaml
 from huggingface_hub import HfApi
+from packaging.version import Version
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from dflash_hub import DecodeStatistics, DFlashDraftModel, cli
+from dflash_hub import DecodeStatistics, DFlashDraftModel, cli, load_draft
 from dflash_hub.commands import eval as command
+from dflash_hub.commands.eval_models import Choice, Loader, against_of
+from dflash_hub.commands.eval_table import condition_of, short_name
 from dflash_hub.commands.shared import console
 from dflash_hub.evaluation import divergence, profile, results
 from dflash_hub.evaluation.card import with_section
-from dflash_hub.evaluation.decoding import Job, Models, decode, followed
+from dflash_hub.evaluation.decoding import Cycle, Job, Models, decode, engine_words, followed
 from dflash_hub.evaluation.encoding import Encoding, of_length
 from dflash_hub.evaluation.floor import measured_bandwidth
 from dflash_hub.evaluation.prompts import BENCHMARKS, BUILT_IN, Prompt, PromptSet, load_prompts
@@ -116,23 +126,86 @@ def test_figures_are_those_counted_by_hand(models, tmp_path):
     assert sum(profiled["acceptance_length_histogram"].values()) == len(committed)
 
 
-@pytest.mark.parametrize("name", ["qwen3-full", "qwen3-sliding"])
-def test_cycles_are_counted_as_the_original_code_counts_them(name):
+def numbers_tokenizer(size: int) -> PreTrainedTokenizerFast:
+    """A tokenizer whose words are the ids of tokens."""
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({str(token): token for token in range(size)}))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words)
+
+
+VLLM_FIELDS = [
+    *("mean_acceptance_length", "draft_acceptance_rate", "acceptance_histogram"),
+    *("acceptance_histogram_by_draft_length", "num_spec_steps", "num_accepted_draft_tokens", "num_draft_tokens"),
+    *("num_spec_tokens", "per_step_accepted", "per_step_drafted"),
+]
+"""What `metrics.speculative_decoding` holds of a request in vLLM, with per-request metrics that are `detailed`."""
+PROFILE_FIELDS = [
+    *("schema_version", "measured", "method", "draft_checkpoint", "target_model", "num_speculative_tokens"),
+    *("block_size", "max_supported_k", "verification_method", "conditional_accept_rates", "marginal_accept_rates"),
+    *("mean_accept_length", "mean_accept_length_per_request", "accept_length_model", "accept_length_by_k"),
+    *("acceptance_length_histogram", "per_category", "measurement_conditions", "validation"),
+]
+"""What a `speculation_profile.json` of Model Optimizer's schema 1.0 holds."""
+
+
+def test_counts_are_in_the_words_and_forms_that_other_tools_read(models, tmp_path):
+    report = evaluation(models, tmp_path, prompt_set(0, 3), max_new_tokens=20).run()
+    for record in report["records"][1::2]:
+        words = record["speculative_decoding"]
+        assert list(words) == VLLM_FIELDS
+        steps, histogram = words["num_spec_steps"], words["acceptance_histogram"]
+        assert words["num_spec_tokens"] == 7
+        assert len(histogram) == 8
+        assert sum(histogram) == steps == len(words["per_step_accepted"]) == len(words["per_step_drafted"])
+        assert sum(place * count for place, count in enumerate(histogram)) == words["num_accepted_draft_tokens"]
+        assert words["acceptance_histogram_by_draft_length"] == {"7": histogram}
+        assert words["mean_acceptance_length"] == 1 + words["num_accepted_draft_tokens"] / steps
+        assert words["draft_acceptance_rate"] == words["num_accepted_draft_tokens"] / words["num_draft_tokens"]
+        assert words["num_draft_tokens"] == sum(words["per_step_drafted"])
+    several = engine_words([Cycle(3, 1, 2), Cycle(1, 1, 2), Cycle(3, 3, 4)], 7)
+    assert several["acceptance_histogram_by_draft_length"] == {"1": [0, 1], "3": [0, 1, 0, 1]}
+    assert engine_words([], 7)["acceptance_histogram"] == [0] * 8
+    profiled = json.loads((tmp_path / profile.FILE).read_text())
+    assert list(profiled) == PROFILE_FIELDS
+    assert profiled["num_speculative_tokens"] == len(profiled["conditional_accept_rates"]) == 7
+    assert profiled["accept_length_by_k"] == {"7": profiled["mean_accept_length"]}
+    assert all(check["passed"] for check in profiled["validation"].values())
+    survival = 1.0
+    for conditional, marginal in zip(
+        profiled["conditional_accept_rates"], profiled["marginal_accept_rates"], strict=True
+    ):
+        survival *= conditional
+        assert math.isclose(survival, marginal, abs_tol=1e-9)
+    assert set(profiled["per_category"]) == {"even", "odd"}
+    assert profile.checkpoint("/home/me/org/draft", None) == {"id": "org/draft", "revision": None}
+
+
+COUNTED = ["qwen3-full", "dspark-a", "domino-a", "domino-b", "speculators-dspark-bonus", "speculators-reduced"]
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_acceptance_is_number_for_number_what_the_original_loops_count(name, tmp_path):
+    """Of texts that end with one of their cycles, since they count the last one whole, also past the end."""
     home = DATA / "golden" / name
     data = load_file(home / "golden.safetensors")
-    draft = DFlashDraftModel.from_pretrained(home / "draft")
+    counted = data["committed_per_cycle"].tolist()
+    draft = load_draft(home / "draft")
     target = AutoModelForCausalLM.from_pretrained(home / "target")
     target.generation_config.eos_token_id = None
-    size = draft.config.block_size
-    models = Models(target, None, {("draft", size): draft})
-    prompt = tuple(data["prompt_ids"][0].tolist())
-    way = Way(Drafting("dflash", "draft", block_size=size), Condition())
-    (record,) = decode(models, way, Job((prompt,), data["greedy_ids"].shape[1] - len(prompt)))
-    assert record["token_ids"] == data["generated_ids"][0, len(prompt) :].tolist()
-    if "committed_per_cycle" in data:  # which counts the last cycle whole
-        counted = len(record["committed"]) - 1
-        assert counted > 1
-        assert record["committed"][:-1] == data["committed_per_cycle"].tolist()[:counted]
+    models = Models(target, numbers_tokenizer(target.config.vocab_size), {("draft", draft.config.block_size): draft})
+    ids = data["prompt_ids"][0].tolist()
+    prompts = PromptSet("own", "", "", (Prompt("p", "all", " ".join(map(str, ids))),))
+    report = evaluation(models, tmp_path, prompts, max_new_tokens=1 + sum(counted)).run()
+    plain, drafted = report["records"]
+    text = data["generated_ids"][0, len(ids) :].tolist()
+    assert plain["token_ids"] == drafted["token_ids"]
+    assert drafted["token_ids"][: len(text)] == text
+    assert drafted["committed"] == counted
+    figures = report["results"][1]
+    length = sum(counted) / len(counted)
+    assert figures["acceptance_length"] == figures["acceptance_length_mean_of_prompts"] == length
+    assert drafted["speculative_decoding"]["mean_acceptance_length"] == pytest.approx(length)
+    assert figures["histogram"] == {str(size): counted.count(size) for size in sorted(set(counted))}
 
 
 def test_a_bootstrap_interval_is_the_known_one():
@@ -161,20 +234,76 @@ def test_cycles_of_other_methods_follow_from_the_forwards(forwards, text, counts
     assert (cycles and [(one.drafted, one.accepted, one.committed) for one in cycles]) == counts
 
 
-def test_all_methods_and_conditions_are_compared_in_one_call(models, tmp_path):
+DRAFT = ("draft", None, None, 8)
+HAS_STATIC_LOOP = Version(transformers.__version__) >= Version("5.24")
+
+
+def test_all_methods_are_compared_in_one_call_with_the_floor_of_each(models, tmp_path):
     models.assistants["assistant"] = AutoModelForCausalLM.from_pretrained(TINY / "target")
-    draft = ("draft", None, None, 8)
-    others = [Drafting("transformers-dflash", *draft), Drafting("prompt-lookup"), Drafting("assistant", "assistant")]
+    others = [Drafting("transformers-dflash", *DRAFT), Drafting("prompt-lookup"), Drafting("assistant", "assistant")]
+    others += [Drafting("plain-static"), Drafting("transformers-dflash-static", *DRAFT)]
     report = evaluation(models, tmp_path, draftings=others, max_new_tokens=12).run()
     names = ["plain", "draft", "transformers, draft", "prompt-lookup", "assistant"]
-    assert [way["name"] for way in report["ways"]] == names
-    assert [result["identical"] for result in report["results"]] == [0, 2, 2, 2, 2]
-    ours, theirs = report["results"][1:3]
-    assert ours["acceptance_length"] == theirs["acceptance_length"]
-    assert ours["acceptance_by_position"] == theirs["acceptance_by_position"]
+    assert [way["name"] for way in report["ways"]] == [*names, "plain-static", "transformers-static, draft"]
+    identical = [result["identical"] for result in report["results"]]
+    assert identical == [0, 2, 2, 2, 2, 2, 2 if HAS_STATIC_LOOP else 0]
+    drafted = report["results"][1]
+    for theirs in report["results"][2:7:4] if HAS_STATIC_LOOP else report["results"][2:3]:
+        assert drafted["acceptance_length"] == theirs["acceptance_length"]
+        assert drafted["acceptance_by_position"] == theirs["acceptance_by_position"]
     assert report["results"][4]["acceptance_length"] > 2  # the target itself guesses right
-    assert all(len(record["drafted"]) == record["new_tokens"] for record in report["records"])
-    assert {record["prompt"]: record["way"] for record in report["records"]} == {"p0": 4, "p1": 4}
+    assert all(len(record["drafted"]) == record["new_tokens"] for record in report["records"] if not record["error"])
+    assert {record["prompt"]: record["way"] for record in report["records"]} == {"p0": 6, "p1": 6}
+    plain, ours, theirs, lookup, assistant, static, _ = [way["bytes_per_step"] for way in report["ways"]]
+    assert plain == lookup == static
+    assert ours == theirs
+    assert assistant == plain | {"per_drafted": plain["fixed"]}  # the assistant is the target once more
+    assert 0 < report["results"][4]["floor_share"] < 1
+    assert not command.has_failed(report)
+
+
+@pytest.mark.skipif(not HAS_STATIC_LOOP, reason="transformers before 5.24 has no static cache in its loop")
+def test_the_cycles_of_a_compiled_loop_are_watched_without_hooks_in_its_graph(models, monkeypatch):
+    """The compiler stands aside here, for its time; transformers takes its compiled path all the same."""
+    hooks = []
+
+    def compiled(target, config):
+        return lambda **kwargs: hooks.append(len(target._forward_pre_hooks)) or target(**kwargs)
+
+    monkeypatch.setattr(type(models.target), "get_compiled_call", compiled)
+    models.capture, job = "compile", Job((tuple(models.tokenizer(TEXTS[0]).input_ids),), 12)
+    records = []
+    for method in ("transformers-dflash", "transformers-dflash-static"):
+        records += decode(models, Way(Drafting(method, *DRAFT), Condition()), job)
+    assert hooks
+    assert set(hooks) == {0}
+    assert records[0]["speculative_decoding"] == records[1]["speculative_decoding"]
+    assert 0 < records[1]["prefill_seconds"] < records[1]["seconds"]
+    assert "get_compiled_call" not in vars(models.target)
+
+
+def test_a_method_that_fails_here_is_a_row_that_says_why(models, tmp_path):
+    others = [Drafting("transformers-dflash", *DRAFT)]
+    report = evaluation(models, tmp_path, draftings=others, found=[Condition(batch_size=2)]).run()
+    assert report["results"][2]["errors"] == 2
+    assert "batch_size = 1" in report["records"][4]["error"]
+    assert "transformers, draft failed: see the errors" in report["recommendation"]["words"]
+    assert not command.has_failed(report)
+    report["ways"][2]["method"] = "dflash"
+    assert command.has_failed(report)
+
+
+def test_the_word_transformers_is_both_of_its_loops_where_it_compiles_one():
+    chosen = Choice("target", [], [], against_of("plain-static,transformers,transformers"), "auto", None, "auto")
+    loader = Loader(chosen)
+    ours = [Drafting("dflash", "draft", None, "dflash", 8)]
+    found = {}
+    for device in ("cpu", "cuda"):
+        target = SimpleNamespace(device=torch.device(device))
+        others = [loader._others(word, ours, Models(target, None)) for word in chosen.against]
+        found[device] = [str(one) for several in others for one in several]
+    assert found["cpu"] == ["plain-static", "transformers, draft"]
+    assert found["cuda"] == ["plain-static", "transformers, draft", "transformers-static, draft"]
 
 
 def test_rows_of_a_batch_have_the_texts_that_they_have_alone(models, tmp_path):
@@ -270,7 +399,8 @@ PLAIN_FIRST = [{"name": "plain", "method": "plain", "draft": None, "baseline": 0
 def test_the_fastest_way_that_is_exact_is_recommended_if_it_is_faster_for_sure(speedups, bugs, way, words):
     ways, found = list(PLAIN_FIRST), [{"way": 0}]
     for index, (speedup, bug) in enumerate(zip(speedups, bugs, strict=True), start=1):
-        ways.append({"name": "ab"[index - 1], "method": "dflash", "draft": "ab"[index - 1], "baseline": 0})
+        name = "ab"[index - 1]
+        ways.append({"name": name, "method": "dflash", "draft": name, "baseline": 0, "temperature": 0.0})
         figures = speedup and dict(zip(("pooled", "low", "high"), speedup, strict=True))
         result = {"way": index, "speedup": figures, "verdicts": {"bug": bug} if bug else {}, "errors": not figures}
         found.append(result | {"acceptance_length": 3.0, "slower_than_plain": []})
@@ -307,13 +437,23 @@ def changed_verify(monkeypatch, change):
     monkeypatch.setattr(Target, "verify", changed)
 
 
-def test_a_cache_whose_slots_are_wrong_is_called_a_bug(models, tmp_path, monkeypatch):
-    evaluation(models, tmp_path / "checked").run()  # the self-check passes, once
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cache_whose_slots_are_wrong_is_called_a_bug(models, tokenizer, tmp_path, monkeypatch, dtype):
+    """In bfloat16, where rounding changes texts too, since they differ in float32 as well."""
+    tested = models
+    if dtype == torch.bfloat16:
+        target = AutoModelForCausalLM.from_pretrained(TINY / "target", dtype=dtype)
+        draft = DFlashDraftModel.from_pretrained(TINY / "draft", dtype=dtype)
+        tested = Models(target, tokenizer, {("draft", 8): draft})
+    for number, checked in enumerate((models, tested)):
+        evaluation(checked, tmp_path / f"checked{number}").run()  # the self-check passes, once
     changed_verify(monkeypatch, lambda target, verify, slots: verify(slots - 3))
-    report = evaluation(models, tmp_path, max_new_tokens=20).run()
+    broken = evaluation(tested, tmp_path, max_new_tokens=20)
+    broken.in_float32 = lambda: models
+    report = broken.run()
     drafted = report["results"][1]
     assert drafted["verdicts"] == {"bug": 2}
-    assert report["records"][1]["divergence"]["margin"] > 0.01
+    assert report["records"][1]["divergence"]["float32"] == "differs"
     assert report["recommendation"]["way"] == 0
     assert "Do not use draft: 2 of its texts differ" in report["recommendation"]["words"]
     assert command.has_failed(report)
@@ -365,11 +505,12 @@ def test_a_text_that_ends_early_differs_where_it_ends(models):
     assert divergence.divergence(models, Job(((1,),), 3), 0, [1, 2, 3], [1, 2])["margin"] is None
 
 
-def test_a_draft_of_another_target_is_found_out(models, tmp_path):
+def test_a_draft_of_a_sibling_of_its_target_is_found_out(models, tmp_path):
+    """The sibling has the target's shape, tokens and embeddings, so the draft loads and decodes; it guesses nothing."""
     torch.manual_seed(0)
-    for name, weight in models.drafts["draft", 8].named_parameters():
-        if "norm" not in name:
-            torch.nn.init.normal_(weight, std=0.05)
+    sibling = AutoModelForCausalLM.from_config(models.target.config).eval()
+    sibling.set_input_embeddings(models.target.get_input_embeddings())
+    models.target = sibling
     report = evaluation(models, tmp_path, prompt_set(0, 1, 2), max_new_tokens=12).run()
     drafted = report["results"][1]
     assert drafted["acceptance_length"] < 1.3
@@ -413,7 +554,7 @@ import os, signal, sys
 sys.path.append({tests!r})
 import test_eval
 from pathlib import Path
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from dflash_hub import DFlashDraftModel
 from dflash_hub.evaluation.card import with_section
 from dflash_hub.evaluation.decoding import Models
@@ -443,6 +584,10 @@ def test_an_evaluation_that_was_killed_goes_on_with_the_same_records(models, tmp
     whole = evaluation(models, tmp_path / "whole", prompts).run()
     assert untimed(resumed["records"]) == untimed(whole["records"])
     assert resumed["complete"]
+    spent = resumed["overhead"]
+    assert math.isclose(spent["decoding_seconds"], sum(record["seconds"] for record in resumed["records"]))
+    assert spent["share"] == spent["other_seconds"] / spent["decoding_seconds"]
+    assert spent["other_seconds"] > partial["overhead"]["other_seconds"] > 0
 
 
 @pytest.mark.parametrize(
@@ -520,36 +665,102 @@ def test_the_built_in_prompts_are_of_several_categories_with_code_first():
     assert len({one.category for one in load_prompts(BUILT_IN, limit=5).prompts}) == 5
 
 
-def test_benchmarks_are_read_by_the_columns_of_their_datasets(tmp_path, monkeypatch):
-    """From folders with the names, configurations, splits and columns of the datasets on the Hub."""
-    pytest.importorskip("datasets")
-    monkeypatch.chdir(tmp_path)
+SPEED = {"question_id": "q1", "category": "coding", "sub_category": "x", "turns": ["First turn", "Second turn"]}
+SPEED |= {"source": "s", "src_id": "1", "difficulty": "hard", "multiturn": True}
+PUBLISHED = {
+    "openai/gsm8k": ("mit", {"main/test-00000-of-00001.parquet": {"question": "First turn", "answer": "4"}}),
+    "HuggingFaceH4/MATH-500": (None, {"test.jsonl": {"problem": "First turn", "level": 2, "unique_id": "test/1"}}),
+    "openai/openai_humaneval": (
+        "mit",
+        {"openai_humaneval/test-00000-of-00001.parquet": {"task_id": "HumanEval/0", "prompt": "First turn"}},
+    ),
+    "google-research-datasets/mbpp": (
+        "cc-by-4.0",
+        {"sanitized/test-00000-of-00001.parquet": {"task_id": 2, "prompt": "First turn", "code": "pass"}},
+    ),
+    "HuggingFaceH4/mt_bench_prompts": (
+        "apache-2.0",
+        {"data/train-00000-of-00001.parquet": {"prompt": ["First turn", "Second turn"], "category": "writing"}},
+    ),
+    "RedHatAI/speculator_benchmarks": (
+        "apache-2.0",
+        {file: {"prompt": "First turn"} for file in BENCHMARKS["speculator-benchmarks"].files},
+    ),
+    "nvidia/SPEED-Bench": (
+        "other",
+        {f"{config}/test-00000-of-00001.parquet": SPEED for config in ("qualitative", "throughput_32k")},
+    ),
+}
+"""License, files and columns of the datasets on the Hub."""
+
+
+def upload_dataset(folder, repository: str, license: str | None, rows: dict[str, dict]) -> None:
+    """Upload one row a file, as the file's ending says, and a card with a configuration for each folder."""
+    datasets = pytest.importorskip("datasets")
+    configs = []
+    for file, row in rows.items():
+        path = folder / repository / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".parquet":
+            datasets.Dataset.from_list([row]).to_parquet(path)
+            name, split = Path(file).parent.name, Path(file).name.partition("-")[0]
+            data = {"split": split, "path": f"{name}/{split}-*"}
+            configs.append({"config_name": "default" if name == "data" else name, "data_files": [data]})
+        else:
+            path.write_text(json.dumps(row) + "\n")
+    metadata = {"license": license, "language": ["en"]} | ({"configs": configs} if configs else {})
+    (folder / repository / "README.md").write_text(f"---\n{json.dumps(metadata)}\n---\n")
+    HfApi().create_repo(repository, repo_type="dataset")
+    HfApi().upload_folder(folder_path=folder / repository, repo_id=repository, repo_type="dataset")
+
+
+def test_benchmarks_are_read_over_http_by_the_files_and_columns_of_their_datasets(tmp_path, hub):
+    for repository, (license, rows) in PUBLISHED.items():
+        upload_dataset(tmp_path, repository, license, rows)
+    alike = [f"speed-bench-throughput-{size}" for size in ("1k", "2k", "8k", "16k")]
+    assert all(BENCHMARKS[name].config == name.removeprefix("speed-bench-").replace("-", "_") for name in alike)
+    found = {name: load_prompts(name) for name in BENCHMARKS if name not in alike}
     for name, benchmark in BENCHMARKS.items():
-        folder = tmp_path / benchmark.repository
-        folder.mkdir(parents=True, exist_ok=True)
-        value = ["First turn", "Second turn"] if benchmark.column == "turns" or name == "mt-bench" else "First turn"
-        row = json.dumps({benchmark.column: value, "category": "roleplay", "task_id": "t/1", "question_id": "q1"})
-        for file in benchmark.files or {"data.jsonl": ""}:
-            (folder / file).write_text(row + "\n")
-        if not benchmark.files:
-            data = {"config_name": benchmark.config or "default"}
-            data["data_files"] = [{"split": benchmark.split, "path": "data.jsonl"}]
-            (folder / "README.md").write_text(f"---\nconfigs:\n- {json.dumps(data)}\n---\n")
-    for name, benchmark in BENCHMARKS.items():
-        found = load_prompts(name)
-        assert len(found.prompts) == len(benchmark.files or [1])
-        assert found.prompts[0].text.startswith("First turn")
-        assert benchmark.repository in found.source
-    assert load_prompts("speed-bench").prompts[0].category == "roleplay"
-    assert load_prompts("humaneval").prompts[0].id == "t/1"
-    assert [one.category for one in load_prompts("spec-bench").prompts][:2] == ["mt-bench", "math"]
+        if name in alike:
+            continue
+        assert len(found[name].prompts) == len(benchmark.files or [1])
+        assert found[name].prompts[0].text.startswith("First turn")
+        assert benchmark.repository in found[name].source
+        stated = PUBLISHED[benchmark.repository][0] or "not stated"
+        assert stated == "other" or found[name].license.lower().startswith(stated)
+    assert found["speed-bench"].prompts[0].category == "coding"
+    assert found["humaneval"].prompts[0].id == "HumanEval/0"
+    assert [one.category for one in found["spec-bench"].prompts][:2] == ["mt-bench", "math"]
+    assert len(found["speculator-benchmarks"].prompts) == 9
+    qa = load_prompts("spec-bench:qa, rag")
+    assert [one.category for one in qa.prompts] == ["qa", "rag"]
+    assert qa.prompts[0].id == "spec-bench-2"  # as in the whole set
+    with pytest.raises(ValueError, match="no category 'poems'; it has mt-bench, math, qa"):
+        load_prompts("spec-bench:poems")
+    any_dataset = load_prompts("openai/openai_humaneval")
+    assert (any_dataset.license, any_dataset.language) == ("mit", "en")
+    assert any_dataset.prompts[0].text == "First turn"
+    assert load_prompts("openai/gsm8k:main").prompts[0].id == "gsm8k-0"
+    with pytest.raises(OSError, match=r"(?s)dataset no/such could not be read.*hf auth login"):
+        load_prompts("no/such")
+
+
+def test_prompts_that_another_script_prepared_are_read_from_parquet(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = [SPEED, SPEED | {"question_id": "q2", "category": "rag"}]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "test.parquet")
+    found = load_prompts(str(tmp_path / "test.parquet")).prompts
+    assert [(one.id, one.category, one.text) for one in found] == [
+        ("q1", "coding", "First turn"),
+        ("q2", "rag", "First turn"),
+    ]
 
 
 def test_prompts_that_are_only_placeholders_are_refused(monkeypatch):
     rows = [{"turns": ["First turn"]}, {"turns": ["FULL BENCHMARK DATA SHOULD BE FETCHED FROM THE SOURCE USING IT"]}]
     rows = [row | {"category": "rag", "question_id": str(number)} for number, row in enumerate(rows)]
     monkeypatch.setattr("dflash_hub.evaluation.prompts._rows", lambda *args: rows)
-    with pytest.raises(ValueError, match="1 of the 2 prompts of speed-bench are not in its dataset"):
+    with pytest.raises(ValueError, match=r"1 of the 2 prompts of speed-bench are not in its .* test\.parquet"):
         load_prompts("speed-bench")
 
 
@@ -581,6 +792,7 @@ def test_the_command_shows_results_and_goes_on_and_compares(tmp_path, wide, monk
         "revision": None,
         "kind": "dflash",
         "block_size": 8,
+        "taps": list(DFlashDraftModel.from_pretrained(TINY / "draft").config.target_layer_ids),
         "temperature": 0.0,
         "batch_size": 1,
         "context": None,
@@ -597,32 +809,111 @@ def test_the_command_shows_results_and_goes_on_and_compares(tmp_path, wide, monk
     (tmp_path / "b.json").write_text(json.dumps(report))
     shown = run("eval", "--compare", str(tmp_path / "a"), str(tmp_path / "b.json")).stdout
     length = report["results"][1]["acceptance_length"]
-    row = next(line for line in shown.splitlines() if str(TINY / "draft") in line).split()
+    row = next(line for line in shown.splitlines() if "tiny_pair/draft" in line).split()
     assert row[2:6] == ["2", "2.00", "[2.00,", "2.00]"]
     assert (row[6], row[-1]) == (f"{length:.2f}", "2")
 
 
-def test_the_figures_get_into_the_card_of_a_draft_in_a_folder(tmp_path):
+@pytest.fixture
+def update_card(tmp_path):
+    """The words of a command that evaluates a draft in a folder with a card, and updates the card."""
     shutil.copytree(TINY / "draft", tmp_path / "draft")
-    card = tmp_path / "draft" / "README.md"
+    (tmp_path / "draft" / "README.md").write_text("# A draft\n\nMade by me.\n")
     words = ("eval", "--target", str(TINY / "target"), "--draft", str(tmp_path / "draft"), "--limit", "2")
-    words += ("--max-new-tokens", "8", "--update-card", "--output-dir", str(tmp_path / "report"))
-    card.unlink(missing_ok=True)
-    with pytest.raises(ValueError, match="there is none in"):
-        run(*words)
-    card.write_text("# A draft\n\nMade by me.\n")
+    return (*words, "--max-new-tokens", "8", "--update-card", "--output-dir", str(tmp_path / "report"))
+
+
+def test_the_table_names_a_condition_once_and_shortens_folders():
+    ways = [("plain", None, 0), ("/a/b/c/d, block 4", "/a/b/c/d", 0), ("plain, batches of 2", None, 2)]
+    ways = [{"name": name, "draft": draft, "baseline": baseline} for name, draft, baseline in ways]
+    ways.append({"name": "org/draft, batches of 2", "draft": "org/draft", "baseline": 2})
+    names = [short_name(way, condition_of({"ways": ways}, way)) for way in ways]
+    assert names == ["plain", "c/d, block 4", "plain", "org/draft"]
+    assert condition_of({"ways": ways}, ways[3]) == "batches of 2"
+
+
+def test_the_figures_get_into_the_card_of_a_draft_in_a_folder(tmp_path, update_card):
+    card = tmp_path / "draft" / "README.md"
     for _ in range(2):  # the second replaces the first
-        assert run(*words).exit_code == 0
+        done = run(*update_card)
+        assert done.exit_code == 0
         text = card.read_text()
         assert text.startswith("# A draft\n\nMade by me.\n")
         assert text.count("## Measured") == text.count("| block |") == 1
+    assert "Nothing is written into .eval_results: " in done.stdout
+    assert not (tmp_path / "draft" / ".eval_results").exists()
     report = read_report(tmp_path / "report")
     length = report["results"][1]["acceptance_length"]
     assert f"| {length:.2f} | 2 of 2 |" in text
-    for known in ("hardware", "torch"):
+    for known in ("hardware", "torch", "transformers"):
         assert report["environment"][known] in text
+    taps = ", ".join(map(str, DFlashDraftModel.from_pretrained(TINY / "draft").config.target_layer_ids))
+    for word in (
+        "language: en",
+        "without a chat template",
+        f"taps the layers {taps}.",
+        report["environment"]["date"][:10],
+    ):
+        assert word in text
     with pytest.raises(ValueError, match="but not both"):
         with_section("<!-- dflash-hub eval: end -->", "")
+    card.unlink()
+    with pytest.raises(ValueError, match="there is none in"):
+        run(*update_card)
+    with pytest.raises(ValueError, match="Pass the folder as --draft"):
+        run(*(update_card[:3] + update_card[5:]))
+
+
+def test_a_new_card_of_a_draft_has_its_figures_in_place_of_the_words_that_there_are_none(tmp_path):
+    DFlashDraftModel.from_pretrained(TINY / "draft").save_pretrained(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "Nothing yet: no acceptance length" in text
+    measured = with_section(text, "## Measured\n\nSomething.")
+    assert "Nothing yet" not in measured
+    assert measured.count("## Measured") == 1
+
+
+def test_a_score_is_written_as_the_hub_documents_it_if_the_benchmark_ranks_it(tmp_path, update_card):
+    """Read by huggingface_hub, and by the fields of hub-docs' eval_results.yaml: which it has, of which type."""
+    (tmp_path / "mine.jsonl").write_text('{"prompt": "def add(a, b):"}\n{"prompt": "import os"}\n')
+    file = tmp_path / "draft" / ".eval_results" / "speed.yaml"
+    file.parent.mkdir()
+    other = {"dataset": {"id": "org/speed", "task_id": "answers"}, "value": 0.5}
+    file.write_text(json.dumps([other]))
+    prompts = ("--prompts", str(tmp_path / "mine.jsonl"))
+    for _ in range(2):  # the second replaces the first
+        done = run(*update_card, *prompts, "--eval-results", "org/speed", "lengths", "acceptance_length")
+        assert done.exit_code == 0, done.output
+    assert f"Score: {file}" in done.stdout
+    before, entry = yaml.safe_load(file.read_text())
+    assert before == other
+    assert entry.keys() == {"dataset", "value", "date", "notes"}
+    assert entry["dataset"] == {"id": "org/speed", "task_id": "lengths"}
+    report = read_report(tmp_path / "report")
+    assert entry["value"] == round(report["results"][1]["acceptance_length"], 4)
+    assert datetime.fromisoformat(entry["date"])
+    for word in ("tokens per cycle", "block 8, temperature 0", report["environment"]["hardware"]):
+        assert word in entry["notes"]
+    parse = getattr(huggingface_hub, "parse_eval_result_entries", None)
+    if parse is not None:  # huggingface_hub 1.5
+        assert [(one.dataset_id, one.task_id) for one in parse([before, entry])][1] == ("org/speed", "lengths")
+
+
+@pytest.mark.parametrize(
+    ("prompts", "words", "message"),
+    [
+        ("gsm8k", ("openai/gsm8k", "gsm8k", "acceptance_length"), "ranks the share of right answers"),
+        ("built-in", ("org/speed", "lengths", "speedup"), "names org/speed, but the prompts are built-in"),
+        ("speed-bench", ("org/speed", "lengths", "speedup"), "but the prompts are speed-bench"),
+        ("speed-bench", ("nvidia/SPEED-Bench", "all", "accuracy"), "figure 'accuracy'; it must be one of acceptance_"),
+    ],
+)
+def test_a_false_score_is_refused_before_anything_is_decoded(update_card, prompts, words, message):
+    with pytest.raises(ValueError, match=message):
+        run(*update_card, "--prompts", prompts, "--eval-results", *words)
+    without = [word for word in update_card if word != "--update-card"]
+    with pytest.raises(ValueError, match="--eval-results goes with --update-card"):
+        run(*without, "--eval-results", *words)
 
 
 def test_a_draft_of_the_hub_is_recorded_with_its_commit(hub, repo_id, tmp_path):
@@ -660,7 +951,7 @@ def test_sigterm_leaves_a_partial_report(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--prompts", "nothing.jsonl"], "which is no file; pass a JSONL file, or one of built-in, gsm8k"),
+        (["--prompts", "nothing.jsonl"], "which is no file; pass a JSONL file, the org/name of a dataset, or one of"),
         (["--thinking", "maybe"], "--thinking is 'maybe'; it must be on or off"),
         (["--thinking", "on"], "no meaning with --no-chat-template"),
         (["--chat-template"], "has no chat template"),

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import HfApi, ModelCard, snapshot_download
+from huggingface_hub import HfApi, ModelCard, ModelCardData, snapshot_download
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel
 
 import tiny
-from dflash_hub import DFlashConfig, DFlashDraftModel, DFlashDraftSpec, load_draft
+from dflash_hub import DFlashConfig, DFlashDraftModel, DFlashDraftSpec, load_draft, repository_dflash
 from dflash_hub.publishing import PublishOptions, plan, publish
 from dflash_hub.publishing import push as pushing
 from dflash_hub.publishing.probe import digests
@@ -279,20 +279,52 @@ def test_publish_puts_the_hub_layout_on_main_and_the_engines_layout_on_its_branc
     assert done.commit in done.snippet
 
 
+def code_shown(data: dict) -> list[str]:
+    """What the Hub shows beside a model with this metadata, after huggingface.js: snippets and commands of engines."""
+    tags = {*(data.get("tags") or ()), data.get("library_name")}
+    shown = ["AutoModel"] if "transformers" in tags else []
+    if data.get("pipeline_tag") == "text-generation" or "text-generation" in tags:
+        shown += ["pipeline", "vllm serve", "sglang"] if shown else ["vllm serve, if quantised"]
+    return shown
+
+
 def test_the_card_says_what_there_is_to_say(hub, repo_id):
     draft = DFlashDraftModel.from_pretrained(TINY / "draft")
-    draft.card_metadata = {"base_model": "org/target", "license": "mit"}
+    draft.card_metadata = {"base_model": "org/target", "license": "mit", "language": ["en", "de"], "thinking": "off"}
     draft.push_to_hub(repo_id)
     card = ModelCard.load(repo_id)
     data = card.data.to_dict()
-    expected = {"base_model": "org/target", "license": "mit"}
-    expected |= {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    expected = {"base_model": "org/target", "license": "mit", "language": ["en", "de"], "library_name": "dflash-hub"}
     assert {key: data[key] for key in expected} == expected
-    assert {"dflash", "speculative-decoding", "draft-model"} <= set(data["tags"])
-    for text in (repo_id, "org/target", "vllm serve", "sglang", "import dflash_hub", "block size | 8", "1, 2, 4"):
+    assert not {"thinking", "pipeline_tag"} & data.keys()
+    assert code_shown(data) == []
+    assert {"dflash", "speculative-decoding", "draft-model", "custom_generate"} <= set(data["tags"])
+    words = (repo_id, "org/target", "vllm serve", "sglang", "import dflash_hub", "block size | 8", "1, 2, 4")
+    for text in (*words, "| non-thinking; en, de |", "Nothing yet: no acceptance length"):
         assert text in card.text, text
-    assert "Nothing yet: no acceptance length" in card.text
     assert "your-name/your-draft" not in card.text
+    draft.card_metadata = {"thinking": "maybe"}
+    with pytest.raises(ValueError, match="thinking is 'maybe'; it must be one of on, off, both"):
+        draft.push_to_hub(repo_id)
+
+
+@pytest.mark.parametrize("has_package", [True, False])
+def test_code_that_fails_for_a_draft_is_not_shown_beside_it(draft, tmp_path, monkeypatch, caplog, has_package):
+    """Metadata of a card that is there is replaced, unless the owner has just chosen it."""
+    monkeypatch.setattr(repository_dflash.logger.parent, "propagate", True)
+    if not has_package:
+        monkeypatch.setattr(repository_dflash.EXTENSIONS, "write_card", None)
+    misleading = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["mine", "transformers"]}
+    data = ModelCardData(**misleading)
+    assert code_shown(data.to_dict()) == ["AutoModel", "pipeline", "vllm serve", "sglang"]
+    draft.write_card(tmp_path, ModelCard(f"---\n{data}\n---\nMine"))
+    found = ModelCard.load(tmp_path / "README.md").data
+    assert code_shown(found.to_dict()) == []
+    assert found.tags[0] == "mine"
+    assert "pipeline_tag: text-generation, the tag transformers. The Hub would show" in caplog.text
+    draft.card_metadata = misleading
+    draft.write_card(tmp_path, ModelCard(f"---\n{data}\n---\nMine"))
+    assert code_shown(ModelCard.load(tmp_path / "README.md").data.to_dict())
 
 
 def test_an_existing_card_is_kept_and_its_metadata_completed(hub, repo_id, draft):
@@ -426,7 +458,7 @@ def test_a_card_in_the_folder_is_kept(hub, repo_id, tmp_path, monkeypatch):
     (tmp_path / "README.md").write_text("---\nlicense: mit\n---\nMy words\n")
     publish(tmp_path, repo_id)
     assert ModelCard.load(repo_id).text.strip() == "My words"
-    assert ModelCard.load(repo_id).data.library_name == "transformers"
+    assert ModelCard.load(repo_id).data.library_name == "dflash-hub"
 
 
 def test_what_does_not_load_bit_equal_in_a_fresh_process_is_never_pushed(hub, repo_id, monkeypatch, forked_probe):
@@ -441,6 +473,7 @@ def test_what_does_not_load_bit_equal_in_a_fresh_process_is_never_pushed(hub, re
 
 
 SECRET = "hf_a_secret_of_the_owner"
+LEAK = ".eval_results/leak.yaml"
 
 
 @pytest.fixture
@@ -456,6 +489,9 @@ def crowded(tmp_path):
     (folder / ".env").write_text(SECRET)
     (folder / "extra.py").write_text(f"TOKEN = {SECRET!r}")
     (folder / "runs").mkdir()
+    (folder / ".eval_results").mkdir()
+    (folder / ".eval_results" / "own.yaml").write_text("[]")
+    (folder / ".eval_results" / "leak.yaml").symlink_to(secret)
     (folder / "README.md").unlink()
     (folder / "README.md").symlink_to(secret)
     return folder
@@ -466,11 +502,11 @@ def test_only_a_drafts_own_files_are_published_and_no_link_is_followed(hub, repo
     done = publish(crowded, repo_id)
     for branch in ("main", "engines"):
         published = files(hub, repo_id, branch)
-        assert "plot.png" in published
-        assert not {"leak.png", "notes.png", "optimizer.pt", ".env", "extra.py", "runs"} & set(published)
+        assert {"plot.png", ".eval_results/own.yaml"} <= set(published)
+        assert not {"leak.png", "notes.png", "optimizer.pt", ".env", "extra.py", "runs", LEAK} & set(published)
         assert not [name for name, content in published.items() if content and SECRET.encode() in content]
     reasons = {one.name: one.reason for one in done.left_out}
-    assert set(reasons) == {".env", "README.md", "extra.py", "leak.png", "notes.png", "optimizer.pt", "runs/"}
+    assert set(reasons) == {".env", "README.md", "extra.py", "leak.png", "notes.png", "optimizer.pt", "runs/", LEAK}
     assert "a link" in reasons["leak.png"]
     assert "a link" in reasons["README.md"]
     assert "does not begin as such a picture" in reasons["notes.png"]
