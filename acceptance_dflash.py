@@ -34,6 +34,7 @@ class Accepted:
         drafted `[B]`: drafted tokens that were accepted.
         counts: for each row, drafted tokens accepted and tokens committed, on the host.
         ended: for each row, whether it had ended before and only goes on with padding.
+        in_place: whether all accepted tokens are at the front of their block, in order, as those of a chain are.
     """
 
     tokens: torch.Tensor
@@ -41,6 +42,7 @@ class Accepted:
     drafted: torch.Tensor
     counts: list[tuple[int, int]]
     ended: list[bool]
+    in_place: bool = False
 
     @property
     def committed(self) -> list[int]:
@@ -97,16 +99,22 @@ class BlockAcceptance:
         if proposal.parents is not None:
             tokens = tokens.gather(1, path)
             scores, logits = gather_path(scores, path), gather_path(logits, path)
+        parts = [tokens, drafted[:, None]]
+        if proposal.parents is not None:
+            # The last accepted position of a path 0, 1, 2 ... is as far as it is deep.
+            parts.append(path.gather(1, drafted[:, None]))
         # The cycle's one transfer to the host.
-        cycle = torch.cat([tokens, drafted[:, None]], dim=1).tolist()
+        cycle = torch.cat(parts, dim=1).tolist()
+        size = proposal.size
+        in_place = all(row[-1] == row[size] for row in cycle)
         ended = [not active for active in state.sequences.active]
-        new_tokens = [row[: row[-1] + 1] for row in cycle]
+        new_tokens = [row[: row[size] + 1] for row in cycle]
         committed = state.append_tokens(new_tokens)
         state.step_outputs.collect(scores, logits, committed)
         counts = []
         for row, count in zip(cycle, committed, strict=True):
-            counts.append((row[-1], count))
-        return Accepted(tokens, path, drafted, counts, ended)
+            counts.append((row[size], count))
+        return Accepted(tokens, path, drafted, counts, ended, in_place)
 
     def _prefixes(self, state: Any, proposal: Proposal) -> list[list[torch.Tensor]] | None:
         """Return, for each row and position, the ids `[T]` up to and with it; None if no processor reads them."""

@@ -30,7 +30,7 @@ SIZES = (1, 3, 7, 15, 31, 63, 127)
 WIDEST = 3.0
 """Trees that cost more than so many steps of plain decoding are not built."""
 
-MEASURED_FROM = 128
+MEASURED_FROM = 64
 """New tokens from which on a text is long enough to measure costs that nobody knows, unless a tree is asked for."""
 
 RECORDING_SECONDS = 0.15

@@ -22,7 +22,7 @@ from .cache_dflash import SlotCache
 from .compat_dflash import device_of_inputs, dtype_of_inputs
 from .execution_dflash import BlockRunner, as_written
 from .target_dflash import embed_noise
-from .trees_dflash import NUM_CANDIDATES, Tree, best_tree
+from .trees_dflash import NUM_CANDIDATES, Tree, best_tree, tree_on_host
 
 
 class Walk(NamedTuple):
@@ -307,8 +307,10 @@ class Drafter:
         return DraftOutput(logits, states, choice.tokens, choice.confidence, tree)
 
     def _tree(self, scores: torch.Tensor, states: torch.Tensor, walk: Walk, num_nodes: int) -> Tree:
-        candidates = self.draft.candidates(scores, states, walk, NUM_CANDIDATES)
-        return best_tree(candidates, num_nodes)
+        num_candidates = min(NUM_CANDIDATES, num_nodes)
+        candidates = self.draft.candidates(scores, states, walk, num_candidates)
+        on_host = self.runner.mode == "eager" and scores.device.type == "cpu"
+        return (tree_on_host if on_host else best_tree)(candidates, num_nodes)
 
     def _beyond(self, logits: torch.Tensor) -> torch.Tensor:
         """Return the tokens of `logits [B, T, V]` that the target has no embedding of."""

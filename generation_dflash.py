@@ -276,7 +276,7 @@ def decode(state: DecodeState, proposer: Proposer, recorder: Recorder) -> None:
             verified = target.verify(target_state, proposal.tokens, state.slots, proposal.ancestors)
         with recorder.phase("rest"), state.user_code():
             accepted = state.acceptance.accept(state, proposal, verified.logits)  # and append
-            if proposal.parents is not None:
+            if proposal.parents is not None and not accepted.in_place:
                 verified = target.move_path(target_state, verified, state.slots, accepted.path)
             # Before `state.commit` moves the slots: the block's outputs belong to the old anchor.
             state.step_outputs.collect_layers(verified, accepted, state.slots)

@@ -61,7 +61,7 @@ class Proposal:
         """`[B, Q, Q]`, as `ancestors` returns it; None for a chain."""
         if self.parents is None:
             return None
-        return ancestors(self.parents.to(self.tokens.device))
+        return ancestors(self.parents.to(self.tokens.device), self.max_depth)
 
     @cached_property
     def depths(self) -> torch.Tensor | None:
@@ -94,7 +94,7 @@ def check_proposal(proposal: Any, anchor: torch.Tensor) -> Proposal:
     return proposal
 
 
-def ancestors(parents: torch.Tensor) -> torch.Tensor:
+def ancestors(parents: torch.Tensor, max_depth: int | None = None) -> torch.Tensor:
     """Tell which positions lie on the path from the root to each position of a tree, both included.
 
     Example: parents -1, 0, 0, 1. The root has two children, and the first of them has one. The rows are
@@ -102,6 +102,7 @@ def ancestors(parents: torch.Tensor) -> torch.Tensor:
 
     Args:
         parents `[B, Q]`: as in `Proposal`.
+        max_depth: no position is further from the root; None if unknown.
 
     Returns:
         `[B, Q, Q]`: True where the second position is on the path to the first.
@@ -113,7 +114,8 @@ def ancestors(parents: torch.Tensor) -> torch.Tensor:
     steps = itself + (parents[..., None] == positions)
     reach = 1
     # Each round doubles how far up a position looks, without asking the host for anything.
-    while reach < size:
+    furthest = size - 1 if max_depth is None else min(max_depth, size - 1)
+    while reach < furthest:
         steps = ((steps @ steps) > 0).float()
         reach = 2 * reach
     return steps > 0

@@ -13,6 +13,7 @@ depth, M paths of all depths.
 """
 
 from functools import lru_cache
+from heapq import heappop, heappush
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -120,6 +121,128 @@ def best_tree(candidates: Candidates, num_nodes: int) -> Tree:
         weights.gather(1, nodes),
         candidates.tokens.gather(-1, candidates.spine[..., None])[..., 0],
         weights[:, layout.firsts],
+    )
+
+
+class _Node(NamedTuple):
+    """A node of one row: its parent as in `Tree`, its depth, its last candidate, the logarithm of its weight."""
+
+    parent: int
+    depth: int
+    candidate: int
+    log_weight: float
+
+
+class _Heap:
+    """Grows the tree of one row, the heaviest path first.
+
+    Args:
+        log_probs: `[T, A, K]` as lists, see `Candidates`.
+        spine: `[T]`.
+    """
+
+    def __init__(self, log_probs: list[list[list[float]]], spine: list[int]):
+        self.log_probs, self.spine = log_probs, spine
+        self.depends = len(log_probs[0]) > 1
+        self.ranked: dict[tuple[int, int], list[int]] = {}
+        """By depth and candidate before: the candidates after it, the likeliest first."""
+        self.nodes: list[_Node] = []
+        self.waiting: list[tuple[float, int, int, int]] = []
+        """Paths that may come next: minus the logarithm of the weight, parent, candidate before, rank."""
+        self.spine_ends = [0]
+        """The root, and the nodes of the spine."""
+
+    def grow(self, num_nodes: int) -> list[_Node]:
+        """Return `num_nodes` nodes, or all that there are."""
+        self._wait(0, 0, 0)
+        spine_added = set()
+        while self.waiting and len(self.nodes) < num_nodes:
+            _, parent, before, rank = heappop(self.waiting)
+            depth = self._depth(parent)
+            candidate = self._ranked(depth, before)[rank]
+            self._wait(parent, before, rank + 1)
+            if (parent, candidate) in spine_added:
+                continue
+            of_spine = len(self.spine_ends)
+            is_spine = parent == self.spine_ends[-1] and candidate == self.spine[depth]
+            branches = len(self.nodes) + 1 - of_spine
+            is_due = of_spine <= len(self.spine) and branches >= BRANCHES_PER_TOKEN * of_spine
+            if is_due and not is_spine:
+                end = self.spine_ends[-1]
+                spine_added.add((end, self.spine[of_spine - 1]))
+                self._add(end, self.spine[of_spine - 1], is_spine=True)
+            if len(self.nodes) < num_nodes:
+                self._add(parent, candidate, is_spine)
+        return self.nodes
+
+    def spine_weights(self) -> list[float]:
+        """Return the logarithms of the weights of the spine's tokens."""
+        before, total = 0, 0.0
+        found = []
+        for depth, candidate in enumerate(self.spine):
+            total += self._given(depth, before)[candidate]
+            found.append(total)
+            before = candidate
+        return found
+
+    def _depth(self, parent: int) -> int:
+        return self.nodes[parent - 1].depth if parent else 0
+
+    def _given(self, depth: int, before: int) -> list[float]:
+        return self.log_probs[depth][before if self.depends else 0]
+
+    def _ranked(self, depth: int, before: int) -> list[int]:
+        key = (depth, before if self.depends else 0)
+        if key not in self.ranked:
+            given = self._given(depth, before)
+            self.ranked[key] = sorted(range(len(given)), key=given.__getitem__, reverse=True)
+        return self.ranked[key]
+
+    def _wait(self, parent: int, before: int, rank: int) -> None:
+        """Let the path wait that extends a parent by its candidate of this rank, if there is one."""
+        depth = self._depth(parent)
+        if depth == len(self.log_probs):
+            return
+        ranked = self._ranked(depth, before)
+        if rank < len(ranked):
+            weight = self._weight(parent) + self._given(depth, before)[ranked[rank]]
+            heappush(self.waiting, (-weight, parent, before, rank))
+
+    def _weight(self, parent: int) -> float:
+        return self.nodes[parent - 1].log_weight if parent else 0.0
+
+    def _add(self, parent: int, candidate: int, is_spine: bool) -> None:
+        depth = self._depth(parent)
+        before = self.nodes[parent - 1].candidate if parent else 0
+        weight = self._weight(parent) + self._given(depth, before)[candidate]
+        self.nodes.append(_Node(parent, depth + 1, candidate, weight))
+        if is_spine:
+            self.spine_ends.append(len(self.nodes))
+        self._wait(len(self.nodes), candidate, 0)
+
+
+def tree_on_host(candidates: Candidates, num_nodes: int) -> Tree:
+    """Return what `best_tree` does, from a heap in Python; of equal weights it may prefer another path.
+
+    For eager blocks on a CPU, where each of the many small operations of `best_tree` takes as long as a node here.
+    """
+    log_probs = candidates.log_probs.nan_to_num(nan=-torch.inf).clamp_max(0)
+    nodes, weights, alongs = [], [], []
+    for row, spine in zip(log_probs.tolist(), candidates.spine.tolist(), strict=True):
+        heap = _Heap(row, spine)
+        grown = heap.grow(num_nodes)
+        nodes.append([node[:3] for node in grown])
+        weights.append([node.log_weight for node in grown])
+        alongs.append(heap.spine_weights())
+    parents, depths, chosen = torch.tensor(nodes).unbind(dim=-1)  # [B, N] each
+    count = candidates.tokens.shape[-1]
+    return Tree(
+        candidates.tokens.flatten(1).gather(1, (depths - 1) * count + chosen),
+        parents,
+        depths,
+        torch.tensor(weights).exp(),
+        candidates.tokens.gather(-1, candidates.spine[..., None])[..., 0],
+        torch.tensor(alongs).exp(),
     )
 
 
