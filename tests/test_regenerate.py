@@ -5,7 +5,6 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from datasets import Dataset
 from transformers import AutoTokenizer
 
 from dflash_hub.training import regenerate as module
@@ -13,8 +12,8 @@ from dflash_hub.training.regenerate import (
     GenerationSettings,
     InProcess,
     Server,
-    check_columns,
     finished_rows,
+    question_of,
     regenerate,
 )
 from paths import TINY
@@ -153,8 +152,8 @@ def test_a_server_that_is_not_there_and_a_foreign_file_are_refused(tokenizer, tm
     (tmp_path / "mine.jsonl").write_text('{"text": "precious"}\n')
     with pytest.raises(ValueError, match="was not written by regenerate"):
         finished_rows(tmp_path / "mine.jsonl")
-    with pytest.raises(ValueError, match="has the columns question; 'messages' or 'text' is needed"):
-        check_columns(Dataset.from_list([{"question": "?"}]))
+    with pytest.raises(ValueError, match="row 0: input_ids cannot be answered anew"):
+        question_of({"input_ids": [1, 2]}, 0)
 
 
 def test_in_process_the_text_is_the_targets_own(tiny_target, tokenizer, tmp_path):

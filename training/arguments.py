@@ -42,6 +42,9 @@ class DFlashTrainingArguments(TrainingArguments):
         default=3072, metadata={"help": "Maximum number of tokens of a packed row."}
     )
     packing: bool = field(default=True, metadata={"help": "Pack several documents into a row."})
+    last_answer_only: bool = field(
+        default=False, metadata={"help": "Learn from the last answer of each conversation alone."}
+    )
     draft_attention: str = field(
         default="auto",
         metadata={
