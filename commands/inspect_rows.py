@@ -24,7 +24,8 @@ def inspect_rows(options: TrainOptions, args: DFlashTrainingArguments) -> None:
         for place, documents in islice(rows, options.inspect):
             for ids, supervised, reason in documents:
                 title = f"{place}: {len(ids):,} tokens, {sum(supervised):,} supervised"
-                console.rule(f"{title}; left out, {reason}" if reason else title, align="left")
+                title += f"; left out, {reason}" if reason else ""
+                console.rule(Text(title), align="left")
                 console.print(coloured(tokenizer, ids, supervised), soft_wrap=True)
     except BadRow as error:
         raise with_file(error, options.data) from error

@@ -7,10 +7,11 @@ import pytest
 from datasets import Dataset
 from transformers import AutoTokenizer
 
-from dflash_hub.training import data
+from dflash_hub.training import DFlashTrainingArguments, data
 from dflash_hub.training.conversations import PROMPT_CHANGED, THOUGHT_LACKING
 from dflash_hub.training.data import PreprocessConfig, documents_of_row, prepare
-from dflash_hub.training.reading import BadRow, load_rows, rows_of_list, with_file
+from dflash_hub.training.reading import BadRow, load_rows, rows_of_list
+from dflash_hub.training.setup import TrainOptions, build
 from paths import TINY
 
 TEMPLATE = """{%- if tools %}<tools>
@@ -373,7 +374,6 @@ BROKEN = {
     "items.json": ('[{"text": "a"}, 5]', r"^items\.json, row 1 is 5, but must be a JSON object"),
     "latin.jsonl": ('{"text": "\xe9"}'.encode("latin-1"), r"^latin\.jsonl is not UTF-8"),
     "null.jsonl": ('{"text": "a b c d"}\n{"text": null}\n', r"^null\.jsonl, line 2: text is null, but must be a text"),
-    "rows.csv": ("id,text\n1,a b c d\n2,\n", r"^.*rows\.csv, row 1: text is null, but must be a text"),
 }
 
 
@@ -383,10 +383,14 @@ def test_a_broken_row_is_told_with_its_file_and_line(config, tmp_path, name, str
     content, message = BROKEN[name]
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(BadRow, match=message):
-        try:
-            list(prepare(load_rows(str(tmp_path / name), streaming=streaming), config)[0])
-        except BadRow as error:
-            raise with_file(error, str(tmp_path / name)) from error
+        list(prepare(load_rows(str(tmp_path / name), streaming=streaming), config)[0])
+
+
+def test_a_bad_row_of_a_table_is_told_with_its_number_and_the_file_by_the_command(tmp_path):
+    (tmp_path / "rows.csv").write_text("id,text\n" + "1,a b c d e f g h i j\n" * 9 + "2,\n")
+    options = TrainOptions(str(TINY / "target"), str(tmp_path / "rows.csv"), draft=str(TINY / "draft"), eval_rows=3)
+    with pytest.raises(BadRow, match=r"^/.*rows\.csv, row 9: text is null, but must be a text"):
+        build(options, DFlashTrainingArguments(str(tmp_path / "draft"), report_to="none", use_cpu=True))
 
 
 def test_a_folder_of_json_is_read_as_it_is_written(config, tmp_path):
@@ -451,5 +455,5 @@ def test_several_processes_prepare_the_same_rows_and_tell_the_same_error(config,
     parts, same = prepare(rows, config)
     assert parts[:] == whole[:]
     assert str(same) == str(report)
-    with pytest.raises(BadRow, match="^row 59: text is 5, but must be a text"):
+    with pytest.raises(BadRow, match=r"^row 59: text is 5, but must be a text"):
         prepare([*rows[:-1], {"text": 5}], config)

@@ -253,16 +253,21 @@ def _last_alone(messages: list[Message]) -> list[Message]:
 def _of_text(form: Text, config: PreprocessConfig) -> list[Document]:
     """Return the documents of plain text: one alone is cut into pieces; several pieces are one document."""
     if not form.is_cut:
-        end = (config.tokenizer.eos_token or "") if form.ends else ""
-        pieces = [Segment(text, learnt) for text, learnt in form.pieces]
-        if end and not pieces[-1].text.endswith(end):
-            pieces[-1] = Segment(pieces[-1].text + end, True)
-        return [_encode(pieces, config)]
+        return [_encode(_segments(form, config.tokenizer), config)]
     longest = config.max_length
     ids = config.tokenizer(form.pieces[0][0]).input_ids
     starts = range(0, max(1, len(ids)), longest)  # an empty text is a document, too short
     parts = [ids[start : start + longest] for start in starts]
     return [(part, [1] * len(part)) for part in parts]
+
+
+def _segments(form: Text, tokenizer: Any) -> list[Segment]:
+    """Return the pieces of a text; the end token ends the last, if it is an answer that lacks it."""
+    segments = [Segment(text, learnt) for text, learnt in form.pieces]
+    end = tokenizer.eos_token or ""
+    if form.ends and not segments[-1].text.endswith(end):
+        segments[-1] = replace(segments[-1], text=segments[-1].text + end)
+    return segments
 
 
 def _encode(segments: list[Segment], config: PreprocessConfig) -> Document:

@@ -201,12 +201,13 @@ def _pair(row: dict[str, Any]) -> Form:
         raise BadRow(
             f"{answer} is an answer without a prompt; a column such as 'prompt' is needed."
         )
-    is_plain = (prompt, answer) == ("prompt", "completion")
-    if is_plain and not isinstance(row[prompt], list) and not isinstance(row[answer], list):
+    if answer is None:
+        return _conversation(row, _asked(row, prompt))
+    is_chat = any(isinstance(row[name], list) for name in (prompt, answer))
+    if (prompt, answer) == ("prompt", "completion") and not is_chat:
         question = text_of(row[prompt], prompt)
-        return Text([(question, False), (text_of(row[answer], str(answer)), True)], ends=True)
-    answered = [] if answer is None else _answered(row[answer], answer)
-    return _conversation(row, [*_asked(row, prompt), *answered])
+        return Text([(question, False), (text_of(row[answer], answer), True)], ends=True)
+    return _conversation(row, [*_asked(row, prompt), *_answered(row[answer], answer)])
 
 
 def _only(row: dict[str, Any], names: Iterable[str]) -> str | None:

@@ -143,7 +143,7 @@ def _turns(message: Any, name: str) -> Iterable[Message]:
 def _message(message: dict[str, Any], name: str) -> Message:
     """Return one message with a role."""
     role = _role(message, name)
-    fields = {"role": role}
+    fields: dict[str, Any] = {"role": role}
     learnt = _learnt(message, role, name)
     masked: list[tuple[str, int, int]] = []
     if message.get("role", message.get("from")) in CALLS:
@@ -232,8 +232,8 @@ def _untrained(content: str, details: Any, name: str) -> list[tuple[str, int, in
     learnt = [False] * len(content)
     for detail in listed(details, f"{name}.train_detail"):
         try:
-            start, end, trained = detail["begin_offset"], detail["end_offset"], detail["train"]
-            learnt[start : end + 1] = [bool(trained)] * len(learnt[start : end + 1])
+            part = slice(detail["begin_offset"], detail["end_offset"] + 1)
+            learnt[part] = [bool(detail["train"])] * len(learnt[part])
         except (KeyError, TypeError) as error:
             raise BadRow(
                 f"{name}.train_detail has {short(detail)}; begin_offset, end_offset and train are needed."
@@ -287,7 +287,7 @@ def _with_arguments(call: Any) -> Any:
         return call
     if not isinstance(value, dict):
         return call
-    changed = {**function, "arguments": value}
+    changed = {**(function or {}), "arguments": value}
     return {**call, "function": changed} if "function" in call else changed
 
 
