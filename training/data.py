@@ -18,7 +18,7 @@ import torch
 from ..configuration_dflash import __version__
 from .blocks import PackedBatch
 from .conversations import Segment, documents_of, renderer
-from .formats import Conversation, Form, Text, read_row
+from .formats import Conversation, Form, Text, Tokens, read_row
 from .messages import Message
 from .reading import BadRow, columns_of, row_of, rows_of_list
 
@@ -196,6 +196,10 @@ def _documents(form: Form, config: PreprocessConfig) -> list[tuple[list[int], li
         BadRow: a document cannot be trained on.
     """
     left_out: Iterable[str] = ()
+    if config.tokenizer is None and not isinstance(form, Tokens):
+        raise BadRow(
+            "it holds text, which needs the target's tokenizer. Pass processing_class=tokenizer."
+        )
     if isinstance(form, Conversation):
         documents, left_out = _of_conversation(form, config)
     elif isinstance(form, Text):
@@ -258,7 +262,8 @@ def _of_text(form: Text, config: PreprocessConfig) -> list[Document]:
     ids = config.tokenizer(form.pieces[0][0]).input_ids
     starts = range(0, max(1, len(ids)), longest)  # an empty text is a document, too short
     parts = [ids[start : start + longest] for start in starts]
-    return [(part, [1] * len(part)) for part in parts]
+    marks = [[1] * len(part) for part in parts]
+    return list(zip(parts, marks, strict=True))
 
 
 def _segments(form: Text, tokenizer: Any) -> list[Segment]:
@@ -288,7 +293,10 @@ def _encode_segment(segment: Segment, config: PreprocessConfig) -> Document:
     """Return the token ids of a segment, and which are supervised: in no part a character that is masked."""
     offsets = bool(segment.masked)
     encoded = config.tokenizer(
-        segment.text, add_special_tokens=False, return_offsets_mapping=offsets
+        segment.text,
+        add_special_tokens=False,
+        return_attention_mask=False,
+        return_offsets_mapping=offsets,
     )
     length = _answer_length(encoded.input_ids, config.stop_ids) if segment.is_answer else 0
     marks = [1] * length + [0] * (len(encoded.input_ids) - length)

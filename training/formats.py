@@ -38,7 +38,7 @@ PREFERENCE = (
     *("chosen", "rejected", "rejected_response", "rejected_messages", "rejected_images", "kto_tag"),
     *("preferred_output", "non_preferred_output", "completions", "label"),
 )
-MEDIA = ("image", "images", "video", "videos", "audio", "audios", "objects")
+MEDIA = ("pixel_values", "image", "images", "video", "videos", "audio", "audios", "objects")
 OPTIONS = (
     *(
         "mask_history",
@@ -109,9 +109,9 @@ def read_row(row: dict[str, Any]) -> Form:
         OPTIONS,
         "an option of another trainer; for the last answer alone pass --last-answer-only",
     )
+    _refuse(row, MEDIA, "of other media than text, which drafts are not trained on")
     if "input_ids" in row:
         return _tokens(row)
-    _refuse(row, MEDIA, "of other media than text, which drafts are not trained on")
     column = next((name for name in CONVERSATIONS if name in row), None)
     if column is not None:
         _refuse(row, PREFERENCE, "of preference data, and a draft learns one answer; keep that one")
