@@ -170,6 +170,18 @@ READ = {
         {"messages": [user("how"), answer("let me "), {"role": "tool_call", "content": json.dumps(CALL)}]},
         ["let me " + CALLED],
     ),
+    "answers in succession": (
+        {
+            "messages": [
+                user("how"),
+                answer("so ", loss=False),
+                answer("and so", loss=True),
+                user("why"),
+                answer("thus"),
+            ]
+        },
+        ["and so" + END, BOTH[1]],
+    ),
     "pretraining": ({"messages": [answer("so and so")]}, ["so and so"]),
     "Anthropic's blocks": (
         {
@@ -212,6 +224,15 @@ REFUSED = {
     "a weight between": ({"messages": [TALK[0], answer("so", weight=0.5)]}, "has weight 0.5; it must be 0 or 1"),
     "a scale above 1": ({"messages": [TALK[0], answer("so", loss_scale=2.0)]}, "has loss_scale 2.0; it must be 0 or 1"),
     "training on a question": ({"messages": [user("how", train=True)]}, "is from 'user' and has train true"),
+    "a detail of a question": (
+        {"messages": [user("how", train_detail=[{"begin_offset": 0, "end_offset": 1, "train": True}])]},
+        "is from 'user' and has train true",
+    ),
+    "a part of a question": ({"messages": [user(PARTS)]}, "is from 'user' and has train true"),
+    "a call unlike its answer": (
+        {"messages": [user("how"), answer("so"), {"role": "tool_call", "content": json.dumps(CALL), "loss": False}]},
+        r"messages\[2\] is learnt from, or not, unlike the answer",
+    ),
     "a detail without its end": (
         {"messages": [TALK[0], answer("so", train_detail=[{"begin_offset": 0}])]},
         "train_detail has {'begin_offset': 0}; begin_offset, end_offset and train are needed",

@@ -69,23 +69,46 @@ def read_messages(value: Any, column: str, system: Any = None) -> list[Message]:
         BadRow: something in them cannot be read; names it.
     """
     found: list[Message] = []
-    for number, message in enumerate(listed(value, column)):
-        for part in _turns(message, f"{column}[{number}]"):
-            _append(found, part)
+    messages = listed(value, column)
+    is_swift = any(
+        isinstance(one, dict) and (one.keys() & {"loss", "loss_scale"}) for one in messages
+    )
+    for number, message in enumerate(messages):
+        name = f"{column}[{number}]"
+        for part in _turns(message, name):
+            _append(found, part, name, is_swift)
     if system and not (found and found[0].role in ("system", "developer")):
         found.insert(0, Message({"role": "system", "content": text_of(system, "system")}))
     return found
 
 
-def _append(found: list[Message], message: Message) -> None:
-    """Append a message; a call that follows an answer directly belongs to that answer."""
-    before = found[-1] if found else None
-    joins = message.fields.pop("joins", False) and before is not None
-    if joins and before is not None and before.role == "assistant":
-        calls = before.fields.setdefault("tool_calls", [])
-        calls.extend(message.fields["tool_calls"])
+def _append(found: list[Message], message: Message, name: str, is_swift: bool) -> None:
+    """Append a message; a call that follows an answer directly belongs to it, in ms-swift a further answer too."""
+    before = found[-1] if found and found[-1].role == "assistant" else None
+    is_call = message.fields.pop("joins", False)
+    if before is not None and is_call:
+        if before.fields.get("content") and before.learnt != message.learnt:
+            raise BadRow(f"{name} is learnt from, or not, unlike the answer that it belongs to.")
+        before.fields.setdefault("tool_calls", []).extend(message.fields["tool_calls"])
+    elif before is not None and is_swift and message.role == "assistant":
+        found[-1] = _together(before, message)
     else:
         found.append(message)
+
+
+def _together(first: Message, second: Message) -> Message:
+    """Return two answers as one; what is not learnt from one is not from both."""
+    texts = [one.fields.get("content", "") for one in (first, second)]
+    masked = [*first.masked]
+    masked += [
+        (key, start + len(texts[0]), end + len(texts[0])) for key, start, end in second.masked
+    ]
+    if not first.learnt:
+        masked.append(("content", 0, len(texts[0])))
+    if not second.learnt:
+        masked.append(("content", len(texts[0]), len("".join(texts))))
+    fields = {**first.fields, **second.fields, "content": "".join(texts)}
+    return Message(fields, first.learnt or second.learnt, masked)
 
 
 def listed(value: Any, name: str) -> list[Any]:
@@ -246,11 +269,20 @@ def _learnt(message: dict[str, Any], role: str, name: str) -> bool:
     """Return whether a message is an answer that is learnt from."""
     if role == "assistant":
         return _flag(message, FLAGS, name, True)
-    if _flag(message, FLAGS_OF_EVERY_ROLE, name, False):
+    details = next((message[key] for key in DETAILS if message.get(key) is not None), [])
+    parts = [*listed(details, f"{name}.train_detail"), *_parts(message)]
+    trained = any(part.get("train") for part in parts if isinstance(part, dict))
+    if trained or _flag(message, FLAGS_OF_EVERY_ROLE, name, False):
         raise BadRow(
             f"{name} is from {role!r} and has train true, but a draft learns answers alone. Set it to false."
         )
     return False
+
+
+def _parts(message: dict[str, Any]) -> list[Any]:
+    """Return the parts of a content, or none where it is a text."""
+    content = _content(message)
+    return content if isinstance(content, list) else []
 
 
 def _flag(message: dict[str, Any], keys: Iterable[str], name: str, default: bool) -> bool:
@@ -331,11 +363,8 @@ def _tool(tool: Any, name: str) -> Any:
 
 
 def _has_blocks(message: dict[str, Any]) -> bool:
-    content = _content(message)
-    parts = content if isinstance(content, list) else []
-    return any(
-        isinstance(part, dict) and part.get("type") in ("tool_use", "tool_result") for part in parts
-    )
+    kinds = [part.get("type") for part in _parts(message) if isinstance(part, dict)]
+    return "tool_use" in kinds or "tool_result" in kinds
 
 
 def _of_blocks(message: dict[str, Any], name: str) -> list[Message]:
