@@ -174,13 +174,13 @@ READ = {
         {
             "messages": [
                 user("how"),
-                answer("so ", loss=False),
-                answer("and so", loss=True),
+                answer("so", loss=False),
+                answer(" and so", loss=True),
                 user("why"),
                 answer("thus"),
             ]
         },
-        ["and so" + END, BOTH[1]],
+        [" and so" + END, BOTH[1]],
     ),
     "pretraining": ({"messages": [answer("so and so")]}, ["so and so"]),
     "Anthropic's blocks": (

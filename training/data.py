@@ -248,10 +248,10 @@ def _of_conversation(
 def _last_alone(messages: list[Message]) -> list[Message]:
     """Return the messages, of which the last answer alone is learnt from."""
     answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
-    return [
-        message if index in answers[-1:] else replace(message, learnt=False)
-        for index, message in enumerate(messages)
-    ]
+    found = list(messages)
+    for index in answers[:-1]:
+        found[index] = replace(messages[index], learnt=False)
+    return found
 
 
 def _of_text(form: Text, config: PreprocessConfig) -> list[Document]:
