@@ -8,7 +8,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from dflash_hub.training import DFlashTrainingArguments, data
-from dflash_hub.training.conversations import PROMPT_CHANGED, THOUGHT_LACKING
+from dflash_hub.training.conversations import LEFT_OUT, PROMPT_CHANGED, THOUGHT_LACKING
 from dflash_hub.training.data import PreprocessConfig, documents_of_row, prepare
 from dflash_hub.training.reading import BadRow, load_rows, rows_of_list
 from dflash_hub.training.setup import TrainOptions, build
@@ -238,6 +238,10 @@ REFUSED = {
         "train_detail has {'begin_offset': 0}; begin_offset, end_offset and train are needed",
     ),
     "a segment without label": ({"segments": [{"text": "x"}]}, "a segment must have text, and label true or false"),
+    "a call as text": (
+        {"messages": [user("how"), answer("so", tool_calls=["look"])]},
+        r"messages\[1\].tool_calls has 'look'; a call must be an object",
+    ),
     "a broken call": (
         {"conversations": [said("function_call", "look")]},
         r"conversations\[0\] is a text that is not JSON",
@@ -423,17 +427,18 @@ def test_a_folder_of_json_is_read_as_it_is_written(config, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "expected"),
+    ("given", "expected"),
     [
-        ("hm\n</think>\n\nso", ["hm\n</think>\n\nso" + END]),
-        ("<think>\nhm\n</think>\n\nso", ["hm\n</think>\n\nso" + END]),
-        ("so", THOUGHT_LACKING),
+        (answer("hm\n</think>\n\nso"), ["hm\n</think>\n\nso" + END]),
+        (answer("<think>\nhm\n</think>\n\nso"), ["hm\n</think>\n\nso" + END]),
+        (answer("so", reasoning_content="hm"), ["hm\n</think>\n\nso" + END]),
+        (answer("so"), THOUGHT_LACKING),
     ],
 )
-def test_an_answer_stands_behind_the_thought_that_the_prompt_opens(config, content, expected):
+def test_an_answer_stands_behind_the_thought_that_the_prompt_opens(config, given, expected):
     """Both answers are learnt; the first stands in the second's prompt without its thought."""
     config.tokenizer.chat_template = OPENING
-    row = {"messages": [user("how"), answer(content), user("why"), answer(content)]}
+    row = {"messages": [user("how"), given, user("why"), given]}
     if expected == THOUGHT_LACKING:
         with pytest.raises(ValueError, match=f"0 documents; left out: 2 {expected}"):
             prepare([row], config)
@@ -455,12 +460,17 @@ def test_an_answer_stands_behind_the_thought_that_the_prompt_opens(config, conte
             "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}now{% endif %}",
             f"1 {PROMPT_CHANGED}",
         ),
+        (
+            "{% for m in messages %}<{{ m.role }}>{{ m.content }}!{% endfor %}"
+            "{% if add_generation_prompt %}<assistant>{% endif %}",
+            f"1 {LEFT_OUT}",
+        ),
     ],
 )
 def test_each_cause_for_which_a_template_gives_no_answer_is_told(config, template, message):
     config.tokenizer.chat_template = template
     with pytest.raises(ValueError, match=message):
-        prepare([{"messages": TALK[:2]}], config)
+        prepare([{"messages": [user("how"), called({"at": "sky"})]}], config)
 
 
 def test_the_last_answer_alone_is_learnt_from_if_asked(config):

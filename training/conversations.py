@@ -11,12 +11,13 @@ from typing import Any
 from jinja2 import TemplateError
 
 from .formats import Conversation
-from .messages import Message
+from .messages import THOUGHTS, Message
 from .reading import BadRow
 
 REFUSED = "refused by the chat template"
 PROMPT_CHANGED = "of answers that do not begin where the chat template's prompt ends"
 THOUGHT_LACKING = "of answers without the thought that the chat template's prompt opens"
+LEFT_OUT = "of answers whose text or calls the chat template leaves out"
 _OPENED = re.compile(r"<([^<>/\s]+)>(\s*)$")
 """A tag at the end of a prompt, as in `<think>`, and the space after it."""
 
@@ -86,9 +87,9 @@ def documents_of(
         except (TemplateError, ValueError, TypeError) as error:
             reasons[f"{REFUSED} ({str(error)[:80]})"] += 1
             continue
-        answer = _answer(before, after, message)
-        if answer is None:
-            reasons[_why_not(before, message)] += 1
+        answer, reason = _answer(before, after, message)
+        if reason:
+            reasons[reason] += 1
             continue
         if not documents or not before.startswith(previous):
             documents.append([])
@@ -98,29 +99,40 @@ def documents_of(
     return documents, reasons
 
 
-def _answer(before: str, after: str, message: Message) -> str | None:
-    """Return the text of an answer as the target gives it behind its prompt, or None if the data do not tell it.
+def _answer(before: str, after: str, message: Message) -> tuple[str, str]:
+    """Return the text of an answer as the target gives it behind its prompt, and why it cannot be told, or ''.
 
     Args:
         before: the prompt.
         after: the same conversation with the answer.
     """
-    if after.startswith(before):
-        return after[len(before) :]
-    tag = _OPENED.search(before)
     content = message.fields.get("content", "")
-    if tag is None or not after.startswith(before[: tag.start()]) or _closing(tag) not in content:
-        return None
+    tag = _OPENED.search(before)
+    if after.startswith(before):
+        answer = after[len(before) :]
+        return answer, "" if _holds(answer, message) else LEFT_OUT
+    if tag is None or not after.startswith(before[: tag.start()]):
+        return "", PROMPT_CHANGED
     # The template drops the thought from an answer, but its prompt opens one.
-    said = content.rpartition(_closing(tag))[2].strip()
+    closing = f"</{tag[1]}>"
+    thought = message.fields.get(THOUGHTS[0])
+    if closing not in content and thought:
+        content = f"{thought.strip()}\n{closing}\n\n{content}"
+    said = content.rpartition(closing)[2].strip()
     found = after.rfind(said)
+    if closing not in content:
+        return "", THOUGHT_LACKING
     if not said or found < tag.start():
-        return None
-    return _behind(tag, content) + after[found + len(said) :]
+        return "", PROMPT_CHANGED
+    return _behind(tag, content) + after[found + len(said) :], ""
 
 
-def _closing(tag: re.Match[str]) -> str:
-    return f"</{tag[1]}>"
+def _holds(answer: str, message: Message) -> bool:
+    """Return whether a rendered answer holds the content, but for a thought in it, and the calls."""
+    said = message.fields.get("content", "").rpartition("</think>")[2].strip()
+    calls = [call.get("function", call) for call in message.fields.get("tool_calls", [])]
+    names = [str(call["name"]) for call in calls if "name" in call]
+    return said in answer and all(name in answer for name in names)
 
 
 def _behind(tag: re.Match[str], content: str) -> str:
@@ -130,13 +142,6 @@ def _behind(tag: re.Match[str], content: str) -> str:
         return content.rstrip()
     rest = opened[len(tag[1]) + 2 :]
     return rest.removeprefix(tag[2]).rstrip()
-
-
-def _why_not(before: str, message: Message) -> str:
-    """Return why an answer cannot be put behind its prompt."""
-    tag = _OPENED.search(before)
-    lacks = tag is not None and _closing(tag) not in message.fields.get("content", "")
-    return THOUGHT_LACKING if lacks else PROMPT_CHANGED
 
 
 def _segment(answer: str, message: Message) -> Segment:

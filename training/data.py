@@ -280,30 +280,30 @@ def _encode(segments: list[Segment], config: PreprocessConfig) -> Document:
 
     Each segment is encoded on its own, because in decoding the prompt is encoded without the answer.
     """
+    is_masked = any(segment.masked for segment in segments)
+    encoded = config.tokenizer(
+        [segment.text for segment in segments],
+        add_special_tokens=False,
+        return_attention_mask=False,
+        return_offsets_mapping=is_masked,
+    )
     ids: list[int] = []
     supervised: list[int] = []
-    for segment in segments:
-        piece, marks = _encode_segment(segment, config)
+    for index, (segment, piece) in enumerate(zip(segments, encoded["input_ids"], strict=True)):
+        length = _answer_length(piece, config.stop_ids) if segment.is_answer else 0
+        marks = [1] * length + [0] * (len(piece) - length)
+        if segment.masked:
+            _mask(marks, encoded["offset_mapping"][index], segment.masked)
         ids += piece
         supervised += marks
     return ids[: config.max_length], supervised[: config.max_length]
 
 
-def _encode_segment(segment: Segment, config: PreprocessConfig) -> Document:
-    """Return the token ids of a segment, and which are supervised: in no part a character that is masked."""
-    offsets = bool(segment.masked)
-    encoded = config.tokenizer(
-        segment.text,
-        add_special_tokens=False,
-        return_attention_mask=False,
-        return_offsets_mapping=offsets,
-    )
-    length = _answer_length(encoded.input_ids, config.stop_ids) if segment.is_answer else 0
-    marks = [1] * length + [0] * (len(encoded.input_ids) - length)
-    for index, (start, end) in enumerate(encoded.offset_mapping if offsets else ()):
-        if any(start < last and first < end for first, last in segment.masked):
+def _mask(marks: list[int], offsets: list[tuple[int, int]], masked: list[tuple[int, int]]) -> None:
+    """Set the marks of tokens to 0 in which there is a character that is masked."""
+    for index, (start, end) in enumerate(offsets):
+        if any(start < last and first < end for first, last in masked):
             marks[index] = 0
-    return encoded.input_ids, marks
 
 
 def _answer_length(ids: list[int], stop_ids: frozenset[int]) -> int:

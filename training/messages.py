@@ -155,12 +155,19 @@ def _turns(message: Any, name: str) -> Iterable[Message]:
     """Return the messages that one entry of a conversation stands for."""
     if not isinstance(message, dict):
         raise BadRow(f"{name} is {short(message)}, but must be an object with role and content.")
+    if _is_plain(message):  # as most are: the rest need not be looked for
+        return [Message(message, message["role"] == "assistant")]
     if "role" in message or "from" in message:
         return _of_blocks(message, name) if _has_blocks(message) else [_message(message, name)]
     turns = [key for key in message if key in ROLES or key in STANDARD]
     if not turns:
         raise BadRow(f"{name} has the keys {', '.join(message)}; role and content are needed.")
     return [_message({"role": key, "content": message[key]}, f"{name}.{key}") for key in turns]
+
+
+def _is_plain(message: dict[str, Any]) -> bool:
+    is_known = message.keys() == {"role", "content"} and message["role"] in STANDARD
+    return is_known and isinstance(message["content"], str)
 
 
 def _message(message: dict[str, Any], name: str) -> Message:
@@ -212,6 +219,8 @@ def _texts(
     elif message.get("refusal") or not (thought or _calls(message)):
         key = "refusal" if message.get("refusal") else "content"
         raise BadRow(f"{name} has {key} {short(message.get(key))}; the content must be a text.")
+    else:
+        texts["content"] = ""  # as engines do: templates print None, or ask for the key
     details = next((message[key] for key in DETAILS if message.get(key) is not None), None)
     if details is not None:
         masked += _untrained(texts.get("content", ""), details, name)
@@ -304,12 +313,14 @@ def _take_calls(fields: dict[str, Any], name: str) -> None:
         fields["tool_calls"] = _calls_of(former, name)
     elif fields.get("tool_calls") and "joins" not in fields:
         calls = listed(fields["tool_calls"], f"{name}.tool_calls")
-        fields["tool_calls"] = [_with_arguments(call) for call in calls]
+        fields["tool_calls"] = [_with_arguments(call, f"{name}.tool_calls") for call in calls]
 
 
-def _with_arguments(call: Any) -> Any:
+def _with_arguments(call: Any, name: str) -> Any:
     """Return a call whose arguments are an object, where they are the JSON text of one."""
-    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(call, dict):
+        raise BadRow(f"{name} has {short(call)}; a call must be an object with name and arguments.")
+    function = call.get("function", call)
     arguments = function.get("arguments") if isinstance(function, dict) else None
     if not isinstance(arguments, str):
         return call
@@ -319,7 +330,7 @@ def _with_arguments(call: Any) -> Any:
         return call
     if not isinstance(value, dict):
         return call
-    changed = {**(function or {}), "arguments": value}
+    changed = {**function, "arguments": value}
     return {**call, "function": changed} if "function" in call else changed
 
 
@@ -332,7 +343,7 @@ def _calls_of(value: Any, name: str) -> list[dict[str, Any]]:
             raise BadRow(
                 f"{name} is the call {short(call)}; it must be JSON with name and arguments."
             )
-    return [_with_arguments({"type": "function", "function": call}) for call in calls]
+    return [_with_arguments({"type": "function", "function": call}, name) for call in calls]
 
 
 def read_tools(value: Any, name: str) -> list[Any] | None:
