@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
 from .objective import Recipe
+from .options import check_options
 
 
 def _gpu_has_bf16() -> bool:
@@ -101,6 +102,7 @@ class DFlashTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_options(self)
         if self.fp16:
             self.bf16 = False
         checks = {
