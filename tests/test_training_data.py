@@ -139,7 +139,7 @@ def test_columns_that_are_not_known_and_files_of_other_kinds_are_refused(config,
 
 
 def test_text_that_holds_the_mask_token_is_refused(config):
-    with pytest.raises(ValueError, match=r"row 0: it contains the mask token 1\."):
+    with pytest.raises(ValueError, match=r"row 0: The data contains the mask token 1\."):
         prepare([{"text": "x <|mask|> y and more"}], config)
 
 

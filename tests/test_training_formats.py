@@ -288,7 +288,7 @@ REFUSED = {
     "a negative id": ({"input_ids": [*IDS, -1]}, "the token -1, but the target's vocabulary has 512"),
     "a null id": ({"input_ids": [20, None]}, "input_ids has null, but must hold whole numbers"),
     "null ids": ({"input_ids": None}, "input_ids is null, but must be a list"),
-    "the mask token": ({"input_ids": [*IDS, 1]}, "it contains the mask token 1"),
+    "the mask token": ({"input_ids": [*IDS, 1]}, "The data contains the mask token 1"),
 }
 
 
