@@ -202,6 +202,10 @@ READ = {
     ),
     "input for turns and output": ({"input": TALK[:3], "output": "thus"}, BOTH[1:]),
     # ours
+    "a column of other rows": (
+        {"text": "all of it is learnt", "messages": None, "input_ids": None},
+        ["all of it is learnt"],
+    ),
     "supervised": ({"input_ids": IDS, "supervised": [0] * 6 + [1] * 4}, IDS[6:]),
     "input_ids": ({"input_ids": IDS}, IDS),
 }
@@ -262,6 +266,8 @@ REFUSED = {
     "context": ({"context": "x", "question": "how", "answer": "so"}, "The column context is of a format with a prompt"),
     "two answers": ({"problem": "how", "solution": "so", "answer": "5"}, "answer and solution may each be the one"),
     "text beside a prompt": ({"prompt": "how", "text": "so"}, "text stands beside prompt. Rename text to completion"),
+    "text beside an answer": ({"text": "how", "output": "so"}, "text stands beside output. Rename text to prompt"),
+    "null completion": ({"prompt": "how", "completion": None}, "completion is null, but must be a text"),
     "an answer alone": ({"response": "so"}, "response is an answer without a prompt"),
     "history": ({"query": "how", "response": "so", "history": ["x"]}, "history has 'x'; it must hold pairs"),
     "mask_history": (

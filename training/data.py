@@ -216,7 +216,8 @@ def _check_ids(ids: list[int], config: PreprocessConfig) -> None:
     """Refuse the mask token, and ids that are no tokens of the target."""
     if config.mask_token_id in ids:
         raise BadRow(
-            f"The data contains the mask token {config.mask_token_id}. Choose a mask_token_id that does not occur in text."
+            f"The data contains the mask token {config.mask_token_id}. Choose a mask_token_id that does not occur in "
+            "text."
         )
     vocab_size = config.vocab_size
     if ids and (min(ids) < 0 or (vocab_size is not None and max(ids) >= vocab_size)):

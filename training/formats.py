@@ -28,6 +28,8 @@ ANSWERS = (
     *("solution", "answers", "answer_key", "message_2"),
 )
 CONVERSATIONS = ("messages", "conversations", "conversation")
+DECIDING = ("input_ids", *CONVERSATIONS, "segments")
+"""Columns that come before all others."""
 MASKS = (
     *("supervised", "loss_mask", "completion_mask", "assistant_masks", "assistant_mask"),
     *("response_mask", "labels", "attention_mask"),
@@ -104,6 +106,13 @@ def read_row(row: dict[str, Any]) -> Form:
         BadRow: it is of no known format, or something in it cannot be read or trained on; names the column.
     """
     given = {name for name, value in row.items() if value is not None}
+    if given & {
+        *DECIDING,
+        *PROMPTS,
+        *ANSWERS,
+        "text",
+    }:  # a table fills the columns of its other rows with null
+        row = {name: row[name] for name in row if name in given or name not in DECIDING}
     _refuse(
         row,
         OPTIONS,
@@ -141,10 +150,11 @@ def _is_text(row: dict[str, Any]) -> bool:
         return False
     prompts = [name for name in PROMPTS if row.get(name)]
     answers = [name for name in ANSWERS if row.get(name)]
-    if prompts and not answers:
+    if bool(prompts) != bool(answers):
+        other, role = (prompts[0], "completion") if prompts else (answers[0], "prompt")
         raise BadRow(
-            f"text stands beside {prompts[0]}. Rename text to completion if it is the answer, or remove {prompts[0]} "
-            "to train on the whole text."
+            f"text stands beside {other}. Rename text to {role} if it is that, or remove {other} to train on the whole "
+            "text."
         )
     return not prompts
 

@@ -221,10 +221,14 @@ def _texts(
         raise BadRow(f"{name} has {key} {short(message.get(key))}; the content must be a text.")
     else:
         texts["content"] = ""  # as engines do: templates print None, or ask for the key
-    details = next((message[key] for key in DETAILS if message.get(key) is not None), None)
+    details = _details(message)
     if details is not None:
-        masked += _untrained(texts.get("content", ""), details, name)
+        masked += _untrained(texts["content"], details, name)
     return texts
+
+
+def _details(message: dict[str, Any]) -> Any:
+    return next((message[key] for key in DETAILS if message.get(key) is not None), None)
 
 
 def _calls(message: dict[str, Any]) -> Any:
@@ -278,8 +282,7 @@ def _learnt(message: dict[str, Any], role: str, name: str) -> bool:
     """Return whether a message is an answer that is learnt from."""
     if role == "assistant":
         return _flag(message, FLAGS, name, True)
-    details = next((message[key] for key in DETAILS if message.get(key) is not None), [])
-    parts = [*listed(details, f"{name}.train_detail"), *_parts(message)]
+    parts = [*listed(_details(message) or [], f"{name}.train_detail"), *_parts(message)]
     trained = any(part.get("train") for part in parts if isinstance(part, dict))
     if trained or _flag(message, FLAGS_OF_EVERY_ROLE, name, False):
         raise BadRow(
