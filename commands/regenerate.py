@@ -57,8 +57,8 @@ def regenerate(
     from ..training import require
 
     require("datasets", "httpx", purpose="Regenerating answers")
-    from ..training.data import load_rows
-    from ..training.regenerate import GenerationSettings, InProcess, Server, check_columns
+    from ..training.reading import load_rows
+    from ..training.regenerate import GenerationSettings, InProcess, Server
 
     if output.is_dir():
         raise ValueError(f"--output is the folder {output}; pass a file in it, such as data.jsonl.")
@@ -66,7 +66,6 @@ def regenerate(
     settings = GenerationSettings(max_new_tokens, temperature, prompt_tokens)
     rows = load_rows(data, data_name, data_split, streaming)
     rows = rows if limit is None else rows.take(limit)
-    check_columns(rows)
     if server is not None:
         answer: AnswerFn = Server(server, tokenizer, settings, model)
     else:

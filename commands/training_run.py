@@ -14,6 +14,7 @@ from ..training import DFlashTrainer, DFlashTrainingArguments
 from ..training.setup import TrainOptions, build
 from ..training.trainer import explain_failed_push, explain_failed_write, sole_trainer
 from .dry_run import dry_run
+from .inspect_rows import inspect_rows
 from .shared import console
 
 
@@ -37,6 +38,9 @@ def train(argv: list[str]) -> None:
     """
     parser = _Parser((TrainOptions, DFlashTrainingArguments), prog="dflash-hub train")
     options, args = parser.parse_args_into_dataclasses(_expand_push_to_hub(argv))
+    if options.inspect is not None:
+        inspect_rows(options, args)
+        return
     with tempfile.TemporaryDirectory() as scratch:
         if options.dry_run:
             args = replace(

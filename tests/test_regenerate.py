@@ -5,7 +5,6 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from datasets import Dataset
 from transformers import AutoTokenizer
 
 from dflash_hub.training import regenerate as module
@@ -13,8 +12,8 @@ from dflash_hub.training.regenerate import (
     GenerationSettings,
     InProcess,
     Server,
-    check_columns,
     finished_rows,
+    question_of,
     regenerate,
 )
 from paths import TINY
@@ -105,6 +104,46 @@ def test_answers_of_a_server_replace_those_of_the_data_turn_by_turn(backend, tok
     }
 
 
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        (
+            {"instruction": "a", "output": "x", "system": "be brief", "history": [["b", "y"]]},
+            {
+                "messages": [
+                    ("system", "be brief"),
+                    ("user", "b"),
+                    ("assistant", "re: b"),
+                    ("user", "a"),
+                    ("assistant", "re: a"),
+                ]
+            },
+        ),
+        ({"prompt": "a"}, {"messages": [("user", "a"), ("assistant", "re: a")]}),
+        ({"prompt": "the sky", "completion": " is red"}, {"prompt": "the sky", "completion": " and on"}),
+        (
+            {
+                "messages": json.dumps([{"role": "user", "content": "a"}]),
+                "chat_template_kwargs": {"enable_thinking": False},
+            },
+            {"messages": [("user", "a"), ("assistant", "re: a")], "chat_template_kwargs": {"enable_thinking": False}},
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "x", "weight": 0}]},
+            {"messages": [("user", "a"), ("assistant", "re: a", False)]},
+        ),
+    ],
+)
+def test_rows_of_every_format_are_answered_with_what_stands_beside_them(backend, tokenizer, tmp_path, row, expected):
+    regenerate([row], tmp_path / "out.jsonl", Server(backend.url, tokenizer, GenerationSettings()), 1, quiet)
+    found = lines(tmp_path / "out.jsonl")[0]
+    if "messages" in found:
+        found["messages"] = [tuple(message.values()) for message in found["messages"]]
+        assert not any("train" in message for message in backend.questions[-1]["messages"])
+        assert backend.questions[-1].get("chat_template_kwargs") == row.get("chat_template_kwargs")
+    assert found == {"row": 0, **expected}
+
+
 def test_text_keeps_its_first_tokens_and_goes_on_as_the_target_would(backend, tokenizer, tmp_path):
     text = "import os\nimport sys\n\n\ndef main():\n    pass\n"
     start = tokenizer.decode(tokenizer(text).input_ids[:5])
@@ -153,8 +192,8 @@ def test_a_server_that_is_not_there_and_a_foreign_file_are_refused(tokenizer, tm
     (tmp_path / "mine.jsonl").write_text('{"text": "precious"}\n')
     with pytest.raises(ValueError, match="was not written by regenerate"):
         finished_rows(tmp_path / "mine.jsonl")
-    with pytest.raises(ValueError, match="has the columns question; 'messages' or 'text' is needed"):
-        check_columns(Dataset.from_list([{"question": "?"}]))
+    with pytest.raises(ValueError, match="row 0: input_ids cannot be answered anew"):
+        question_of({"input_ids": [1, 2]}, 0)
 
 
 def test_in_process_the_text_is_the_targets_own(tiny_target, tokenizer, tmp_path):

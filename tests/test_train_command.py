@@ -4,6 +4,7 @@ import json
 
 import pytest
 from huggingface_hub import HfApi, ModelCard
+from rich.color import ColorSystem
 from typer.testing import CliRunner
 
 from dflash_hub import DFlashDraftModel, cli
@@ -115,6 +116,23 @@ def test_options_for_the_shape_of_a_fresh_draft(data, tmp_path):
     config = DFlashDraftModel.from_pretrained(tmp_path / "draft").config
     assert config.layer_types == ["sliding_attention"] * 2 + ["full_attention"]
     assert (config.sliding_window, config.is_causal, config.block_size) == (32, True, 6)
+
+
+@pytest.mark.parametrize(("system", "marked"), [(None, "{}"), ("standard", "\x1b[1;32m{}\x1b[0m")])
+def test_rows_are_printed_as_they_would_be_trained_on(tmp_path, monkeypatch, system, marked):
+    """Without a draft, a target or a folder: brackets, or bold green where there is colour."""
+    monkeypatch.setattr(console, "_color_system", system and ColorSystem.STANDARD)
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"def f{n}(x):", "completion": " return x"} for n in range(4)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows[:2], {"text": "short"}, *rows]))
+    output = train(str(path), tmp_path / "draft", *SHAPE, "--inspect").output
+    marked = marked.format("[ return x<|endoftext|>]" if system is None else " return x<|endoftext|>")
+    assert output.count(marked) == 2
+    assert "rows.jsonl, line 1: " in output
+    assert "rows.jsonl, line 3: 3 tokens, 3 supervised; left out, too short" in output
+    assert "line 4" not in output
+    assert "line 4" in train(str(path), tmp_path / "draft", *SHAPE, "--inspect", "4").output
+    assert not (tmp_path / "draft").exists()
 
 
 @pytest.mark.quick

@@ -8,7 +8,8 @@ import torch
 from datasets import Dataset
 from transformers import AutoTokenizer
 
-from dflash_hub.training.data import Collator, PreprocessConfig, load_rows, pack, packed_batch, prepare
+from dflash_hub.training.data import Collator, PreprocessConfig, pack, packed_batch, prepare
+from dflash_hub.training.reading import load_rows, row_of
 from paths import ROOT, TINY
 
 TEMPLATE = """{%- for m in messages %}<{{ m.role }}>
@@ -78,7 +79,7 @@ def test_rows_that_teach_nothing_are_counted_by_reason_and_left_out(config):
     _, report = prepare(rows, config)
     assert report.used == 1
     assert dict(report.dropped) == {"nothing supervised": 3}
-    _, report = prepare([{"text": "ab"}, {"text": ""}, {"text": None}, {"text": "def f(x): return x"}], config)
+    _, report = prepare([{"text": "ab"}, {"text": ""}, {"text": "a"}, {"text": "def f(x): return x"}], config)
     assert dict(report.dropped) == {"too short": 3}
     assert str(report) == "1 documents; left out: 3 too short"
 
@@ -128,8 +129,8 @@ def test_a_batch_says_which_token_is_of_which_document():
 
 
 def test_columns_that_are_not_known_and_files_of_other_kinds_are_refused(config, tmp_path):
-    with pytest.raises(ValueError, match="has the columns question; one of 'messages', 'text', 'input_ids' is needed"):
-        prepare([{"question": "?"}], config)
+    with pytest.raises(ValueError, match="row 0: The columns topic are of no format that is read; 'messages', 'text'"):
+        prepare([{"topic": "?"}], config)
     (tmp_path / "rows.xml").write_text("<a/>")
     with pytest.raises(ValueError, match=r"give one of .jsonl"):
         load_rows(str(tmp_path / "rows.xml"))
@@ -138,7 +139,7 @@ def test_columns_that_are_not_known_and_files_of_other_kinds_are_refused(config,
 
 
 def test_text_that_holds_the_mask_token_is_refused(config):
-    with pytest.raises(ValueError, match=r"contains the mask token 1, in the row 'x <\|mask\|> y"):
+    with pytest.raises(ValueError, match=r"row 0: The data contains the mask token 1\."):
         prepare([{"text": "x <|mask|> y and more"}], config)
 
 
@@ -166,7 +167,8 @@ def test_files_of_every_kind_are_read(tmp_path, name):
         "txt": lambda: path.write_text("one\ntwo"),
         "parquet": lambda: table.to_parquet(path),
     }[path.suffix[1:]]()
-    assert load_rows(str(path))[:]["text"] == ["one\ntwo"]
+    rows = load_rows(str(path))
+    assert [row_of(row, 0)[0] for row in rows] == [{"text": "one\ntwo"}]
 
 
 def test_an_empty_file_and_a_stream_of_nothing_usable_are_told_so(tmp_path):

@@ -35,11 +35,12 @@ def rows(count: int = 24) -> list[dict[str, list[int]]]:
     return [{"input_ids": known[torch.randint(len(known), (n,), generator=generator)].tolist()} for n in lengths]
 
 
-def trainer(folder: Path, fields: dict | None = None, **args) -> DFlashTrainer:
+def trainer(folder: Path, fields: dict | None = None, eval_rows: int = 0, **args) -> DFlashTrainer:
     target = tiny.target("qwen3")
     draft = tiny.draft(target, **(fields or {}))
     given = DFlashTrainingArguments(str(folder), **(SMALL | args))
-    return DFlashTrainer(draft, target, given, train_dataset=rows())
+    held_out = rows(eval_rows) if eval_rows else None
+    return DFlashTrainer(draft, target, given, train_dataset=rows(), eval_dataset=held_out)
 
 
 class Killed(TrainerCallback):

@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
 from .objective import Recipe
+from .options import check_options
 
 
 def _gpu_has_bf16() -> bool:
@@ -42,6 +43,9 @@ class DFlashTrainingArguments(TrainingArguments):
         default=3072, metadata={"help": "Maximum number of tokens of a packed row."}
     )
     packing: bool = field(default=True, metadata={"help": "Pack several documents into a row."})
+    last_answer_only: bool = field(
+        default=False, metadata={"help": "Learn from the last answer of each conversation alone."}
+    )
     draft_attention: str = field(
         default="auto",
         metadata={
@@ -98,6 +102,7 @@ class DFlashTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_options(self)
         if self.fp16:
             self.bf16 = False
         checks = {

@@ -1,31 +1,46 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""Turn rows of text or chat into packed rows of tokens.
+"""Turn rows of text, chat or tokens into packed rows of tokens.
 
-A row with `messages` goes through the target's chat template, and the assistant's messages are supervised. A row with
-`text` is supervised from start to end. A row with `input_ids` (and `supervised`, 0 or 1 for each) is used as it is.
+`formats` reads a row, `conversations` renders a chat. What of it is learnt from is supervised.
 """
 
+import os
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 
 from ..configuration_dflash import __version__
-from ..findings_dflash import explained_for
 from .blocks import PackedBatch
+from .conversations import Segment, documents_of, renderer
+from .formats import Conversation, Form, Text, Tokens, read_row
+from .messages import Message
+from .reading import BadRow, columns_of, row_of, rows_of_list
 
-COLUMNS = ("messages", "text", "input_ids")
+__all__ = [
+    *(
+        "Collator",
+        "DropReport",
+        "PreprocessConfig",
+        "columns_of",
+        "pack",
+        "packed_batch",
+        "prepare",
+    ),
+]
+
 TOO_SHORT = "too short"
 UNSUPERVISED = "nothing supervised"
-REFUSED = "refused by the chat template"
-_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
+ROWS_OF_A_PROCESS = 500
+"""Fewer rows than these are not worth a further process."""
+
+Document = tuple[list[int], list[int]]
+"""Token ids, and 1 for each supervised token, else 0."""
 
 
 @dataclass
@@ -39,6 +54,8 @@ class PreprocessConfig:
         max_length: tokens of a packed row. Longer text is cut into pieces, a longer conversation at its end.
         packing: whether to put several documents into a row.
         stop_ids: tokens that end an answer; what a template puts after them is not supervised.
+        vocab_size: of the target; None if unknown.
+        last_answer_only: whether the last answer of a conversation alone is supervised.
         version: part of the `datasets` cache fingerprint, so a new release tokenises again.
     """
 
@@ -48,6 +65,8 @@ class PreprocessConfig:
     max_length: int = 3072
     packing: bool = True
     stop_ids: frozenset[int] = field(default_factory=frozenset)
+    vocab_size: int | None = None
+    last_answer_only: bool = False
     version: str = __version__
 
 
@@ -63,35 +82,6 @@ class DropReport:
         return f"{self.used:,} documents" + (f"; left out: {', '.join(reasons)}" if reasons else "")
 
 
-@explained_for("data", "read", "Pass a file, a folder or a dataset on the Hub that exists.")
-def load_rows(
-    data: str, name: str | None = None, split: str = "train", streaming: bool = False
-) -> Any:
-    """Load a local file (JSONL, JSON, Parquet, CSV, text) or folder, or a dataset on the Hub.
-
-    Raises:
-        ValueError: the file is of another kind, or empty.
-        OSError: it does not exist.
-    """
-    from datasets import load_dataset
-
-    path = Path(data)
-    if not path.is_file():
-        if path.suffix in _FORMATS:
-            raise FileNotFoundError(f"There is no file {data}.")
-        return load_dataset(data, name, split=split, streaming=streaming)
-    if path.suffix not in _FORMATS:
-        raise ValueError(
-            f"{data} is not of a kind that can be read; give one of {', '.join(_FORMATS)}, or a Hub dataset."
-        )
-    if path.stat().st_size == 0:
-        raise ValueError(f"{data} is empty.")
-    extra = {"sample_by": "document"} if path.suffix == ".txt" else {}
-    return load_dataset(
-        _FORMATS[path.suffix], data_files=data, split="train", streaming=streaming, **extra
-    )
-
-
 def prepare(rows: Any, config: PreprocessConfig) -> tuple[Any, DropReport]:
     """Return packed rows with columns `input_ids`, `supervised` and `lengths` (of the documents), and a report.
 
@@ -99,22 +89,15 @@ def prepare(rows: Any, config: PreprocessConfig) -> tuple[Any, DropReport]:
         rows: a `datasets` dataset, streamed or not, or a list of dicts.
 
     Raises:
-        ValueError: no known column, the mask token in the data, or nothing left to train on.
+        BadRow: a row cannot be read, holds the mask token or tokens beyond the vocabulary; names its place.
+        ValueError: the tokenizer has no chat template, or nothing is left to train on.
     """
     from datasets import Dataset, IterableDataset
 
-    rows = Dataset.from_list(rows) if isinstance(rows, list) else rows
+    rows = rows if isinstance(rows, Dataset | IterableDataset) else rows_of_list(rows)
     streamed = isinstance(rows, IterableDataset)
-    columns = columns_of(rows)
-    column = next((name for name in COLUMNS if name in columns), None)
-    if column is None:
-        raise ValueError(
-            f"The data has the columns {', '.join(columns) or '(none)'}; one of {_listed(COLUMNS)} is needed."
-        )
     report = DropReport()
-    documents = rows.map(
-        partial(_tokenize, column=column, config=config), batched=True, remove_columns=columns
-    )
+    documents = _documents_of_rows(rows, config)
     if streamed:
         documents = documents.filter(partial(_count_document, report=report))
     else:
@@ -126,16 +109,37 @@ def prepare(rows: Any, config: PreprocessConfig) -> tuple[Any, DropReport]:
     if next(iter(packed), None) is None:
         raise ValueError(
             f"No row can be trained on: {report}. A row must have at least {config.block_size} tokens, the "
-            "block_size, and two supervised tokens in succession."
+            "block_size, and two supervised tokens in succession. `dflash-hub regenerate` answers prompts without one."
         )
     if streamed:  # the check above has counted the first rows; training starts the stream again
         report.used, report.dropped = 0, Counter()
     return packed, report
 
 
-def columns_of(rows: Any) -> list[str]:
-    """Return the names of the columns; those of the first row where a dataset does not know them."""
-    return list(getattr(rows, "column_names", None) or next(iter(rows), {}))
+def _documents_of_rows(rows: Any, config: PreprocessConfig) -> Any:
+    """Return the documents of all rows, in their order, with columns `input_ids`, `supervised` and `dropped`.
+
+    Processes take parts of the rows; their number changes neither the documents nor what is kept of them on disk.
+    """
+    from datasets import Dataset
+
+    processes: dict[str, Any] = {}
+    if isinstance(rows, Dataset) and len(rows) >= 2 * ROWS_OF_A_PROCESS:
+        processes["num_proc"] = min(cores(), len(rows) // ROWS_OF_A_PROCESS)
+    return rows.map(
+        partial(_tokenize, config=config),
+        with_indices=True,
+        batched=True,
+        remove_columns=columns_of(rows),
+        **processes,
+    )
+
+
+def cores() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _count_document(document: dict[str, Any], report: DropReport) -> bool:
@@ -148,120 +152,159 @@ def _count_document(document: dict[str, Any], report: DropReport) -> bool:
     return not reason
 
 
-def _tokenize(batch: dict[str, list], column: str, config: PreprocessConfig) -> dict[str, list]:
-    """Return the documents of a batch of rows; for each, why it is left out, or '' where it is used."""
+def _tokenize(
+    batch: dict[str, list], numbers: list[int], config: PreprocessConfig
+) -> dict[str, list]:
+    """Return the documents of a batch of rows; for each, why it is left out, or '' where it is used.
+
+    Raises:
+        BadRow: a row cannot be trained on; names its place.
+    """
     result: dict[str, list] = {"input_ids": [], "supervised": [], "dropped": []}
-    for index in range(len(batch[column])):
-        row = {name: values[index] for name, values in batch.items()}
-        for ids, supervised in _documents(row, column, config) or [([], [])]:
-            if config.mask_token_id in ids:
-                raise ValueError(
-                    f"The data contains the mask token {config.mask_token_id}, in the row {str(row[column])[:60]!r} "
-                    "...; choose a mask_token_id that does not occur in text."
-                )
+    for index, number in enumerate(numbers):
+        record = {name: values[index] for name, values in batch.items()}
+        for ids, supervised, reason in documents_of_row(record, number, config)[1]:
             result["input_ids"].append(ids)
             result["supervised"].append(supervised)
-            result["dropped"].append(_drop_reason(ids, supervised, row, config.block_size))
+            result["dropped"].append(reason)
     return result
 
 
-def _drop_reason(
-    ids: list[int], supervised: list[int], row: dict[str, Any], block_size: int
-) -> str:
+def documents_of_row(
+    record: dict[str, Any], number: int, config: PreprocessConfig
+) -> tuple[str, list[tuple[list[int], list[int], str]]]:
+    """Return the place of a row, and of each of its documents ids, supervision and why it is left out, or ''.
+
+    Args:
+        record: the row as a dataset has it.
+        number: of the row, for a dataset that does not know its places.
+
+    Raises:
+        BadRow: the row cannot be trained on; names its place.
+    """
+    row, place = row_of(record, number)
+    try:
+        return place, _documents(read_row(row), config)
+    except BadRow as error:
+        raise BadRow(f"{place}: {error}") from error
+
+
+def _documents(form: Form, config: PreprocessConfig) -> list[tuple[list[int], list[int], str]]:
+    """Return ids and supervision of each document in what a row holds, and why it is left out, or ''.
+
+    Raises:
+        BadRow: a document cannot be trained on.
+    """
+    left_out: Iterable[str] = ()
+    if config.tokenizer is None and not isinstance(form, Tokens):
+        raise BadRow(
+            "it holds text, which needs the target's tokenizer. Pass processing_class=tokenizer."
+        )
+    if isinstance(form, Conversation):
+        documents, left_out = _of_conversation(form, config)
+    elif isinstance(form, Text):
+        documents = _of_text(form, config)
+    else:
+        documents = [(form.ids[: config.max_length], form.supervised[: config.max_length])]
+    for ids, _ in documents:
+        _check_ids(ids, config)
+    found = [(ids, marks, _drop_reason(ids, marks, config)) for ids, marks in documents]
+    return found + [([], [], reason) for reason in left_out]
+
+
+def _check_ids(ids: list[int], config: PreprocessConfig) -> None:
+    """Refuse the mask token, and ids that are no tokens of the target."""
+    if config.mask_token_id in ids:
+        raise BadRow(
+            f"The data contains the mask token {config.mask_token_id}. Choose a mask_token_id that does not occur in "
+            "text."
+        )
+    vocab_size = config.vocab_size
+    if ids and (min(ids) < 0 or (vocab_size is not None and max(ids) >= vocab_size)):
+        wrong = min(ids) if min(ids) < 0 else max(ids)
+        raise BadRow(
+            f"it contains the token {wrong}, but the target's vocabulary has {vocab_size}. Use the target's tokenizer."
+        )
+
+
+def _drop_reason(ids: list[int], supervised: list[int], config: PreprocessConfig) -> str:
     """Return why a document is left out, or '' where it is used."""
-    if not ids:
-        has_answer = any(message.get("role") == "assistant" for message in row["messages"] or [])
-        return REFUSED if has_answer else UNSUPERVISED
-    if len(ids) < block_size:
+    if len(ids) < config.block_size:
         return TOO_SHORT
     has_anchor = any(a and b for a, b in pairwise(supervised))
     return "" if has_anchor else UNSUPERVISED
 
 
-def _documents(
-    row: dict[str, Any], column: str, config: PreprocessConfig
-) -> list[tuple[list[int], list[int]]]:
-    """Return the token ids of each document in a row, and 1 for each supervised token, else 0."""
-    if column == "messages":
-        found = conversations(row["messages"] or [], _renderer(config.tokenizer, row.get("tools")))
-        return [_encode(segments, config) for segments in found]
+def _of_conversation(
+    form: Conversation, config: PreprocessConfig
+) -> tuple[list[Document], list[str]]:
+    """Return the documents of a conversation, and why those are left out that cannot be made."""
+    messages = _last_alone(form.messages) if config.last_answer_only else form.messages
+    if not any(message.learnt for message in messages):
+        return [], [UNSUPERVISED]
+    found, reasons = documents_of(messages, renderer(config.tokenizer, form))
+    return [_encode(segments, config) for segments in found], list(reasons.elements())
+
+
+def _last_alone(messages: list[Message]) -> list[Message]:
+    """Return the messages, of which the last answer alone is learnt from."""
+    answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
+    found = list(messages)
+    for index in answers[:-1]:
+        found[index] = replace(messages[index], learnt=False)
+    return found
+
+
+def _of_text(form: Text, config: PreprocessConfig) -> list[Document]:
+    """Return the documents of plain text: one alone is cut into pieces; several pieces are one document."""
+    if not form.is_cut:
+        return [_encode(_segments(form, config.tokenizer), config)]
     longest = config.max_length
-    if column == "text":
-        ids = config.tokenizer(row["text"] or "").input_ids
-        ids = ids or [
-            config.tokenizer.eos_token_id or 0
-        ]  # so that an empty text counts as too short
-        pieces = [ids[start : start + longest] for start in range(0, len(ids), longest)]
-        return [(piece, [1] * len(piece)) for piece in pieces]
-    ids = list(row["input_ids"])
-    return [(ids[:longest], list(row.get("supervised") or [1] * len(ids))[:longest])]
+    ids = config.tokenizer(form.pieces[0][0]).input_ids
+    starts = range(0, max(1, len(ids)), longest)  # an empty text is a document, too short
+    parts = [ids[start : start + longest] for start in starts]
+    marks = [[1] * len(part) for part in parts]
+    return list(zip(parts, marks, strict=True))
 
 
-def _renderer(tokenizer: Any, tools: Any) -> Callable[[list[dict[str, Any]], bool], str]:
-    """Return the function that renders messages by the chat template, with or without the prompt for an answer."""
-
-    def render(messages: list[dict[str, Any]], generation_prompt: bool) -> str:
-        # `datasets` fills absent keys with None, which templates would print.
-        present = [without_none(message) for message in messages]
-        return tokenizer.apply_chat_template(
-            present, tools=tools, tokenize=False, add_generation_prompt=generation_prompt
-        )
-
-    return render
+def _segments(form: Text, tokenizer: Any) -> list[Segment]:
+    """Return the pieces of a text; the end token ends the last, if it is an answer that lacks it."""
+    segments = [Segment(text, learnt) for text, learnt in form.pieces]
+    end = tokenizer.eos_token or ""
+    if form.ends and not segments[-1].text.endswith(end):
+        segments[-1] = replace(segments[-1], text=segments[-1].text + end)
+    return segments
 
 
-def without_none(message: dict[str, Any]) -> dict[str, Any]:
-    """Return a message without the keys whose value is None."""
-    return {key: value for key, value in message.items() if value is not None}
-
-
-def conversations(
-    messages: list[dict[str, Any]], render: Callable[[list[dict[str, Any]], bool], str]
-) -> list[list[tuple[str, int]]]:
-    """Return the documents of a conversation, each a list of segments of text, with 1 for an answer and 0 otherwise.
-
-    Each answer is trained with the exact prompt used at inference. Some templates change earlier turns later (Qwen3
-    removes their thinking). Then the later answer starts a document of its own.
-
-    Example: for the messages u1 a1 u2 a2, a template that changes nothing gives one document, `[(u1, 0), (a1, 1),
-    (u2, 0), (a2, 1)]`. A template that shortens a1 to s1 later gives two: `[(u1, 0), (a1, 1)]` and
-    `[(u1 s1 u2, 0), (a2, 1)]`.
-    """
-    documents: list[list[tuple[str, int]]] = []
-    previous = None  # the text up to the end of the last answer
-    for index, message in enumerate(messages):
-        if message.get("role") != "assistant":
-            continue
-        try:
-            before, after = render(messages[:index], True), render(messages[: index + 1], False)
-        except (TemplateError, ValueError, TypeError):
-            continue
-        if not after.startswith(before):
-            continue
-        if previous is None or not before.startswith(previous):
-            documents.append([(before, 0)])
-        else:
-            documents[-1].append((before[len(previous) :], 0))
-        documents[-1].append((after[len(before) :], 1))
-        previous = after
-    return documents
-
-
-def _encode(
-    segments: list[tuple[str, int]], config: PreprocessConfig
-) -> tuple[list[int], list[int]]:
+def _encode(segments: list[Segment], config: PreprocessConfig) -> Document:
     """Return the token ids of the segments, and 1 for each supervised token, else 0.
 
     Each segment is encoded on its own, because in decoding the prompt is encoded without the answer.
     """
+    is_masked = any(segment.masked for segment in segments)
+    encoded = config.tokenizer(
+        [segment.text for segment in segments],
+        add_special_tokens=False,
+        return_attention_mask=False,
+        return_offsets_mapping=is_masked,
+    )
     ids: list[int] = []
     supervised: list[int] = []
-    for text, is_answer in segments:
-        piece = config.tokenizer(text, add_special_tokens=False).input_ids
-        length = _answer_length(piece, config.stop_ids) if is_answer else 0
+    for index, (segment, piece) in enumerate(zip(segments, encoded["input_ids"], strict=True)):
+        length = _answer_length(piece, config.stop_ids) if segment.is_answer else 0
+        marks = [1] * length + [0] * (len(piece) - length)
+        if segment.masked:
+            _mask(marks, encoded["offset_mapping"][index], segment.masked)
         ids += piece
-        supervised += [1] * length + [0] * (len(piece) - length)
+        supervised += marks
     return ids[: config.max_length], supervised[: config.max_length]
+
+
+def _mask(marks: list[int], offsets: list[tuple[int, int]], masked: list[tuple[int, int]]) -> None:
+    """Set the marks of tokens to 0 in which there is a character that is masked."""
+    for index, (start, end) in enumerate(offsets):
+        if any(start < last and first < end for first, last in masked):
+            marks[index] = 0
 
 
 def _answer_length(ids: list[int], stop_ids: frozenset[int]) -> int:
@@ -326,7 +369,3 @@ class Collator:
 def packed_batch(tensors: dict[str, torch.Tensor]) -> PackedBatch:
     """Return the batch of the tensors that `Collator` made."""
     return PackedBatch(tensors["input_ids"], tensors["supervised"].bool(), tensors["documents"])
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(repr(name) for name in names)

@@ -20,8 +20,10 @@ from typing import Any
 import httpx
 import torch
 
-from .data import columns_of, without_none
+from .formats import Conversation, Text, read_row
 from .locks import sole_writer
+from .messages import Message
+from .reading import BadRow, row_of
 
 ROW = "row"
 """The column with the number of the source row."""
@@ -47,7 +49,8 @@ class GenerationSettings:
 
 
 AnswerFn = Callable[[dict[str, Any]], dict[str, Any]]
-"""Takes a row with `messages` or `text`; returns the same row with the target's own answers."""
+"""Takes a row with `messages`, `text` or `prompt`, as of `question_of`; returns it with the target's own answers."""
+_BESIDE_MESSAGES = ("tools", "chat_template_kwargs")
 
 
 class Server:
@@ -86,20 +89,20 @@ class Server:
             httpx.HTTPError: the server does not answer.
         """
         if row.get("messages") is None:
-            start = prompt_text(self.tokenizer, row["text"], self.settings.prompt_tokens)
+            start = prompt_of(self.tokenizer, row, self.settings.prompt_tokens)
             choice = self._request("completions", {"prompt": start})
-            return {"text": start + choice["text"]}
-        tools = {"tools": row["tools"]} if row.get("tools") else {}
+            return continued(row, start, choice["text"])
+        beside = _beside_messages(row)
 
         def answer(messages: list[dict[str, Any]]) -> dict[str, Any]:
-            message = self._request("chat/completions", {"messages": messages} | tools)["message"]
+            message = self._request("chat/completions", {"messages": messages} | beside)["message"]
             return {
                 key: message[key]
                 for key in ("content", "reasoning_content", "tool_calls")
                 if message.get(key)
             }
 
-        return {"messages": with_answers(row["messages"], answer)} | tools
+        return {"messages": with_answers(row["messages"], answer)} | beside
 
     def _request(self, endpoint: str, prompt: dict[str, Any]) -> dict[str, Any]:
         """Post a prompt; return the first choice of the response."""
@@ -121,20 +124,20 @@ class InProcess:
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Return the row with new answers."""
         if row.get("messages") is None:
-            start = prompt_text(self.tokenizer, row["text"], self.settings.prompt_tokens)
-            return {
-                "text": start + self._generate(self.tokenizer(start, return_tensors="pt").input_ids)
-            }
-        tools = {"tools": row["tools"]} if row.get("tools") else {}
+            start = prompt_of(self.tokenizer, row, self.settings.prompt_tokens)
+            text = self._generate(self.tokenizer(start, return_tensors="pt").input_ids)
+            return continued(row, start, text)
+        beside = _beside_messages(row)
+        options = {"tools": beside.get("tools"), **beside.get("chat_template_kwargs", {})}
 
         def answer(messages: list[dict[str, Any]]) -> dict[str, Any]:
             prompt = self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=False, **tools
+                messages, add_generation_prompt=True, tokenize=False, **options
             )
             ids = self.tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids
             return {"content": self._generate(ids)}
 
-        return {"messages": with_answers(row["messages"], answer)} | tools
+        return {"messages": with_answers(row["messages"], answer)} | beside
 
     @torch.no_grad()
     def _generate(self, ids: torch.Tensor) -> str:
@@ -149,35 +152,75 @@ class InProcess:
         return self.tokenizer.decode(text[0, ids.shape[1] :], skip_special_tokens=True)
 
 
+def question_of(record: dict[str, Any], number: int) -> dict[str, Any]:
+    """Return a row of any format as one with `messages`, `text`, or the `prompt` of a completion.
+
+    Args:
+        record: the row as a dataset has it.
+        number: of the row.
+
+    Raises:
+        BadRow: it cannot be read, or holds tokens; names its place.
+    """
+    row, place = row_of(record, number)
+    try:
+        form = read_row(row)
+    except BadRow as error:
+        raise BadRow(f"{place}: {error}") from error
+    if isinstance(form, Conversation):
+        found = {"messages": [_message(message) for message in form.messages]}
+        given = {"tools": form.tools, "chat_template_kwargs": form.options}
+        return found | {name: value for name, value in given.items() if value}
+    if isinstance(form, Text) and form.ends:
+        return {"prompt": form.pieces[0][0]}
+    if isinstance(form, Text):
+        return {"text": "".join(text for text, _ in form.pieces)}
+    raise BadRow(f"{place}: input_ids cannot be answered anew; pass messages or text.")
+
+
+def _message(message: Message) -> dict[str, Any]:
+    """Return the fields of a message, with `train` for an answer that is not learnt from."""
+    not_learnt = message.role == "assistant" and not message.learnt
+    return message.fields | ({"train": False} if not_learnt else {})
+
+
+def _beside_messages(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: row[name] for name in _BESIDE_MESSAGES if row.get(name)}
+
+
 def with_answers(
     messages: list[dict[str, Any]], answer: Callable[[list[dict[str, Any]]], dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Return the conversation with each assistant message replaced by the answer to the new messages before it."""
+    """Return the conversation with each assistant message replaced by the answer to the new messages before it.
+
+    A conversation that ends with a question is answered too.
+    """
     new: list[dict[str, Any]] = []
-    for message in messages:
+    asked: list[dict[str, Any]] = []  # without `train`, which servers do not know
+    ends = [] if messages and messages[-1]["role"] == "assistant" else [{"role": "assistant"}]
+    for message in [*messages, *ends]:
+        plain = {
+            key: value for key, value in message.items() if key != "train" and value is not None
+        }
         if message["role"] == "assistant":
-            new.append({"role": "assistant"} | answer(new))
-        else:
-            new.append(without_none(message))
+            plain = {"role": "assistant"} | answer(asked)
+        asked.append(plain)
+        new.append(plain | {key: message[key] for key in ("train",) if key in message})
     return new
 
 
-def prompt_text(tokenizer: Any, text: str, tokens: int) -> str:
-    """Return the first `tokens` tokens of a text, as text."""
-    return tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids[:tokens])
+def prompt_of(tokenizer: Any, row: dict[str, Any], tokens: int) -> str:
+    """Return the prompt of a row of plain text: its own, or the first `tokens` tokens, as text."""
+    if "prompt" in row:
+        return row["prompt"]
+    return tokenizer.decode(tokenizer(row["text"], add_special_tokens=False).input_ids[:tokens])
 
 
-def check_columns(rows: Any) -> None:
-    """Check that the data can be regenerated.
-
-    Raises:
-        ValueError: there is no column `messages` or `text`.
-    """
-    columns = columns_of(rows)
-    if not {"messages", "text"} & set(columns):
-        raise ValueError(
-            f"The data has the columns {', '.join(columns)}; 'messages' or 'text' is needed."
-        )
+def continued(row: dict[str, Any], start: str, text: str) -> dict[str, Any]:
+    """Return a row of plain text with what follows its prompt."""
+    if "prompt" in row:
+        return {"prompt": start, "completion": text}
+    return {"text": start + text}
 
 
 def finished_rows(path: Path) -> set[int]:
@@ -217,7 +260,7 @@ def regenerate(
         How many rows `path` holds, and the error of each row that failed; another run tries those again.
 
     Raises:
-        ValueError: another run writes `path`, or it was not written by `regenerate`.
+        ValueError: another run writes `path`, it was not written by `regenerate`, or a row cannot be read.
         RuntimeError: many rows in succession failed; `path` holds those that were answered.
         OSError: a row could not be written; `path` holds those that were.
     """
@@ -226,7 +269,11 @@ def regenerate(
     lock = sole_writer(path, path.with_name(f"{path.name}.lock"), "--output")
     with lock, ExitStack() as stack:
         done = finished_rows(path)
-        missing = ((number, row) for number, row in enumerate(rows) if number not in done)
+        missing = (
+            (number, question_of(row, number))
+            for number, row in enumerate(rows)
+            if number not in done
+        )
         pool = ThreadPoolExecutor(workers)
         stack.callback(pool.shutdown, cancel_futures=True)
         file = stack.enter_context(path.open("ab", buffering=0))

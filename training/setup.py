@@ -3,19 +3,22 @@
 """Set up a run: load the target, the draft and the data, and build the trainer."""
 
 import re
+from collections.abc import Iterator
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, set_seed
 
 from ..findings_dflash import LOADING, check_path, explained
 from ..kinds import KINDS
 from ..registry import DFlashDraftSpec, check_folder, load_draft
 from .arguments import DFlashTrainingArguments
-from .data import load_rows
-from .trainer import DFlashTrainer
+from .data import documents_of_row
+from .reading import BadRow, load_rows, with_file
+from .trainer import DFlashTrainer, preprocess_config
 
 HEAD_OPTIONS = tuple(name for kind in KINDS.values() for name in kind.head_fields)
 """Options that set fields of a further head; None means the config's default."""
@@ -28,7 +31,7 @@ class TrainOptions:
     target: str = field(metadata={"help": "Hub id or folder of the target."})
     data: str = field(
         metadata={
-            "help": "A file (JSONL, JSON, Parquet, CSV, text) or a Hub dataset, with messages or text."
+            "help": "A file (JSONL, JSON, Parquet, CSV, text), a folder or a Hub dataset (formats: docs/training.md)."
         }
     )
     data_name: str | None = field(
@@ -92,24 +95,59 @@ class TrainOptions:
             "help": "Run two steps, save, reload and check, then estimate time and memory of the whole run."
         },
     )
+    inspect: int | None = field(
+        default=None,
+        metadata={
+            "help": "Print what is trained on of this many rows (default: 3), and end.",
+            "nargs": "?",
+            "const": 3,
+        },
+    )
 
 
 def build(options: TrainOptions, args: DFlashTrainingArguments) -> DFlashTrainer:
     """Load everything, check the options, the pair and the data, and return the trainer."""
-    trust = {"trust_remote_code": options.trust_remote_code}
-    check_path("target", options.target)
-    check_folder(options.target)
-    with explained(f"The target {options.target} could not be loaded", LOADING):
-        tokenizer = AutoTokenizer.from_pretrained(options.target, **trust)
-        target = AutoModelForCausalLM.from_pretrained(
-            options.target, dtype=options.target_dtype, **trust
-        )
+    tokenizer, target = _load_target(options)
     set_seed(args.seed)  # before the draft, whose fresh weights are random
     draft = make_draft(options, target, tokenizer)
     if not Path(options.target).exists():
         draft.card_metadata = {"base_model": options.target}
     rows, held_out = _split(options, args)
-    return DFlashTrainer(draft, target, args, rows, held_out, tokenizer)
+    try:
+        return DFlashTrainer(draft, target, args, rows, held_out, tokenizer)
+    except BadRow as error:
+        raise with_file(error, options.data) from error
+
+
+def inspect(
+    options: TrainOptions, args: DFlashTrainingArguments
+) -> tuple[Any, Iterator[tuple[str, list[tuple[list[int], list[int], str]]]]]:
+    """Return the tokenizer, and the place and the documents of each row, in their order. No target is loaded."""
+    tokenizer, target = _load_target(options, with_weights=False)
+    with torch.device("meta") if options.draft is None else nullcontext():
+        draft = make_draft(options, target, tokenizer)
+    config = preprocess_config(tokenizer, target, draft.config, args)
+    rows = load_rows(options.data, options.data_name, options.data_split, options.streaming)
+    return tokenizer, (documents_of_row(row, number, config) for number, row in enumerate(rows))
+
+
+def _load_target(options: TrainOptions, with_weights: bool = True) -> tuple[Any, Any]:
+    """Load tokenizer and target, or a target on the meta device."""
+    trust = {"trust_remote_code": options.trust_remote_code}
+    check_path("target", options.target)
+    check_folder(options.target)
+    with explained(f"The target {options.target} could not be loaded", LOADING):
+        tokenizer = AutoTokenizer.from_pretrained(options.target, **trust)
+        if with_weights:
+            return tokenizer, AutoModelForCausalLM.from_pretrained(
+                options.target, dtype=options.target_dtype, **trust
+            )
+        config = AutoConfig.from_pretrained(options.target, **trust)
+        with torch.device("meta"):
+            target = AutoModelForCausalLM.from_config(config, **trust)
+        with suppress(OSError):  # a target need not have one
+            target.generation_config = GenerationConfig.from_pretrained(options.target)
+    return tokenizer, target
 
 
 def _split(options: TrainOptions, args: DFlashTrainingArguments) -> tuple[Any, Any]:

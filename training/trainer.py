@@ -471,6 +471,8 @@ def preprocess_config(
         args.max_length,
         args.packing,
         frozenset(stop_ids),
+        config.vocab_size,
+        args.last_answer_only,
     )
 
 

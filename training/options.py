@@ -1,0 +1,39 @@
+# Copyright 2026 the dflash-hub authors.
+# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+"""Options of Trainer that would do nothing for a draft, or break its evaluation, with what they may be and why."""
+
+from typing import Any
+
+WITHOUT_EFFECT: dict[str, tuple[Any, str]] = {
+    "label_smoothing_factor": (0.0, "the loss is the draft's own"),
+    "neftune_noise_alpha": (None, "the embedding is the target's, which is frozen"),
+    "use_liger_kernel": (False, "its kernels know no draft"),
+    "liger_kernel_config": (None, "its kernels know no draft"),
+    "use_cache": (False, "a forward of training has no cache"),
+    "label_names": (None, "the labels are the tokens of the text"),
+    "prediction_loss_only": (False, "the metrics are what an evaluation is for"),
+    "batch_eval_metrics": (False, "metrics are sums over all rows"),
+    "eval_do_concat_batches": (True, "metrics are sums over all rows"),
+    "include_for_metrics": ([], "metrics are counts of tokens"),
+    "include_num_input_tokens_seen": ("no", "the tokens of a step are the target's input"),
+    "average_tokens_across_devices": (True, "the loss is a mean over all processes"),
+    "parallelism_config": (
+        None,
+        "a block needs the whole of its text on one device; fsdp shards the draft",
+    ),
+}
+"""For each option its only value, and why it cannot have another."""
+
+
+def check_options(args: Any) -> None:
+    """Refuse options of Trainer that would do nothing.
+
+    Raises:
+        ValueError: one is set; names it.
+    """
+    for name, (value, reason) in WITHOUT_EFFECT.items():
+        found = getattr(args, name, value)
+        if found != value:
+            raise ValueError(
+                f"{name} is {found!r}, which does nothing for a draft: {reason}. Leave it at {value!r}."
+            )
