@@ -9,13 +9,14 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
+
+from ..versions import __version__, version_of
+from .screen import console, errors
 
 if TYPE_CHECKING:
     from ..evaluation import Comparison
 
-console = Console()
 
 Target = Annotated[str, typer.Option(help="Hub id or folder of the target.")]
 NewTokens = Annotated[int, typer.Option(min=1, help="Maximum number of new tokens.")]
@@ -94,15 +95,10 @@ def show_speed(result: "Comparison") -> None:
 
 def fail_differing() -> None:
     """Exit with status 1, and ask on stderr for a report of the difference."""
-    import torch
-    import transformers
-
-    from ..configuration_dflash import __version__
-
-    Console(stderr=True).print(
+    errors.print(
         "[red]Error:[/red] The two texts differ, which is a bug in float32. Please report it with the command and "
-        f"these versions: dflash-hub {__version__}, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}.",
+        f"these versions: dflash-hub {__version__}, torch {version_of('torch')}, "
+        f"transformers {version_of('transformers')}.",
         soft_wrap=True,
         highlight=False,
     )

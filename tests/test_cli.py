@@ -1,7 +1,9 @@
 """The command line, as a user types it."""
 
 import json
+import subprocess
 import sys
+import textwrap
 
 import pytest
 from huggingface_hub import HfApi
@@ -11,8 +13,11 @@ from typer.testing import CliRunner
 import tiny
 import tiny_checkpoints
 from dflash_hub import cli, evaluation
+from dflash_hub.catalogue import rows
+from dflash_hub.commands.drafts import _Line, show
 from dflash_hub.commands.generate import find_draft, load_target
-from dflash_hub.commands.shared import console
+from dflash_hub.commands.screen import console
+from dflash_hub.kinds import KINDS
 from dflash_hub.registry import CATALOGUE, drafts_for
 from paths import ROOT, TINY
 
@@ -37,7 +42,7 @@ def test_python_dash_m_runs_it_and_errors_have_no_traceback(servers):
 
 
 def test_an_error_that_nobody_expects_shows_its_traceback(monkeypatch):
-    def broken():
+    def broken(**options):
         raise KeyError("a fault of ours")
 
     monkeypatch.setattr(cli, "app", broken)
@@ -126,24 +131,95 @@ def test_generate_finds_the_draft_of_a_target_that_sees_images(architecture, hub
     assert f"It was made for {name}." in shown.get()
 
 
-def test_drafts_lists_by_target_and_by_architecture():
-    everything = run("drafts").output
-    loaded, decoded = sum(spec.loads for spec in CATALOGUE), sum(spec.decodes for spec in CATALOGUE)
-    assert f"{len(CATALOGUE)} DFlash drafts: {loaded} load, {decoded} decode here" in everything
-    assert "attention sinks" in everything
-    of_target = run("drafts", "--target", "Qwen/Qwen3-4B").output
-    assert "z-lab/Qwen3-4B-DFlash-b16" in of_target
-    assert "gpt-oss" not in of_target
-    of_architecture = run("drafts", "--architecture", "GptOssForCausalLM").output
-    assert "z-lab/gpt-oss-20b-DFlash" in of_architecture
-    assert "Qwen3-4B" not in of_architecture
-    of_text_model = run("drafts", "--architecture", "Qwen3_5ForCausalLM").output
-    assert of_text_model == run("drafts", "--architecture", "Qwen3_5ForConditionalGeneration").output
-    assert "z-lab/Qwen3.5-4B-DFlash" in of_text_model
-    assert "not decoded here" in run("drafts", "--target", "zai-org/GLM-5.3").output
-    assert "not decoded here" not in run("drafts", "--target", "moonshotai/Kimi-K2.5").output
-    with pytest.raises(ValueError, match="No draft is known for me/nothing"):
-        run("drafts", "--target", "me/nothing")
+LIGHT = [["--help"], ["--version"], ["version"], ["drafts"], ["drafts", "--json"], ["resolve", "Qwen/Qwen3-8B"]]
+
+
+def test_what_needs_no_torch_does_not_import_it():
+    code = f"""
+        import io, os, sys
+        from contextlib import redirect_stdout
+        from dflash_hub import cli
+        def ran(words):
+            sys.argv = ["dflash-hub", *words]
+            with redirect_stdout(io.StringIO()) as shown:
+                try:
+                    cli.main()
+                except SystemExit as end:
+                    assert not end.code, words
+            assert shown.getvalue(), words
+            assert not {{"torch", "transformers"}} & {{*sys.modules}}, words
+        for words in {LIGHT}:
+            ran(words)
+        os.environ |= {{"_DFLASH_HUB_COMPLETE": "complete_bash", "COMP_WORDS": "dflash-hub dra", "COMP_CWORD": "1"}}
+        ran([])
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_drafts_in_a_pipe_are_lines_of_columns():
+    done = run("drafts", "--licence")
+    lines = [line.split("\t") for line in done.stdout.splitlines()]
+    assert [(line[0], line[1]) for line in lines] == [(", ".join(row.targets), row.repo_id) for row in rows()]
+    assert [(line[3], line[4]) for line in lines] == [
+        ("yes" if row.decodes else "no", row.reason or "") for row in rows()
+    ]
+    assert {len(line) for line in lines} == {7}
+    loaded, decoded = sum(row.loads for row in rows()), sum(row.decodes for row in rows())
+    assert done.stderr == f"{len(rows())} DFlash drafts: {loaded} load, {decoded} decode here\n"
+    assert run("--quiet", "drafts").stderr == ""
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_drafts_on_a_terminal_are_one_line_each_and_names_stay_whole(width, monkeypatch):
+    monkeypatch.setattr(console, "width", width, raising=False)
+    with console.capture() as capture:
+        show([_Line(row) for row in rows()], width)
+    lines = capture.get().splitlines()
+    for row in rows():
+        of_row = [line for line in lines if f"  {row.repo_id} " in line]
+        assert len(of_row) == [row.repo_id for row in rows()].count(row.repo_id)
+        assert all(KINDS[row.variant].title in line for line in of_row)
+        assert any(("yes" if row.decodes else "(") in line for line in of_row)
+    assert sum(len(line) > width for line in lines) <= 4  # names that no line of this width holds
+    reasons = {row.reason for row in rows() if row.reason}
+    text = " ".join(capture.get().split())
+    assert [reason for reason in reasons if f") {reason}" not in text] == []
+
+
+@pytest.mark.parametrize(
+    ("words", "found", "missing"),
+    [
+        (["--target", "Qwen/Qwen3-4B"], "z-lab/Qwen3-4B-DFlash-b16", "Qwen3.5-4B"),
+        (["--target", "gpt-oss"], "z-lab/gpt-oss-120b-DFlash", "Qwen3"),
+        (["--architecture", "GptOssForCausalLM"], "z-lab/gpt-oss-20b-DFlash", "Qwen3-4B"),
+        (["--architecture", "Qwen3_5ForCausalLM"], "z-lab/Qwen3.5-4B-DFlash", "gpt-oss"),
+        (["--target", "zai-org/GLM-5.3"], "not decoded here", "yes"),
+        (["--target", "moonshotai/Kimi-K2.5"], "yes", "not decoded here"),
+    ],
+)
+def test_drafts_lists_by_a_part_of_a_target_and_by_architecture(words, found, missing):
+    output = run("drafts", *words).stdout
+    assert found in output
+    assert missing not in output
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"), [("me/nothing", "Run"), ("qwen3-9b", "Qwen/Qwen3-8B"), ("Qwen/Qwen3.4-9B", "Qwen/Qwen3.5-9B")]
+)
+def test_a_target_without_drafts_is_answered_with_the_names_spelt_alike(name, nearest):
+    with pytest.raises(ValueError, match=f"No draft is known for {name}.*{nearest}"):
+        run("drafts", "--target", name)
+
+
+def test_drafts_ask_the_hub_for_downloads(hub):
+    HfApi().create_repo("z-lab/gpt-oss-20b-DFlash")
+    done = run("drafts", "--target", "openai/gpt-oss-20b", "--downloads")
+    counts = dict(line.split("\t")[1::5] for line in done.stdout.splitlines())
+    known = {"z-lab/gpt-oss-20b-DFlash": "0 downloads"}
+    assert counts == dict.fromkeys(counts, "downloads not known") | known
+    assert len(counts) == 2
+    assert "does not tell the downloads of 1 drafts" in done.stderr
 
 
 def test_drafts_for_programs_say_of_each_whether_it_loads_and_decodes():
