@@ -175,7 +175,7 @@ def matching(part: str, published: Sequence[_Row]) -> list[_Row]:
     if exact:
         return exact
     wanted = part.casefold()
-    return [row for row in published if any(wanted in one.casefold() for one in row.targets)]
+    return [row for row in published if wanted in "\n".join(row.targets).casefold()]
 
 
 def nearest(name: str, published: Iterable[Published]) -> list[str]:

@@ -12,7 +12,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -36,8 +36,8 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show results only, a
 _PACKAGE = __name__.partition(".")[0]
 _SILENT = {"TRANSFORMERS_VERBOSITY": "error", "TORCH_LOGS": "-all"}
 """Variables that these libraries read when they are imported."""
-_given = {"verbose": False, "quiet": False}
-"""Whether each was given before the command, or after it."""
+_given = {"verbose": False, "quiet": False, "loud": False}
+"""Whether each option stands before the name of the command, and whether libraries may write."""
 
 
 def set_level(verbose: bool, quiet: bool) -> None:
@@ -76,6 +76,7 @@ def screen(verbose: bool, quiet: bool) -> Iterator[None]:
         raise ValueError("--verbose and --quiet are given together; leave out one of them.")
     with ExitStack() as stack:
         stack.enter_context(_attribute(notes, "quiet", quiet))
+        _given["loud"] = verbose
         if not verbose:
             stack.enter_context(_silent_libraries())
         yield
@@ -98,6 +99,7 @@ def _silent_libraries() -> Iterator[None]:
     silent = dict(_SILENT)
     if not notes.is_interactive or notes.quiet:
         silent["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+        silent["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
     added = {name: value for name, value in silent.items() if name not in os.environ}
     os.environ.update(added)
     handler = logging.lastResort  # of loggers without one, as torchao's and ours
@@ -134,28 +136,18 @@ def note(text: str) -> None:
     notes.print(f"[yellow]Note:[/yellow] {escape(text)}", soft_wrap=True, highlight=False)
 
 
-def hide_bars() -> None:
-    """Turn the bars of transformers off, which show the loading of weights; downloads still show theirs.
+def hide_bars(downloads: bool = True) -> None:
+    """Turn the bars of transformers off, which show the loading of weights; it imports transformers.
 
-    It imports transformers.
+    Args:
+        downloads: whether bars of downloads stay, on a terminal. They would break what redraws its own line.
     """
     from huggingface_hub.utils import enable_progress_bars
     from transformers.utils import logging as transformers_logging
 
-    if os.environ.get("TRANSFORMERS_VERBOSITY") != _SILENT["TRANSFORMERS_VERBOSITY"]:
+    if _given["loud"]:
         return
     transformers_logging.disable_progress_bar()
-    if (
-        notes.is_interactive
-        and not notes.quiet
-        and "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ
-    ):
+    hidden = notes.quiet or not notes.is_interactive or "HF_HUB_DISABLE_PROGRESS_BARS" in os.environ
+    if downloads and not hidden:
         enable_progress_bars()
-
-
-def doing(what: str) -> Any:
-    """Return a context with a spinner beside `what`, on a terminal; else `what` as a line."""
-    if notes.is_interactive:
-        return notes.status(escape(what))
-    notes.print(what, style="dim", soft_wrap=True, markup=False, highlight=False)
-    return nullcontext()

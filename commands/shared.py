@@ -55,23 +55,6 @@ def tidy_when_terminated() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def load_tokenizer(target: str) -> Any:
-    """Load the tokenizer of a target.
-
-    Raises:
-        ValueError, OSError: there is none; naming the target.
-    """
-    from transformers import AutoTokenizer
-
-    from ..findings_dflash import LOADING, check_path, explained
-    from ..registry import check_folder
-
-    check_path("--target", target)
-    check_folder(target)
-    with explained(f"The tokenizer of the target {target} could not be loaded", LOADING):
-        return AutoTokenizer.from_pretrained(target)
-
-
 def show_speed(result: "Comparison") -> None:
     """Print the speed of both, the acceptance length, tokens per cycle, and whether the texts are identical."""
     table = Table(show_header=False, box=None, padding=(0, 2))
