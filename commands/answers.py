@@ -121,14 +121,16 @@ class Answerer:
     def __init__(self, pair: Loaded, tokenizer: Any, sampling: Sampling, capture: str = "auto"):
         self.pair, self.tokenizer = pair, tokenizer
         self.sampling, self.capture = sampling, capture
+        self.warm = False
         self.plain_seconds: float | None = None
         """Seconds of the target alone for a token, once it was measured."""
 
     def warm_up(self, row: Any) -> None:
-        """Decode a short text after the end of `row [1, P]`, where blocks are captured or compiled first."""
-        target = self.pair.target
-        if target.device.type == "cpu" and self.capture != "compile":
+        """Decode a short text after the end of `row [1, P]`, once, where blocks are captured or compiled first."""
+        needless = self.pair.target.device.type == "cpu" and self.capture != "compile"
+        if needless or self.warm:
             return
+        self.warm = True
         size = 2 * self.pair.draft.config.block_size
         for _ in range(3 if self.capture == "compile" else 1):
             self._generate(row[:, -_CONTEXT:], size, **self._with_draft(DecodeStatistics()))
@@ -141,7 +143,8 @@ class Answerer:
             torch.manual_seed(self.sampling.seed)
         elif self.sampling.draws:
             torch.seed()
-        statistics, writer, stopped = DecodeStatistics(), _Writer(self.tokenizer), False
+        statistics, writer = DecodeStatistics(), _Writer(self.tokenizer)
+        stopped = False
         started = now(row.device)
         try:
             self._generate(row, max_new_tokens, streamer=writer, **self._with_draft(statistics))

@@ -15,6 +15,7 @@ from rich.text import Text
 from ..catalogue import DraftRow, matching, nearest, rows
 from ..kinds import KINDS
 from .screen import console, note, notes
+from .shared import complete_target
 
 _WIDE = 118
 """Columns of a terminal from which a draft's target stands beside it, and not above it."""
@@ -23,7 +24,11 @@ _GAP = "  "
 
 def drafts(
     target: Annotated[
-        str | None, typer.Option(help="Only drafts for this checkpoint, or a part of its name.")
+        str | None,
+        typer.Option(
+            help="Only drafts for this checkpoint, or a part of its name.",
+            autocompletion=complete_target,
+        ),
     ] = None,
     architecture: Annotated[
         str | None, typer.Option(help="Only drafts for targets of this architecture.")

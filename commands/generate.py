@@ -18,7 +18,15 @@ from .preflight import (
     check_target,
 )
 from .screen import note, notes
-from .shared import Capture, Device, Dtype, NewTokens, Target, fail_differing
+from .shared import (
+    Capture,
+    Device,
+    Dtype,
+    NewTokens,
+    Target,
+    complete_draft,
+    fail_differing,
+)
 
 if TYPE_CHECKING:
     from .answers import Answer, Answerer
@@ -35,7 +43,8 @@ def generate(
     draft: Annotated[
         str | None,
         typer.Option(
-            help="Hub id or folder of the draft (default: the known draft for the target)."
+            help="Hub id or folder of the draft (default: the known draft for the target).",
+            autocompletion=complete_draft,
         ),
     ] = None,
     draft_revision: Annotated[
@@ -242,34 +251,40 @@ def _converse(
     answerer: "Answerer", system: list[dict[str, str]], first: str | None, max_new_tokens: int
 ) -> None:
     """Answer messages until there is none, each with those before it."""
-    from .answers import encode, fitting
-
     notes.print(_CHAT_HELP, style="dim", highlight=False)
-    history, warm = list(system), False
+    history = list(system)
     message = first if first is not None else _next_message()
     while message is not None:
         if message == "/clear":
             history = list(system)
             notes.print("The conversation is forgotten.", style="dim")
         elif message:
-            turn = [*history, {"role": "user", "content": message}]
-            try:
-                row = encode(answerer.tokenizer, turn, True).to(answerer.pair.target.device)
-                room = fitting(answerer.pair.target, row, max_new_tokens)
-            except ValueError as error:
-                note(f"{error} /clear begins anew.")
-                message = _next_message()
-                continue
-            if not warm:
-                answerer.warm_up(row)
-            warm = True
-            answer = answerer.answer(row, room)
-            history = [*turn, {"role": "assistant", "content": answer.text}]
-            if answer.stopped:
-                note(f"Stopped after {len(answer.tokens)} tokens.")
-            else:
-                _tell(answerer, row, answer)
+            history = _turn(answerer, history, message, max_new_tokens)
         message = _next_message()
+
+
+def _turn(
+    answerer: "Answerer", history: list[dict[str, str]], message: str, max_new_tokens: int
+) -> list[dict[str, str]]:
+    """Answer a message; return the history with both, or as it was where no answer began."""
+    from .answers import encode, fitting
+
+    turn = [*history, {"role": "user", "content": message}]
+    try:
+        row = encode(answerer.tokenizer, turn, True).to(answerer.pair.target.device)
+        room = fitting(answerer.pair.target, row, max_new_tokens)
+        answerer.warm_up(row)
+        answer = answerer.answer(row, room)
+        history = [*turn, {"role": "assistant", "content": answer.text}]
+        if answer.stopped:
+            note(f"Stopped after {len(answer.tokens)} tokens.")
+        else:
+            _tell(answerer, row, answer)
+    except KeyboardInterrupt:  # before the answer, or while the target alone is timed
+        note("Stopped.")
+    except ValueError as error:
+        note(f"{error} /clear begins anew.")
+    return history
 
 
 def _next_message() -> str | None:

@@ -13,13 +13,17 @@ from rich.table import Table
 
 from ..catalogue import DraftRow, check_folder, made_for, out_of_cache, reason_of_exact, rows
 from .screen import console
+from .shared import complete_target
 
 if TYPE_CHECKING:
     from ..registry import DFlashDraftSpec
 
 
 def resolve(
-    target: Annotated[str, typer.Argument(help="Hub id or folder of the target.")],
+    target: Annotated[
+        str,
+        typer.Argument(help="Hub id or folder of the target.", autocompletion=complete_target),
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:
     """Show which draft would be loaded for a target, and why."""

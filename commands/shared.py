@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from ..catalogue import rows
 from ..versions import __version__, version_of
 from .screen import console, errors
 
@@ -18,7 +19,21 @@ if TYPE_CHECKING:
     from ..evaluation import Comparison
 
 
-Target = Annotated[str, typer.Option(help="Hub id or folder of the target.")]
+def complete_target(incomplete: str) -> list[str]:
+    """Return the targets of the catalogue that begin with what is typed, for the shell's completion."""
+    known = dict.fromkeys(target for row in rows() for target in row.targets)
+    return [target for target in known if target.startswith(incomplete)]
+
+
+def complete_draft(incomplete: str) -> list[str]:
+    """Return the drafts of the catalogue that begin with what is typed, for the shell's completion."""
+    known = dict.fromkeys(row.repo_id for row in rows())
+    return [name for name in known if name.startswith(incomplete)]
+
+
+Target = Annotated[
+    str, typer.Option(help="Hub id or folder of the target.", autocompletion=complete_target)
+]
 NewTokens = Annotated[int, typer.Option(min=1, help="Maximum number of new tokens.")]
 Token = Annotated[
     str | None, typer.Option(envvar="HF_TOKEN", help="A Hub token with write access.")

@@ -6,7 +6,7 @@ import difflib
 import tempfile
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from transformers import HfArgumentParser
 
@@ -18,7 +18,7 @@ from .dry_run import dry_run
 from .inspect_rows import inspect_rows
 from .loading import load_tokenizer
 from .preflight import Problems, check_draft, check_dtype, check_target
-from .shared import console
+from .screen import console, notes
 
 
 class _Parser(HfArgumentParser):
@@ -93,6 +93,8 @@ def _unknown(name: str, known: list[str]) -> str:
 def _run(options: TrainOptions, args: DFlashTrainingArguments) -> None:
     """Set up the run, and train or make the dry run."""
     trainer = build(options, args)
+    if options.draft is None:
+        _tell_choices(trainer)
     if not options.streaming:
         print_data_reports(trainer)
     if options.dry_run:
@@ -100,6 +102,18 @@ def _run(options: TrainOptions, args: DFlashTrainingArguments) -> None:
         return
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     finish(trainer, options)
+
+
+def _tell_choices(trainer: DFlashTrainer) -> None:
+    """Print what a fresh draft reads and predicts with, which may have been chosen for it."""
+    config: Any = trainer.accelerator.unwrap_model(trainer.model).config
+    taps = ", ".join(map(str, config.target_layer_ids))
+    notes.print(
+        f"A fresh draft: mask token {config.mask_token_id}, target layers {taps}, blocks of {config.block_size}",
+        style="dim",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _expand_push_to_hub(argv: list[str]) -> list[str]:
