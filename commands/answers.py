@@ -70,7 +70,7 @@ class Answer:
 
     Args:
         tokens: the new ones.
-        seconds: of the decode, prefill included.
+        seconds: from the call to its end, with all that is prepared once.
         stopped: whether Ctrl-C ended it.
     """
 
@@ -81,9 +81,14 @@ class Answer:
     stopped: bool = False
 
     @property
+    def decoding(self) -> float:
+        """Seconds of prefill and cycles, without what is prepared once."""
+        return self.statistics.prefill_seconds + self.statistics.decode_seconds
+
+    @property
     def rate(self) -> float:
-        """Tokens per second."""
-        return len(self.tokens) / self.seconds
+        """Tokens per second of decoding."""
+        return len(self.tokens) / max(self.decoding, 1e-9)
 
 
 class _Writer(TextStreamer):
@@ -182,7 +187,7 @@ class Answerer:
             ]
             self.plain_seconds = median(gaps)
         alone = answer.statistics.prefill_seconds + self.plain_seconds * (len(answer.tokens) - 1)
-        return alone / answer.seconds
+        return alone / max(answer.decoding, 1e-9)
 
     def _with_draft(self, statistics: DecodeStatistics) -> dict[str, Any]:
         return {

@@ -64,7 +64,9 @@ def drafts(
         show(lines, console.width)
     loaded = sum(row.loads for row in found)
     decoded = sum(row.decodes for row in found)
-    notes.print(f"{len(found)} DFlash drafts: {loaded} load, {decoded} decode here")
+    notes.print(
+        f"{len(found)} DFlash drafts: {loaded} load, {decoded} decode here", highlight=False
+    )
 
 
 def _no_draft(target: str | None, architecture: str | None) -> str:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ..versions import __version__, version_of
+from .screen import variables
 
 _PACKAGES = (
     "torch",
@@ -51,10 +52,10 @@ def describe() -> dict[str, Any]:
     found["python"] = f"{platform.python_version()} ({sys.executable})"
     found["system"] = f"{platform.platform()}, {os.cpu_count()} processors"
     found.update(_devices())
-    for name in sorted(os.environ):
+    for name, value in sorted(variables().items()):
         if name.startswith(_VARIABLES):
             secret = any(word in name for word in _SECRET)
-            found[name] = "set, not shown" if secret else os.environ[name]
+            found[name] = "set, not shown" if secret else value
     return found
 
 

@@ -183,10 +183,13 @@ def _template(tokenizer: Any, asked: bool | None, chat: bool, system: str | None
 
 def _once(answerer: "Answerer", row: Any, text: str, max_new_tokens: int, compare: bool) -> None:
     """Answer one prompt, given as `row [1, P]` too; with `compare`, then run the target alone."""
+    from ..evaluation import warm_up
     from .answers import fitting
 
     _echo(text)
     max_new_tokens = fitting(answerer.pair.target, row, max_new_tokens)
+    if compare:
+        warm_up(answerer.pair.draft, answerer.pair.target, row, answerer.capture)
     answerer.warm_up(row)
     answer = answerer.answer(row, max_new_tokens)
     if answer.stopped:
@@ -227,7 +230,7 @@ def _compare(answerer: "Answerer", row: Any, answer: "Answer", max_new_tokens: i
     from .answers import figures, why_no_help
 
     tokens, seconds = answerer.alone(row, max_new_tokens)
-    times = answer.rate * seconds / len(tokens)
+    times = len(answer.tokens) / answer.seconds * seconds / len(tokens)
     _show(figures(answer, times, "measured"), why_no_help(answerer.pair, answer, times))
     if answerer.sampling.draws:
         notes.print("Both texts are drawn, so they are not compared.", style="dim")

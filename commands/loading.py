@@ -60,8 +60,8 @@ def _with_all_weights(auto_class: Any, name: str, dtype: str) -> Any:
     missing = sorted(found["missing_keys"])
     if missing:
         note(
-            f"The files of {name} lack {len(missing)} tensors, such as {missing[0]}: they hold random numbers, and so "
-            "the text is random, too."
+            f"The files of {name} lack {len(missing)} of its tensors, such as {missing[0]}: they are random numbers "
+            "here, so the text is worth nothing."
         )
     return model
 

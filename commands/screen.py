@@ -38,6 +38,13 @@ _SILENT = {"TRANSFORMERS_VERBOSITY": "error", "TORCH_LOGS": "-all"}
 """Variables that these libraries read when they are imported."""
 _given = {"verbose": False, "quiet": False, "loud": False}
 """Whether each option stands before the name of the command, and whether libraries may write."""
+_set_here: set[str] = set()
+"""Variables of the environment that are not the user's."""
+
+
+def variables() -> dict[str, str]:
+    """Return the user's environment."""
+    return {name: value for name, value in os.environ.items() if name not in _set_here}
 
 
 def set_level(verbose: bool, quiet: bool) -> None:
@@ -102,6 +109,7 @@ def _silent_libraries() -> Iterator[None]:
         silent["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
     added = {name: value for name, value in silent.items() if name not in os.environ}
     os.environ.update(added)
+    _set_here.update(added)
     handler = logging.lastResort  # of loggers without one, as torchao's and ours
     if handler is not None:
         handler.addFilter(_is_shown)
@@ -113,6 +121,7 @@ def _silent_libraries() -> Iterator[None]:
             handler.removeFilter(_is_shown)
         for name in added:
             os.environ.pop(name, None)
+            _set_here.discard(name)
 
 
 def _is_shown(record: logging.LogRecord) -> bool:
