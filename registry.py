@@ -433,7 +433,7 @@ def _explain(
     name = target if isinstance(target, str) else _name_of(target)
     published = name and out_of_cache(name)
     exact = drafts_for(published) if published else []
-    if exact:
+    if published and exact:
         exact[0].check_supported()
         return exact[0], reason_of_exact(published)
     if isinstance(target, str) and (base := base_of_adapter(target)):

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from .loading import load_target
 from .preflight import check_device, check_dtype
-from .screen import console, errors, hide_bars, notes
+from .screen import console, doing, errors, hide_bars, notes
 from .shared import ReadToken
 from .words import in_flags
 
@@ -64,7 +64,7 @@ def check(
     hide_bars(downloads=False)
     try:
         texts = None if prompts is None else read_prompts(prompts)
-        with notes.status("Starting") as status:
+        with doing("Starting") as status:
             options = CheckOptions(
                 revision=revision,
                 token=token,

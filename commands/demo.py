@@ -12,7 +12,7 @@ from rich.panel import Panel
 from rich.table import Table
 
 from ..kinds import DEMO_KIND, KINDS, kind_named
-from .screen import console, hide_bars, notes
+from .screen import console, doing, hide_bars
 from .shared import Capture, fail_differing, show_speed
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def demo(
     lines = (folder / "prompts.jsonl").read_text(encoding="utf-8").splitlines()[:prompts]
     texts = [json.loads(line)["prompt"] for line in lines]
     rows = [tokenizer(text, return_tensors="pt").input_ids[:, -150:] for text in texts]
-    with notes.status("Warming up (compiling takes about 30 s)"):
+    with doing("Warming up (compiling takes about 30 s)"):
         warm_up(draft, target, rows[0], capture)
     results = [compare(draft, target, row, max_new_tokens=96, capture=capture) for row in rows]
     total = sum(results[1:], results[0])

@@ -47,7 +47,10 @@ def push(
     metadata["thinking"] = thinking
     card = {key: value for key, value in metadata.items() if value}
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with tidy_when_terminated(), Progress(*columns, console=notes) as progress:
+    with (
+        tidy_when_terminated(),
+        Progress(*columns, console=notes, disable=not notes.is_interactive) as progress,
+    ):
         task = progress.add_task("Starting", total=None)
         options = PublishOptions(private=private or None, token=token, message=message, card=card)
         run = plan if dry_run else publish

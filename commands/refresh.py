@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from .screen import console, hide_bars, notes
+from .screen import console, doing, hide_bars
 from .shared import Token, tidy_when_terminated
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def refresh(
     hide_bars(downloads=False)
     options = RefreshOptions(token=token, dry_run=dry_run)
     options.message = message or options.message
-    with tidy_when_terminated(), notes.status("Starting") as status:
+    with tidy_when_terminated(), doing("Starting") as status:
 
         def agree(branches: "tuple[BranchDifference, ...]") -> bool:
             status.stop()

@@ -95,7 +95,7 @@ def regenerate_with_progress(
         TimeRemainingColumn(),
     )
     total = len(rows) if hasattr(rows, "__len__") else None
-    with Progress(*columns, console=notes) as progress:
+    with Progress(*columns, console=notes, disable=not notes.is_interactive) as progress:
         task = progress.add_task("rows", total=total)
 
         def report(done: int, failed: int) -> None:

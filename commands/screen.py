@@ -145,6 +145,26 @@ def note(text: str) -> None:
     notes.print(f"[yellow]Note:[/yellow] {escape(text)}", soft_wrap=True, highlight=False)
 
 
+class _NoStatus:
+    """Stands for a spinner where none is shown."""
+
+    def __enter__(self) -> "_NoStatus":
+        return self
+
+    def __exit__(self, *error: Any) -> None: ...
+
+    def update(self, what: str) -> None: ...
+
+    def start(self) -> None: ...
+
+    def stop(self) -> None: ...
+
+
+def doing(what: str) -> Any:
+    """Return a spinner beside `what`, as a context; without a terminal, one that is not shown."""
+    return notes.status(escape(what)) if notes.is_interactive else _NoStatus()
+
+
 def hide_bars(downloads: bool = True) -> None:
     """Turn the bars of transformers off, which show the loading of weights; it imports transformers.
 

@@ -55,8 +55,8 @@ def train(argv: list[str]) -> None:
             _run(options, args)
 
 
-def _parse(parser: _Parser, argv: list[str]) -> tuple[TrainOptions, DFlashTrainingArguments]:
-    """Return what the options say, once the names of target and draft are checked.
+def _parse(parser: _Parser, argv: list[str]) -> tuple[TrainOptions, Any]:
+    """Return what the options say, ours and the Trainer's, once the names of target and draft are checked.
 
     Raises:
         ValueError: listing everything that is wrong.

@@ -10,6 +10,7 @@ import textwrap
 from types import SimpleNamespace
 
 import pytest
+import torch
 from huggingface_hub import HfApi
 from transformers import AutoConfig
 from typer.testing import CliRunner
@@ -230,6 +231,7 @@ OUTPUT = ["--output-dir", "out"]
 @pytest.mark.parametrize(
     ("words", "found"),
     [
+        (["--quiet", "generate", "hi", *PAIR, "-v"], ["--verbose and --quiet are given together"]),
         (["generate", " ", *PAIR], [EMPTY]),
         (["generate", "hi", *PAIR, "--dtype", "float17"], [NO_FLOAT]),
         (["generate", "hi", *PAIR, "--dtype", "int8"], ["--dtype is 'int8'"]),
@@ -412,7 +414,7 @@ def test_resolve_shows_what_would_be_loaded_and_why():
         "It was made for Qwen/Qwen3-4B",
     ):
         assert text in output
-    assert "DFlash2DraftModel" in run("resolve", "Qwen/Qwen3.8-27B").output
+    assert json.loads(run("resolve", "Qwen/Qwen3.8-27B", "--json").stdout)["class"] == "DFlash2DraftModel"
 
 
 def test_resolve_follows_copies_folders_and_adapters(hub, tmp_path):
@@ -439,10 +441,16 @@ def test_push_publishes_and_prints_the_snippet_for_this_commit(hub, repo_id, for
     assert set(hub.state.repos["models", repo_id].branches) == {"main", "engines"}
 
 
-def test_version_says_what_a_bug_report_needs():
+def test_env_says_what_a_bug_report_needs_and_hides_tokens():
     from dflash_hub import __version__
 
-    assert f"dflash-hub {__version__}" in run("version").output
+    assert f"dflash-hub {__version__}" in run("version").stdout
+    found = json.loads(run("env", "--json").stdout)
+    assert (found["dflash-hub"], found["torch"]) == (__version__, torch.__version__)
+    assert found["HF_TOKEN"] == "set, not shown"
+    assert found["HF_ENDPOINT"] == os.environ["HF_ENDPOINT"]
+    assert "TORCH_LOGS" not in found
+    assert f"python: {found['python']}\n" in run("env").stdout
 
 
 def test_the_readme_names_only_commands_that_exist():

@@ -146,6 +146,22 @@ print(*sys.modules.keys() - before)
     assert foreign == set()
 
 
+@pytest.mark.parametrize(("server", "first"), [("torch", "dflash_hub.configuration_dflash2"), ("models", "dflash_hub")])
+def test_the_auto_classes_know_drafts_whichever_is_imported_first(servers, server, first):
+    code = f"""if True:
+        import {first}, sys
+        from transformers import AutoConfig, AutoModel, CONFIG_MAPPING
+        from dflash_hub import DFlash2Config, DFlash2DraftModel, DSparkConfig
+        from dflash_hub.configuration_dflash import EXTENSIONS
+        assert CONFIG_MAPPING["dflash2"] is DFlash2Config
+        assert AutoModel._model_mapping[DFlash2Config] is DFlash2DraftModel
+        assert DSparkConfig in AutoModel._model_mapping
+        assert EXTENSIONS.other_layouts and EXTENSIONS.write_card
+    """
+    done = getattr(servers, server).run(code=code)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.quick
 def test_importing_it_registers_config_and_model_together():
     from transformers import AutoConfig, AutoModel
