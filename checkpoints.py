@@ -22,6 +22,7 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import cached_file
 from yaml import YAMLError
 
+from .catalogue import out_of_cache
 from .compat_dflash import is_unreachable
 from .configuration_dflash import same_vocabulary
 from .findings_dflash import reason
@@ -117,14 +118,6 @@ def split_precision(name: str) -> tuple[str, str]:
     if tail is None or not _NAMED.search(tail.group()):
         return name, ""
     return name[: tail.start()], tail.group()
-
-
-def out_of_cache(name: str) -> str:
-    """Return the Hub id of a folder in the Hub's cache; any other name unchanged."""
-    parts = Path(name).resolve().parts
-    if len(parts) > 2 and parts[-2] == "snapshots" and parts[-3].startswith("models--"):
-        return "/".join(parts[-3].split("--")[1:])
-    return name
 
 
 def hub_id(name: str) -> str:

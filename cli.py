@@ -3,28 +3,31 @@
 """Decode faster with DFlash draft models: try, find, train and publish them."""
 
 import sys
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
 from .commands.check import check
 from .commands.convert import convert
 from .commands.demo import demo
 from .commands.drafts import drafts
+from .commands.env import env
 from .commands.eval import evaluate
 from .commands.generate import generate
 from .commands.push import push
 from .commands.refresh import refresh
 from .commands.regenerate import regenerate
 from .commands.resolve import resolve
+from .commands.screen import Quiet, Verbose, errors, set_level, with_levels
 from .commands.serve_with import serve_with
 from .commands.train import train
-from .commands.version import version
+from .commands.version import print_version, version
 from .commands.words import in_flags
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__
+    name="dflash-hub", no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__
 )
 
 # `train` has its own parser, which also prints its help; see commands/training_run.py.
@@ -34,37 +37,65 @@ PASS_ALL_OPTIONS = {
     "help_option_names": [],
 }
 
-app.command()(version)
-app.command()(demo)
-app.command()(generate)
-app.command(name="eval")(evaluate)
-app.command()(drafts)
-app.command()(resolve)
-app.command()(check)
-app.command("serve-with")(serve_with)
-app.command(context_settings=PASS_ALL_OPTIONS, add_help_option=False)(train)
-app.command()(regenerate)
-app.command()(convert)
-app.command()(push)
-app.command()(refresh)
+
+def _add(command: Callable[..., None], name: str | None = None, **settings: Any) -> None:
+    """Add a command, with the options that every command takes."""
+    app.command(name, **settings)(with_levels(command))
+
+
+@app.callback()
+def every_command(
+    show_version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=print_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Take the options that stand before the name of a command."""
+    set_level(verbose, quiet)
+
+
+_add(version)
+_add(env)
+_add(demo)
+_add(generate)
+_add(evaluate, "eval")
+_add(drafts)
+_add(resolve)
+_add(check)
+_add(serve_with, "serve-with")
+_add(train, context_settings=PASS_ALL_OPTIONS, add_help_option=False)
+_add(regenerate)
+_add(convert)
+_add(push)
+_add(refresh)
 
 
 def main() -> None:
     """Run the command line. Expected errors are printed in one line, others with their traceback."""
     try:
-        app()
+        app(prog_name="dflash-hub")
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         message = in_flags(str(error), _options(sys.argv[1:]))
-        Console(stderr=True).print(f"[red]Error:[/red] {escape(message)}", soft_wrap=True)
+        errors.print(f"[red]Error:[/red] {escape(message)}", soft_wrap=True, highlight=False)
         sys.exit(1)
 
 
 def _options(words: list[str]) -> list[str]:
     """Return the names of the options of the command that was called."""
-    if words[:1] == ["train"]:
+    called = _called(words)
+    if called == "train":
         from .commands.training_run import option_names
 
         return option_names()
     command = typer.main.get_command(app)
-    called = getattr(command, "commands", {}).get(next(iter(words), ""))
-    return [option.name for option in getattr(called, "params", ())]
+    found = getattr(command, "commands", {}).get(called)
+    return [option.name for option in getattr(found, "params", ())]
+
+
+def _called(words: list[str]) -> str:
+    """Return the name of the command that was called: the first word that is no option."""
+    return next((word for word in words if not word.startswith("-")), "")

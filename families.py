@@ -2,7 +2,7 @@
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
 """List the architectures of every family of targets that the registry knows.
 
-`TESTED` in `support_dflash.py` lists the families that the tests decode. It travels; this table does not.
+`TESTED` in `families_dflash.py` lists the families that the tests decode. It travels; this table does not.
 """
 
 FAMILIES: dict[str, tuple[str, ...]] = {

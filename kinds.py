@@ -11,12 +11,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .configuration_dflash import DFlashConfig
-from .configuration_dflash2 import DFlash2Config
-from .configuration_domino import DominoConfig
-from .configuration_dspark import DSparkConfig
-
 if TYPE_CHECKING:
+    from .configuration_dflash import DFlashConfig
     from .modeling_dflash import DFlashDraftModel
 
 MUSE = "MuseGlimmerAssistantModel"
@@ -54,8 +50,8 @@ class DraftKind:
     """Describe a kind of draft.
 
     Args:
-        config_class: its config, whose `model_type` is the name of the kind in `drafts.json` and in options.
-        model: module and class of its model. It is imported on first use, since that takes about a second.
+        name: the `model_type` of its config, and its name in `drafts.json` and in options.
+        config, model: module and class of each. They are imported on first use, since both need torch.
         title: its name in messages.
         architectures: names of its model class in published config.json files.
         name_part: a part of the architecture that no other kind has; "" for the kind that others extend.
@@ -69,7 +65,8 @@ class DraftKind:
             in `drafts.json`.
     """
 
-    config_class: type[DFlashConfig]
+    name: str
+    config: tuple[str, str]
     model: tuple[str, str]
     title: str
     architectures: tuple[str, ...]
@@ -83,13 +80,14 @@ class DraftKind:
     layouts: tuple[str, ...] = ("z-lab",)
 
     @property
-    def name(self) -> str:
-        return self.config_class.model_type
-
-    @property
     def reader(self) -> str:
         """Name of the class that loads it, for messages."""
-        return self.config_class.architecture
+        return self.model[1]
+
+    @property
+    def config_class(self) -> "type[DFlashConfig]":
+        module, name = self.config
+        return getattr(import_module(f".{module}", __package__), name)
 
     @property
     def model_class(self) -> "type[DFlashDraftModel]":
@@ -112,7 +110,8 @@ class DraftKind:
 
 _ROWS = (
     DraftKind(
-        DFlashConfig,
+        "dflash",
+        ("configuration_dflash", "DFlashConfig"),
         ("modeling_dflash", "DFlashDraftModel"),
         title="DFlash",
         architectures=("DFlashDraftModel", "Qwen3DFlashDraftModel", MUSE),
@@ -121,7 +120,8 @@ _ROWS = (
         layouts=("z-lab", "muse"),
     ),
     DraftKind(
-        DSparkConfig,
+        "dspark",
+        ("configuration_dspark", "DSparkConfig"),
         ("modeling_dspark", "DSparkDraftModel"),
         title="DSpark",
         architectures=("DSparkDraftModel", "Qwen3DSparkModel", "DSparkSpeculator"),
@@ -133,7 +133,8 @@ _ROWS = (
         layouts=("deepspec", "specforge"),
     ),
     DraftKind(
-        DFlash2Config,
+        "dflash2",
+        ("configuration_dflash2", "DFlash2Config"),
         ("modeling_dflash2", "DFlash2DraftModel"),
         title="DFlash 2",
         architectures=("DFlash2DraftModel", "Qwen3DFlash2DraftModel"),
@@ -145,7 +146,8 @@ _ROWS = (
         speculators=SpeculatorsDefaults(sliding_window_non_causal=True),
     ),
     DraftKind(
-        DominoConfig,
+        "domino",
+        ("configuration_domino", "DominoConfig"),
         ("modeling_domino", "DominoDraftModel"),
         title="Domino",
         architectures=("DominoDraftModel", "DFlashDraftModel"),
@@ -157,7 +159,7 @@ _ROWS = (
 KINDS: dict[str, DraftKind] = {kind.name: kind for kind in _ROWS}
 """The kinds by name. Where a checkpoint has drafts of several kinds, the later kind is preferred."""
 
-SECOND_KIND = DFlash2Config.model_type
+SECOND_KIND = "dflash2"
 """The kind whose class the reference implementation's registry calls `draft2_cls`."""
 
 DEMO_KIND = [kind.name for kind in _ROWS if kind.demo_folder][-1]

@@ -5,8 +5,8 @@
 from typing import Any
 
 from .families import families_of
+from .families_dflash import TESTED
 from .kinds import KINDS, DraftKind
-from .support_dflash import TESTED
 
 SPECULATORS = "speculators"
 LAYOUTS = ("z-lab", "muse", SPECULATORS, "deepspec", "specforge", "laguna")

@@ -7,7 +7,6 @@ A draft drafts well only for the checkpoint it was trained on. Other checkpoints
 shape, so a match by these alone comes with a warning.
 """
 
-import json
 import warnings
 import weakref
 from dataclasses import InitVar, dataclass, field, replace
@@ -17,7 +16,15 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from .calls_dflash import PREPARED, Signature, check_direct_call
-from .checkpoints import Origin, TargetInfo, base_of_adapter, origin_of, out_of_cache
+from .catalogue import (
+    Published,
+    check_folder,
+    made_for,
+    out_of_cache,
+    read_entries,
+    reason_of_exact,
+)
+from .checkpoints import Origin, TargetInfo, base_of_adapter, origin_of
 from .compat_dflash import checkpoint_name, device_of, pinned
 from .configuration_dflash import DFlashConfig, same_vocabulary
 from .families import FAMILIES, siblings_of
@@ -28,7 +35,6 @@ from .layouts import variant_of
 from .layouts_dflash import shown
 from .layouts_speculators import target_named
 from .modeling_dflash import DFlashDraftModel, Qwen3DFlashDraftModel
-from .published import refusal, target_refusal
 from .qwen3_configs import build_target_layer_ids
 from .support_dflash import check_target
 
@@ -40,7 +46,7 @@ _DRAFT_CLASSES: dict[str, type[DFlashDraftModel]] = {
 
 
 @dataclass(frozen=True)
-class DFlashDraftSpec:
+class DFlashDraftSpec(Published):
     """A draft and the target it was made for; or, without a repository, how to build one. Unknown fields are None.
 
     Repository and class come first, in either order: `DFlashDraftSpec("org/draft")` names a published draft, and
@@ -119,33 +125,13 @@ class DFlashDraftSpec:
         object.__setattr__(self, name, value)  # the spec is frozen
 
     @property
-    def target_state(self) -> str | None:
-        """Reason why this version does not decode its target, though the draft loads; None if it does."""
-        return target_refusal(self.architectures)
+    def kind_name(self) -> str:
+        return kind_of(self.draft_cls.config_class).name
 
     @property
-    def loads(self) -> bool:
-        """Whether this version can run it."""
-        return self.unsupported is None
-
-    @property
-    def decodes(self) -> bool:
-        """Whether it loads, and targets of its own target's family decode here."""
-        return self.loads and self.target_state is None
-
-    @property
-    def reason(self) -> str | None:
-        """Reason why it does not load, or else not decode; None if it decodes."""
-        return self.unsupported or self.target_state
-
-    @property
-    def target(self) -> str | None:
-        """The first of `targets`."""
-        return self.targets[0] if self.targets else None
-
-    def serves(self, architecture: str) -> bool:
-        """Return whether its target has the same text part as targets of this architecture."""
-        return any(architecture in siblings_of(known) for known in self.architectures)
+    def class_name(self) -> str:
+        """Name of the class that runs it."""
+        return self.draft_cls.__name__
 
     @property
     def name(self) -> str:
@@ -243,13 +229,6 @@ class DFlashDraftSpec:
                 return own
         return kind.model_class
 
-    def check_supported(self) -> None:
-        """Raise a ValueError if this version cannot run the draft."""
-        if self.unsupported:
-            raise ValueError(
-                f"{self.name} cannot be run by this version of dflash-hub: {self.unsupported}."
-            )
-
     def matches_shape(self, text_config: PretrainedConfig) -> bool:
         """Return whether a target with this text config has the shape of the draft's own; False if that is unknown.
 
@@ -328,21 +307,12 @@ spread_taps = build_target_layer_ids
 
 
 def _read_catalogue() -> list[DFlashDraftSpec]:
-    entries = json.loads((Path(__file__).parent / "drafts.json").read_text(encoding="utf-8"))
-    names = set(DFlashDraftSpec.__dataclass_fields__)
-    specs = []
-    for entry in entries:
-        values: dict[str, Any] = {}
-        details = {}
-        for key, value in entry.items():
-            if key not in names:
-                details[key] = value
-            else:
-                values[key] = tuple(value) if isinstance(value, list) else value
-        values["unsupported"] = refusal(entry)
-        draft_cls = KINDS[entry["variant"]].model_class
-        specs.append(DFlashDraftSpec(draft_cls=draft_cls, **values, details=details))
-    return specs
+    return [
+        DFlashDraftSpec(
+            draft_cls=kind_named(details["variant"]).model_class, details=details, **values
+        )
+        for values, details in read_entries()
+    ]
 
 
 CATALOGUE: list[DFlashDraftSpec] = _read_catalogue()
@@ -368,18 +338,7 @@ def drafts_for(target: str) -> list[DFlashDraftSpec]:
         raise ValueError(
             f"target is {target!r}; pass the Hub id of a checkpoint, such as 'org/model'."
         )
-    name = target.casefold()
-    made_for = [spec for spec in CATALOGUE if name in map(str.casefold, spec.targets)]
-    order = list(KINDS)
-
-    def rank(spec: DFlashDraftSpec) -> tuple[bool, bool, bool, bool, int]:
-        quantised = spec.details.get("quantization") is not None
-        unseen = not spec.details.get("config_seen", True)
-        community = spec.details.get("published_by") == "community"
-        kind = order.index(kind_of(spec.draft_cls.config_class).name)
-        return not spec.loads, quantised, unseen, community, -kind
-
-    return sorted(made_for, key=rank)
+    return made_for(target, CATALOGUE)
 
 
 def _served() -> dict[str, None]:
@@ -473,10 +432,10 @@ def _explain(
         return spec, _reason_of_default(spec, architecture)
     name = target if isinstance(target, str) else _name_of(target)
     published = name and out_of_cache(name)
-    made_for = drafts_for(published) if published else []
-    if made_for:
-        made_for[0].check_supported()
-        return made_for[0], f"It was made for {published}."
+    exact = drafts_for(published) if published else []
+    if published and exact:
+        exact[0].check_supported()
+        return exact[0], reason_of_exact(published)
     if isinstance(target, str) and (base := base_of_adapter(target)):
         spec, reason = _explain(architectures, base)
         return spec, f"{target} is an adapter for {base}. {reason}"
@@ -593,19 +552,6 @@ def _check_architectures(architectures: Any, target: Any) -> None:
 def _name_of(target: Any) -> str | None:
     """Return the Hub id or folder that a config or model was loaded from; None if unknown."""
     return checkpoint_name(getattr(target, "config", target))
-
-
-def check_folder(name: Any) -> None:
-    """Refuse the path of a folder that does not exist, which would be taken for a Hub id.
-
-    Raises:
-        OSError: naming it.
-    """
-    is_path = str(name).startswith(("/", ".", "~")) or str(name).count("/") > 1
-    if is_path and not Path(name).exists():
-        raise OSError(
-            f"There is no folder {name}. Pass a folder that exists, or a Hub id such as org/name."
-        )
 
 
 @explained_for("name", "loaded", LOADING)

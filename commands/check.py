@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .generate import check_device, check_dtype, load_target
-from .shared import ReadToken, console
+from .loading import load_target
+from .preflight import check_device, check_dtype
+from .screen import console, doing, errors, hide_bars, notes
+from .shared import ReadToken
 from .words import in_flags
 
 if TYPE_CHECKING:
@@ -58,15 +59,12 @@ def check(
 
     Exit status: 0 good, 1 works with warnings, 2 broken or not to be read. What engines do with it does not count.
     """
-    from transformers.utils import logging
-
     from ..checking import CheckOptions, check_draft
 
-    logging.disable_progress_bar()
-    errors = Console(stderr=True)
+    hide_bars(downloads=False)
     try:
         texts = None if prompts is None else read_prompts(prompts)
-        with errors.status("Starting") as status:
+        with doing("Starting") as status:
             options = CheckOptions(
                 revision=revision,
                 token=token,
@@ -75,7 +73,7 @@ def check(
                 max_new_tokens=max_new_tokens,
                 report=lambda step: status.update(escape(step)),
             )
-            model = _target_model(target, dtype, device, errors) if target and run else None
+            model = _target_model(target, dtype, device) if target and run else None
             report = check_draft(draft, target if model is None else model, options)
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         message = in_flags(str(error), ("revision", "target", "prompts", "token"))
@@ -91,7 +89,7 @@ def check(
     raise typer.Exit(report.status)
 
 
-def _target_model(target: str, dtype: str, device: str | None, errors: Console) -> Any:
+def _target_model(target: str, dtype: str, device: str | None) -> Any:
     """Load the target to decode with it; None, with a line on stderr, where that fails."""
     import torch
 
@@ -102,7 +100,7 @@ def _target_model(target: str, dtype: str, device: str | None, errors: Console) 
         return load_target(target, dtype).to(device).eval()
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         first = str(error).splitlines()[0]
-        errors.print(f"Nothing is decoded: {first}", style="yellow", soft_wrap=True, markup=False)
+        notes.print(f"Nothing is decoded: {first}", style="yellow", soft_wrap=True, markup=False)
         return None
 
 

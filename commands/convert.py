@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from .shared import console
+from .screen import console, hide_bars
 
 if TYPE_CHECKING:
     from ..publishing.convert import Conversion
@@ -37,11 +37,9 @@ def convert(
     ] = False,
 ) -> None:
     """Write a draft in another layout, with every tensor bit-equal; weights are copied and never held in memory."""
-    from transformers.utils import logging
-
     from ..publishing.convert import ConvertOptions, convert, plan_conversion
 
-    logging.disable_progress_bar()
+    hide_bars(downloads=False)
     options = ConvertOptions(revision, base_model, target)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # they are printed below

@@ -12,7 +12,8 @@ from rich.panel import Panel
 from rich.table import Table
 
 from ..kinds import DEMO_KIND, KINDS, kind_named
-from .shared import Capture, console, fail_differing, show_speed
+from .screen import console, doing, hide_bars
+from .shared import Capture, fail_differing, show_speed
 
 if TYPE_CHECKING:
     from ..evaluation import Comparison
@@ -28,12 +29,11 @@ def demo(
     """Run the built-in models: plain and DFlash output side by side, with speeds. Offline; 30 s the first time."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
     from ..evaluation import compare, warm_up
     from ..registry import load_draft
 
-    logging.disable_progress_bar()
+    hide_bars(downloads=False)
     torch.set_num_threads(1)  # more threads only slow models of this size down
     folder = Path(__file__).parents[1] / "examples" / "tiny_pair"
     tokenizer = AutoTokenizer.from_pretrained(folder / "target")
@@ -43,7 +43,7 @@ def demo(
     lines = (folder / "prompts.jsonl").read_text(encoding="utf-8").splitlines()[:prompts]
     texts = [json.loads(line)["prompt"] for line in lines]
     rows = [tokenizer(text, return_tensors="pt").input_ids[:, -150:] for text in texts]
-    with console.status("Warming up (compiling takes about 30 s)"):
+    with doing("Warming up (compiling takes about 30 s)"):
         warm_up(draft, target, rows[0], capture)
     results = [compare(draft, target, row, max_new_tokens=96, capture=capture) for row in rows]
     total = sum(results[1:], results[0])

@@ -8,8 +8,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .generate import check_device, check_dtype, load_target
-from .shared import load_tokenizer
+from .loading import load_target, load_tokenizer
+from .preflight import (
+    Problems,
+    check_capture,
+    check_device,
+    check_draft,
+    check_dtype,
+    check_target,
+)
 
 if TYPE_CHECKING:
     from ..evaluation.decoding import Models
@@ -46,24 +53,31 @@ class Choice:
         Raises:
             ValueError: naming the flag.
         """
-        from ..execution_dflash import CAPTURE
-
-        check_dtype(self.dtype)
-        if self.device is not None:
-            check_device(self.device)
-        if self.capture not in CAPTURE:
-            raise ValueError(
-                f"--capture is {self.capture!r}; it must be one of {', '.join(CAPTURE)}."
-            )
+        problems = Problems()
+        problems.check(check_target, self.target)
+        for draft in self.drafts:
+            problems.check(check_draft, *at_revision(draft))
+        problems.check(check_dtype, self.dtype)
+        problems.check(check_device, self.device)
+        problems.check(check_capture, self.capture)
         for name, values in (("--draft", self.drafts), ("--block-size", self.block_sizes)):
             if len(set(values)) < len(values):
-                raise ValueError(f"{name} is given twice with the same value.")
+                problems.add(f"{name} is given twice with the same value.")
         single = [word for word in self.against if word != "plain-static"]
         if single and any(condition.batch_size > 1 for condition in conditions):
-            raise ValueError(
+            problems.add(
                 f"--against {','.join(single)} decodes one row at a time in transformers; leave out "
                 "--batch-size or --against."
             )
+        problems.raise_all()
+
+
+def at_revision(name: str) -> tuple[str, str | None]:
+    """Return the repository and the revision of ORG/NAME@REVISION; None for the newest, and for folders."""
+    if "@" in name and not Path(name).is_dir():
+        repository, revision = name.rsplit("@", maxsplit=1)
+        return repository, revision
+    return name, None
 
 
 def against_of(words: str) -> list[str]:
@@ -135,10 +149,8 @@ class Loader:
     def _draft_names(self, target: Any) -> list[str]:
         """Return the names of the drafts; without any asked for, that of the target's known draft."""
         for name in () if self.files else self.choice.drafts:
-            repository, revision = name, ""
-            if "@" in name and not Path(name).is_dir():
-                repository, revision = name.rsplit("@", maxsplit=1)
-            self._set_files(name, repository, {"revision": revision})
+            repository, revision = at_revision(name)
+            self._set_files(name, repository, {"revision": revision or ""})
         if not self.files:
             from ..registry import explain_resolution
 

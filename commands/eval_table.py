@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.markup import escape
 from rich.progress import (
@@ -20,7 +20,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from .shared import console
+from .screen import console, notes
 
 if TYPE_CHECKING:
     from ..evaluation.run import Progress as EvaluationProgress
@@ -31,17 +31,16 @@ PLAIN = "plain"
 @contextmanager
 def watching() -> Iterator[Callable[["EvaluationProgress"], None]]:
     """Show progress, time left and the results so far on stderr, while this context lasts."""
-    stderr = Console(stderr=True)
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        console=stderr,
+        console=notes,
     )
     task = bar.add_task("loading", total=None)
-    with Live(bar, console=stderr, refresh_per_second=4, transient=True) as live:
+    with Live(bar, console=notes, refresh_per_second=4, transient=True) as live:
 
         def watch(progress: "EvaluationProgress") -> None:
             words = progress.doing or "decoding"

@@ -1,157 +1,318 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""`dflash-hub generate`: run a target and its draft on one prompt."""
+"""`dflash-hub generate`: answer a prompt, or hold a conversation, with a target and its draft."""
 
-from typing import Annotated, Any
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .loading import load_pair, load_target, load_tokenizer
+from .preflight import (
+    Problems,
+    check_capture,
+    check_device,
+    check_draft,
+    check_dtype,
+    check_target,
+)
+from .screen import note, notes
 from .shared import (
     Capture,
     Device,
     Dtype,
     NewTokens,
     Target,
-    console,
+    complete_draft,
     fail_differing,
-    load_tokenizer,
-    show_speed,
 )
+
+if TYPE_CHECKING:
+    from .answers import Answer, Answerer
+
+
+_CHAT_HELP = "Ctrl-C ends an answer, Ctrl-D or /exit the conversation; /clear forgets it."
 
 
 def generate(
-    prompt: Annotated[str, typer.Argument(help="The prompt.")],
     target: Target,
+    prompt: Annotated[
+        str | None, typer.Argument(help="The prompt; - reads it from stdin.", show_default=False)
+    ] = None,
     draft: Annotated[
         str | None,
         typer.Option(
-            help="Hub id or folder of the draft (default: the known draft for the target)."
+            help="Hub id or folder of the draft (default: the known draft for the target).",
+            autocompletion=complete_draft,
         ),
     ] = None,
     draft_revision: Annotated[
         str | None, typer.Option(help="Commit, tag or branch of the draft.")
     ] = None,
+    file: Annotated[Path | None, typer.Option(help="A file with the prompt.")] = None,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Hold a conversation; a prompt is its first message.")
+    ] = False,
+    chat_template: Annotated[
+        bool | None,
+        typer.Option(help="Apply the target's chat template (default: if it has one)."),
+    ] = None,
     max_new_tokens: NewTokens = 256,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, help="0 is greedy, the default; above, text is sampled.")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Sample from the likeliest of this mass.")
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(min=1, help="Sample from this many likeliest tokens.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of sampled text.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="A text that ends the answer; may be repeated.")
+    ] = None,
+    compare: Annotated[
+        bool,
+        typer.Option(
+            "--compare", help="Then run the target alone: measure its speed, compare the texts."
+        ),
+    ] = False,
     dtype: Dtype = "auto",
     device: Device = None,
-    chat: Annotated[
-        bool, typer.Option(help="Apply the target's chat template, if it has one.")
-    ] = True,
     capture: Capture = "auto",
 ) -> None:
-    """Generate greedily and stream the output, then run the target alone and compare speed."""
+    """Answer a prompt and stream the text; the line below it says how fast, and how often the draft was right."""
+    from .answers import Answerer, Sampling, encode
+
+    sampling = Sampling(temperature, top_p, top_k, seed, tuple(stop or ()))
+    problems = Problems()
+    text = problems.check(_prompt, prompt, file, chat)
+    if (contradiction := sampling.problem()) is not None:
+        problems.add(contradiction)
+    if compare and chat:
+        problems.add("--compare is for one prompt; leave out --chat or --compare.")
+    problems.check(check_dtype, dtype)
+    problems.check(check_device, device)
+    problems.check(check_capture, capture)
+    problems.check(check_draft, draft, draft_revision)
+    found = len(problems.found)
+    problems.check(check_target, target)
+    tokenizer = template = None
+    if len(problems.found) == found:
+        tokenizer = problems.check(load_tokenizer, target)
+    if tokenizer is not None:
+        template = problems.check(_template, tokenizer, chat_template, chat, system)
+    problems.raise_all()
+
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    first = [] if text is None else [*messages, {"role": "user", "content": text}]
+    row = encode(tokenizer, first, bool(template)) if first else None
+    model = load_target(target, dtype).to(_device(device)).eval()
+    pair = load_pair(model, draft, draft_revision)
+    pair.draft.to(model.device).eval()
+    answerer = Answerer(pair, tokenizer, sampling, capture)
+    if chat or row is None:
+        _converse(answerer, messages, text, max_new_tokens)
+    else:
+        _once(answerer, row.to(model.device), str(text), max_new_tokens, compare)
+
+
+def _device(device: str | None) -> str:
+    """Return the device to run on."""
     import torch
-    from transformers import TextStreamer
 
-    from ..evaluation import compare, warm_up
-
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    check_dtype(dtype)
-    check_device(device)
-    tokenizer = load_tokenizer(target)
-    model = load_target(target, dtype).to(device).eval()
-    draft_model = find_draft(model, draft, draft_revision).to(device).eval()
-    row = encode(tokenizer, prompt, chat).to(device)
-    max_new_tokens = fitting(model, row, max_new_tokens)
-    warm_up(draft_model, model, row, capture)
-    result = compare(
-        draft_model, model, row, max_new_tokens, TextStreamer(tokenizer, skip_prompt=True), capture
-    )
-    console.print()
-    show_speed(result)
-    if not result.identical and model.dtype == torch.float32:
-        fail_differing()
-    if not result.identical:
-        console.print(
-            f"In {str(model.dtype).removeprefix('torch.')} a near-tie between two tokens can go either way, because "
-            "rounding depends on how many tokens a forward has. Use --dtype float32 to compare without such rounding."
-        )
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_target(name: str, dtype: str) -> Any:
-    """Load the target's text model, or its image-and-text model where transformers has no text model for it."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
-    from ..findings_dflash import LOADING, explained
-
-    with explained(f"The target {name} could not be loaded", LOADING):
-        try:
-            return AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-        except ValueError as error:
-            if "Unrecognized configuration class" not in str(error):
-                raise
-        return AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
-
-
-def check_dtype(dtype: str) -> None:
-    """Refuse what is no name of a dtype of torch.
+def _prompt(prompt: str | None, file: Path | None, chat: bool) -> str | None:
+    """Return the prompt: as given, of a file or of stdin; None for a conversation that begins without one.
 
     Raises:
-        ValueError: naming the flag.
+        ValueError: it is given twice, not at all, empty, or cannot be read.
     """
-    import torch
-
-    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise ValueError(
-            f"--dtype is {dtype!r}; it must be auto, or a dtype of torch such as float32 or bfloat16."
-        )
-
-
-def check_device(device: str) -> None:
-    """Refuse a device that this machine does not have.
-
-    Raises:
-        ValueError: naming the flag.
-    """
-    import torch
-
+    if prompt is not None and file is not None:
+        raise ValueError("The prompt is given twice, as an argument and by --file; leave out one.")
+    if prompt is None and file is None:
+        if chat:
+            return None
+        if sys.stdin.isatty():
+            raise ValueError("The prompt is missing; pass it, - for stdin, --file or --chat.")
+        prompt = "-"
+    if prompt == "-" and chat:
+        raise ValueError("- reads the prompt from stdin, which --chat reads too; leave out one.")
     try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device is {device!r}, which cannot be used here: {reason}") from error
+        text = prompt
+        if file is not None:
+            text = file.read_text(encoding="utf-8")
+        elif prompt == "-":
+            text = sys.stdin.read()
+    except (OSError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text in UTF-8"
+        raise ValueError(f"The prompt cannot be read from {file or 'stdin'}: {reason}.") from error
+    if not text or not text.strip():
+        raise ValueError("The prompt is empty; write something in it.")
+    return text
 
 
-def find_draft(model: Any, draft: str | None, revision: str | None) -> Any:
-    """Load the draft with this name, or the registry's draft for the target, in the target's dtype."""
-    from ..registry import explain_resolution, load_draft
-
-    if draft is not None:
-        return load_draft(draft, revision=revision, dtype=model.dtype)
-    spec, why = explain_resolution(model.config.architectures, model)
-    console.print(f"Draft: [bold]{spec.name}[/bold]. {why}", style="dim")
-    return spec.load(dtype=model.dtype)
-
-
-def fitting(model: Any, row: Any, max_new_tokens: int) -> int:
-    """Return how many tokens to generate after `row [1, P]`: as many as asked for, or up to the target's last position.
+def _template(tokenizer: Any, asked: bool | None, chat: bool, system: str | None) -> bool:
+    """Return whether the chat template is applied.
 
     Raises:
-        ValueError: the prompt alone fills the positions.
+        ValueError: it is needed, and there is none or it is turned off.
     """
-    from ..evaluation import positions_left
-
-    room, prompt = positions_left(model, row), row.shape[1]
-    if room is None or max_new_tokens <= room:
-        return max_new_tokens
-    if room < 1:
+    has_one = bool(getattr(tokenizer, "chat_template", None))
+    needs = [flag for flag, given in (("--chat", chat), ("--system", system is not None)) if given]
+    if asked and not has_one:
+        needs.append("--chat-template")
+    if needs and not has_one:
         raise ValueError(
-            f"The prompt has {prompt:,} tokens, but the target was made for texts of {prompt + room:,}. Shorten it."
+            f"The target's tokenizer has no chat template, which {' and '.join(needs)} would use; pass a target that "
+            "was trained for chats."
         )
-    console.print(
-        f"--max-new-tokens is {max_new_tokens:,}, but the target was made for texts of {prompt + room:,} tokens, and "
-        f"the prompt has {prompt:,}: generation stops after {room:,} new tokens.",
-        style="yellow",
-        soft_wrap=True,
-    )
-    return room
+    if needs and asked is False:
+        raise ValueError(
+            f"{' and '.join(needs)} needs the chat template; leave out --no-chat-template."
+        )
+    return has_one if asked is None else asked
 
 
-def encode(tokenizer: Any, prompt: str, chat: bool) -> Any:
-    """Return the token ids of the prompt, `[1, P]`."""
-    if chat and tokenizer.chat_template:
-        messages = [{"role": "user", "content": prompt}]
-        return tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        ).input_ids
-    return tokenizer(prompt, return_tensors="pt").input_ids
+# One prompt ----------------------------------------------------------------------------------------------------------
+
+
+def _once(answerer: "Answerer", row: Any, text: str, max_new_tokens: int, compare: bool) -> None:
+    """Answer one prompt, given as `row [1, P]` too; with `compare`, then run the target alone."""
+    from ..evaluation import warm_up
+    from .answers import fitting
+
+    _echo(text)
+    max_new_tokens = fitting(answerer.pair.target, row, max_new_tokens)
+    if compare:
+        warm_up(answerer.pair.draft, answerer.pair.target, row, answerer.capture)
+    answerer.warm_up(row)
+    answer = answerer.answer(row, max_new_tokens)
+    if answer.stopped:
+        note(f"Stopped after {len(answer.tokens)} tokens.")
+        raise typer.Exit(130)
+    if compare:
+        _compare(answerer, row, answer, max_new_tokens)
+    else:
+        _tell(answerer, row, answer)
+
+
+def _echo(prompt: str) -> None:
+    """Show the prompt apart from the answer, on stderr."""
+    for line in prompt.splitlines():
+        notes.print(f"> {line}", style="dim", markup=False, highlight=False, soft_wrap=True)
+
+
+def _tell(answerer: "Answerer", row: Any, answer: "Answer") -> None:
+    """Print the line after an answer to `row [1, P]`, with an estimate of the target's own speed."""
+    from .answers import figures, why_no_help
+
+    if notes.quiet or not answer.tokens:
+        return
+    times = answerer.times_plain(row, answer)
+    _show(figures(answer, times, "estimated"), why_no_help(answerer.pair, answer, times))
+
+
+def _show(line: str, remark: str | None) -> None:
+    notes.print(f"[{line}]", style="dim", markup=False, highlight=False, soft_wrap=True)
+    if remark:
+        note(remark)
+
+
+def _compare(answerer: "Answerer", row: Any, answer: "Answer", max_new_tokens: int) -> None:
+    """Run the target alone on `row [1, P]`; print how much faster the answer came, and whether it is the same."""
+    import torch
+
+    from .answers import figures, why_no_help
+
+    tokens, seconds = answerer.alone(row, max_new_tokens)
+    times = len(answer.tokens) / answer.seconds * seconds / len(tokens)
+    _show(figures(answer, times, "measured"), why_no_help(answerer.pair, answer, times))
+    if answerer.sampling.draws:
+        notes.print("Both texts are drawn, so they are not compared.", style="dim")
+        return
+    same = tokens == answer.tokens
+    notes.print(f"The two texts are {'identical' if same else 'NOT identical'}.")
+    dtype = answerer.pair.target.dtype
+    if not same and dtype == torch.float32:
+        fail_differing()
+    if not same:
+        note(
+            f"In {str(dtype).removeprefix('torch.')} a near-tie between two tokens can go either way, because rounding "
+            "depends on how many tokens a forward has. Use --dtype float32 to compare without such rounding."
+        )
+
+
+# A conversation ------------------------------------------------------------------------------------------------------
+
+
+def _converse(
+    answerer: "Answerer", system: list[dict[str, str]], first: str | None, max_new_tokens: int
+) -> None:
+    """Answer messages until there is none, each with those before it."""
+    notes.print(_CHAT_HELP, style="dim", highlight=False)
+    history = list(system)
+    message = first if first is not None else _next_message()
+    while message is not None:
+        if message == "/clear":
+            history = list(system)
+            notes.print("The conversation is forgotten.", style="dim")
+        elif message:
+            history = _turn(answerer, history, message, max_new_tokens)
+        message = _next_message()
+
+
+def _turn(
+    answerer: "Answerer", history: list[dict[str, str]], message: str, max_new_tokens: int
+) -> list[dict[str, str]]:
+    """Answer a message; return the history with both, or as it was where no answer began."""
+    from .answers import encode, fitting
+
+    turn = [*history, {"role": "user", "content": message}]
+    try:
+        row = encode(answerer.tokenizer, turn, True).to(answerer.pair.target.device)
+        room = fitting(answerer.pair.target, row, max_new_tokens)
+        answerer.warm_up(row)
+        answer = answerer.answer(row, room)
+        history = [*turn, {"role": "assistant", "content": answer.text}]
+        if answer.stopped:
+            note(f"Stopped after {len(answer.tokens)} tokens.")
+        else:
+            _tell(answerer, row, answer)
+    except KeyboardInterrupt:  # before the answer, or while the target alone is timed
+        note("Stopped.")
+    except ValueError as error:
+        note(f"{error} /clear begins anew.")
+    return history
+
+
+def _next_message() -> str | None:
+    """Return the next line that is typed, or of stdin; None at its end, or for /exit."""
+    while True:
+        try:
+            line = _read_line()
+        except KeyboardInterrupt:
+            notes.print(f"\n{_CHAT_HELP}", style="dim", highlight=False)
+            continue
+        if line is None or line.strip() in ("/exit", "/quit", "/bye"):
+            return None
+        return line.strip()
+
+
+def _read_line() -> str | None:
+    """Return a line; None at the end of the input."""
+    if not sys.stdin.isatty() or not sys.stdout.isatty():
+        return sys.stdin.readline() or None
+    import contextlib
+
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 (editing and history of `input`)
+    try:
+        return input(">>> ")
+    except EOFError:
+        notes.print()
+        return None

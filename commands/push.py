@@ -9,7 +9,8 @@ import typer
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.syntax import Syntax
 
-from .shared import Token, console, tidy_when_terminated
+from .screen import console, hide_bars, notes
+from .shared import Token, tidy_when_terminated
 
 if TYPE_CHECKING:
     from ..publishing import Plan, Published
@@ -39,16 +40,17 @@ def push(
     token: Token = None,
 ) -> None:
     """Check a draft in a fresh process and push it: the hub layout to main, the engines layout to branch engines."""
-    from transformers.utils import logging
-
     from ..publishing import Published, PublishOptions, plan, publish
 
-    logging.disable_progress_bar()
+    hide_bars(downloads=False)
     metadata = {"base_model": base_model, "license": license, "language": language}
     metadata["thinking"] = thinking
     card = {key: value for key, value in metadata.items() if value}
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with tidy_when_terminated(), Progress(*columns, console=console) as progress:
+    with (
+        tidy_when_terminated(),
+        Progress(*columns, console=notes, disable=not notes.is_interactive) as progress,
+    ):
         task = progress.add_task("Starting", total=None)
         options = PublishOptions(private=private or None, token=token, message=message, card=card)
         run = plan if dry_run else publish

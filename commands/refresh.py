@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from .shared import Token, console, tidy_when_terminated
+from .screen import console, doing, hide_bars
+from .shared import Token, tidy_when_terminated
 
 if TYPE_CHECKING:
     from ..publishing.refresh import BranchDifference
@@ -27,15 +28,13 @@ def refresh(
     token: Token = None,
 ) -> None:
     """Update the code in a pushed draft's repository to this version. Weights and card stay unchanged."""
-    from transformers.utils import logging
-
     from ..publishing.refresh import RefreshOptions
     from ..publishing.refresh import refresh as run
 
-    logging.disable_progress_bar()
+    hide_bars(downloads=False)
     options = RefreshOptions(token=token, dry_run=dry_run)
     options.message = message or options.message
-    with tidy_when_terminated(), console.status("Starting") as status:
+    with tidy_when_terminated(), doing("Starting") as status:
 
         def agree(branches: "tuple[BranchDifference, ...]") -> bool:
             status.stop()

@@ -16,8 +16,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from .generate import load_target
-from .shared import NewTokens, Target, console, load_tokenizer
+from .loading import load_target, load_tokenizer
+from .screen import console, notes
+from .shared import NewTokens, Target
 
 if TYPE_CHECKING:
     from ..training.regenerate import AnswerFn
@@ -94,7 +95,7 @@ def regenerate_with_progress(
         TimeRemainingColumn(),
     )
     total = len(rows) if hasattr(rows, "__len__") else None
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=notes, disable=not notes.is_interactive) as progress:
         task = progress.add_task("rows", total=total)
 
         def report(done: int, failed: int) -> None:

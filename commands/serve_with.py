@@ -5,10 +5,10 @@
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
-from .shared import ReadToken, console
+from .screen import console, errors
+from .shared import ReadToken
 
 
 def serve_with(
@@ -32,7 +32,6 @@ def serve_with(
         console.print(line, soft_wrap=True, highlight=False, markup=False)
     if found.works:
         return
-    errors = Console(stderr=True)
     title = f"{found.verdict.engine.title} {found.verdict.engine.version}"
     name = f"{draft} at {revision}" if revision else draft
     refused = found.verdict.outcome == REFUSES

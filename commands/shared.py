@@ -9,15 +9,31 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
+
+from ..catalogue import rows
+from ..versions import __version__, version_of
+from .screen import console, errors
 
 if TYPE_CHECKING:
     from ..evaluation import Comparison
 
-console = Console()
 
-Target = Annotated[str, typer.Option(help="Hub id or folder of the target.")]
+def complete_target(incomplete: str) -> list[str]:
+    """Return the targets of the catalogue that begin with what is typed, for the shell's completion."""
+    known = dict.fromkeys(target for row in rows() for target in row.targets)
+    return [target for target in known if target.startswith(incomplete)]
+
+
+def complete_draft(incomplete: str) -> list[str]:
+    """Return the drafts of the catalogue that begin with what is typed, for the shell's completion."""
+    known = dict.fromkeys(row.repo_id for row in rows())
+    return [name for name in known if name.startswith(incomplete)]
+
+
+Target = Annotated[
+    str, typer.Option(help="Hub id or folder of the target.", autocompletion=complete_target)
+]
 NewTokens = Annotated[int, typer.Option(min=1, help="Maximum number of new tokens.")]
 Token = Annotated[
     str | None, typer.Option(envvar="HF_TOKEN", help="A Hub token with write access.")
@@ -54,23 +70,6 @@ def tidy_when_terminated() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def load_tokenizer(target: str) -> Any:
-    """Load the tokenizer of a target.
-
-    Raises:
-        ValueError, OSError: there is none; naming the target.
-    """
-    from transformers import AutoTokenizer
-
-    from ..findings_dflash import LOADING, check_path, explained
-    from ..registry import check_folder
-
-    check_path("--target", target)
-    check_folder(target)
-    with explained(f"The tokenizer of the target {target} could not be loaded", LOADING):
-        return AutoTokenizer.from_pretrained(target)
-
-
 def show_speed(result: "Comparison") -> None:
     """Print the speed of both, the acceptance length, tokens per cycle, and whether the texts are identical."""
     table = Table(show_header=False, box=None, padding=(0, 2))
@@ -94,15 +93,10 @@ def show_speed(result: "Comparison") -> None:
 
 def fail_differing() -> None:
     """Exit with status 1, and ask on stderr for a report of the difference."""
-    import torch
-    import transformers
-
-    from ..configuration_dflash import __version__
-
-    Console(stderr=True).print(
+    errors.print(
         "[red]Error:[/red] The two texts differ, which is a bug in float32. Please report it with the command and "
-        f"these versions: dflash-hub {__version__}, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}.",
+        f"these versions: dflash-hub {__version__}, torch {version_of('torch')}, "
+        f"transformers {version_of('transformers')}.",
         soft_wrap=True,
         highlight=False,
     )

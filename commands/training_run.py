@@ -2,10 +2,11 @@
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
 """Run `dflash-hub train`: read the options, set up the run, train, save and publish."""
 
+import difflib
 import tempfile
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from transformers import HfArgumentParser
 
@@ -15,7 +16,9 @@ from ..training.setup import TrainOptions, build
 from ..training.trainer import explain_failed_push, explain_failed_write, sole_trainer
 from .dry_run import dry_run
 from .inspect_rows import inspect_rows
-from .shared import console
+from .loading import load_tokenizer
+from .preflight import Problems, check_draft, check_dtype, check_target
+from .screen import console, notes
 
 
 class _Parser(HfArgumentParser):
@@ -36,8 +39,10 @@ def train(argv: list[str]) -> None:
         OSError: something cannot be found or written.
         RuntimeError: the finished draft could not be pushed; it is saved on disk.
     """
-    parser = _Parser((TrainOptions, DFlashTrainingArguments), prog="dflash-hub train")
-    options, args = parser.parse_args_into_dataclasses(_expand_push_to_hub(argv))
+    parser = _Parser(
+        (TrainOptions, DFlashTrainingArguments), prog="dflash-hub train", allow_abbrev=False
+    )
+    options, args = _parse(parser, _expand_push_to_hub(argv))
     if options.inspect is not None:
         inspect_rows(options, args)
         return
@@ -50,9 +55,46 @@ def train(argv: list[str]) -> None:
             _run(options, args)
 
 
+def _parse(parser: _Parser, argv: list[str]) -> tuple[TrainOptions, Any]:
+    """Return what the options say, ours and the Trainer's, once the names of target and draft are checked.
+
+    Raises:
+        ValueError: listing everything that is wrong.
+    """
+    problems = Problems()
+    known = [name for action in parser._actions for name in action.option_strings]
+    for word in argv:
+        name = word.partition("=")[0]
+        if name.startswith("--") and name not in known:
+            problems.add(_unknown(name, known))
+    if problems.found:
+        problems.check(parser.parse_known_args, argv)  # what is missing besides
+        problems.raise_all()
+    options, args = parser.parse_args_into_dataclasses(argv)
+    found = len(problems.found)
+    problems.check(check_target, options.target)
+    problems.check(check_draft, options.draft, options.draft_revision)
+    problems.check(check_dtype, options.target_dtype, "--target-dtype")
+    if len(problems.found) == found:
+        problems.check(load_tokenizer, options.target, options.trust_remote_code)
+    problems.raise_all()
+    return options, args
+
+
+def _unknown(name: str, known: list[str]) -> str:
+    """Return the message for an option that there is not, with the one that is spelt most like it."""
+    dashed = [one for one in known if one.startswith("--") and "_" not in one]
+    alike = difflib.get_close_matches(name.replace("_", "-"), dashed, n=1, cutoff=0.6)
+    alike = alike or [one for one in dashed if one.startswith(name)][:1]
+    meant = f"did you mean {alike[0]}?" if alike else "`dflash-hub train --help` lists the options."
+    return f"{name} is no option of train; {meant}"
+
+
 def _run(options: TrainOptions, args: DFlashTrainingArguments) -> None:
     """Set up the run, and train or make the dry run."""
     trainer = build(options, args)
+    if options.draft is None:
+        _tell_choices(trainer)
     if not options.streaming:
         print_data_reports(trainer)
     if options.dry_run:
@@ -60,6 +102,18 @@ def _run(options: TrainOptions, args: DFlashTrainingArguments) -> None:
         return
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     finish(trainer, options)
+
+
+def _tell_choices(trainer: DFlashTrainer) -> None:
+    """Print what a fresh draft reads and predicts with, which may have been chosen for it."""
+    config: Any = trainer.accelerator.unwrap_model(trainer.model).config
+    taps = ", ".join(map(str, config.target_layer_ids))
+    notes.print(
+        f"A fresh draft: mask token {config.mask_token_id}, target layers {taps}, blocks of {config.block_size}",
+        style="dim",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _expand_push_to_hub(argv: list[str]) -> list[str]:

@@ -2,20 +2,21 @@
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
 """`dflash-hub version`: print versions."""
 
-from .shared import console
+import typer
+
+from ..versions import __version__, version_of
+
+PACKAGES = ("torch", "transformers", "huggingface_hub")
 
 
 def version() -> None:
-    """Print the versions to include in a bug report."""
-    import huggingface_hub
-    import torch
-    import transformers
+    """Print the versions; `dflash-hub env` prints all that a bug report needs."""
+    found = [f"{name} {version_of(name) or 'missing'}" for name in PACKAGES]
+    typer.echo(", ".join([f"dflash-hub {__version__}", *found]))
 
-    from ..configuration_dflash import __version__
 
-    modules = (torch, transformers, huggingface_hub)
-    console.print(
-        f"dflash-hub {__version__}",
-        *(f"{module.__name__} {module.__version__}" for module in modules),
-        sep=", ",
-    )
+def print_version(asked: bool) -> None:
+    """Print the version of this package and end, where `--version` is given."""
+    if asked:
+        typer.echo(f"dflash-hub {__version__}")
+        raise typer.Exit

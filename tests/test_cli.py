@@ -1,9 +1,16 @@
 """The command line, as a user types it."""
 
 import json
+import os
+import re
+import shutil
+import subprocess
 import sys
+import textwrap
+from types import SimpleNamespace
 
 import pytest
+import torch
 from huggingface_hub import HfApi
 from transformers import AutoConfig
 from typer.testing import CliRunner
@@ -11,8 +18,13 @@ from typer.testing import CliRunner
 import tiny
 import tiny_checkpoints
 from dflash_hub import cli, evaluation
-from dflash_hub.commands.generate import find_draft, load_target
-from dflash_hub.commands.shared import console
+from dflash_hub.catalogue import rows
+from dflash_hub.commands import answers
+from dflash_hub.commands.drafts import _Line, show
+from dflash_hub.commands.loading import Loaded, find_draft, load_target
+from dflash_hub.commands.screen import console, notes
+from dflash_hub.generation_dflash import DecodeStatistics
+from dflash_hub.kinds import KINDS
 from dflash_hub.registry import CATALOGUE, drafts_for
 from paths import ROOT, TINY
 
@@ -37,7 +49,7 @@ def test_python_dash_m_runs_it_and_errors_have_no_traceback(servers):
 
 
 def test_an_error_that_nobody_expects_shows_its_traceback(monkeypatch):
-    def broken():
+    def broken(**options):
         raise KeyError("a fault of ours")
 
     monkeypatch.setattr(cli, "app", broken)
@@ -81,31 +93,198 @@ def test_a_demo_whose_texts_differ_fails_and_asks_for_a_report(differing, monkey
     assert_reported(capsys.readouterr().err)
 
 
+PAIR = ["--target", str(TINY / "target"), "--draft", str(TINY / "draft")]
+
+
 @pytest.mark.parametrize(("dtype", "status"), [("float32", 1), ("bfloat16", 0)])
-def test_generate_fails_on_differing_texts_in_float32_alone(differing, dtype, status):
-    words = ["generate", "def main(", "--target", str(TINY / "target"), "--draft", str(TINY / "draft")]
-    done = run(*words, "--dtype", dtype)
-    assert "The two texts are NOT identical." in done.stdout
+def test_generate_fails_on_differing_texts_in_float32_alone(dtype, status, monkeypatch):
+    monkeypatch.setattr(answers.Answerer, "alone", lambda *args: ((5, 6), 1.0))
+    done = run("generate", "def main(", *PAIR, "--dtype", dtype, "--max-new-tokens", "8", "--compare")
+    assert "The two texts are NOT identical." in done.stderr
     assert done.exit_code == status
     if status:
         assert_reported(done.stderr)
     else:
-        assert "In bfloat16 a near-tie" in done.stdout
-        assert done.stderr == ""
+        assert "In bfloat16 a near-tie" in done.stderr
 
 
-@pytest.mark.quick
-def test_generate_streams_the_text_and_ends_in_the_figures():
-    words = ["generate", "def main(", "--target", str(TINY / "target"), "--draft", str(TINY / "draft")]
-    output = run(*words, "--max-new-tokens", "40").output
+def own_text(row, tokens: int, **options) -> str:
+    """What the target itself writes after these tokens."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(TINY / "target")
-    ids = tokenizer("def main(", return_tensors="pt").input_ids
-    text = tiny.greedy(AutoModelForCausalLM.from_pretrained(TINY / "target"), ids, 40)
-    assert tokenizer.decode(text[0, ids.shape[1] :]).strip() in output
-    assert "acceptance length" in output
-    assert "The two texts are identical." in output
+    row = tokenizer(row, return_tensors="pt").input_ids if isinstance(row, str) else row
+    text = tiny.greedy(AutoModelForCausalLM.from_pretrained(TINY / "target"), row, tokens, **options)
+    return tokenizer.decode(text[0, row.shape[1] :], skip_special_tokens=True)
+
+
+@pytest.mark.quick
+def test_the_answer_alone_is_on_stdout_and_only_our_notes_are_on_stderr(tmp_path):
+    (tmp_path / "prompt.txt").write_text("def main(")
+    words = ["generate", "--file", str(tmp_path / "prompt.txt"), *PAIR, "--max-new-tokens", "40"]
+    env = os.environ | {"NO_COLOR": "1"}
+    command = [sys.executable, "-m", "dflash_hub", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.rstrip("\n") == own_text("def main(", 40).rstrip("\n")
+    loading, prompt, figures, *rest = done.stderr.splitlines()
+    assert loading == f"Loading {TINY / 'target'}"
+    assert prompt == "> def main("
+    assert re.fullmatch(
+        r"\[40 tokens, [\d.]+ tokens/s, [\d.]+ times the target alone \(estimated\), [\d.]+ tokens a cycle\]", figures
+    )
+    assert [line for line in rest if not line.startswith("Note: The draft does not help")] == []
+
+
+def test_generate_compares_with_the_target_alone():
+    done = run("generate", "def main(", *PAIR, "--max-new-tokens", "12", "--compare")
+    assert "times the target alone (measured)" in done.stderr
+    assert "The two texts are identical." in done.stderr
+
+
+def test_sampled_answers_follow_the_seed_and_end_at_a_text(monkeypatch):
+    words = ["--quiet", "generate", "-", *PAIR, "--temperature", "1.2", "--top-k", "40", "--top-p", "0.9"]
+    words += ["--max-new-tokens", "24"]
+
+    def drawn(*more: str) -> str:
+        done = RUNNER.invoke(cli.app, [*words, *more], input="def main(", catch_exceptions=False)
+        assert done.stderr == ""
+        return done.stdout
+
+    first = drawn("--seed", "3")
+    assert first == drawn("--seed", "3") != drawn("--seed", "4")
+    end = first.strip()[3:5]
+    assert drawn("--seed", "3", "--stop", end).rstrip("\n") == first[: first.index(end) + len(end)]
+
+
+TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:"
+
+
+@pytest.fixture
+def chatty(tmp_path):
+    """The built-in target with a chat template."""
+    folder = tmp_path / "target"
+    shutil.copytree(TINY / "target", folder)
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": TEMPLATE}))
+    return folder
+
+
+def conversation(*messages: str) -> str:
+    roles = ["system", *["user", "assistant"] * len(messages)]
+    lines = [f"{role}: {message}\n" for role, message in zip(roles, messages, strict=False)]
+    return "".join([*lines, "assistant:"])
+
+
+def test_a_conversation_has_a_history_and_an_answer_can_be_ended(chatty, monkeypatch):
+    words = [
+        "generate",
+        "one",
+        "--chat",
+        "--system",
+        "be brief",
+        "--target",
+        str(chatty),
+        "--draft",
+        str(TINY / "draft"),
+    ]
+    words += ["--max-new-tokens", "12"]
+    put, interrupted = answers._Writer.put, []
+
+    def put_or_end(writer, value):
+        put(writer, value)
+        if len(interrupted) < 4 and len(writer.tokens) > 5 and "three" in asked[-1]:
+            interrupted.append(writer.tokens)
+            raise KeyboardInterrupt
+
+    asked, encode = [], answers.encode
+
+    def asking(tokenizer, turn, template):
+        asked.append(str(turn[-1]))
+        return encode(tokenizer, turn, template)
+
+    monkeypatch.setattr(answers, "encode", asking)
+    monkeypatch.setattr(answers._Writer, "put", put_or_end)
+    typed = "two\n/clear\nthree\nfour\n/exit\nnever\n"
+    done = RUNNER.invoke(cli.app, words, input=typed, catch_exceptions=False)
+    assert done.exit_code == 0
+    first = own_text(conversation("be brief", "one"), 12)
+    second = own_text(conversation("be brief", "one", first, "two"), 12)
+    third = own_text(conversation("be brief", "three"), 12)
+    assert done.stdout.startswith(f"{first}\n{second}\n")
+    ended = done.stdout.removeprefix(f"{first}\n{second}\n")
+    part = next(third[:length] for length in range(len(third), 0, -1) if ended.startswith(third[:length]))
+    assert 0 < len(part) < len(third)
+    fourth = own_text(conversation("be brief", "three", part, "four"), 12)
+    assert ended.removeprefix(part).strip() == fourth.strip()
+    assert "Stopped after 6 tokens." in done.stderr
+    assert "The conversation is forgotten." in done.stderr
+    assert "never" not in str(asked)
+
+
+EMPTY = "The prompt is empty"
+NO_FLOAT = "dtype is 'float17'; it must be auto, or a dtype of torch"
+NO_FOLDER = "There is no folder ./no."
+OUTPUT = ["--output-dir", "out"]
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["--quiet", "generate", "hi", *PAIR, "-v"], ["--verbose and --quiet are given together"]),
+        (["generate", " ", *PAIR], [EMPTY]),
+        (["generate", "hi", *PAIR, "--dtype", "float17"], [NO_FLOAT]),
+        (["generate", "hi", *PAIR, "--dtype", "int8"], ["--dtype is 'int8'"]),
+        (["generate", "hi", *PAIR, "--device", "cuda:7"], ["--device is 'cuda:7', which cannot be used here"]),
+        (["generate", "hi", *PAIR, "--capture", "fast"], ["--capture is 'fast'; it must be one of auto, "]),
+        (["generate", "hi", *PAIR, "--file", "x.txt"], ["The prompt is given twice"]),
+        (["generate", "--file", "no.txt", *PAIR], ["cannot be read from no.txt: No such file"]),
+        (["generate", "hi", *PAIR, "--system", "be kind"], ["has no chat template, which --system would use"]),
+        (["generate", "hi", *PAIR, "--temperature", "0", "--top-p", "0.5"], ["so --top-p would change nothing"]),
+        (["generate", "hi", *PAIR[:2], "--draft", PAIR[1]], ["is no DFlash draft but a model of its own (Qwen3ForC"]),
+        (["generate", "hi", "--target", PAIR[3]], ["is a draft; pass the model that it was trained for"]),
+        (["generate", "hi", "--target", "no/such/place"], ["There is no folder no/such/place"]),
+        (["generate", "hi", "--target", "runs--of/me"], ["There is no folder runs--of/me"]),
+        (["generate", "hi", "--target", "bare"], ["has no tokenizer; save that of its model with it"]),
+        (["generate", "", "--target", "./no", "--dtype", "float17"], [EMPTY, NO_FLOAT, NO_FOLDER]),
+        (["eval", "--target", "./no", *OUTPUT, "--dtype", "float17"], [NO_FLOAT, NO_FOLDER]),
+        (["train", "--dta", "x", "--block", "4"], ["mean --data?", "mean --block-size?", "required: --target, --data"]),
+        (["train", "--target", "./no", "--data", "x", *OUTPUT, "--target-dtype", "float17"], [NO_FOLDER, NO_FLOAT]),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
+)  # fmt: skip
+def test_all_that_is_wrong_with_a_call_is_told_at_once_before_weights_are_loaded(words, found, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bare").mkdir()
+    shutil.copy(TINY / "target" / "config.json", tmp_path / "bare")
+    for auto_class in ("AutoModelForCausalLM", "AutoModel"):
+        monkeypatch.delattr(f"transformers.{auto_class}.from_pretrained")
+    with pytest.raises(ValueError, match=re.escape(found[0])) as error:
+        run(*words)
+    message = str(error.value)
+    assert [part for part in found if part not in message] == []
+    assert message.count("\n- ") == (len(found) if len(found) > 1 else 0)
+
+
+@pytest.mark.parametrize(
+    ("times", "committed", "made_for", "text", "found"),
+    [
+        (2.0, [3] * 9, (), "", None),
+        (0.5, [1] * 3, (), "", None),
+        (0.9, [3] * 9, (), "", "a block takes as long as the tokens that it saves"),
+        (0.9, [1, 2] * 9, ("org/other",), "", "it was made for org/other"),
+        (0.9, [1, 2] * 9, ("org/own",), "<think>so</think>", "the target thinks aloud"),
+        (0.9, [1] * 9, ("org/own",), "", "a draft that is not trained"),
+        (0.9, [1, 2] * 9, (), "", "unlike its training"),
+    ],
+)
+def test_where_a_draft_does_not_help_the_likeliest_reason_is_told(times, committed, made_for, text, found):
+    target = SimpleNamespace(config=SimpleNamespace(_name_or_path="org/own"))
+    statistics = DecodeStatistics(cycles=len(committed), committed=committed)
+    answer = answers.Answer((1,) * sum(committed), text, 1.0, statistics)
+    told = answers.why_no_help(Loaded(target, None, made_for), answer, times)
+    assert (told is None) == (found is None)
+    assert found is None or found in told
 
 
 def test_generate_without_a_draft_says_why_none_was_found():
@@ -121,29 +300,100 @@ def test_generate_finds_the_draft_of_a_target_that_sees_images(architecture, hub
     HfApi().create_repo(name)
     HfApi().upload_folder(folder_path=tmp_path, repo_id=name)
     model = load_target(name, "auto")
-    with pytest.raises(OSError, match=drafts_for(name)[0].repo_id), console.capture() as shown:
+    with pytest.raises(OSError, match=drafts_for(name)[0].repo_id), notes.capture() as shown:
         find_draft(model, None, None)
     assert f"It was made for {name}." in shown.get()
 
 
-def test_drafts_lists_by_target_and_by_architecture():
-    everything = run("drafts").output
-    loaded, decoded = sum(spec.loads for spec in CATALOGUE), sum(spec.decodes for spec in CATALOGUE)
-    assert f"{len(CATALOGUE)} DFlash drafts: {loaded} load, {decoded} decode here" in everything
-    assert "attention sinks" in everything
-    of_target = run("drafts", "--target", "Qwen/Qwen3-4B").output
-    assert "z-lab/Qwen3-4B-DFlash-b16" in of_target
-    assert "gpt-oss" not in of_target
-    of_architecture = run("drafts", "--architecture", "GptOssForCausalLM").output
-    assert "z-lab/gpt-oss-20b-DFlash" in of_architecture
-    assert "Qwen3-4B" not in of_architecture
-    of_text_model = run("drafts", "--architecture", "Qwen3_5ForCausalLM").output
-    assert of_text_model == run("drafts", "--architecture", "Qwen3_5ForConditionalGeneration").output
-    assert "z-lab/Qwen3.5-4B-DFlash" in of_text_model
-    assert "not decoded here" in run("drafts", "--target", "zai-org/GLM-5.3").output
-    assert "not decoded here" not in run("drafts", "--target", "moonshotai/Kimi-K2.5").output
-    with pytest.raises(ValueError, match="No draft is known for me/nothing"):
-        run("drafts", "--target", "me/nothing")
+LIGHT = [["--help"], ["--version"], ["version"], ["drafts"], ["drafts", "--json"], ["resolve", "Qwen/Qwen3-8B"]]
+
+
+def test_what_needs_no_torch_does_not_import_it():
+    code = f"""
+        import io, os, sys
+        from contextlib import redirect_stdout
+        from dflash_hub import cli
+        def ran(words):
+            sys.argv = ["dflash-hub", *words]
+            with redirect_stdout(io.StringIO()) as shown:
+                try:
+                    cli.main()
+                except SystemExit as end:
+                    assert not end.code, words
+            assert shown.getvalue(), words
+            assert not {{"torch", "transformers"}} & {{*sys.modules}}, words
+        for words in {LIGHT}:
+            ran(words)
+        os.environ |= {{"_DFLASH_HUB_COMPLETE": "complete_bash", "COMP_WORDS": "dflash-hub dra", "COMP_CWORD": "1"}}
+        ran([])
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_drafts_in_a_pipe_are_lines_of_columns():
+    done = run("drafts", "--licence")
+    lines = [line.split("\t") for line in done.stdout.splitlines()]
+    assert [(line[0], line[1]) for line in lines] == [(", ".join(row.targets), row.repo_id) for row in rows()]
+    assert [(line[3], line[4]) for line in lines] == [
+        ("yes" if row.decodes else "no", row.reason or "") for row in rows()
+    ]
+    assert {len(line) for line in lines} == {7}
+    loaded, decoded = sum(row.loads for row in rows()), sum(row.decodes for row in rows())
+    assert done.stderr == f"{len(rows())} DFlash drafts: {loaded} load, {decoded} decode here\n"
+    assert run("--quiet", "drafts").stderr == ""
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_drafts_on_a_terminal_are_one_line_each_and_names_stay_whole(width, monkeypatch):
+    monkeypatch.setattr(console, "width", width, raising=False)
+    with console.capture() as capture:
+        show([_Line(row) for row in rows()], width)
+    lines = capture.get().splitlines()
+    for row in rows():
+        of_row = [line for line in lines if f"  {row.repo_id} " in line]
+        assert len(of_row) == [row.repo_id for row in rows()].count(row.repo_id)
+        assert all(KINDS[row.variant].title in line for line in of_row)
+        assert any(("yes" if row.decodes else "(") in line for line in of_row)
+    assert sum(len(line) > width for line in lines) <= 4  # names that no line of this width holds
+    reasons = {row.reason for row in rows() if row.reason}
+    text = " ".join(capture.get().split())
+    assert [reason for reason in reasons if f") {reason}" not in text] == []
+
+
+@pytest.mark.parametrize(
+    ("words", "found", "missing"),
+    [
+        (["--target", "Qwen/Qwen3-4B"], "z-lab/Qwen3-4B-DFlash-b16", "Qwen3.5-4B"),
+        (["--target", "gpt-oss"], "z-lab/gpt-oss-120b-DFlash", "Qwen3"),
+        (["--architecture", "GptOssForCausalLM"], "z-lab/gpt-oss-20b-DFlash", "Qwen3-4B"),
+        (["--architecture", "Qwen3_5ForCausalLM"], "z-lab/Qwen3.5-4B-DFlash", "gpt-oss"),
+        (["--target", "zai-org/GLM-5.3"], "not decoded here", "yes"),
+        (["--target", "moonshotai/Kimi-K2.5"], "yes", "not decoded here"),
+    ],
+)
+def test_drafts_lists_by_a_part_of_a_target_and_by_architecture(words, found, missing):
+    output = run("drafts", *words).stdout
+    assert found in output
+    assert missing not in output
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"), [("me/nothing", "Run"), ("qwen3-9b", "Qwen/Qwen3-8B"), ("Qwen/Qwen3.4-9B", "Qwen/Qwen3.5-9B")]
+)
+def test_a_target_without_drafts_is_answered_with_the_names_spelt_alike(name, nearest):
+    with pytest.raises(ValueError, match=f"No draft is known for {name}.*{nearest}"):
+        run("drafts", "--target", name)
+
+
+def test_drafts_ask_the_hub_for_downloads(hub):
+    HfApi().create_repo("z-lab/gpt-oss-20b-DFlash")
+    done = run("drafts", "--target", "openai/gpt-oss-20b", "--downloads")
+    counts = dict(line.split("\t")[1::5] for line in done.stdout.splitlines())
+    known = {"z-lab/gpt-oss-20b-DFlash": "0 downloads"}
+    assert counts == dict.fromkeys(counts, "downloads not known") | known
+    assert len(counts) == 2
+    assert "does not tell the downloads of 1 drafts" in done.stderr
 
 
 def test_drafts_for_programs_say_of_each_whether_it_loads_and_decodes():
@@ -164,7 +414,7 @@ def test_resolve_shows_what_would_be_loaded_and_why():
         "It was made for Qwen/Qwen3-4B",
     ):
         assert text in output
-    assert "DFlash2DraftModel" in run("resolve", "Qwen/Qwen3.8-27B").output
+    assert json.loads(run("resolve", "Qwen/Qwen3.8-27B", "--json").stdout)["class"] == "DFlash2DraftModel"
 
 
 def test_resolve_follows_copies_folders_and_adapters(hub, tmp_path):
@@ -191,10 +441,16 @@ def test_push_publishes_and_prints_the_snippet_for_this_commit(hub, repo_id, for
     assert set(hub.state.repos["models", repo_id].branches) == {"main", "engines"}
 
 
-def test_version_says_what_a_bug_report_needs():
+def test_env_says_what_a_bug_report_needs_and_hides_tokens():
     from dflash_hub import __version__
 
-    assert f"dflash-hub {__version__}" in run("version").output
+    assert f"dflash-hub {__version__}" in run("version").stdout
+    found = json.loads(run("env", "--json").stdout)
+    assert (found["dflash-hub"], found["torch"]) == (__version__, torch.__version__)
+    assert found["HF_TOKEN"] == "set, not shown"
+    assert found["HF_ENDPOINT"] == os.environ["HF_ENDPOINT"]
+    assert "TORCH_LOGS" not in found
+    assert f"python: {found['python']}\n" in run("env").stdout
 
 
 def test_the_readme_names_only_commands_that_exist():

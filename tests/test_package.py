@@ -57,8 +57,8 @@ def test_the_public_names_are_these():
 def test_the_travelling_files_are_these():
     names = (
         "acceptance_ adaptive_ attention_ cache_ calls_ compat_ configuration_ costs_ custom_generate_ drafter_ "
-        "execution_ experience_ findings_ generate_ generation_ layouts_ lookup_ modeling_ outputs_ past_key_values_ "
-        "proposals_ repository_ sampling_ selfcheck_ sequences_ support_ taps_ target_ trees_ weights_"
+        "execution_ experience_ families_ findings_ generate_ generation_ layouts_ lookup_ modeling_ outputs_ "
+        "past_key_values_ proposals_ repository_ sampling_ selfcheck_ sequences_ support_ taps_ target_ trees_ weights_"
     )
     later = {f"{part}{kind}.py" for kind in LATER for part in ("", "configuration_", "modeling_")}
     first = {"dflash.py", *(f"{name}dflash.py" for name in names.split())}
@@ -144,6 +144,22 @@ print(*sys.modules.keys() - before)
     assert "dflash_hub" in extra
     foreign = {name for name in extra if not name.startswith(("dflash_hub", "__editable__"))}
     assert foreign == set()
+
+
+@pytest.mark.parametrize(("server", "first"), [("torch", "dflash_hub.configuration_dflash2"), ("models", "dflash_hub")])
+def test_the_auto_classes_know_drafts_whichever_is_imported_first(servers, server, first):
+    code = f"""if True:
+        import {first}, sys
+        from transformers import AutoConfig, AutoModel, CONFIG_MAPPING
+        from dflash_hub import DFlash2Config, DFlash2DraftModel, DSparkConfig
+        from dflash_hub.configuration_dflash import EXTENSIONS
+        assert CONFIG_MAPPING["dflash2"] is DFlash2Config
+        assert AutoModel._model_mapping[DFlash2Config] is DFlash2DraftModel
+        assert DSparkConfig in AutoModel._model_mapping
+        assert EXTENSIONS.other_layouts and EXTENSIONS.write_card
+    """
+    done = getattr(servers, server).run(code=code)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.quick

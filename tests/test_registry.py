@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import sys
 import warnings
 
 import pytest
@@ -21,6 +20,7 @@ from dflash_hub import (
     Qwen3DFlash2DraftModel,
     Qwen3DFlashDraftModel,
     build_target_layer_ids,
+    catalogue,
     dflash_generate,
     load_draft,
     register_dflash_draft,
@@ -225,10 +225,9 @@ def test_a_row_of_an_unknown_variant_or_layout_is_an_error_at_import(field, valu
     rows = json.loads((ROOT / "drafts.json").read_text())
     rows[1][field] = value
     (tmp_path / "drafts.json").write_text(json.dumps(rows))
-    module = sys.modules[DFlashDraftSpec.__module__]
-    monkeypatch.setattr(module, "__file__", str(tmp_path / "registry.py"))
+    monkeypatch.setattr(catalogue, "__file__", str(tmp_path / "catalogue.py"))
     with pytest.raises(ValueError, match=f"z-lab/Qwen3-8B-DFlash-b16: {field} is '{value}'.*not one of {known}"):
-        module._read_catalogue()
+        catalogue.read_entries()
 
 
 def test_siblings_of_equal_shape_are_told_apart_by_name():

@@ -24,6 +24,7 @@ ROOMS_OF_ROOT = {
     "__main__": "command line",
     "cli": "command line",
     "__init__": "face",
+    "registration": "face",
     "refresh": "publishing",
     "published": "registry",
     "registry": "registry",
@@ -32,6 +33,8 @@ ROOMS_OF_ROOT = {
     "layouts": "registry",
     "qwen3_configs": "registry",
     "kinds": "registry",
+    "catalogue": "registry",
+    "versions": "registry",
 }
 PACKAGES = ("checking", "commands", "evaluation", "publishing", "training")
 FILES = [path for folder in (".", *PACKAGES) for path in sorted((ROOT / folder).glob("*.py"))]

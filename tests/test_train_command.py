@@ -8,8 +8,10 @@ from rich.color import ColorSystem
 from typer.testing import CliRunner
 
 from dflash_hub import DFlashDraftModel, cli
-from dflash_hub.commands.shared import console
+from dflash_hub.commands.loading import load_tokenizer
+from dflash_hub.commands.screen import console
 from dflash_hub.publishing.probe import digests
+from dflash_hub.training.setup import TrainOptions, make_draft, taps_of_few_layers
 from paths import ROOT, TINY
 
 SHAPE = ["--mask-token-id", "1", "--block-size", "8", "--num-layers", "1", "--target-layer-ids", "1", "2", "4"]
@@ -141,13 +143,21 @@ def test_a_stream_is_trained_on(data, tmp_path):
     assert DFlashDraftModel.from_pretrained(tmp_path / "draft").config.block_size == 8
 
 
+def test_mask_and_taps_of_a_small_target_are_chosen_for_it(tiny_target):
+    tokenizer = load_tokenizer(str(TINY / "target"))
+    options = TrainOptions(target=str(TINY / "target"), data="", num_layers=1)
+    config = make_draft(options, tiny_target, tokenizer).config
+    assert tokenizer.convert_ids_to_tokens(config.mask_token_id) == "<|mask|>"
+    assert config.target_layer_ids == list(range(1, tiny_target.config.num_hidden_layers - 1))
+    found = {layers: taps_of_few_layers(layers) for layers in (1, 2, 3, 4, 7, 8)}
+    assert found == {1: [0], 2: [0], 3: [1], 4: [1, 2], 7: [1, 2, 3, 4, 5], 8: None}
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--block-size", "8", "--target-layer-ids", "1"], "--mask-token-id must be given: .* such as 1 "),
         ([*SHAPE, "--nonsense", "1"], "--nonsense"),
         ([*SHAPE, "--eval-rows", "999"], "eval_rows is 999, but the data has only"),
-        (["--mask-token-id", "1"], "too few to spread 5 taps"),
         ([*SHAPE[:-3], "1", "9"], "asks for layer 9"),
         (["--mask-token-id", "512", *SHAPE[2:]], "mask_token_id is 512"),
         ([*SHAPE, "--variant", "dspark"], "A DSpark draft decodes here, but training one is not implemented"),

@@ -22,6 +22,8 @@ from .trainer import DFlashTrainer, preprocess_config
 
 HEAD_OPTIONS = tuple(name for kind in KINDS.values() for name in kind.head_fields)
 """Options that set fields of a further head; None means the config's default."""
+_ENOUGH = 8
+"""Layers of a target from which five taps can be spread evenly, see `build_target_layer_ids`."""
 
 
 @dataclass
@@ -171,18 +173,19 @@ def make_draft(options: TrainOptions, target: Any, tokenizer: Any) -> Any:
         return load_draft(options.draft, revision=options.draft_revision, dtype=torch.float32)
     if options.mask_token_id is None:
         options.mask_token_id = unused_token(target, tokenizer)
+    layers = target.config.get_text_config(decoder=True).num_hidden_layers
     spec = DFlashDraftSpec(options.target, targets=(options.target,))
     return spec.build(
         target.config,
         options.variant,
         mask_token_id=options.mask_token_id,
         dtype=torch.float32,
-        **_fresh_fields(options),
+        **_fresh_fields(options, layers),
     )
 
 
-def _fresh_fields(options: TrainOptions) -> dict[str, Any]:
-    """Return the config fields of a fresh draft that the options set."""
+def _fresh_fields(options: TrainOptions, layers: int) -> dict[str, Any]:
+    """Return the config fields of a fresh draft that the options set, for a target of so many layers."""
     fields: dict[str, Any] = {
         "block_size": options.block_size,
         "num_hidden_layers": options.num_layers,
@@ -191,8 +194,9 @@ def _fresh_fields(options: TrainOptions) -> dict[str, Any]:
     for name in HEAD_OPTIONS:
         if getattr(options, name) is not None:
             fields[name] = getattr(options, name)
-    if options.target_layer_ids:
-        fields["target_layer_ids"] = options.target_layer_ids
+    taps = options.target_layer_ids or taps_of_few_layers(layers)
+    if taps:
+        fields["target_layer_ids"] = taps
     if options.sliding_window:
         sliding = ["sliding_attention"] * (options.num_layers - 1)
         fields["layer_types"] = [*sliding, "full_attention"]
@@ -203,23 +207,36 @@ def _fresh_fields(options: TrainOptions) -> dict[str, Any]:
 def unused_token(target: Any, tokenizer: Any) -> int:
     """Return the first unused row of the target's embedding, which published drafts use as the mask token.
 
+    Where every row belongs to a token, return the first that its tokenizer reserves or names a mask.
+
     Raises:
-        ValueError: every row belongs to a token.
+        ValueError: there is none.
     """
     first = max(tokenizer.get_vocab().values()) + 1
     rows = target.get_input_embeddings().num_embeddings
     if first >= rows:
-        spare = _spare_tokens(tokenizer)
-        examples = f", such as {spare}" if spare else ""
+        spare = _spare_token(tokenizer)
+        if spare is not None:
+            return spare
         raise ValueError(
             f"Every one of the {rows} rows of the target's embedding belongs to a token, so --mask-token-id must be "
-            f"given: a token that does not occur in text{examples}."
+            "given: a token that does not occur in text."
         )
     return first
 
 
-def _spare_tokens(tokenizer: Any) -> str:
-    """Return ids and names of up to three added tokens that hardly occur in text."""
+def _spare_token(tokenizer: Any) -> int | None:
+    """Return the first added token whose name says that it hardly occurs in text; None without one."""
     added = tokenizer.get_added_vocab()
-    spare = [token for token in added if re.search("reserved|unused|mask", token)]
-    return ", ".join(f"{tokenizer.convert_tokens_to_ids(token)} ({token})" for token in spare[:3])
+    spare = [token for token in added if re.search("reserved|unused|mask", token, re.IGNORECASE)]
+    return tokenizer.convert_tokens_to_ids(spare[0]) if spare else None
+
+
+def taps_of_few_layers(layers: int) -> list[int] | None:
+    """Return the layers to tap of a target that is too shallow to spread five; None where it is not.
+
+    Neither the first layer nor the last is among them, unless there is no other.
+    """
+    if layers >= _ENOUGH:
+        return None
+    return list(range(1, layers - 1)) or [0]

@@ -1,0 +1,182 @@
+# Copyright 2026 the dflash-hub authors.
+# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+"""What stands on the screen: results on stdout, notes and progress on stderr, and of other libraries nothing.
+
+`--verbose` shows what they write, too, and `--quiet` leaves the results alone.
+"""
+
+import functools
+import inspect
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+_INTERACTIVE = False if os.environ.get("CI") else None
+"""Logs of a CI show neither bars nor spinners; elsewhere the terminal decides."""
+console = Console(force_interactive=_INTERACTIVE)
+"""Results, on stdout."""
+notes = Console(stderr=True, force_interactive=_INTERACTIVE)
+"""Progress, and what a result alone does not tell, on stderr; silent with `--quiet`."""
+errors = Console(stderr=True, force_interactive=_INTERACTIVE)
+"""Errors, on stderr."""
+
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Also show what torch and transformers write.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show results only, and errors.")]
+
+_PACKAGE = __name__.partition(".")[0]
+_SILENT = {"TRANSFORMERS_VERBOSITY": "error", "TORCH_LOGS": "-all"}
+"""Variables that these libraries read when they are imported."""
+_given = {"verbose": False, "quiet": False, "loud": False}
+"""Whether each option stands before the name of the command, and whether libraries may write."""
+_set_here: set[str] = set()
+"""Variables of the environment that are not the user's."""
+
+
+def variables() -> dict[str, str]:
+    """Return the user's environment."""
+    return {name: value for name, value in os.environ.items() if name not in _set_here}
+
+
+def set_level(verbose: bool, quiet: bool) -> None:
+    """Hold what stands before the name of the command."""
+    _given.update(verbose=verbose, quiet=quiet)
+
+
+def with_levels(command: Callable[..., None]) -> Callable[..., None]:
+    """Return a command that also takes `--verbose` and `--quiet`, and runs on a screen of that level."""
+
+    @functools.wraps(command)
+    def run(*args: Any, verbose: bool = False, quiet: bool = False, **options: Any) -> None:
+        with screen(verbose or _given["verbose"], quiet or _given["quiet"]):
+            command(*args, **options)
+
+    added = {"verbose": Verbose, "quiet": Quiet}
+    signature = inspect.signature(command)
+    parameters = list(signature.parameters.values())
+    for name, kind in added.items():
+        parameters.append(
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=kind)
+        )
+    run.__annotations__ = {**command.__annotations__, **added}
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return run
+
+
+@contextmanager
+def screen(verbose: bool, quiet: bool) -> Iterator[None]:
+    """Show in this context what the level allows.
+
+    Raises:
+        ValueError: both are given.
+    """
+    if verbose and quiet:
+        raise ValueError("--verbose and --quiet are given together; leave out one of them.")
+    with ExitStack() as stack:
+        stack.enter_context(_attribute(notes, "quiet", quiet))
+        _given["loud"] = verbose
+        if not verbose:
+            stack.enter_context(_silent_libraries())
+        yield
+
+
+@contextmanager
+def _attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Set an attribute inside the context."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+@contextmanager
+def _silent_libraries() -> Iterator[None]:
+    """Drop warnings of other libraries in this context, and show ours in one line."""
+    silent = dict(_SILENT)
+    if not notes.is_interactive or notes.quiet:
+        silent["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+        silent["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+    added = {name: value for name, value in silent.items() if name not in os.environ}
+    os.environ.update(added)
+    _set_here.update(added)
+    handler = logging.lastResort  # of loggers without one, as torchao's and ours
+    if handler is not None:
+        handler.addFilter(_is_shown)
+    try:
+        with _attribute(warnings, "showwarning", _show_warning):
+            yield
+    finally:
+        if handler is not None:
+            handler.removeFilter(_is_shown)
+        for name in added:
+            os.environ.pop(name, None)
+            _set_here.discard(name)
+
+
+def _is_shown(record: logging.LogRecord) -> bool:
+    """Return whether a record is an error, or ours."""
+    ours = record.name.partition(".")[0] == _PACKAGE
+    return record.levelno >= logging.ERROR or (ours and not notes.quiet)
+
+
+def _show_warning(message: Any, *args: Any, **kwargs: Any) -> None:
+    """Show a warning that a file of this package gives, in the words of the command line."""
+    frame: Any = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__") in ("warnings", "_py_warnings"):
+        frame = frame.f_back
+    module = "" if frame is None else str(frame.f_globals.get("__name__"))
+    if module.partition(".")[0] == _PACKAGE:
+        note(str(message))
+
+
+def note(text: str) -> None:
+    """Print a remark on stderr, whatever its characters."""
+    notes.print(f"[yellow]Note:[/yellow] {escape(text)}", soft_wrap=True, highlight=False)
+
+
+class _NoStatus:
+    """Stands for a spinner where none is shown."""
+
+    def __enter__(self) -> "_NoStatus":
+        return self
+
+    def __exit__(self, *error: Any) -> None: ...
+
+    def update(self, what: str) -> None: ...
+
+    def start(self) -> None: ...
+
+    def stop(self) -> None: ...
+
+
+def doing(what: str) -> Any:
+    """Return a spinner beside `what`, as a context; without a terminal, one that is not shown."""
+    return notes.status(escape(what)) if notes.is_interactive else _NoStatus()
+
+
+def hide_bars(downloads: bool = True) -> None:
+    """Turn the bars of transformers off, which show the loading of weights; it imports transformers.
+
+    Args:
+        downloads: whether bars of downloads stay, on a terminal. They would break what redraws its own line.
+    """
+    from huggingface_hub.utils import enable_progress_bars
+    from transformers.utils import logging as transformers_logging
+
+    if _given["loud"]:
+        return
+    transformers_logging.disable_progress_bar()
+    hidden = notes.quiet or not notes.is_interactive or "HF_HUB_DISABLE_PROGRESS_BARS" in os.environ
+    if downloads and not hidden:
+        enable_progress_bars()
