@@ -157,7 +157,9 @@ class _Heap:
         self._wait(0, 0, 0)
         spine_added = set()
         while self.waiting and len(self.nodes) < num_nodes:
-            _, parent, before, rank = heappop(self.waiting)
+            path = heappop(self.waiting)
+            parent, before = path[1:3]
+            rank = path[3]
             depth = self._depth(parent)
             candidate = self._ranked(depth, before)[rank]
             self._wait(parent, before, rank + 1)
@@ -227,18 +229,21 @@ def tree_on_host(candidates: Candidates, num_nodes: int) -> Tree:
     For eager blocks on a CPU, where each of the many small operations of `best_tree` takes as long as a node here.
     """
     log_probs = candidates.log_probs.nan_to_num(nan=-torch.inf).clamp_max(0)
-    nodes, weights, alongs = [], [], []
+    nodes: list[list[tuple[int, int, int]]] = []
+    weights: list[list[float]] = []
+    alongs: list[list[float]] = []
     for row, spine in zip(log_probs.tolist(), candidates.spine.tolist(), strict=True):
         heap = _Heap(row, spine)
         grown = heap.grow(num_nodes)
-        nodes.append([node[:3] for node in grown])
+        nodes.append([(node.parent, node.depth, node.candidate) for node in grown])
         weights.append([node.log_weight for node in grown])
         alongs.append(heap.spine_weights())
-    parents, depths, chosen = torch.tensor(nodes).unbind(dim=-1)  # [B, N] each
+    found = torch.tensor(nodes)  # [B, N, 3]
+    depths = found[..., 1]
     count = candidates.tokens.shape[-1]
     return Tree(
-        candidates.tokens.flatten(1).gather(1, (depths - 1) * count + chosen),
-        parents,
+        candidates.tokens.flatten(1).gather(1, (depths - 1) * count + found[..., 2]),
+        found[..., 0],
         depths,
         torch.tensor(weights).exp(),
         candidates.tokens.gather(-1, candidates.spine[..., None])[..., 0],
