@@ -10,9 +10,12 @@ import warnings
 
 import pytest
 import torch
+from huggingface_hub import constants
 
 import tiny
 from dflash_hub import DecodeStatistics, execution_dflash
+from dflash_hub.costs_dflash import CostTable
+from dflash_hub.experience_dflash import Experience
 from dflash_hub.target_dflash import is_recurrent
 from recording import record
 
@@ -237,3 +240,39 @@ def test_a_cycle_waits_for_the_device_once(family, capture, sampled):
     places = [f"{one.filename.rsplit('/', 1)[-1]}:{one.lineno}" for one in caught[waits[4] : waits[6]]]
     # More only where a row ends.
     assert sorted(per_cycle)[len(per_cycle) // 2] == 1, places
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3_text", "gpt_oss", "deepseek_v3", "qwen3_moe", "qwen3_next"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("capture", ["eager", "graphs"])
+def test_trees_look_ups_and_what_is_chosen_give_plain_text(family, kind, capture):
+    target = tiny.target(family)
+    draft = tiny.draft(target, **KINDS[kind])
+    mode = execution_dflash.resolve_mode(capture, target, is_recurrent(target))
+    for pads in PADS:
+        inputs = tiny.batch(24, pads)
+        inputs["input_ids"][:, 16:] = inputs["input_ids"][:, 8:16]
+        expected = target.generate(**inputs, **GREEDY)
+        ours = {"custom_generate": draft.speculate, "capture": capture}
+        for more in ({"proposal": "tree", "width": 20}, {"proposal": "lookup"}, {"proposal": "plain"}):
+            assert torch.equal(target.generate(**inputs, **GREEDY, **ours, **more), expected)
+        for seconds in ([1e-3, 1.01e-3], [1e-3, 5e-3]):
+            known = {(len(pads), mode): Experience(CostTable([1, 128], list(seconds)))}
+            draft.speculate.experiences[target] = known
+            assert torch.equal(target.generate(**inputs, **GREEDY, **ours), expected)
+        torch.manual_seed(3)
+        chain = target.generate(**inputs, **SAMPLED, **ours, proposal="chain")
+        torch.manual_seed(3)
+        assert torch.equal(target.generate(**inputs, **SAMPLED, **ours, proposal="tree", width=12), chain)
+
+
+def test_costs_are_measured_as_blocks_run(monkeypatch, tmp_path):
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))
+    target, statistics = tiny.target("gemma3_text"), DecodeStatistics()
+    draft, asked = tiny.draft(target), {"max_new_tokens": 150, "do_sample": False}
+    inputs = tiny.batch(20, PADS[1])
+    text = target.generate(**inputs, **asked, custom_generate=draft.speculate, capture="graphs", statistics=statistics)
+    assert torch.equal(text, target.generate(**inputs, **asked))
+    (experience,) = draft.speculate.experiences[target].values()
+    print(experience.costs, statistics.proposed)
+    assert experience.costs.sizes[-1] == 128
