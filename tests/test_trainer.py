@@ -74,10 +74,12 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path, train_apart):
             torch.testing.assert_close(found[name], values, rtol=1e-3, atol=1e-4)
 
 
-def test_accumulated_gradients_are_those_of_the_larger_batch(tmp_path):
+@pytest.mark.parametrize("weights", ["decay", "dpace"])
+def test_accumulated_gradients_are_those_of_the_larger_batch(tmp_path, weights):
     losses = []
     for rows, steps in ((4, 1), (2, 2), (1, 4)):
-        trainer = training_run.trainer(tmp_path, per_device_train_batch_size=rows, gradient_accumulation_steps=steps)
+        options = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": steps}
+        trainer = training_run.trainer(tmp_path, loss_weights=weights, **options)
         trainer.train()
         losses.append([line["loss"] for line in trainer.state.log_history if "loss" in line])
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
@@ -194,7 +196,7 @@ def test_what_cannot_be_trained_is_refused_before_the_first_step(tmp_path, field
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("num_anchors", 0), ("loss_gamma", -1.0), ("distillation", 2.0), ("remove_unused_columns", True)],
+    [("num_anchors", 0), ("loss_gamma", -1.0), ("dpace_alpha", 2.0), ("remove_unused_columns", True)],
 )
 def test_options_that_make_no_sense_are_refused_by_name(tmp_path, option, value):
     with pytest.raises(ValueError, match=f"{option} is {value}"):
