@@ -254,7 +254,11 @@ def test_a_chunk_is_forgotten_before_the_next(monkeypatch):
     sizes = []
     head = torch.nn.Linear(4, 100)
     inputs = LossInputs(
-        lambda states: sizes.append(len(states)) or head(states), torch.arange(20), FixedWeights(torch.ones(20))
+        lambda states: sizes.append(len(states)) or head(states),
+        torch.arange(20),
+        FixedWeights(torch.ones(20)),
+        Mix(ce=1),
+        Mix(ce=1),
     )
     weighted_loss(torch.randn(20, 4, requires_grad=True), inputs, 100).total.backward()
     assert sizes == [7, 7, 6]

@@ -29,7 +29,7 @@ class DFlashTrainingArguments(TrainingArguments):
         default=None,
         metadata={
             "help": "Losses of a position and their weights: ce (cross-entropy), kl (forward KL divergence from the "
-            "target's distribution), tv (total variation). Default: ce=1; for a DSpark draft ce=0.1,tv=1.8."
+            "target's distribution), tv (total variation). Default: those published with the kind."
         },
     )
     loss_weights: str = field(
@@ -62,8 +62,8 @@ class DFlashTrainingArguments(TrainingArguments):
     base_loss_until: float = field(
         default=1.0,
         metadata={
-            "help": "Part of the run over which the share of uncorrected logits in the loss of a Domino draft falls "
-            "from 1 to 0; 0 for none."
+            "help": "Part of the run over which the share of uncorrected logits in the loss falls from 1 to 0, for a "
+            "draft that corrects them by all tokens before. 0 for none."
         },
     )
     max_length: int = field(

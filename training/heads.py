@@ -109,7 +109,7 @@ class SelectorLossInputs:
 
 
 def selector_inputs(draft: Any, block: BlockStates) -> HeadInputs:
-    """Return what `draft.candidate_selector` of a DFlash 2 draft contributes."""
+    """Return what `draft.candidate_selector` contributes."""
     selector = draft.candidate_selector
     states = block.states[block.mask].to(selector.hidden_projection.weight.dtype)
     gates = selector.gates(states, block.predecessors[block.mask][:, None])[:, 0]
@@ -118,7 +118,7 @@ def selector_inputs(draft: Any, block: BlockStates) -> HeadInputs:
 
 
 def markov_inputs(draft: Any, block: BlockStates) -> HeadInputs:
-    """Return what the bias by the token before, and the confidence head, of a DSpark draft contribute."""
+    """Return what `draft.markov_head`, a bias by the token before, and `draft.confidence_head` contribute."""
     head = draft.markov_head
     states = block.states.to(next(draft.parameters()).dtype)
     correction = None
@@ -132,7 +132,7 @@ def markov_inputs(draft: Any, block: BlockStates) -> HeadInputs:
 
 
 def prefix_inputs(draft: Any, block: BlockStates) -> HeadInputs:
-    """Return what the correction by all tokens before in the block contributes, of a Domino draft."""
+    """Return what `draft.embed_proj`, a correction by all tokens before in the block, contributes."""
     expand = draft.embed_proj[2]
     states = block.states.to(expand.weight.dtype)
     gates = draft.correction_features(states, draft.prefixes(block.predecessors, block.embed))

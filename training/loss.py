@@ -97,7 +97,7 @@ class LossInputs:
     head: Callable[[torch.Tensor], torch.Tensor]
     labels: torch.Tensor
     weights: PositionWeights
-    mix: Mix = Mix(ce=1.0)
+    mix: Mix
     target_logits: Callable[[slice], torch.Tensor] | None = None
     correction: Correction | None = None
     further_head: HeadLossInputs | None = None
@@ -235,7 +235,7 @@ class _InChunks(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _Gradients:
-    """Hold the gradients of all positions in float32: by the states `[N, H]`, the gates `[N, R]`, the codebook `[D, R]`.
+    """Hold gradients in float32: by the states `[N, H]`, the gates `[N, R]` and the codebook `[D, R]`.
 
     Args:
         of_total: of the total of the draft's logits; by the states alone where nothing corrects them.

@@ -13,7 +13,7 @@ import torch
 
 @dataclass(frozen=True)
 class Counts:
-    """Hold numbers of tokens for each predicted token k = 1 to T of a block. They add up over rows, steps and processes.
+    """Hold numbers of tokens for each position k = 1 to T of a block. They add up over rows, steps and processes.
 
     Each is `[T]`, or `[B, T]` for each of several rows.
 

@@ -42,7 +42,8 @@ class Recipe:
         attention: "flex" (FlexAttention with a block mask), "dense", or "auto": flex on a GPU.
         selector_weight: weight of the selector's mean loss beside the draft's, for a draft with a selector.
         confidence_weight: likewise of the confidence head's.
-        base_until: the part of the run after which the loss of a Domino draft is that of its corrected logits alone.
+        base_until: the part of the run over which the share of uncorrected logits in the loss falls from 1 to 0, for
+            a draft that corrects them by all tokens before.
     """
 
     mix: Mix | None = None

@@ -70,28 +70,32 @@ class TrainOptions:
     )
     markov_rank: int | None = field(
         default=None,
-        metadata={"help": "Rank of the bias of a fresh DSpark draft; 0 for none. Default: 256."},
+        metadata={
+            "help": "Rank of a fresh draft's bias by the token before; 0 for none. Default: 256."
+        },
     )
     markov_head_type: str | None = field(
         default=None,
         metadata={
-            "help": "What the bias of a fresh DSpark draft reads beside the token before: vanilla (nothing), gated "
-            "(the state), rnn (the state and all tokens of the block). Default: vanilla."
+            "help": "What that bias reads beside the token before: vanilla (nothing), gated (the state), rnn (the "
+            "state and all tokens of the block). Default: vanilla."
         },
     )
     enable_confidence_head: bool | None = field(
         default=None,
         metadata={
-            "help": "Whether a fresh DSpark draft estimates the chance that a token is accepted. Default: yes."
+            "help": "Whether a fresh draft with that bias estimates the chance of acceptance. Default: yes."
         },
     )
     emb_dim: int | None = field(
         default=None,
-        metadata={"help": "Width of the correction of a fresh Domino draft. Default: 256."},
+        metadata={
+            "help": "Width of a fresh draft's correction by all tokens before. Default: 256."
+        },
     )
     gru_hidden_dim: int | None = field(
         default=None,
-        metadata={"help": "Width of the recurrent state of a fresh Domino draft. Default: 1024."},
+        metadata={"help": "Width of the recurrent state that it reads. Default: 1024."},
     )
     block_size: int = field(
         default=16, metadata={"help": "Number of positions of a block, including the anchor."}

@@ -55,6 +55,17 @@ HEAD_SHAPE = {
     "domino": {"emb_dim": 32, "gru_hidden_dim": 64, "block_size": 7},
 }
 """What else a draft of a kind has. Every one drafts 7 tokens: from the anchor on, 7 positions are enough."""
+RECIPE: dict[str, Any] = {
+    "per_device_train_batch_size": 12,
+    "num_anchors": 32,
+    "max_length": WIDTH,
+    "learning_rate": 3e-3,
+    "adam_beta2": 0.98,
+    "logging_steps": 50,
+    "save_steps": 1000,
+    "save_total_limit": 1,
+    "report_to": "none",
+}
 COMPARED: dict[str, tuple[str, dict[str, Any]]] = {
     "DFlash": ("dflash", {}),
     "DFlash, gamma 1.6": ("dflash", {"loss_gamma": 1.6}),
@@ -121,6 +132,9 @@ def arguments() -> argparse.Namespace:
         help="train kinds and losses for this many steps, and compare",
     )
     parser.add_argument("--compare-seeds", type=int, default=2)
+    parser.add_argument(
+        "--compare-rows", type=int, default=12, help="rows of a step in these trainings"
+    )
     parser.add_argument(
         "--compare-only", nargs="+", default=list(COMPARED), choices=COMPARED, metavar="NAME"
     )
@@ -275,20 +289,12 @@ def make_draft(
     folder = output_dir / training.name
     if not (folder / "model.safetensors").exists():
         set_seed(training.seed)
+        given = RECIPE | training.options
         args = DFlashTrainingArguments(
             output_dir / "runs" / training.name,
             max_steps=training.steps,
-            per_device_train_batch_size=12,
-            num_anchors=32,
-            max_length=WIDTH,
-            learning_rate=3e-3,
-            adam_beta2=0.98,
-            logging_steps=50,
-            save_steps=1000,
-            save_total_limit=1,
-            report_to="none",
             seed=training.seed,
-            **training.options,
+            **given,
         )
         draft = fresh_draft(target, training.variant)
         trainer = DFlashTrainer(draft, target, args, train_dataset=rows)
@@ -321,6 +327,7 @@ def compare_kinds(
         for name in options.compare_only:
             variant, given = COMPARED[name]
             folder = f"compared/{name}, {options.compare} steps, {seed}"
+            given = given | {"per_device_train_batch_size": options.compare_rows}
             training = Training(folder, variant, options.compare, seed, given)
             draft = make_draft(options.output_dir, target, rows, training)
             result = {"name": name, "seed": seed, "steps": options.compare}
