@@ -77,7 +77,13 @@ def calls(folder: Path, target, draft) -> dict:
     names = {"targets": (), "architectures": (), "note": "", "subfolder": "", "details": {}}
     unknown = ("second", "revision", "hidden_size", "num_target_layers", "vocab_size", "license", "gated", "draft_cls")
     trained = {"num_anchors": 5, "loss_gamma": None, "loss": "tv", "selector_loss_weight": 1.0, "max_length": 5}
-    trained |= {"loss_weights": "dpace", "dpace_alpha": 0.5, "confidence_loss_weight": 1.0, "base_loss_until": 0.5}
+    trained |= {
+        "loss_weights": "dpace",
+        "dpace_alpha": 0.5,
+        "confidence_loss_weight": 1.0,
+        "base_loss_until": 0.5,
+        "given_prefix": 0.9,
+    }
     trained |= {"packing": True, "draft_attention": "auto", "eval_acceptance_prompts": 0, "eval_acceptance_tokens": 5}
     pair = {"draft": draft, "target": target, "input_ids": ids}
     loading = {"dtype": None, "subfolder": "", "revision": "main"}

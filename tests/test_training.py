@@ -12,7 +12,7 @@ from dflash_hub.drafter_dflash import Drafter
 from dflash_hub.sequences_dflash import Prompt
 from dflash_hub.target_dflash import Target
 from dflash_hub.training import loss as loss_module
-from dflash_hub.training.blocks import Blocks, PackedBatch, default_gamma, draw_anchors
+from dflash_hub.training.blocks import Blocks, PackedBatch, default_gamma, draw_anchors, draw_given
 from dflash_hub.training.heads import HeadInputs
 from dflash_hub.training.loss import LossInputs, weighted_loss
 from dflash_hub.training.metrics import Counts, Metrics
@@ -244,6 +244,36 @@ def test_dpace_weighs_a_position_by_the_lengths_that_depend_on_it(mix, alpha, mo
     assert loss.weights.unique().numel() > 4
 
 
+def test_given_tokens_stand_in_the_block_have_no_loss_and_move_what_is_counted():
+    """Blocks of five after two anchors, the first with two tokens given, the second with one."""
+    rows = packed((12,))
+    ids, given = rows.input_ids[0], torch.tensor([[2, 1]])
+    for from_anchor, first in ((False, [3, 2]), (True, [2, 1])):
+        blocks = Blocks(rows, torch.tensor([[1, 9]]), 5, from_anchor, given)
+        noise = blocks.noise_ids(99).view(2, 5)
+        assert noise[0].tolist() == [*ids[1:4].tolist(), 99, 99]
+        assert noise[1].tolist() == [*ids[9:11].tolist(), 99, 99, 99]
+        weights = torch.zeros(2, 5)
+        weights[0, first[0] :] = torch.exp(-torch.arange(5 - first[0]) / 2)
+        weights[1, first[1]] = 1  # the text ends there
+        torch.testing.assert_close(blocks.weights(2.0)[0], weights)
+    wrong_then_right = torch.tensor([0, 1, 1, 1]).bool()
+    mask = blocks.block_loss_mask
+    counts = Counts.of(mask, wrong_then_right, wrong_then_right & False, given=given).over_rows()
+    assert counts.total.tolist() == [2, 1, 1, 0, 0]
+    assert counts.correct.tolist() == [1, 1, 1, 0, 0]
+    assert counts.accepted.tolist() == [1, 0, 0, 0, 0]
+
+
+def test_the_number_of_given_tokens_depends_on_the_row_the_seed_and_the_step_alone():
+    rows, anchors = packed((50,), (50,)), torch.arange(40).expand(2, -1)
+    drawn = draw_given(rows, anchors, 8, 0.5, (1, 5))
+    assert set(drawn.flatten().tolist()) <= set(range(1, 7))
+    assert (drawn == 1).sum() > (drawn == 3).sum() > 0
+    assert torch.equal(drawn, draw_given(rows, anchors, 8, 0.5, (1, 5)))
+    assert not torch.equal(drawn, draw_given(rows, anchors, 8, 0.5, (1, 6)))
+
+
 def test_the_published_gammas():
     assert [default_gamma(size) for size in (16, 10, 8)] == [7, 5, 4]
     assert default_gamma(2) >= 1
@@ -257,7 +287,6 @@ def test_a_chunk_is_forgotten_before_the_next(monkeypatch):
         lambda states: sizes.append(len(states)) or head(states),
         torch.arange(20),
         FixedWeights(torch.ones(20)),
-        Mix(ce=1),
         Mix(ce=1),
     )
     weighted_loss(torch.randn(20, 4, requires_grad=True), inputs, 100).total.backward()

@@ -107,6 +107,25 @@ def test_loss_and_gradients_are_those_of_the_plain_reference(variant, monkeypatc
     draft.zero_grad()
 
 
+@pytest.mark.parametrize("variant", ["domino", "dspark, bonus anchor"])
+def test_a_block_with_given_tokens_has_the_states_of_that_block_alone(variant):
+    target = tiny.target("qwen3")
+    draft = tiny.draft(target, **VARIANTS[variant])
+    rows, anchors = packed((30,)), torch.tensor([[2, 18, 27]])
+    objective = Objective(draft.config, target, Recipe(attention="dense", given_prefix=0.9))
+    blocks = objective.blocks(rows, anchors, (0, 1))
+    features = objective.target.run(rows, last_hidden_state=False).features
+    states = objective.states(draft, blocks, objective.noise_embeds(blocks), features)
+    noise = target.get_input_embeddings()(blocks.noise_ids(3))
+    for number, column in enumerate(anchors[0].tolist()):
+        part = slice(5 * number, 5 * number + 5)
+        alone = draft(noise[:, part], features[:, :column]).last_hidden_state
+        torch.testing.assert_close(states[:, part], alone, rtol=1e-4, atol=1e-4)
+    output = objective(draft, blocks)
+    assert torch.isfinite(output.loss)
+    assert output.counts.total.sum() == blocks.block_loss_mask.sum()
+
+
 @pytest.mark.parametrize("variant", ["dspark", "domino, not shifted"])
 def test_training_and_decoding_give_the_same_states(variant):
     target = tiny.target("qwen3")

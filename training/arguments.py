@@ -59,6 +59,13 @@ class DFlashTrainingArguments(TrainingArguments):
         default=1.0,
         metadata={"help": "Weight of the confidence loss, for a draft with a confidence head."},
     )
+    given_prefix: float | None = field(
+        default=None,
+        metadata={
+            "help": "Give each block tokens of the text after its anchor, n of them with weight given_prefix ** n, as "
+            "for a second draft that goes on from accepted tokens (0.9 in D2SD). Default: none."
+        },
+    )
     base_loss_until: float = field(
         default=1.0,
         metadata={
@@ -139,6 +146,10 @@ class DFlashTrainingArguments(TrainingArguments):
             "dpace_alpha": (0 < self.dpace_alpha <= 1, "above 0 and up to 1"),
             "selector_loss_weight": (self.selector_loss_weight >= 0, "at least 0"),
             "confidence_loss_weight": (self.confidence_loss_weight >= 0, "at least 0"),
+            "given_prefix": (
+                self.given_prefix is None or 0 < self.given_prefix <= 1,
+                "above 0 and up to 1",
+            ),
             "base_loss_until": (0 <= self.base_loss_until <= 1, "from 0 to 1"),
             "max_length": (self.max_length >= 2, "at least 2"),
             "draft_attention": (
@@ -171,4 +182,5 @@ class DFlashTrainingArguments(TrainingArguments):
             selector_weight=self.selector_loss_weight,
             confidence_weight=self.confidence_loss_weight,
             base_until=self.base_loss_until,
+            given_prefix=self.given_prefix,
         )

@@ -88,6 +88,30 @@ def draw_anchors(batch: PackedBatch, num_anchors: int, seed: int, step: int) -> 
     return anchors.to(batch.input_ids.device)
 
 
+def draw_given(
+    batch: PackedBatch, anchors: torch.Tensor, size: int, base: float, draw: tuple[int, int]
+) -> torch.Tensor:
+    """Draw how many tokens after each anchor are given, as for the second draft of D2SD (arXiv 2606.04446).
+
+    It is at least 1 and leaves one position of the block or more. A number n is drawn with weight base ** n.
+
+    Args:
+        anchors `[B, A]`: columns.
+        size: positions of a block.
+        draw: seed and step; with the tokens of a row they determine what is drawn.
+
+    Returns:
+        `[B, A]`.
+    """
+    weights = base ** torch.arange(1, max(2, size - 1), dtype=torch.float32)
+    drawn = []
+    for ids, documents in zip(batch.input_ids.cpu(), batch.documents.cpu(), strict=True):
+        generator = _row_generator(ids[documents > 0], *draw)
+        count = anchors.shape[1]
+        drawn.append(1 + weights.multinomial(count, replacement=True, generator=generator))
+    return torch.stack(drawn).to(anchors.device)
+
+
 def _row_generator(tokens: torch.Tensor, seed: int, step: int) -> torch.Generator:
     """Return a generator seeded by a hash of `tokens [n]`, `seed` and `step`."""
     digest = hashlib.blake2b(
@@ -106,17 +130,26 @@ class Blocks:
         size: Q.
         sample_from_anchor: whether the anchor's position predicts the token after it, and each other position the one
             after its own.
+        given `[B, A]`: number of tokens after each anchor that the block holds in place of mask tokens; None for none.
+            They have no loss.
     """
 
     batch: PackedBatch
     anchors: torch.Tensor
     size: int
     sample_from_anchor: bool = False
+    given: torch.Tensor | None = None
 
     @property
     def first(self) -> int:
         """Return the first position of a block that predicts a token."""
         return 1 - self.sample_from_anchor
+
+    @cached_property
+    def _first_column(self) -> torch.Tensor:
+        """Return `[B, A, 1]`: the first position of each block that has a loss, if the text goes on that far."""
+        given = torch.zeros_like(self.anchors) if self.given is None else self.given
+        return (given + self.first)[..., None]
 
     @cached_property
     def columns(self) -> torch.Tensor:
@@ -162,7 +195,7 @@ class Blocks:
     def block_loss_mask(self) -> torch.Tensor:
         """Return `[B, A, Q]`: True where a position has a loss.
 
-        It does where it predicts a token of the anchor's document after the anchor, where `loss_mask` is True.
+        It does where it predicts a token of the anchor's document after the given ones, where `loss_mask` is True.
         """
         columns = self.label_columns
         is_real = (self._predicted == columns) & (self.anchors[..., None] >= 0)
@@ -170,7 +203,7 @@ class Blocks:
         own_document = self._gather(self.batch.documents)[..., :1]
         same_document = self._gather(self.batch.documents, columns) == own_document
         has_loss = self._gather(self.batch.loss_mask, columns)
-        return is_real & (steps >= self.first) & same_document & has_loss
+        return is_real & (steps >= self._first_column) & same_document & has_loss
 
     @cached_property
     def positions(self) -> torch.Tensor:
@@ -179,9 +212,10 @@ class Blocks:
         return (first + torch.arange(self.size, device=first.device)).flatten(1)
 
     def weights(self, gamma: float) -> torch.Tensor:
-        """Return `[B, A, Q]`: exp(-(k - 1) / gamma) for the k-th predicted token where it has a loss, else 0."""
+        """Return `[B, A, Q]`: exp(-(k - 1) / gamma) for the k-th token that is not given and has a loss, else 0."""
         steps = torch.arange(self.size, device=self.anchors.device, dtype=torch.float32)
-        return self.block_loss_mask * torch.exp(-(steps - self.first) / gamma)
+        later = (steps - self._first_column).clamp_min(0)
+        return self.block_loss_mask * torch.exp(-later / gamma)
 
     @cached_property
     def places(self) -> torch.Tensor:
@@ -189,10 +223,10 @@ class Blocks:
         return self.block_loss_mask[..., self.first :].flatten().nonzero()[:, 0]
 
     def noise_ids(self, mask_token_id: int) -> torch.Tensor:
-        """Return `[B, A * Q]`: for each block its anchor, then mask tokens."""
-        ids = torch.full_like(self.tokens, mask_token_id)
-        ids[..., 0] = self.tokens[..., 0]
-        return ids.flatten(1)
+        """Return `[B, A * Q]`: for each block its anchor and what is given, then mask tokens."""
+        steps = torch.arange(self.size, device=self.anchors.device)
+        is_token = steps < self._first_column + self.sample_from_anchor
+        return self.tokens.where(is_token, mask_token_id).flatten(1)
 
     def mask_function(
         self, window: int | None, causal: bool, from_anchor: bool = False

@@ -64,8 +64,8 @@ class BlockStates:
         whole = states.reshape(-1, blocks.size, states.shape[-1])
         predecessors = blocks.predecessors.flatten(0, 1)
         mask = blocks.block_loss_mask.flatten(0, 1)
-        parts = (tensor[:, blocks.first :] for tensor in (whole, predecessors, mask))
-        return cls(*parts, embed, base_share)
+        first = blocks.first
+        return cls(whole[:, first:], predecessors[:, first:], mask[:, first:], embed, base_share)
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,9 @@ def chunk_loss(
     """
     labels = inputs.labels[part]
     base = inputs.head(states).float()
-    logits = base if inputs.correction is None else base + _added(*tensors, base)
+    logits = base
+    if inputs.correction is not None:
+        logits = base + _added(tensors[0], tensors[1], base)
     target = None
     if inputs.target_logits is not None:
         target = log_softmax(inputs.target_logits(part).float(), dim=-1)

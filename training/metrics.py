@@ -41,6 +41,7 @@ class Counts:
         correct: torch.Tensor,
         is_candidate: torch.Tensor,
         base_correct: torch.Tensor | None = None,
+        given: torch.Tensor | None = None,
     ) -> "Counts":
         """Count in each row.
 
@@ -61,17 +62,25 @@ class Counts:
             correct `[N]`: for those in order, whether the draft's token is the text's.
             is_candidate `[N]`: for those, whether the text's token is a candidate.
             base_correct `[N]`: for those, whether the draft's logits alone have it; by default `correct`.
+            given `[B, A]`: number of predicted positions at the beginning of each block that are not counted; the one
+                after them is k = 1. None for none.
         """
+        positions = torch.arange(has_loss.shape[-1], device=has_loss.device)
+        if given is not None:
+            positions = positions + given[..., None]
+        inside = positions < has_loss.shape[-1]
+        positions = positions.clamp_max(has_loss.shape[-1] - 1).expand_as(has_loss)
 
         def placed(flags: torch.Tensor) -> torch.Tensor:
             """Return `[B, A, T]`: `flags [N]` at their positions, False elsewhere."""
-            return torch.zeros_like(has_loss).masked_scatter(has_loss, flags)
+            placed_flags = torch.zeros_like(has_loss).masked_scatter(has_loss, flags)
+            return placed_flags.gather(-1, positions) & inside
 
-        correct_at = placed(correct)
+        has_loss_at, correct_at = placed(torch.ones_like(correct)), placed(correct)
         accepted = correct_at.int().cumprod(-1).bool()
-        reached = has_loss & torch.nn.functional.pad(accepted[..., :-1], (1, 0), value=True)
+        reached = has_loss_at & torch.nn.functional.pad(accepted[..., :-1], (1, 0), value=True)
         return cls(
-            total=has_loss.sum(1),
+            total=has_loss_at.sum(1),
             correct=correct_at.sum(1),
             reached=reached.sum(1),
             accepted=accepted.sum(1),

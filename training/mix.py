@@ -36,11 +36,12 @@ class Mix:
         names = [field.name for field in fields(cls)]
         weights: dict[str, float] = {}
         for part in text.split(","):
-            name, _, weight = (word.strip() for word in part.partition("="))
+            words = [word.strip() for word in part.partition("=")]
+            name = words[0]
             if name not in names or name in weights:
                 raise ValueError(_not_a_mix(text, names))
             try:
-                weights[name] = float(weight or 1)
+                weights[name] = float(words[2] or 1)
             except ValueError as error:
                 raise ValueError(_not_a_mix(text, names)) from error
         valid = all(0 <= weight < float("inf") for weight in weights.values())

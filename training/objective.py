@@ -19,7 +19,7 @@ from ..drafter_dflash import layer_kinds
 from ..kinds import kind_of
 from ..taps_dflash import FeatureTaps
 from ..target_dflash import decoder_layers, embed_noise
-from .blocks import Blocks, PackedBatch, default_gamma
+from .blocks import Blocks, PackedBatch, default_gamma, draw_given
 from .heads import HEADS, BlockStates, HeadInputs, confidence_loss
 from .loss import Loss, LossInputs, weighted_loss
 from .metrics import Counts, LossSums
@@ -42,6 +42,7 @@ class Recipe:
         attention: "flex" (FlexAttention with a block mask), "dense", or "auto": flex on a GPU.
         selector_weight: weight of the selector's mean loss beside the draft's, for a draft with a selector.
         confidence_weight: likewise of the confidence head's.
+        given_prefix: base of the weights by which the number of given tokens is drawn for each block; None for none.
         base_until: the part of the run over which the share of uncorrected logits in the loss falls from 1 to 0, for
             a draft that corrects them by all tokens before.
     """
@@ -54,6 +55,7 @@ class Recipe:
     selector_weight: float = 1.0
     confidence_weight: float = 1.0
     base_until: float = 1.0
+    given_prefix: float | None = None
 
 
 @dataclass(frozen=True)
@@ -247,9 +249,7 @@ class Objective:
         self.config, self.recipe = config, recipe
         self.loss, self.phase = loss, phase
         self.target = FrozenTarget(target, config.target_layer_ids)
-        self.gamma = recipe.gamma
-        if self.gamma is None:
-            self.gamma = default_gamma(1 + config.num_drafted)
+        self.gamma = default_gamma(1 + config.num_drafted) if recipe.gamma is None else recipe.gamma
         kind = kind_of(config)
         self.mix = Mix.parse(kind.loss) if recipe.mix is None else recipe.mix
         self.head = kind.head
@@ -260,9 +260,17 @@ class Objective:
         """Whether the loss needs the target's own distribution."""
         return self.mix.needs_target or self.has_confidence
 
-    def blocks(self, batch: PackedBatch, anchors: torch.Tensor) -> Blocks:
-        """Return the blocks after `anchors [B, A]`."""
-        return Blocks(batch, anchors, self.config.block_size, self.config.sample_from_anchor)
+    def blocks(
+        self, batch: PackedBatch, anchors: torch.Tensor, draw: tuple[int, int] = (0, 0)
+    ) -> Blocks:
+        """Return the blocks after `anchors [B, A]`.
+
+        Args:
+            draw: seed and step, which determine what else is drawn.
+        """
+        size, base = self.config.block_size, self.recipe.given_prefix
+        given = None if base is None else draw_given(batch, anchors, size, base, draw)
+        return Blocks(batch, anchors, size, self.config.sample_from_anchor, given)
 
     def divisor(self, blocks: Blocks) -> torch.Tensor:
         """Return what the sum of losses of `blocks` is divided by.
@@ -296,7 +304,8 @@ class Objective:
                 states = states[blocks.block_loss_mask.flatten(1)]  # [N, H]
                 loss = self.loss(states, inputs, self.target.vocab_size)
         found = (loss.correct, loss.is_candidate, loss.base_correct)
-        counts = Counts.of(blocks.block_loss_mask[..., blocks.first :], *found)
+        has_loss = blocks.block_loss_mask[..., blocks.first :]
+        counts = Counts.of(has_loss, *found, given=blocks.given)
         return StepOutput(self._sums(loss, heads), counts, self.head_share)
 
     @property

@@ -137,10 +137,9 @@ class DFlashTrainer(Trainer):
 
     def _blocks(self, tensors: dict[str, torch.Tensor], step: int) -> Blocks:
         """Draw the anchors of a step, the same in every call, and return their blocks."""
-        batch = packed_batch(tensors)
-        return self.objective.blocks(
-            batch, draw_anchors(batch, self.args.num_anchors, self.args.seed, step)
-        )
+        batch, seed = packed_batch(tensors), self.args.seed
+        anchors = draw_anchors(batch, self.args.num_anchors, seed, step)
+        return self.objective.blocks(batch, anchors, (seed, step))
 
     def compute_loss(
         self,

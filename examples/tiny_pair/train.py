@@ -18,7 +18,7 @@ skipped, so an interrupted run resumes. The stages:
 import argparse
 import json
 import sysconfig
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,7 @@ def main() -> None:
     for kind in KINDS.values():
         if kind.demo_folder is not None:
             steps = options.second_draft_steps if kind.head else options.draft_steps
-            training = Training(kind.demo_folder, kind.name, steps, options.seed, {})
+            training = Training(kind.demo_folder, kind.name, steps, options.seed)
             draft = make_draft(options.output_dir, target, rows, training)
             result = {"draft": training.name} | measure(draft, target, tokenizer)
             print(json.dumps(result), flush=True)
@@ -273,7 +273,7 @@ class Training:
     variant: str
     steps: int
     seed: int
-    options: dict[str, Any]
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 def fresh_draft(target: Any, variant: str) -> Any:
