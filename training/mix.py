@@ -34,6 +34,8 @@ class Mix:
             ValueError: a loss is unknown or named twice, a weight is no number or below 0, or all are 0.
         """
         names = [field.name for field in fields(cls)]
+        if not isinstance(text, str):
+            raise ValueError(_not_a_mix(text, names))
         weights: dict[str, float] = {}
         for part in text.split(","):
             words = [word.strip() for word in part.partition("=")]
@@ -85,7 +87,7 @@ def total_variation(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return (logits.softmax(-1) - target.exp()).abs().sum(-1) / 2
 
 
-def _not_a_mix(text: str, names: list[str]) -> str:
+def _not_a_mix(text: object, names: list[str]) -> str:
     return (
         f"loss is {text!r}; it must be losses and their weights, at least 0 and not all 0, each of "
         f"{', '.join(names)} once, such as ce=0.1,tv=0.9."
