@@ -1,5 +1,7 @@
 """Drafts that choose tokens one after another learn with the tokens of the text before; the loss is the original's."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -195,6 +197,21 @@ def test_every_part_learns_and_the_held_out_loss_is_the_sum_of_its_parts(tmp_pat
     if "eval_confidence_loss" in found:
         assert 0 < found["eval_confidence_loss"] < found["eval_loss"]
     assert "and 0.5 times the confidence's" in trainer._loss_summary() or variant == "domino"
+
+
+@pytest.mark.parametrize(("how", "variant"), [("ddp", "domino"), ("fsdp2", "dspark, rnn")])
+def test_two_processes_are_one_with_twice_the_batch(tmp_path, train_apart, how, variant):
+    options = {"packing": False, "max_steps": 3}
+    fields = ("--fields", json.dumps(VARIANTS[variant]))
+    one = train_apart(tmp_path / "one", *fields, per_device_train_batch_size=4, **options)
+    options |= {"per_device_train_batch_size": 2, "ddp_backend": "gloo"}
+    if how == "fsdp2":
+        options |= {"fsdp": True, "fsdp_config": {"fsdp_version": 2}}
+    two = train_apart(tmp_path / "two", *fields, processes=2, **options)
+    assert list(two["losses"].values()) == pytest.approx(list(one["losses"].values()), rel=1e-4)
+    weights = load_file(tmp_path / "one" / "draft" / "model.safetensors")
+    for name, values in load_file(tmp_path / "two" / "draft" / "model.safetensors").items():
+        torch.testing.assert_close(values, weights[name], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(("variant", "head"), [("dspark", {"markov_rank": 16}), ("domino", {"gru_hidden_dim": 32})])
