@@ -1,5 +1,6 @@
 """Runs of the trainer: what learns, what is saved, and what happens when a run is interrupted, split or spoiled."""
 
+import json
 import pickle
 import textwrap
 
@@ -57,16 +58,17 @@ def test_a_pickle_in_a_checkpoint_is_not_executed_on_resuming(tmp_path):
 
 
 def test_two_processes_are_one_with_twice_the_batch(tmp_path, train_apart):
-    """A DFlash 2 draft, whose loss has the most parts.
+    """A DFlash 2 draft with D-PACE: two sums of weights are known only after the forward.
 
     Rows divide evenly among steps here; else processes repeat some at the end of an epoch, as always.
     """
-    options = {"packing": False, "max_steps": 5}
-    one = train_apart(tmp_path / "one", "--second", per_device_train_batch_size=4, **options)
+    options = {"packing": False, "max_steps": 5, "loss_weights": "dpace"}
+    fields = ("--fields", json.dumps(tiny.SECOND))
+    one = train_apart(tmp_path / "one", *fields, per_device_train_batch_size=4, **options)
     weights = load_file(tmp_path / "one" / "draft" / "model.safetensors")
     options |= {"per_device_train_batch_size": 2, "ddp_backend": "gloo"}
     for how, more in (("ddp", {}), ("fsdp2", {"fsdp": True, "fsdp_config": {"fsdp_version": 2}})):
-        two = train_apart(tmp_path / how, "--second", processes=2, **options, **more)
+        two = train_apart(tmp_path / how, *fields, processes=2, **options, **more)
         assert list(two["losses"].values()) == pytest.approx(list(one["losses"].values()), rel=1e-4)
         assert two["figures"] == pytest.approx(one["figures"], rel=0.05)
         found = load_file(tmp_path / how / "draft" / "model.safetensors")
