@@ -333,7 +333,8 @@ def test_what_training_counts_as_right_is_what_decoding_accepts(folder, tiny_tar
     ids = torch.arange(40, 80)[None]
     asked = {"attention_mask": torch.ones_like(ids), "do_sample": False, "eos_token_id": None}
     text = tiny_target.generate(ids, **asked, max_new_tokens=100)
-    tiny_target.generate(ids, **asked, max_new_tokens=80, custom_generate=draft.speculate, statistics=statistics)
+    ways = {"custom_generate": draft.speculate, "statistics": statistics, "proposer": lambda chain: chain}
+    tiny_target.generate(ids, **asked, max_new_tokens=80, **ways)
     every = torch.ones_like(text)
     objective = Objective(draft.config, tiny_target, Recipe(attention="dense"))
     blocks = objective.blocks(PackedBatch(text, every.bool(), every), torch.arange(40, 120)[None])
