@@ -28,6 +28,8 @@ SELECTOR_METRICS = (
     "selector_accuracy",
 )
 """Those that it reports for a draft with a selector too."""
+FURTHER_LOSSES = ("selector_loss", "confidence_loss")
+"""Those that are the loss of a further head."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +58,11 @@ class DraftKind:
         architectures: names of its model class in published config.json files.
         name_part: a part of the architecture that no other kind has; "" for the kind that others extend.
         demo_folder: folder of the built-in pair's draft of this kind, in `examples/tiny_pair`; None without one.
-        head: name of its further head in `training.heads.HEADS`; None where the loss is that of its logits alone.
+        head: name of its heads in `training.heads.HEADS`; None where the loss is that of its logits alone.
+        loss: the published losses of a position and their weights, as the option `--loss` of the command `train`.
         head_fields: fields of its config that the command `train` has options for.
         metrics: the metrics that training reports.
-        is_trained: whether this package trains it.
+        trained_with: fields of a fresh draft that the command `train` sets, since they are no defaults of its config.
         speculators: the defaults of its config.json in the speculators layout; None if that has no such kind.
         layouts: published layouts of a config.json, but for that of speculators, from which it is read; by their names
             in `drafts.json`.
@@ -73,9 +76,10 @@ class DraftKind:
     name_part: str = ""
     demo_folder: str | None = None
     head: str | None = None
+    loss: str = "ce=1"
     head_fields: tuple[str, ...] = ()
     metrics: tuple[str, ...] = METRICS
-    is_trained: bool = True
+    trained_with: dict[str, Any] = field(default_factory=dict)
     speculators: SpeculatorsDefaults | None = None
     layouts: tuple[str, ...] = ("z-lab",)
 
@@ -126,7 +130,11 @@ _ROWS = (
         title="DSpark",
         architectures=("DSparkDraftModel", "Qwen3DSparkModel", "DSparkSpeculator"),
         name_part="DSpark",
-        is_trained=False,
+        head="markov",
+        loss="ce=0.1,tv=1.8",
+        head_fields=("markov_rank", "markov_head_type", "enable_confidence_head"),
+        metrics=(*METRICS, "base_accuracy", "confidence_loss"),
+        trained_with={"enable_confidence_head": True},
         speculators=SpeculatorsDefaults(
             sample_from_anchor=None, others={"enable_confidence_head": True}
         ),
@@ -152,7 +160,9 @@ _ROWS = (
         title="Domino",
         architectures=("DominoDraftModel", "DFlashDraftModel"),
         name_part="Domino",
-        is_trained=False,
+        head="prefix",
+        head_fields=("emb_dim", "gru_hidden_dim"),
+        metrics=(*METRICS, "base_accuracy"),
     ),
 )
 

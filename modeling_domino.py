@@ -93,9 +93,28 @@ class DominoDraftModel(DFlashDraftModel):
             states `[..., H]`: the draft's.
             prefix `[..., G]`: of the GRU.
         """
-        features = torch.cat([states.to(prefix.dtype), prefix], dim=-1)
-        added = self.embed_proj(features)
+        added = self.embed_proj[2](self.correction_features(states, prefix))
         return pad(added, (0, like.shape[-1] - added.shape[-1])).to(like.dtype)
+
+    def correction_features(self, states: torch.Tensor, prefix: torch.Tensor) -> torch.Tensor:
+        """Return what the last matrix of the correction reads, `[..., emb_dim]`; for the arguments see `correction`."""
+        features = torch.cat([states.to(prefix.dtype), prefix], dim=-1)
+        return self.embed_proj[1](self.embed_proj[0](features))
+
+    def prefixes(
+        self, predecessors: torch.Tensor, embed: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
+        """Return the states `[B, T, G]` of the GRU after each token before a drafted one.
+
+        Args:
+            predecessors `[B, T]`: those tokens, the anchor first.
+            embed: returns the embeddings `[B, T, E]` of tokens `[B, T]`.
+        """
+        prefix, prefixes = self.prefix_gru.initial_state(predecessors.shape[:-1]), []
+        for embeds in embed(predecessors).unbind(dim=-2):
+            prefix = self.prefix_gru.step(embeds, prefix)
+            prefixes.append(prefix)
+        return torch.stack(prefixes, dim=-2)
 
     def select_tokens(self, scores: torch.Tensor, states: torch.Tensor, walk: Walk) -> Choice:
         """Return the best tokens of a block, each by its score and the correction of those before.
@@ -145,12 +164,8 @@ class DominoDraftModel(DFlashDraftModel):
             predecessors `[B, T]`: the token before each drafted one, the anchor first.
             embed: returns the embeddings `[B, T, E]` of tokens `[B, T]`.
         """
-        prefix, prefixes = self.prefix_gru.initial_state(predecessors.shape[:-1]), []
-        for embeds in embed(predecessors).unbind(dim=-2):
-            prefix = self.prefix_gru.step(embeds, prefix)
-            prefixes.append(prefix)
         pure = self.config.pure_draft_prefix_len
-        gru = torch.stack(prefixes, dim=-2)[..., pure:, :]
+        gru = self.prefixes(predecessors, embed)[..., pure:, :]
         alone, later = logits[..., :pure, :], logits[..., pure:, :]
         corrected = later + self.correction(states[..., pure:, :], gru, later)
         return torch.cat([alone, corrected], dim=-2)

@@ -64,8 +64,11 @@ class MarkovHead(nn.Module):
 
     def biases(self, states: torch.Tensor, predecessors: torch.Tensor) -> torch.Tensor:
         """Return biases `[..., N, D]` of `states [..., N, H]` whose tokens before are `predecessors [..., N]`."""
-        mixed, _ = self.step(self.embed(predecessors), states, None)
-        return self.markov_w2(mixed)
+        return self.markov_w2(self.mixed(states, predecessors))
+
+    def mixed(self, states: torch.Tensor, predecessors: torch.Tensor) -> torch.Tensor:
+        """Return what W2 reads for the same arguments, `[..., N, R]`."""
+        return self.step(self.embed(predecessors), states, None)[0]
 
 
 class GatedMarkovHead(MarkovHead):
@@ -102,15 +105,15 @@ class RecurrentMarkovHead(MarkovHead):
         memory = gate * memory + (1 - gate) * candidate
         return torch.tanh(parts[2]), memory
 
-    def biases(self, states: torch.Tensor, predecessors: torch.Tensor) -> torch.Tensor:
-        """Return biases `[..., N, D]`, as in `MarkovHead`; the memory is empty before the first position."""
+    def mixed(self, states: torch.Tensor, predecessors: torch.Tensor) -> torch.Tensor:
+        """Return `[..., N, R]`, as in `MarkovHead`; the memory is empty before the first position."""
         memory, steps = None, []
         for embeds, state in zip(
             self.embed(predecessors).unbind(-2), states.unbind(-2), strict=True
         ):
             mixed, memory = self.step(embeds, state, memory)
             steps.append(mixed)
-        return self.markov_w2(torch.stack(steps, dim=-2))
+        return torch.stack(steps, dim=-2)
 
 
 MARKOV_HEADS = {"vanilla": MarkovHead, "gated": GatedMarkovHead, "rnn": RecurrentMarkovHead}

@@ -27,6 +27,7 @@ from dflash_hub import DFlashDraftSpec
 from dflash_hub.generation_dflash import now
 from dflash_hub.training.blocks import Blocks, PackedBatch, draw_anchors
 from dflash_hub.training.loss import Loss, LossInputs, chunk_loss, weighted_loss
+from dflash_hub.training.mix import Mix
 from dflash_hub.training.objective import Objective, Recipe
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -57,7 +58,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
     draft, target = build(options, device)
-    recipe, timer = Recipe(distillation=options.distillation), Timer(device)
+    recipe, timer = Recipe(mix=Mix.parse(options.loss)), Timer(device)
     methods = {
         "ours": Objective(draft.config, target, recipe, weighted_loss, timer.phase),
         "logits in full": Objective(draft.config, target, recipe, loss_in_full, timer.phase),
@@ -94,7 +95,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--anchors", type=int, default=128)
     parser.add_argument("--block", type=int, default=16)
     parser.add_argument("--layers", type=int, default=5, help="layers of the draft")
-    parser.add_argument("--distillation", type=float, default=0.0)
+    parser.add_argument(
+        "--loss", default="ce=1", help="as that of `dflash-hub train`, such as ce=0.5,kl=0.5"
+    )
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     return parser.parse_args()
@@ -147,7 +150,7 @@ def step(
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             total = objective(draft, blocks).loss
         with timer.phase("backward"):
-            (total / blocks.weights(objective.gamma).sum()).backward()
+            (total / objective.divisor(blocks)).backward()
         with timer.phase("optimizer"):
             optimizer.step()
         optimizer.zero_grad()

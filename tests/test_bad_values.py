@@ -76,7 +76,14 @@ def calls(folder: Path, target, draft) -> dict:
     ours = {"statistics": None, "draft_sampling": "coupled", "capture": "eager", "strict": False, "proposer": None}
     names = {"targets": (), "architectures": (), "note": "", "subfolder": "", "details": {}}
     unknown = ("second", "revision", "hidden_size", "num_target_layers", "vocab_size", "license", "gated", "draft_cls")
-    trained = {"num_anchors": 5, "loss_gamma": None, "distillation": 0.0, "selector_loss_weight": 1.0, "max_length": 5}
+    trained = {"num_anchors": 5, "loss_gamma": None, "loss": "tv", "selector_loss_weight": 1.0, "max_length": 5}
+    trained |= {
+        "loss_weights": "dpace",
+        "dpace_alpha": 0.5,
+        "confidence_loss_weight": 1.0,
+        "base_loss_until": 0.5,
+        "given_prefix": 0.9,
+    }
     trained |= {"packing": True, "draft_attention": "auto", "eval_acceptance_prompts": 0, "eval_acceptance_tokens": 5}
     pair = {"draft": draft, "target": target, "input_ids": ids}
     loading = {"dtype": None, "subfolder": "", "revision": "main"}
@@ -371,7 +378,8 @@ TARGET = ["--target", str(TINY / "target")]
         (["regenerate", *TARGET, "--data", "/no/such", "--output", "x"], "/no/such could not be read"),
         (["regenerate", *TARGET, "--data", "x", "--output", "/"], "--output is the folder /"),
         (["train", "--target", "/no/such", "--data", "x"], "There is no folder /no/such"),
-        (["train", *TARGET, "--data", "x", "--distillation", "5"], "--distillation is 5"),
+        (["train", *TARGET, "--data", "x", "--loss", "5"], "--loss is '5'"),
+        (["train", *TARGET, "--data", "x", "--dpace-alpha", "0"], "--dpace-alpha is 0"),
         (["train", *TARGET, "--data", "x", "--mask-token-id", "1"], "--target-layer-ids"),
     ],
 )

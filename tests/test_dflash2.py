@@ -417,7 +417,7 @@ def test_a_batch_of_several_in_a_step_has_its_own_mean_of_the_selector(tmp_path)
     torch.testing.assert_close(of_step, trainer.compute_loss(trainer.model, first) * share)
 
 
-@pytest.mark.parametrize("options", [{"bf16": True}, {"distillation": 0.5}, {"selector_loss_weight": 0.0}], ids=str)
+@pytest.mark.parametrize("options", [{"bf16": True}, {"loss": "ce=0.5,kl=0.5"}, {"selector_loss_weight": 0.0}], ids=str)
 def test_options_of_the_trainer_hold_for_it_too(tmp_path, options):
     import training_run
 

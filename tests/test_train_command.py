@@ -114,7 +114,7 @@ def test_training_goes_on_from_a_published_draft_and_from_an_interrupted_run(dat
 
 def test_options_for_the_shape_of_a_fresh_draft(data, tmp_path):
     fresh = ["--mask-token-id", "1", "--block-size", "6", "--num-layers", "3", "--target_layer_ids", "0", "3"]
-    train(data, tmp_path / "draft", *fresh, "--sliding-window", "32", "--causal", "--distillation", "0.5")
+    train(data, tmp_path / "draft", *fresh, "--sliding-window", "32", "--causal", "--loss", "ce=0.5,kl=0.5")
     config = DFlashDraftModel.from_pretrained(tmp_path / "draft").config
     assert config.layer_types == ["sliding_attention"] * 2 + ["full_attention"]
     assert (config.sliding_window, config.is_causal, config.block_size) == (32, True, 6)
@@ -160,7 +160,7 @@ def test_mask_and_taps_of_a_small_target_are_chosen_for_it(tiny_target):
         ([*SHAPE, "--eval-rows", "999"], "eval_rows is 999, but the data has only"),
         ([*SHAPE[:-3], "1", "9"], "asks for layer 9"),
         (["--mask-token-id", "512", *SHAPE[2:]], "mask_token_id is 512"),
-        ([*SHAPE, "--variant", "dspark"], "A DSpark draft decodes here, but training one is not implemented"),
+        ([*SHAPE, "--variant", "dspark", "--markov-head-type", "deep"], "markov_head_type is 'deep'"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_trained(data, tmp_path, words, message):

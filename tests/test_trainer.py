@@ -1,5 +1,6 @@
 """Runs of the trainer: what learns, what is saved, and what happens when a run is interrupted, split or spoiled."""
 
+import json
 import pickle
 import textwrap
 
@@ -57,16 +58,17 @@ def test_a_pickle_in_a_checkpoint_is_not_executed_on_resuming(tmp_path):
 
 
 def test_two_processes_are_one_with_twice_the_batch(tmp_path, train_apart):
-    """A DFlash 2 draft, whose loss has the most parts.
+    """A DFlash 2 draft with D-PACE: two sums of weights are known only after the forward.
 
     Rows divide evenly among steps here; else processes repeat some at the end of an epoch, as always.
     """
-    options = {"packing": False, "max_steps": 5}
-    one = train_apart(tmp_path / "one", "--second", per_device_train_batch_size=4, **options)
+    options = {"packing": False, "max_steps": 5, "loss_weights": "dpace"}
+    fields = ("--fields", json.dumps(tiny.SECOND))
+    one = train_apart(tmp_path / "one", *fields, per_device_train_batch_size=4, **options)
     weights = load_file(tmp_path / "one" / "draft" / "model.safetensors")
     options |= {"per_device_train_batch_size": 2, "ddp_backend": "gloo"}
     for how, more in (("ddp", {}), ("fsdp2", {"fsdp": True, "fsdp_config": {"fsdp_version": 2}})):
-        two = train_apart(tmp_path / how, "--second", processes=2, **options, **more)
+        two = train_apart(tmp_path / how, *fields, processes=2, **options, **more)
         assert list(two["losses"].values()) == pytest.approx(list(one["losses"].values()), rel=1e-4)
         assert two["figures"] == pytest.approx(one["figures"], rel=0.05)
         found = load_file(tmp_path / how / "draft" / "model.safetensors")
@@ -74,10 +76,12 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path, train_apart):
             torch.testing.assert_close(found[name], values, rtol=1e-3, atol=1e-4)
 
 
-def test_accumulated_gradients_are_those_of_the_larger_batch(tmp_path):
+@pytest.mark.parametrize("weights", ["decay", "dpace"])
+def test_accumulated_gradients_are_those_of_the_larger_batch(tmp_path, weights):
     losses = []
     for rows, steps in ((4, 1), (2, 2), (1, 4)):
-        trainer = training_run.trainer(tmp_path, per_device_train_batch_size=rows, gradient_accumulation_steps=steps)
+        options = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": steps}
+        trainer = training_run.trainer(tmp_path, loss_weights=weights, **options)
         trainer.train()
         losses.append([line["loss"] for line in trainer.state.log_history if "loss" in line])
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
@@ -194,7 +198,7 @@ def test_what_cannot_be_trained_is_refused_before_the_first_step(tmp_path, field
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("num_anchors", 0), ("loss_gamma", -1.0), ("distillation", 2.0), ("remove_unused_columns", True)],
+    [("num_anchors", 0), ("loss_gamma", -1.0), ("dpace_alpha", 2.0), ("remove_unused_columns", True)],
 )
 def test_options_that_make_no_sense_are_refused_by_name(tmp_path, option, value):
     with pytest.raises(ValueError, match=f"{option} is {value}"):

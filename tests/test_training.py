@@ -12,10 +12,13 @@ from dflash_hub.drafter_dflash import Drafter
 from dflash_hub.sequences_dflash import Prompt
 from dflash_hub.target_dflash import Target
 from dflash_hub.training import loss as loss_module
-from dflash_hub.training.blocks import Blocks, PackedBatch, default_gamma, draw_anchors
+from dflash_hub.training.blocks import Blocks, PackedBatch, default_gamma, draw_anchors, draw_given
+from dflash_hub.training.heads import HeadInputs
 from dflash_hub.training.loss import LossInputs, weighted_loss
 from dflash_hub.training.metrics import Counts, Metrics
+from dflash_hub.training.mix import Mix
 from dflash_hub.training.objective import Objective, Recipe
+from dflash_hub.training.weights import FixedWeights
 from paths import TINY
 
 SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 7}
@@ -149,9 +152,7 @@ def counted_places(rows: PackedBatch, anchors: torch.Tensor, size: int):
                     yield row, number, step, place
 
 
-def plain_loss(
-    states: torch.Tensor, rows: PackedBatch, anchors: torch.Tensor, target, gamma: float, distillation: float
-):
+def plain_loss(states: torch.Tensor, rows: PackedBatch, anchors: torch.Tensor, target, gamma: float, mix: Mix):
     """The sum and the weights, position by position, as one would write them without a thought for cost."""
     total, weights = 0.0, 0.0
     final = target.get_decoder()(input_ids=rows.input_ids).last_hidden_state
@@ -161,15 +162,16 @@ def plain_loss(
         loss = cross_entropy(logits[None], rows.input_ids[row, place][None])
         own = log_softmax(target.lm_head(final[row, place - 1]).float(), dim=-1)
         divergence = kl_div(log_softmax(logits, dim=-1), own, reduction="sum", log_target=True)
-        total = total + weight * ((1 - distillation) * loss + distillation * divergence)
+        variation = (logits.softmax(-1) - own.exp()).abs().sum() / 2
+        total = total + weight * (mix.ce * loss + mix.kl * divergence + mix.tv * variation)
         weights += weight
     return total, weights
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("distillation", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("mix", ["ce", "ce=0.7,kl=0.3", "kl", "tv", "ce=0.1,tv=0.9"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_loss_and_gradient_are_those_of_the_plain_reference(dtype, distillation, monkeypatch):
+def test_loss_and_gradient_are_those_of_the_plain_reference(dtype, mix, monkeypatch):
     """With an empty block, a short row, unsupervised tokens, and chunks smaller than the positions."""
     monkeypatch.setattr(loss_module, "CHUNK_LOGITS", 5 * tiny.VOCAB)
     target = tiny.target("qwen3").to(dtype)
@@ -177,22 +179,99 @@ def test_loss_and_gradient_are_those_of_the_plain_reference(dtype, distillation,
     rows = packed((30,), (12,))
     rows.loss_mask[0, 20:24] = False
     anchors = torch.tensor([[2, 18, 28], [8, 10, -1]])
-    objective = Objective(draft.config, target, Recipe(gamma=3.0, distillation=distillation, attention="dense"))
+    objective = Objective(draft.config, target, Recipe(Mix.parse(mix), gamma=3.0, attention="dense"))
     blocks = objective.blocks(rows, anchors)
     output = objective.target.run(rows, last_hidden_state=True)
     states = objective.states(draft, blocks, objective.noise_embeds(blocks), output.features).detach()
     ours, theirs = states.clone().requires_grad_(), states.clone().requires_grad_()
     with_loss = ours[blocks.block_loss_mask.flatten(1)]
-    last_hidden_state = output.last_hidden_state if distillation else None
-    inputs = objective.loss_inputs(draft, blocks, with_loss, last_hidden_state)
+    last_hidden_state = output.last_hidden_state if objective.needs_target else None
+    inputs = objective.loss_inputs(draft, blocks, HeadInputs(), last_hidden_state)
     loss = weighted_loss(with_loss, inputs, 12).total
-    expected, weights = plain_loss(theirs.unflatten(1, (-1, 5)), rows, anchors, target, 3.0, distillation)
+    expected, weights = plain_loss(theirs.unflatten(1, (-1, 5)), rows, anchors, target, 3.0, objective.mix)
     (loss / weights).backward()
     (expected / weights).backward()
     close = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 1e-3}
     torch.testing.assert_close(loss, torch.as_tensor(expected), **close)
     torch.testing.assert_close(ours.grad, theirs.grad, **close)
     assert float(blocks.weights(3.0).sum()) == pytest.approx(float(weights))
+
+
+def plain_dpace(states, rows: PackedBatch, anchors: torch.Tensor, target, alpha: float, mix: Mix):
+    """The sum over all blocks, each position by the accepted lengths that depend on it; and the number of blocks."""
+    chances: dict[tuple[int, int], list[float]] = {}
+    losses: dict[tuple[int, int], list[torch.Tensor]] = {}
+    final = target.get_decoder()(input_ids=rows.input_ids).last_hidden_state
+    for row, number, step, place in counted_places(rows, anchors, states.shape[2]):
+        logits = target.lm_head(states[row, number, step])
+        loss = -log_softmax(logits, dim=-1)[rows.input_ids[row, place]]
+        own = target.lm_head(final[row, place - 1]).softmax(-1)
+        chances.setdefault((row, number), []).append(float((1 - alpha) * torch.exp(-loss.detach()) + alpha))
+        mixed = mix.ce * loss + mix.tv * (logits.softmax(-1) - own).abs().sum() / 2
+        losses.setdefault((row, number), []).append(mixed)
+    total = 0.0
+    for block, found in losses.items():
+        reached = torch.tensor(chances[block]).cumprod(0)
+        for step, loss in enumerate(found):
+            total = total + reached[step:].sum() * loss
+    return total, len(losses)
+
+
+@pytest.mark.parametrize(("mix", "alpha"), [("ce", 0.5), ("ce=0.1,tv=0.9", 0.2)])
+def test_dpace_weighs_a_position_by_the_lengths_that_depend_on_it(mix, alpha, monkeypatch):
+    """Chunks hold one or two blocks; some blocks are short, have a gap or are empty. Weights have no gradient."""
+    monkeypatch.setattr(loss_module, "CHUNK_LOGITS", 5 * tiny.VOCAB)
+    target = tiny.target("qwen3")
+    draft = tiny.draft(target)
+    rows = packed((30,), (12,))
+    rows.loss_mask[0, 20:21] = False
+    anchors = torch.tensor([[2, 18, 28], [8, 10, -1]])
+    objective = Objective(draft.config, target, Recipe(Mix.parse(mix), "dpace", dpace_alpha=alpha, attention="dense"))
+    blocks = objective.blocks(rows, anchors)
+    output = objective.target.run(rows, last_hidden_state=True)
+    states = objective.states(draft, blocks, objective.noise_embeds(blocks), output.features).detach()
+    ours, theirs = states.clone().requires_grad_(), states.clone().requires_grad_()
+    last_hidden_state = output.last_hidden_state if objective.needs_target else None
+    inputs = objective.loss_inputs(draft, blocks, HeadInputs(), last_hidden_state)
+    loss = weighted_loss(ours[blocks.block_loss_mask.flatten(1)], inputs, tiny.VOCAB)
+    expected, count = plain_dpace(theirs.unflatten(1, (-1, 5)), rows, anchors, target, alpha, objective.mix)
+    (loss.total / objective.divisor(blocks)).backward()
+    (expected / count).backward()
+    torch.testing.assert_close(loss.total, expected)
+    torch.testing.assert_close(ours.grad, theirs.grad)
+    assert len(inputs.weights.chunks(5)) == 3
+    assert len(inputs.weights.chunks(1)) == count
+    assert loss.weights.unique().numel() > 4
+
+
+def test_given_tokens_stand_in_the_block_have_no_loss_and_move_what_is_counted():
+    """Blocks of five after two anchors, the first with two tokens given, the second with one."""
+    rows = packed((12,))
+    ids, given = rows.input_ids[0], torch.tensor([[2, 1]])
+    for from_anchor, first in ((False, [3, 2]), (True, [2, 1])):
+        blocks = Blocks(rows, torch.tensor([[1, 9]]), 5, from_anchor, given)
+        noise = blocks.noise_ids(99).view(2, 5)
+        assert noise[0].tolist() == [*ids[1:4].tolist(), 99, 99]
+        assert noise[1].tolist() == [*ids[9:11].tolist(), 99, 99, 99]
+        weights = torch.zeros(2, 5)
+        weights[0, first[0] :] = torch.exp(-torch.arange(5 - first[0]) / 2)
+        weights[1, first[1]] = 1  # the text ends there
+        torch.testing.assert_close(blocks.weights(2.0)[0], weights)
+    wrong_then_right = torch.tensor([0, 1, 1, 1]).bool()
+    mask = blocks.block_loss_mask
+    counts = Counts.of(mask, wrong_then_right, wrong_then_right & False, given=given).over_rows()
+    assert counts.total.tolist() == [2, 1, 1, 0, 0]
+    assert counts.correct.tolist() == [1, 1, 1, 0, 0]
+    assert counts.accepted.tolist() == [1, 0, 0, 0, 0]
+
+
+def test_the_number_of_given_tokens_depends_on_the_row_the_seed_and_the_step_alone():
+    rows, anchors = packed((50,), (50,)), torch.arange(40).expand(2, -1)
+    drawn = draw_given(rows, anchors, 8, 0.5, (1, 5))
+    assert set(drawn.flatten().tolist()) <= set(range(1, 7))
+    assert (drawn == 1).sum() > (drawn == 3).sum() > 0
+    assert torch.equal(drawn, draw_given(rows, anchors, 8, 0.5, (1, 5)))
+    assert not torch.equal(drawn, draw_given(rows, anchors, 8, 0.5, (1, 6)))
 
 
 def test_the_published_gammas():
@@ -204,7 +283,12 @@ def test_a_chunk_is_forgotten_before_the_next(monkeypatch):
     monkeypatch.setattr(loss_module, "CHUNK_LOGITS", 100 * 7)
     sizes = []
     head = torch.nn.Linear(4, 100)
-    inputs = LossInputs(lambda states: sizes.append(len(states)) or head(states), torch.arange(20), torch.ones(20))
+    inputs = LossInputs(
+        lambda states: sizes.append(len(states)) or head(states),
+        torch.arange(20),
+        FixedWeights(torch.ones(20)),
+        Mix(ce=1),
+    )
     weighted_loss(torch.randn(20, 4, requires_grad=True), inputs, 100).total.backward()
     assert sizes == [7, 7, 6]
 
@@ -227,7 +311,7 @@ def test_anchors_are_supervised_tokens_with_one_to_predict():
 
 
 def test_expected_acceptance_is_that_of_whole_prefixes_and_blocks_cut_short_do_not_weigh_it_down():
-    counted = torch.tensor([[[0, 1, 1, 1], [0, 1, 1, 1], [0, 1, 0, 0]]]).bool()
+    counted = torch.tensor([[[1, 1, 1], [1, 1, 1], [1, 0, 0]]]).bool()
     correct = torch.tensor([1, 1, 0, 0, 1, 1, 1]).bool()  # two of three, none, and one of one
     counts = Counts.of(counted, correct, correct & False)
     assert counts.total.tolist() == [[3, 2, 2]]
@@ -249,14 +333,15 @@ def test_what_training_counts_as_right_is_what_decoding_accepts(folder, tiny_tar
     ids = torch.arange(40, 80)[None]
     asked = {"attention_mask": torch.ones_like(ids), "do_sample": False, "eos_token_id": None}
     text = tiny_target.generate(ids, **asked, max_new_tokens=100)
-    tiny_target.generate(ids, **asked, max_new_tokens=80, custom_generate=draft.speculate, statistics=statistics)
+    ways = {"custom_generate": draft.speculate, "statistics": statistics, "proposer": lambda chain: chain}
+    tiny_target.generate(ids, **asked, max_new_tokens=80, **ways)
     every = torch.ones_like(text)
     objective = Objective(draft.config, tiny_target, Recipe(attention="dense"))
     blocks = objective.blocks(PackedBatch(text, every.bool(), every), torch.arange(40, 120)[None])
     features = objective.target.run(blocks.batch, last_hidden_state=False).features
     states = objective.states(draft, blocks, objective.noise_embeds(blocks), features)
     with_loss = states[blocks.block_loss_mask.flatten(1)]
-    inputs = objective.loss_inputs(draft, blocks, with_loss, None)
+    inputs = objective.loss_inputs(draft, blocks, objective.head_inputs(draft, blocks, states), None)
     right = torch.zeros_like(blocks.block_loss_mask)
     right[blocks.block_loss_mask] = weighted_loss(with_loss, inputs, 512).correct
     accepted = right[0, :, 1:].int().cumprod(-1).sum(-1).tolist()

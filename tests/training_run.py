@@ -60,10 +60,10 @@ def main() -> None:
     parser.add_argument("--args", type=json.loads, default={})
     parser.add_argument("--kill-at", type=int)
     parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--second", action="store_true", help="a DFlash 2 draft")
+    parser.add_argument("--fields", type=json.loads, help="of the draft's config")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    run = trainer(options.folder, tiny.SECOND if options.second else None, **options.args)
+    run = trainer(options.folder, options.fields, **options.args)
     if options.kill_at:
         run.add_callback(Killed(options.kill_at))
     run.train(resume_from_checkpoint=options.resume)

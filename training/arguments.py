@@ -9,6 +9,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
+from .mix import Mix
 from .objective import Recipe
 from .options import check_options
 
@@ -24,20 +25,53 @@ class DFlashTrainingArguments(TrainingArguments):
     num_anchors: int = field(
         default=512, metadata={"help": "Number of blocks drawn in each row at each step."}
     )
+    loss: str | None = field(
+        default=None,
+        metadata={
+            "help": "Losses of a position and their weights: ce (cross-entropy), kl (forward KL divergence from the "
+            "target's distribution), tv (total variation). Default: those published with the kind."
+        },
+    )
+    loss_weights: str = field(
+        default="decay",
+        metadata={
+            "help": "Weights of the positions of a block: decay, or dpace (what each adds to the accepted length).",
+            "choices": ["decay", "dpace"],
+        },
+    )
     loss_gamma: float | None = field(
         default=None,
         metadata={
-            "help": "The weight at position k of a block is exp(-(k - 1) / gamma). Default: 7 for blocks of 16."
+            "help": "With decay, the weight at position k of a block is exp(-(k - 1) / gamma). Default: 7 for blocks "
+            "of 16."
         },
     )
-    distillation: float = field(
-        default=0.0,
+    dpace_alpha: float = field(
+        default=0.5,
         metadata={
-            "help": "Share of the loss, 0 to 1, that is the forward KL divergence from the target's distribution."
+            "help": "With dpace, smoothing of the draft's probabilities, above 0 and up to 1."
         },
     )
     selector_loss_weight: float = field(
         default=1.0, metadata={"help": "Weight of the selector loss, for a draft with a selector."}
+    )
+    confidence_loss_weight: float = field(
+        default=1.0,
+        metadata={"help": "Weight of the confidence loss, for a draft with a confidence head."},
+    )
+    given_prefix: float | None = field(
+        default=None,
+        metadata={
+            "help": "Give each block tokens of the text after its anchor, n of them with weight given_prefix ** n, as "
+            "for a second draft that goes on from accepted tokens (0.9 in D2SD). Default: none."
+        },
+    )
+    base_loss_until: float = field(
+        default=1.0,
+        metadata={
+            "help": "Part of the run over which the share of uncorrected logits in the loss falls from 1 to 0, for a "
+            "draft that corrects them by all tokens before. 0 for none."
+        },
     )
     max_length: int = field(
         default=3072, metadata={"help": "Maximum number of tokens of a packed row."}
@@ -108,8 +142,15 @@ class DFlashTrainingArguments(TrainingArguments):
         checks = {
             "num_anchors": (self.num_anchors >= 1, "at least 1"),
             "loss_gamma": (self.loss_gamma is None or self.loss_gamma > 0, "above 0"),
-            "distillation": (0 <= self.distillation <= 1, "from 0 to 1"),
+            "loss_weights": (self.loss_weights in ("decay", "dpace"), "decay or dpace"),
+            "dpace_alpha": (0 < self.dpace_alpha <= 1, "above 0 and up to 1"),
             "selector_loss_weight": (self.selector_loss_weight >= 0, "at least 0"),
+            "confidence_loss_weight": (self.confidence_loss_weight >= 0, "at least 0"),
+            "given_prefix": (
+                self.given_prefix is None or 0 < self.given_prefix <= 1,
+                "above 0 and up to 1",
+            ),
+            "base_loss_until": (0 <= self.base_loss_until <= 1, "from 0 to 1"),
             "max_length": (self.max_length >= 2, "at least 2"),
             "draft_attention": (
                 self.draft_attention in ("auto", "flex", "dense"),
@@ -123,6 +164,8 @@ class DFlashTrainingArguments(TrainingArguments):
         for name, (valid, wanted) in checks.items():
             if not valid:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {wanted}.")
+        if self.loss is not None:
+            Mix.parse(self.loss)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the token out: the arguments are saved with every checkpoint, and pushed."""
@@ -131,5 +174,13 @@ class DFlashTrainingArguments(TrainingArguments):
     @property
     def recipe(self) -> Recipe:
         return Recipe(
-            self.loss_gamma, self.distillation, self.draft_attention, self.selector_loss_weight
+            mix=None if self.loss is None else Mix.parse(self.loss),
+            weights=self.loss_weights,
+            gamma=self.loss_gamma,
+            dpace_alpha=self.dpace_alpha,
+            attention=self.draft_attention,
+            selector_weight=self.selector_loss_weight,
+            confidence_weight=self.confidence_loss_weight,
+            base_until=self.base_loss_until,
+            given_prefix=self.given_prefix,
         )

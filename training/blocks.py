@@ -4,7 +4,8 @@
 
 Random anchors, the block mask and the decaying weights follow DFlash (arXiv 2602.06036).
 
-Shapes: B rows, S tokens of a row, A anchors of a row, Q block positions. A column is an index into a row, 0 to S - 1.
+Shapes: B rows, S tokens of a row, A anchors of a row, Q block positions, T of those that predict a token: Q, or Q - 1
+where the anchor's position does not. N positions with a loss. A column is an index into a row, 0 to S - 1.
 """
 
 import hashlib
@@ -87,6 +88,30 @@ def draw_anchors(batch: PackedBatch, num_anchors: int, seed: int, step: int) -> 
     return anchors.to(batch.input_ids.device)
 
 
+def draw_given(
+    batch: PackedBatch, anchors: torch.Tensor, size: int, base: float, draw: tuple[int, int]
+) -> torch.Tensor:
+    """Draw how many tokens after each anchor are given, as for the second draft of D2SD (arXiv 2606.04446).
+
+    It is at least 1 and leaves one position of the block or more. A number n is drawn with weight base ** n.
+
+    Args:
+        anchors `[B, A]`: columns.
+        size: positions of a block.
+        draw: seed and step; with the tokens of a row they determine what is drawn.
+
+    Returns:
+        `[B, A]`.
+    """
+    weights = base ** torch.arange(1, max(2, size - 1), dtype=torch.float32)
+    drawn = []
+    for ids, documents in zip(batch.input_ids.cpu(), batch.documents.cpu(), strict=True):
+        generator = _row_generator(ids[documents > 0], *draw)
+        count = anchors.shape[1]
+        drawn.append(1 + weights.multinomial(count, replacement=True, generator=generator))
+    return torch.stack(drawn).to(anchors.device)
+
+
 def _row_generator(tokens: torch.Tensor, seed: int, step: int) -> torch.Generator:
     """Return a generator seeded by a hash of `tokens [n]`, `seed` and `step`."""
     digest = hashlib.blake2b(
@@ -103,11 +128,28 @@ class Blocks:
         batch: the rows that the anchors are in.
         anchors `[B, A]`: their columns; -1 for an empty block.
         size: Q.
+        sample_from_anchor: whether the anchor's position predicts the token after it, and each other position the one
+            after its own.
+        given `[B, A]`: number of tokens after each anchor that the block holds in place of mask tokens; None for none.
+            They have no loss.
     """
 
     batch: PackedBatch
     anchors: torch.Tensor
     size: int
+    sample_from_anchor: bool = False
+    given: torch.Tensor | None = None
+
+    @property
+    def first(self) -> int:
+        """Return the first position of a block that predicts a token."""
+        return 1 - self.sample_from_anchor
+
+    @cached_property
+    def _first_column(self) -> torch.Tensor:
+        """Return `[B, A, 1]`: the first position of each block that has a loss, if the text goes on that far."""
+        given = torch.zeros_like(self.anchors) if self.given is None else self.given
+        return (given + self.first)[..., None]
 
     @cached_property
     def columns(self) -> torch.Tensor:
@@ -123,16 +165,45 @@ class Blocks:
         return self._gather(self.batch.input_ids)
 
     @cached_property
+    def label_columns(self) -> torch.Tensor:
+        """Return `[B, A, Q]`: the column of the token that each position predicts; the last one beyond the row."""
+        columns = self._predicted.clamp_min(0)
+        return columns.clamp_max(self.batch.input_ids.shape[1] - 1)
+
+    @property
+    def _predicted(self) -> torch.Tensor:
+        """Return `label_columns [B, A, Q]`, beyond the row too."""
+        steps = torch.arange(self.size, device=self.anchors.device)
+        return self.anchors[..., None] + steps + int(self.sample_from_anchor)
+
+    @cached_property
+    def predecessor_columns(self) -> torch.Tensor:
+        """Return `[B, A, Q]`: the column of the token before each predicted one."""
+        return (self.label_columns - 1).clamp_min(0)
+
+    @cached_property
+    def labels(self) -> torch.Tensor:
+        """Return `[B, A, Q]`: the tokens of the text that the block positions predict."""
+        return self._gather(self.batch.input_ids, self.label_columns)
+
+    @cached_property
+    def predecessors(self) -> torch.Tensor:
+        """Return `[B, A, Q]`: the token of the text before each predicted one."""
+        return self._gather(self.batch.input_ids, self.predecessor_columns)
+
+    @cached_property
     def block_loss_mask(self) -> torch.Tensor:
         """Return `[B, A, Q]`: True where a position has a loss.
 
-        It does after the anchor, inside the anchor's document, where `loss_mask` is True.
+        It does where it predicts a token of the anchor's document after the given ones, where `loss_mask` is True.
         """
+        columns = self.label_columns
+        is_real = (self._predicted == columns) & (self.anchors[..., None] >= 0)
         steps = torch.arange(self.size, device=self.anchors.device)
-        inside_row = self.anchors[..., None] + steps == self.columns
-        documents = self._gather(self.batch.documents)
-        same_document = documents == documents[..., :1]
-        return inside_row & (steps > 0) & same_document & self._gather(self.batch.loss_mask)
+        own_document = self._gather(self.batch.documents)[..., :1]
+        same_document = self._gather(self.batch.documents, columns) == own_document
+        has_loss = self._gather(self.batch.loss_mask, columns)
+        return is_real & (steps >= self._first_column) & same_document & has_loss
 
     @cached_property
     def positions(self) -> torch.Tensor:
@@ -141,15 +212,21 @@ class Blocks:
         return (first + torch.arange(self.size, device=first.device)).flatten(1)
 
     def weights(self, gamma: float) -> torch.Tensor:
-        """Return `[B, A, Q]`: exp(-(k - 1) / gamma) at position k where it has a loss, else 0."""
+        """Return `[B, A, Q]`: exp(-(k - 1) / gamma) for the k-th token that is not given and has a loss, else 0."""
         steps = torch.arange(self.size, device=self.anchors.device, dtype=torch.float32)
-        return self.block_loss_mask * torch.exp(-(steps - 1) / gamma)
+        later = (steps - self._first_column).clamp_min(0)
+        return self.block_loss_mask * torch.exp(-later / gamma)
+
+    @cached_property
+    def places(self) -> torch.Tensor:
+        """Return `[N]`: where each position with a loss is among the B * A blocks of T that predict, one by one."""
+        return self.block_loss_mask[..., self.first :].flatten().nonzero()[:, 0]
 
     def noise_ids(self, mask_token_id: int) -> torch.Tensor:
-        """Return `[B, A * Q]`: for each block its anchor, then mask tokens."""
-        ids = torch.full_like(self.tokens, mask_token_id)
-        ids[..., 0] = self.tokens[..., 0]
-        return ids.flatten(1)
+        """Return `[B, A * Q]`: for each block its anchor and what is given, then mask tokens."""
+        steps = torch.arange(self.size, device=self.anchors.device)
+        is_token = steps < self._first_column + self.sample_from_anchor
+        return self.tokens.where(is_token, mask_token_id).flatten(1)
 
     def mask_function(
         self, window: int | None, causal: bool, from_anchor: bool = False
@@ -233,9 +310,10 @@ class Blocks:
             _compile=device == "cuda",
         )
 
-    def _gather(self, values: torch.Tensor) -> torch.Tensor:
-        """Return `values [B, S]` at the columns of the blocks, `[B, A, Q]`."""
-        return values.gather(1, self.columns.flatten(1)).view_as(self.columns)
+    def _gather(self, values: torch.Tensor, columns: torch.Tensor | None = None) -> torch.Tensor:
+        """Return `values [B, S]` at `columns [B, A, Q]`, by default those of the blocks."""
+        columns = self.columns if columns is None else columns
+        return values.gather(1, columns.flatten(1)).view_as(columns)
 
 
 def default_gamma(block_size: int) -> float:

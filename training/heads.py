@@ -1,9 +1,11 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""Compute the losses of further heads that a draft may have beside its layers, such as a candidate selector.
+"""Compute what the heads of a draft contribute to the loss, beside its layers: corrections, a selector, confidences.
 
-Shapes: B rows, A anchors of a row, Q block positions, N positions with a loss, n those of a chunk, H hidden size,
-V vocabulary, R selector_rank, k selector_top_k.
+The tokens before a position are those of the text.
+
+Shapes: B rows, A anchors of a row, Q block positions, T of those that predict a token, N positions with a loss, n those
+of a chunk, H hidden size, V vocabulary, R width of a head, k selector_top_k.
 """
 
 from collections.abc import Callable
@@ -11,10 +13,59 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from .blocks import Blocks
-from .loss import HeadChunk, HeadLossInputs
+from .loss import Correction, HeadChunk, HeadLossInputs
+
+
+@dataclass(frozen=True)
+class HeadInputs:
+    """Hold what a draft's heads contribute to the loss; None for what it has not.
+
+    Args:
+        correction: what is added to the draft's logits.
+        further_head: of a head whose loss needs the draft's logits.
+        confidence `[N]`: logits of the chance that each token is accepted.
+    """
+
+    correction: Correction | None = None
+    further_head: HeadLossInputs | None = None
+    confidence: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class BlockStates:
+    """Hold what the heads read: the draft's states of whole blocks.
+
+    Args:
+        states `[B * A, T, H]`: of the positions that predict a token.
+        predecessors `[B * A, T]`: the tokens before the predicted ones.
+        mask `[B * A, T]`: True at the N positions with a loss.
+        embed: returns the embeddings of tokens, as they enter a block.
+        base_share: share of the loss that is of uncorrected logits, for a draft that begins with them.
+    """
+
+    states: torch.Tensor
+    predecessors: torch.Tensor
+    mask: torch.Tensor
+    embed: Callable[[torch.Tensor], torch.Tensor]
+    base_share: float
+
+    @classmethod
+    def of(
+        cls,
+        blocks: Blocks,
+        states: torch.Tensor,
+        embed: Callable[[torch.Tensor], torch.Tensor],
+        base_share: float,
+    ) -> "BlockStates":
+        """Cut the positions that predict nothing from `states [B, A * Q, H]`."""
+        whole = states.reshape(-1, blocks.size, states.shape[-1])
+        predecessors = blocks.predecessors.flatten(0, 1)
+        mask = blocks.block_loss_mask.flatten(0, 1)
+        first = blocks.first
+        return cls(whole[:, first:], predecessors[:, first:], mask[:, first:], embed, base_share)
 
 
 @dataclass(frozen=True)
@@ -57,17 +108,52 @@ class SelectorLossInputs:
         return HeadChunk(losses, correct, is_candidate, candidates.flatten(), rows)
 
 
-def selector_loss_inputs(draft: Any, blocks: Blocks, states: torch.Tensor) -> SelectorLossInputs:
-    """Return the inputs of the loss of `draft.candidate_selector`, for the draft's `states [N, H]`."""
+def selector_inputs(draft: Any, block: BlockStates) -> HeadInputs:
+    """Return what `draft.candidate_selector` contributes."""
     selector = draft.candidate_selector
-    before = blocks.tokens.roll(1, dims=-1)
-    previous = before[blocks.block_loss_mask]  # [N], the token before each position
-    states = states.to(selector.hidden_projection.weight.dtype)
-    gates = selector.gates(states, previous[:, None])[:, 0]
-    return SelectorLossInputs(gates, selector.successor_codebook, selector.top_k)
+    states = block.states[block.mask].to(selector.hidden_projection.weight.dtype)
+    gates = selector.gates(states, block.predecessors[block.mask][:, None])[:, 0]
+    selected = SelectorLossInputs(gates, selector.successor_codebook, selector.top_k)
+    return HeadInputs(further_head=selected)
 
 
-HEADS: dict[str, Callable[[Any, Blocks, torch.Tensor], HeadLossInputs]] = {
-    "selector": selector_loss_inputs
+def markov_inputs(draft: Any, block: BlockStates) -> HeadInputs:
+    """Return what `draft.markov_head`, a bias by the token before, and `draft.confidence_head` contribute."""
+    head = draft.markov_head
+    states = block.states.to(next(draft.parameters()).dtype)
+    correction = None
+    if head is not None:
+        gates = head.mixed(states, block.predecessors)[block.mask]
+        correction = Correction(gates, head.markov_w2.weight)
+    confidence = draft.confidence_logits(states, block.predecessors)
+    if confidence is not None:
+        confidence = confidence[block.mask]
+    return HeadInputs(correction, confidence=confidence)
+
+
+def prefix_inputs(draft: Any, block: BlockStates) -> HeadInputs:
+    """Return what `draft.embed_proj`, a correction by all tokens before in the block, contributes."""
+    expand = draft.embed_proj[2]
+    states = block.states.to(expand.weight.dtype)
+    gates = draft.correction_features(states, draft.prefixes(block.predecessors, block.embed))
+    corrected = (
+        torch.arange(gates.shape[1], device=gates.device) >= draft.config.pure_draft_prefix_len
+    )
+    gates = (gates * corrected[:, None])[block.mask]
+    return HeadInputs(Correction(gates, expand.weight, block.base_share))
+
+
+def confidence_loss(
+    confidence: torch.Tensor, overlap: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """Return the weighted sum of the binary cross-entropies of `confidence [N]`, logits, to `overlap [N]`, chances."""
+    losses = binary_cross_entropy_with_logits(confidence.float(), overlap, reduction="none")
+    return (losses * weights).sum()
+
+
+HEADS: dict[str, Callable[[Any, BlockStates], HeadInputs]] = {
+    "selector": selector_inputs,
+    "markov": markov_inputs,
+    "prefix": prefix_inputs,
 }
-"""Functions that return the inputs of a head's loss, by the name of the head in the table of kinds."""
+"""Functions that return what a draft's heads contribute, by the name of the head in the table of kinds."""

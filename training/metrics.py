@@ -2,7 +2,7 @@
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
 """Count correct tokens, and turn the counts into accuracy and expected acceptance length.
 
-Shapes: B rows, A anchors of a row, Q block positions, N positions with a loss.
+Shapes: B rows, A anchors of a row, T positions of a block that predict a token, N positions with a loss.
 """
 
 from collections.abc import Iterable
@@ -13,9 +13,9 @@ import torch
 
 @dataclass(frozen=True)
 class Counts:
-    """Hold numbers of tokens for each block position k = 1 to Q - 1. They add up over rows, steps and processes.
+    """Hold numbers of tokens for each position k = 1 to T of a block. They add up over rows, steps and processes.
 
-    Each is `[Q - 1]`, or `[B, Q - 1]` for each of several rows.
+    Each is `[T]`, or `[B, T]` for each of several rows.
 
     Args:
         total: positions with a loss.
@@ -23,8 +23,8 @@ class Counts:
         reached: positions with a loss where all positions before them in the block are correct.
         accepted: those of them that are correct too.
         candidates: positions whose token is among the candidates of a selector.
-        base_correct: those where the draft's logits alone have the text's token; all that are correct, without a
-            selector.
+        base_correct: those where the draft's logits alone have the text's token; all that are correct, for a draft
+            whose tokens do not depend on each other.
     """
 
     total: torch.Tensor
@@ -37,14 +37,15 @@ class Counts:
     @classmethod
     def of(
         cls,
-        block_loss_mask: torch.Tensor,
+        has_loss: torch.Tensor,
         correct: torch.Tensor,
         is_candidate: torch.Tensor,
         base_correct: torch.Tensor | None = None,
+        given: torch.Tensor | None = None,
     ) -> "Counts":
         """Count in each row.
 
-        Example: one row with three blocks of Q = 4. Two are whole; the third has one position with a loss, as at the
+        Example: one row with three blocks of T = 3. Two are whole; the third has one position with a loss, as at the
         end of a text. Written y for correct and n for not correct, the blocks are y y n, n y y and y. The counts are:
 
         | | k = 1 | k = 2 | k = 3 |
@@ -57,21 +58,29 @@ class Counts:
         The second block counts as reached at k = 1 only, since it is wrong there.
 
         Args:
-            block_loss_mask `[B, A, Q]`: positions with a loss.
+            has_loss `[B, A, T]`: positions with a loss.
             correct `[N]`: for those in order, whether the draft's token is the text's.
             is_candidate `[N]`: for those, whether the text's token is a candidate.
             base_correct `[N]`: for those, whether the draft's logits alone have it; by default `correct`.
+            given `[B, A]`: number of predicted positions at the beginning of each block that are not counted; the one
+                after them is k = 1. None for none.
         """
+        positions = torch.arange(has_loss.shape[-1], device=has_loss.device)
+        if given is not None:
+            positions = positions + given[..., None]
+        inside = positions < has_loss.shape[-1]
+        positions = positions.clamp_max(has_loss.shape[-1] - 1).expand_as(has_loss)
 
         def placed(flags: torch.Tensor) -> torch.Tensor:
-            """Return `[B, A, Q - 1]`: `flags [N]` at their positions, False elsewhere."""
-            return torch.zeros_like(block_loss_mask).masked_scatter(block_loss_mask, flags)[..., 1:]
+            """Return `[B, A, T]`: `flags [N]` at their positions, False elsewhere."""
+            placed_flags = torch.zeros_like(has_loss).masked_scatter(has_loss, flags)
+            return placed_flags.gather(-1, positions) & inside
 
-        has_loss, correct_at = block_loss_mask[..., 1:], placed(correct)
+        has_loss_at, correct_at = placed(torch.ones_like(correct)), placed(correct)
         accepted = correct_at.int().cumprod(-1).bool()
-        reached = has_loss & torch.nn.functional.pad(accepted[..., :-1], (1, 0), value=True)
+        reached = has_loss_at & torch.nn.functional.pad(accepted[..., :-1], (1, 0), value=True)
         return cls(
-            total=has_loss.sum(1),
+            total=has_loss_at.sum(1),
             correct=correct_at.sum(1),
             reached=reached.sum(1),
             accepted=accepted.sum(1),
@@ -84,7 +93,7 @@ class Counts:
         return Counts(**{name: values + theirs[name] for name, values in self.tensors().items()})
 
     def over_rows(self) -> "Counts":
-        """Return the sum over rows: from `[B, Q - 1]` to `[Q - 1]`."""
+        """Return the sum over rows: from `[B, T]` to `[T]`."""
         return Counts(**{name: values.sum(0) for name, values in self.tensors().items()})
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -100,7 +109,8 @@ class LossSums:
         base: of the losses of the draft's logits.
         weight: of the weights of their positions.
         head: of the losses of a further head; 0 without one.
-        head_weight: of the weights of the positions whose token is a candidate of that head, its only ones.
+        head_weight: of the weights of the positions that this is of: all, or for a selector those whose token is one
+            of its candidates.
     """
 
     base: torch.Tensor
@@ -132,8 +142,9 @@ class Metrics:
         candidate_recall: share of positions whose token is among the selector's candidates; 0 without a selector.
         selector_accuracy: share of correct tokens over those positions; 0 without a selector.
         base_accuracy: share of positions where the draft's logits alone have the text's token.
-        base_loss: mean loss of the draft's logits.
-        selector_loss: mean loss of the selector over the positions whose token is a candidate; 0 without a selector.
+        base_loss: mean loss of the draft's logits, with what corrects them.
+        head_loss: mean loss of the further head: of a selector over the positions whose token is a candidate, of a
+            confidence head over all; 0 without one.
     """
 
     accuracy: float
@@ -143,11 +154,21 @@ class Metrics:
     selector_accuracy: float
     base_accuracy: float
     base_loss: float
-    selector_loss: float
+    head_loss: float
+
+    @property
+    def selector_loss(self) -> float:
+        """`head_loss` under its name in the log of a draft with a selector."""
+        return self.head_loss
+
+    @property
+    def confidence_loss(self) -> float:
+        """`head_loss` under its name in the log of a draft with a confidence head."""
+        return self.head_loss
 
     @classmethod
     def of(cls, counts: Counts, sums: LossSums | None = None) -> "Metrics":
-        """Compute the metrics of `counts`, each `[Q - 1]`, and of the `sums`; without them the losses are 0.
+        """Compute the metrics of `counts`, each `[T]`, and of the `sums`; without them the losses are 0.
 
         The expected acceptance length is 1 + the sum over k of the chance that positions 1 to k are all correct. In the
         example of `Counts.of`, it is 1 + 2/3 + 2/3 * 1/1 + 2/3 * 1/1 * 0/1 = 2.33. A position counts only where its
@@ -169,7 +190,7 @@ class Metrics:
             selector_accuracy=_share(correct, candidates),
             base_accuracy=_share(float(numbers["base_correct"].sum()), total),
             base_loss=_share(losses["base"], losses["weight"]),
-            selector_loss=_share(losses["head"], losses["head_weight"]),
+            head_loss=_share(losses["head"], losses["head_weight"]),
         )
 
     def as_log(self, names: Iterable[str]) -> dict[str, float]:

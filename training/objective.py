@@ -19,10 +19,12 @@ from ..drafter_dflash import layer_kinds
 from ..kinds import kind_of
 from ..taps_dflash import FeatureTaps
 from ..target_dflash import decoder_layers, embed_noise
-from .blocks import Blocks, PackedBatch, default_gamma
-from .heads import HEADS
-from .loss import HeadLossInputs, Loss, LossInputs, weighted_loss
+from .blocks import Blocks, PackedBatch, default_gamma, draw_given
+from .heads import HEADS, BlockStates, HeadInputs, confidence_loss
+from .loss import Loss, LossInputs, weighted_loss
 from .metrics import Counts, LossSums
+from .mix import Mix
+from .weights import DPaceWeights, FixedWeights, PositionWeights
 
 Span = tuple[int, int, int]
 """Row, first column and length of a document."""
@@ -33,16 +35,27 @@ class Recipe:
     """Say what the loss depends on beside the draft's config.
 
     Args:
-        gamma: how slowly the weights fall inside a block; None for the published value.
-        distillation: share of the divergence from the target's own distribution in the loss, 0 to 1.
-        selector_weight: weight of the selector's mean loss beside the draft's, for a draft with a selector.
+        mix: the losses of a position and their weights; None for the published one of the kind of draft.
+        weights: how positions are weighed: "decay", or "dpace" by what each adds to the accepted length.
+        gamma: how slowly the weights fall inside a block with "decay"; None for the published value.
+        dpace_alpha: smoothing of the chances that "dpace" multiplies.
         attention: "flex" (FlexAttention with a block mask), "dense", or "auto": flex on a GPU.
+        selector_weight: weight of the selector's mean loss beside the draft's, for a draft with a selector.
+        confidence_weight: likewise of the confidence head's.
+        given_prefix: base of the weights by which the number of given tokens is drawn for each block; None for none.
+        base_until: the part of the run over which the share of uncorrected logits in the loss falls from 1 to 0, for
+            a draft that corrects them by all tokens before.
     """
 
+    mix: Mix | None = None
+    weights: str = "decay"
     gamma: float | None = None
-    distillation: float = 0.0
+    dpace_alpha: float = 0.5
     attention: str = "auto"
     selector_weight: float = 1.0
+    confidence_weight: float = 1.0
+    base_until: float = 1.0
+    given_prefix: float | None = None
 
 
 @dataclass(frozen=True)
@@ -64,15 +77,12 @@ def check_trainable(config: Any) -> None:
     Raises:
         ValueError: naming the kind or the field.
     """
-    kind = kind_of(config)
-    if not kind.is_trained:
-        raise ValueError(f"A {kind.title} draft decodes here, but training one is not implemented.")
     own = ("has_own_embed_tokens", "has_own_lm_head", "has_own_mask_embedding")
-    for name in ("sample_from_anchor", *own):
+    for name in own:
         if getattr(config, name):
             raise ValueError(
-                f"{name} is True; training such a draft is not implemented. Train one that predicts from the positions "
-                "after the anchor, with the target's embedding and head."
+                f"{name} is True; training such a draft is not implemented. Train one that has the target's embedding "
+                "and head."
             )
 
 
@@ -189,7 +199,7 @@ class StepOutput:
     Args:
         sums: of losses and their weights; gradients flow through the losses.
         counts: of correct tokens, for each row.
-        head_share: weight of a further head's mean loss beside the mean loss of the draft's logits.
+        head_share: weight of a further head's mean loss beside the loss of the draft's logits.
     """
 
     sums: LossSums
@@ -198,13 +208,13 @@ class StepOutput:
 
     @property
     def loss(self) -> torch.Tensor:
-        """The sum of losses, to be divided by the sum of weights, where one process has the whole batch."""
+        """The sum of losses, to be divided by `Objective.divisor`, where one process has the whole batch."""
         return self.loss_among(torch.stack([self.sums.weight, self.sums.head_weight]))
 
     def loss_among(self, weights: torch.Tensor) -> torch.Tensor:
-        """Return this process's sum of losses, to be divided by the sum of weights of all processes.
+        """Return this process's sum of losses, to be divided by the divisors of all processes.
 
-        As in the reference implementation, a further head's loss is a mean over the positions whose token is among its
+        As in the reference implementation, a selector's loss is a mean over the positions whose token is among its
         candidates. The mean of the draft's logits is over all positions.
 
         Args:
@@ -239,47 +249,81 @@ class Objective:
         self.config, self.recipe = config, recipe
         self.loss, self.phase = loss, phase
         self.target = FrozenTarget(target, config.target_layer_ids)
-        self.gamma = default_gamma(config.block_size) if recipe.gamma is None else recipe.gamma
+        self.gamma = default_gamma(1 + config.num_drafted) if recipe.gamma is None else recipe.gamma
+        kind = kind_of(config)
+        self.mix = Mix.parse(kind.loss) if recipe.mix is None else recipe.mix
+        self.head = kind.head
+        self.has_confidence = getattr(config, "enable_confidence_head", False)
 
-    def blocks(self, batch: PackedBatch, anchors: torch.Tensor) -> Blocks:
-        """Return the blocks after `anchors [B, A]`."""
-        return Blocks(batch, anchors, self.config.block_size)
+    @property
+    def needs_target(self) -> bool:
+        """Whether the loss needs the target's own distribution."""
+        return self.mix.needs_target or self.has_confidence
 
-    def __call__(self, draft: Any, blocks: Blocks) -> StepOutput:
+    def blocks(
+        self, batch: PackedBatch, anchors: torch.Tensor, draw: tuple[int, int] = (0, 0)
+    ) -> Blocks:
+        """Return the blocks after `anchors [B, A]`.
+
+        Args:
+            draw: seed and step, which determine what else is drawn.
+        """
+        size, base = self.config.block_size, self.recipe.given_prefix
+        given = None if base is None else draw_given(batch, anchors, size, base, draw)
+        return Blocks(batch, anchors, size, self.config.sample_from_anchor, given)
+
+    def divisor(self, blocks: Blocks) -> torch.Tensor:
+        """Return what the sum of losses of `blocks` is divided by.
+
+        It is the sum of the weights; for D-PACE the number of blocks with a loss, as its authors have it, since there
+        the weights are lengths: their sum divided by the blocks is what a block can gain.
+        """
+        if self.recipe.weights == "dpace":
+            return blocks.block_loss_mask.any(-1).sum().float()
+        return blocks.weights(self.gamma).sum()
+
+    def __call__(self, draft: Any, blocks: Blocks, progress: float = 1.0) -> StepOutput:
         """Compute the loss and the counts of `blocks`.
 
         Args:
             draft: the model, wrapped or not.
+            progress: the part of the run that is over, 0 to 1, for losses that change with it.
         """
         # The target has one dtype in training and in decoding. Only the draft's forward is in mixed precision.
         with torch.autocast(blocks.anchors.device.type, enabled=False):
             with self.phase("target"):
-                target_output = self.target.run(blocks.batch, self.recipe.distillation > 0)
+                target_output = self.target.run(blocks.batch, self.needs_target)
             noise_embeds = self.noise_embeds(blocks)
         with self.phase("draft"):
             states = self.states(draft, blocks, noise_embeds, target_output.features)
-        states = states[blocks.block_loss_mask.flatten(1)]  # [N, H]
         with torch.autocast(blocks.anchors.device.type, enabled=False):
             unwrapped = extract_model_from_parallel(draft)
-            inputs = self.loss_inputs(unwrapped, blocks, states, target_output.last_hidden_state)
+            heads = self.head_inputs(unwrapped, blocks, states, progress)
+            inputs = self.loss_inputs(unwrapped, blocks, heads, target_output.last_hidden_state)
             with self.phase("loss"):
+                states = states[blocks.block_loss_mask.flatten(1)]  # [N, H]
                 loss = self.loss(states, inputs, self.target.vocab_size)
-        weights = inputs.weights
-        sums = LossSums(
-            base=loss.total,
-            weight=weights.sum(),
-            head=loss.head_total,
-            head_weight=(weights * loss.is_candidate).sum(),
-        )
         found = (loss.correct, loss.is_candidate, loss.base_correct)
-        counts = Counts.of(blocks.block_loss_mask, *found)
-        return StepOutput(sums, counts, self.recipe.selector_weight)
+        has_loss = blocks.block_loss_mask[..., blocks.first :]
+        counts = Counts.of(has_loss, *found, given=blocks.given)
+        return StepOutput(self._sums(loss, heads), counts, self.head_share)
+
+    @property
+    def head_share(self) -> float:
+        """The weight of the further head's loss."""
+        return self.recipe.confidence_weight if self.has_confidence else self.recipe.selector_weight
+
+    def _sums(self, loss: Loss, heads: HeadInputs) -> LossSums:
+        """Return the sums of losses and of weights; the further head is a selector or a confidence head."""
+        head, head_weight = loss.head_total, (loss.weights * loss.is_candidate).sum()
+        if heads.confidence is not None:
+            head = confidence_loss(heads.confidence, loss.overlap, loss.weights)
+            head_weight = loss.weights.sum()
+        return LossSums(loss.total, loss.weights.sum(), head, head_weight)
 
     def noise_embeds(self, blocks: Blocks) -> torch.Tensor:
         """Return the target's embeddings `[B, A * Q, H]` of each block's anchor and mask tokens."""
-        ids = blocks.noise_ids(self.config.mask_token_id)
-        ids = ids.to(self.target.device)
-        return embed_noise(self.target.embed, ids, self.config.unscaled_embeddings)
+        return self._embed(blocks.noise_ids(self.config.mask_token_id))
 
     def states(
         self, draft: Any, blocks: Blocks, noise_embeds: torch.Tensor, features: torch.Tensor
@@ -309,37 +353,65 @@ class Objective:
             return device.type == "cuda"
         return self.recipe.attention == "flex"
 
+    def head_inputs(
+        self, draft: Any, blocks: Blocks, states: torch.Tensor, progress: float = 1.0
+    ) -> HeadInputs:
+        """Return what the draft's heads contribute to the loss.
+
+        Args:
+            draft: the model itself, not wrapped.
+            states `[B, A * Q, H]`: its states of whole blocks.
+            progress: as in `__call__`.
+        """
+        if self.head is None:
+            return HeadInputs()
+        base_share = 0.0
+        if progress < self.recipe.base_until:
+            base_share = 1 - progress / self.recipe.base_until
+        block = BlockStates.of(blocks, states, self._embed, base_share)
+        return HEADS[self.head](draft, block)
+
     def loss_inputs(
         self,
         draft: Any,
         blocks: Blocks,
-        states: torch.Tensor,
+        heads: HeadInputs,
         last_hidden_state: torch.Tensor | None,
     ) -> LossInputs:
-        """Return what the draft's `states [N, H]` are scored against.
+        """Return what the draft's states are scored against.
 
         Args:
             draft: the model itself, not wrapped.
-            last_hidden_state `[B, S, H]`: of the target, for distillation; None without.
+            heads: what its heads contribute.
+            last_hidden_state `[B, S, H]`: of the target, where the loss needs it; else None.
         """
-        mask = blocks.block_loss_mask
         target_logits = None
         if last_hidden_state is not None:
             target_logits = partial(
                 self._target_logits, _previous_states(blocks, last_hidden_state)
             )
-        further_head: HeadLossInputs | None = None
-        head = kind_of(self.config).head
-        if head is not None:
-            further_head = HEADS[head](draft, blocks, states)
         return LossInputs(
             partial(self.target.draft_logits, draft),
-            labels=blocks.tokens[mask],
-            weights=blocks.weights(self.gamma)[mask],
+            labels=blocks.labels[blocks.block_loss_mask],
+            weights=self.position_weights(blocks),
+            mix=self.mix,
             target_logits=target_logits,
-            distillation=self.recipe.distillation,
-            further_head=further_head,
+            correction=heads.correction,
+            further_head=heads.further_head,
+            wants_overlap=heads.confidence is not None,
         )
+
+    def position_weights(self, blocks: Blocks) -> PositionWeights:
+        """Return how the positions of `blocks` are weighed."""
+        if self.recipe.weights == "dpace":
+            return DPaceWeights(blocks.places, blocks.size - blocks.first, self.recipe.dpace_alpha)
+        return FixedWeights(blocks.weights(self.gamma)[blocks.block_loss_mask])
+
+    @torch.no_grad()
+    def _embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return the target's embeddings `[..., H]` of tokens, as they enter a block."""
+        ids = ids.to(self.target.device)
+        return embed_noise(self.target.embed, ids, self.config.unscaled_embeddings)
 
     @torch.no_grad()
     def _target_logits(self, states: torch.Tensor, part: slice) -> torch.Tensor:
@@ -348,10 +420,10 @@ class Objective:
 
 
 def _previous_states(blocks: Blocks, last_hidden_state: torch.Tensor) -> torch.Tensor:
-    """Return `last_hidden_state [B, S, H]` at the token before each position with a loss, `[N, H]`.
+    """Return `last_hidden_state [B, S, H]` at the token before each predicted one that has a loss, `[N, H]`.
 
-    From these the target predicts the tokens of the positions.
+    From these the target predicts the same tokens.
     """
     mask = blocks.block_loss_mask
     rows = torch.arange(len(mask), device=mask.device)[:, None, None].expand_as(mask)
-    return last_hidden_state[rows[mask], blocks.columns[mask] - 1]
+    return last_hidden_state[rows[mask], blocks.predecessor_columns[mask]]

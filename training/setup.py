@@ -13,7 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, set_seed
 
 from ..findings_dflash import LOADING, check_path, explained
-from ..kinds import KINDS
+from ..kinds import KINDS, kind_named
 from ..registry import DFlashDraftSpec, check_folder, load_draft
 from .arguments import DFlashTrainingArguments
 from .data import documents_of_row
@@ -67,6 +67,35 @@ class TrainOptions:
     )
     selector_top_k: int | None = field(
         default=None, metadata={"help": "Candidates of a fresh draft with a selector. Default: 16."}
+    )
+    markov_rank: int | None = field(
+        default=None,
+        metadata={
+            "help": "Rank of a fresh draft's bias by the token before; 0 for none. Default: 256."
+        },
+    )
+    markov_head_type: str | None = field(
+        default=None,
+        metadata={
+            "help": "What that bias reads beside the token before: vanilla (nothing), gated (the state), rnn (the "
+            "state and all tokens of the block). Default: vanilla."
+        },
+    )
+    enable_confidence_head: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether a fresh draft with that bias estimates the chance of acceptance. Default: yes."
+        },
+    )
+    emb_dim: int | None = field(
+        default=None,
+        metadata={
+            "help": "Width of a fresh draft's correction by all tokens before. Default: 256."
+        },
+    )
+    gru_hidden_dim: int | None = field(
+        default=None,
+        metadata={"help": "Width of the recurrent state that it reads. Default: 1024."},
     )
     block_size: int = field(
         default=16, metadata={"help": "Number of positions of a block, including the anchor."}
@@ -191,6 +220,7 @@ def _fresh_fields(options: TrainOptions, layers: int) -> dict[str, Any]:
         "num_hidden_layers": options.num_layers,
         "is_causal": options.causal,
     }
+    fields.update(kind_named(options.variant).trained_with)
     for name in HEAD_OPTIONS:
         if getattr(options, name) is not None:
             fields[name] = getattr(options, name)

@@ -34,7 +34,7 @@ from transformers.trainer_callback import TrainerCallback
 from ..evaluation import greedy, stop_token_ids
 from ..generate_dflash import check_compatible
 from ..generation_dflash import DecodeStatistics
-from ..kinds import kind_of
+from ..kinds import FURTHER_LOSSES, kind_of
 from .arguments import DFlashTrainingArguments
 from .blocks import Blocks, draw_anchors
 from .data import Collator, DropReport, PreprocessConfig, columns_of, packed_batch, prepare
@@ -126,25 +126,20 @@ class DFlashTrainer(Trainer):
     def _get_num_items_in_batch(
         self, batch_samples: list, device: torch.device
     ) -> torch.Tensor | None:
-        """Return the sum of weights over all batches of a step, on all processes."""
+        """Return what the sum of losses is divided by, over all batches of a step, on all processes."""
         if not batch_samples:
             return None
-        weights = torch.zeros((), device=device)
+        divisor = torch.zeros((), device=device)
         for batch in batch_samples:
-            weights += (
-                self._blocks(batch, self.state.global_step)
-                .weights(self.objective.gamma)
-                .sum()
-                .to(device)
-            )
-        return self.accelerator.reduce(weights)
+            blocks = self._blocks(batch, self.state.global_step)
+            divisor += self.objective.divisor(blocks).to(device)
+        return self.accelerator.reduce(divisor)
 
     def _blocks(self, tensors: dict[str, torch.Tensor], step: int) -> Blocks:
         """Draw the anchors of a step, the same in every call, and return their blocks."""
-        batch = packed_batch(tensors)
-        return self.objective.blocks(
-            batch, draw_anchors(batch, self.args.num_anchors, self.args.seed, step)
-        )
+        batch, seed = packed_batch(tensors), self.args.seed
+        anchors = draw_anchors(batch, self.args.num_anchors, seed, step)
+        return self.objective.blocks(batch, anchors, (seed, step))
 
     def compute_loss(
         self,
@@ -158,14 +153,15 @@ class DFlashTrainer(Trainer):
         Raises:
             ValueError: the loss is NaN or infinite.
         """
-        output = self.objective(model, self._blocks(inputs, self.state.global_step))
-        weights = num_items_in_batch
-        if weights is None:
-            weights = self._get_num_items_in_batch([inputs], output.loss.device)
+        progress = self.state.global_step / max(1, self.state.max_steps)
+        output = self.objective(model, self._blocks(inputs, self.state.global_step), progress)
+        divisor = num_items_in_batch
+        if divisor is None:
+            divisor = self._get_num_items_in_batch([inputs], output.loss.device)
         # Gradients are averaged over processes, but their sum is needed.
         loss = (
             self._loss_among_processes(output)
-            / torch.as_tensor(weights).clamp_min(1e-9)
+            / torch.as_tensor(divisor).clamp_min(1e-9)
             * self.accelerator.num_processes
         )
         if not torch.isfinite(loss):
@@ -244,19 +240,23 @@ class DFlashTrainer(Trainer):
         rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         return {
             "steps": f"{self.state.global_step:,} of {rows} rows, up to {args.max_length:,} tokens each",
-            "anchors": f"up to {args.num_anchors} in a row, gamma {self.objective.gamma:g}",
+            "anchors": f"up to {args.num_anchors} in a row, {self._weights_summary()}",
             "loss": self._loss_summary(),
             "optimizer": f"{enum_value(args.optim)}, learning rate {args.learning_rate:g}, "
             f"{enum_value(args.lr_scheduler_type)} schedule",
         }
 
+    def _weights_summary(self) -> str:
+        if self.args.loss_weights == "dpace":
+            return f"weights by D-PACE, alpha {self.args.dpace_alpha:g}"
+        return f"gamma {self.objective.gamma:g}"
+
     def _loss_summary(self) -> str:
-        distilled, weight = self.args.distillation, self.args.selector_loss_weight
-        parts = ["cross-entropy"]
-        if distilled:
-            parts.append(f"{distilled:g} of it replaced by distillation")
-        if self.kind.head is not None:
-            parts.append(f"and {weight:g} times the {self.kind.head}'s")
+        parts = [str(self.objective.mix)]
+        for name in FURTHER_LOSSES:
+            if name in self.kind.metrics:
+                share = f"{self.objective.head_share:g}"
+                parts.append(f"and {share} times the {name.removesuffix('_loss')}'s")
         return ", ".join(parts)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -315,7 +315,7 @@ class DFlashTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[None, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """Return no loss, the `Counts` of each row as tensors `[B, Q - 1]`, and the `LossSums` of each row, `[B]`.
+        """Return no loss, the `Counts` of each row as tensors `[B, T]`, and the `LossSums` of each row, `[B]`.
 
         All of these add up over rows. Rows are computed one by one, so the result does not depend on the batch.
         """
@@ -345,7 +345,7 @@ class DFlashTrainer(Trainer):
         by_position = {
             f"accuracy_{k}": value for k, value in enumerate(metrics.by_position, start=1)
         }
-        loss = metrics.base_loss + self.args.selector_loss_weight * metrics.selector_loss
+        loss = metrics.base_loss + self.objective.head_share * metrics.head_loss
         return {"loss": loss} | metrics.as_log(self.kind.metrics) | by_position
 
     def evaluate(

@@ -3,7 +3,7 @@
 """Train the tiny pair: a target that writes Python, trained on Python's own library, and a draft of each kind for it.
 
     python examples/tiny_pair/train.py --output-dir tiny_pair
-    python examples/tiny_pair/train.py --output-dir tiny_pair --compare 1000   # afterwards: all kinds, three seeds
+    python examples/tiny_pair/train.py --output-dir tiny_pair --compare 600   # afterwards: kinds and losses, two seeds
 
 Needs `pip install "dflash-hub[train]"`, two cores and less than an hour; nothing is downloaded. Finished stages are
 skipped, so an interrupted run resumes. The stages:
@@ -11,14 +11,14 @@ skipped, so an interrupted run resumes. The stages:
 1. tokenizer: byte-level BPE of 512 tokens, on the sources of the standard library, without the held-out files;
 2. target: Qwen3 with 6 layers of 128, on the same sources;
 3. text: the target's own greedy continuations of passages from those sources;
-4. drafts: one of each kind in `dflash_hub.kinds` (draft, draft2), trained with `DFlashTrainer` on that text;
+4. drafts: DFlash and DFlash 2 (draft, draft2), trained with `DFlashTrainer` on that text;
 5. acceptance length of each draft over the held-out prompts, one line of JSON for each.
 """
 
 import argparse
 import json
 import sysconfig
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,37 @@ PROMPTS = [
 WIDTH, PROMPT = 256, 150
 SKIPPED = {"site-packages", "test", "tests", "idlelib"}
 SHAPE = {"block_size": 8, "num_hidden_layers": 2, "target_layer_ids": [1, 2, 4], "mask_token_id": 1}
-HEAD_SHAPE = {"selector_rank": 32, "selector_top_k": 8}
+HEAD_SHAPE = {
+    "dflash2": {"selector_rank": 32, "selector_top_k": 8},
+    "dspark": {"markov_rank": 32, "enable_confidence_head": True, "block_size": 7},
+    "domino": {"emb_dim": 32, "gru_hidden_dim": 64, "block_size": 7},
+}
+"""What else a draft of a kind has. Every one drafts 7 tokens: from the anchor on, 7 positions are enough."""
+RECIPE: dict[str, Any] = {
+    "per_device_train_batch_size": 12,
+    "num_anchors": 32,
+    "max_length": WIDTH,
+    "learning_rate": 3e-3,
+    "adam_beta2": 0.98,
+    "logging_steps": 50,
+    "save_steps": 1000,
+    "save_total_limit": 1,
+    "report_to": "none",
+}
+COMPARED: dict[str, tuple[str, dict[str, Any]]] = {
+    "DFlash": ("dflash", {}),
+    "DFlash, gamma 1.6": ("dflash", {"loss_gamma": 1.6}),
+    "DFlash, D-PACE": ("dflash", {"loss_weights": "dpace"}),
+    "DFlash, .1 ce + .9 tv": ("dflash", {"loss": "ce=0.1,tv=0.9"}),
+    "DFlash, kl": ("dflash", {"loss": "kl"}),
+    "DFlash 2": ("dflash2", {}),
+    "DFlash 2, D-PACE": ("dflash2", {"loss_weights": "dpace"}),
+    "DSpark": ("dspark", {}),
+    "DSpark, D-PACE": ("dspark", {"loss_weights": "dpace"}),
+    "Domino": ("domino", {}),
+    "Domino, D-PACE": ("domino", {"loss_weights": "dpace"}),
+}
+"""What `--compare` trains: kind and options of the training, by the name in the table."""
 
 
 def main() -> None:
@@ -99,7 +129,14 @@ def arguments() -> argparse.Namespace:
         "--compare",
         type=int,
         default=0,
-        help="train each kind for this many steps with three seeds, and compare",
+        help="train kinds and losses for this many steps, and compare",
+    )
+    parser.add_argument("--compare-seeds", type=int, default=2)
+    parser.add_argument(
+        "--compare-rows", type=int, default=12, help="rows of a step in these trainings"
+    )
+    parser.add_argument(
+        "--compare-only", nargs="+", default=list(COMPARED), choices=COMPARED, metavar="NAME"
     )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
@@ -230,17 +267,18 @@ def write_text(
 
 @dataclass(frozen=True)
 class Training:
-    """Hold the settings of a draft's training: its folder, kind, steps, and the seed of its weights and anchors."""
+    """Hold the settings of a draft's training: folder, kind, steps, seed of its weights and anchors, and options."""
 
     name: str
     variant: str
     steps: int
     seed: int
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 def fresh_draft(target: Any, variant: str) -> Any:
     """Return an untrained draft of this kind."""
-    fields = SHAPE | {name: HEAD_SHAPE[name] for name in KINDS[variant].head_fields}
+    fields = SHAPE | HEAD_SHAPE.get(variant, {})
     return DFlashDraftSpec("tiny").build(target.config, variant, **fields)
 
 
@@ -251,19 +289,12 @@ def make_draft(
     folder = output_dir / training.name
     if not (folder / "model.safetensors").exists():
         set_seed(training.seed)
+        given = RECIPE | training.options
         args = DFlashTrainingArguments(
             output_dir / "runs" / training.name,
             max_steps=training.steps,
-            per_device_train_batch_size=12,
-            num_anchors=32,
-            max_length=WIDTH,
-            learning_rate=3e-3,
-            adam_beta2=0.98,
-            logging_steps=50,
-            save_steps=1000,
-            save_total_limit=1,
-            report_to="none",
             seed=training.seed,
+            **given,
         )
         draft = fresh_draft(target, training.variant)
         trainer = DFlashTrainer(draft, target, args, train_dataset=rows)
@@ -291,12 +322,15 @@ def measure(draft: Any, target: Any, tokenizer: Any, prompts: int = len(PROMPTS)
 def compare_kinds(
     options: argparse.Namespace, target: Any, tokenizer: Any, rows: list[dict[str, list[int]]]
 ) -> None:
-    """Train drafts of all kinds of the pair alike, with three seeds; print a line of JSON for each."""
-    for seed in range(3):
-        for variant in [name for name, kind in KINDS.items() if kind.demo_folder is not None]:
-            training = Training(f"compared/{variant}-{seed}", variant, options.compare, seed)
+    """Train what is compared alike, with several seeds; print a line of JSON for each."""
+    for seed in range(options.compare_seeds):
+        for name in options.compare_only:
+            variant, given = COMPARED[name]
+            folder = f"compared/{name}, {options.compare} steps, {seed}"
+            given = given | {"per_device_train_batch_size": options.compare_rows}
+            training = Training(folder, variant, options.compare, seed, given)
             draft = make_draft(options.output_dir, target, rows, training)
-            result = {"variant": variant, "seed": seed, "steps": options.compare}
+            result = {"name": name, "seed": seed, "steps": options.compare}
             print(json.dumps(result | measure(draft, target, tokenizer)), flush=True)
 
 
