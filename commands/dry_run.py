@@ -89,8 +89,8 @@ def _check_reloaded(trainer: DFlashTrainer, folder: Path) -> list[str]:
         stage(reloaded, folder / layout, layout, {})
         check_staged(reloaded, folder / layout)
     ids = prompt_of(next(iter(trainer.train_dataset))).to(trainer.target.device)
-    before = compare(draft, trainer.target, ids, max_new_tokens=32)
-    after = compare(reloaded, trainer.target, ids, max_new_tokens=32)
+    before = compare(draft, trainer.target, ids, max_new_tokens=32, proposal="chain")
+    after = compare(reloaded, trainer.target, ids, max_new_tokens=32, proposal="chain")
     if before.committed != after.committed:
         raise ValueError(
             f"Acceptance changed by saving and reloading: {after.committed} tokens per cycle instead of "

@@ -70,12 +70,13 @@ def compare(
     max_new_tokens: int,
     streamer: Any = None,
     capture: str = "auto",
+    proposal: str = "auto",
 ) -> Comparison:
     """Generate greedily from `input_ids [1, P]`, with DFlash and then with the target alone, and time both.
 
     Args:
         streamer: receives the tokens of the run with DFlash.
-        capture: how forwards run, as in `target.generate(..., custom_generate=draft.speculate, capture=...)`.
+        capture, proposal: as in `target.generate(..., custom_generate=draft.speculate, capture=...)`.
     """
     if not hasattr(draft, "speculate") or isinstance(draft, type):
         raise ValueError(f"draft is {shown(draft)}; pass a loaded draft, load_draft(...).")
@@ -86,6 +87,7 @@ def compare(
         "custom_generate": draft.speculate,
         "statistics": statistics,
         "capture": capture,
+        "proposal": proposal,
     }
     generate_kwargs["streamer"] = streamer
     dflash, dflash_seconds = _timed(

@@ -309,7 +309,9 @@ def measure(draft: Any, target: Any, tokenizer: Any, prompts: int = len(PROMPTS)
     target.generation_config.eos_token_id = None  # so that every text has 96 new tokens
     texts = [prompt["prompt"] for prompt in PROMPTS[:prompts]]
     rows = [tokenizer(text, return_tensors="pt").input_ids[:, -PROMPT:] for text in texts]
-    results = [compare(draft, target, row, max_new_tokens=96) for row in rows]
+    results = []
+    for row in rows:
+        results.append(compare(draft, target, row, max_new_tokens=96, proposal="chain"))
     total = sum(results[1:], results[0])
     lengths = sorted(round(result.acceptance_length, 2) for result in results)
     return {
