@@ -141,7 +141,6 @@ class BlockMasks:
             self.by_offset[kind] = self._by_offset(kind)
         return self.built[kind].flatten(2, 3)
 
-    @torch.inference_mode()
     def rebuild(self, slots: torch.Tensor) -> None:
         """Write all masks again where they lie, for chains at `slots [B]`, however far those have moved."""
         self.place(slots, None)

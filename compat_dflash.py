@@ -21,7 +21,6 @@ import torch
 import transformers
 from huggingface_hub.errors import LocalEntryNotFoundError
 from packaging.version import Version
-from torch.nn.modules import module as modules
 from transformers import AutoModel, masking_utils
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils import cached_file
@@ -427,27 +426,6 @@ def detours(model: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, str, Any]
         original = uncompiled(own.get("forward"))
         if original is not own.get("forward"):
             yield module, "forward", original
-
-
-def has_hooks(model: torch.nn.Module) -> bool:
-    """Tell whether code of others sees what passes through a model: hooks on one of its modules, or on all modules.
-
-    Checked with torch 2.13 and 2.14; delete when torch tells it.
-    """
-    everywhere = (
-        modules._global_forward_hooks,
-        modules._global_forward_pre_hooks,
-        _dispatch_modes(),
-    )
-    if any(everywhere):
-        return True
-    names = ("_forward_hooks", "_forward_pre_hooks", "_hf_hook")
-    return any(vars(module).get(name) for module in model.modules() for name in names)
-
-
-def _dispatch_modes() -> int:
-    """Return how many modes watch every operation, such as a recording."""
-    return torch._C._len_torch_dispatch_stack()
 
 
 def uncompiled(function: Any) -> Any:

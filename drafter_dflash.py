@@ -20,7 +20,7 @@ from transformers.cache_utils import DynamicCache
 from .attention_dflash import BlockAttention, BlockState, LayerKind, pad_to
 from .cache_dflash import SlotCache
 from .compat_dflash import device_of_inputs, dtype_of_inputs
-from .execution_dflash import BlockRunner, as_written, runs_alone
+from .execution_dflash import BlockRunner, as_written
 from .target_dflash import embed_noise
 from .trees_dflash import NUM_CANDIDATES, Tree, best_tree, tree_on_host
 
@@ -157,11 +157,7 @@ class Drafter:
         cache = SlotCache(DynamicCache(config=self.draft.config))
         numbers = [*range(self.verified_size), *range(self.size)]
         steps = torch.tensor(numbers, device=padding_mask.device)
-        with (
-            as_written(self.draft),
-            self.runner.using(mode, runs_alone(self.draft)),
-            self.attention.installed(),
-        ):
+        with as_written(self.draft), self.runner.using(mode), self.attention.installed():
             yield DraftState(cache, padding_mask, -first, noise_ids, steps)
 
     def cache_context(self, state: DraftState, features: torch.Tensor, first_slot: int) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from .compat_dflash import configs_of, detours, end_broken_recording, has_hooks, is_offloaded
+from .compat_dflash import configs_of, detours, end_broken_recording, is_offloaded
 
 logger = logging.get_logger(__name__)
 
@@ -89,17 +89,6 @@ def as_written(model: nn.Module) -> Iterator[None]:
             vars(module)[name] = value
 
 
-def runs_alone(model: nn.Module) -> bool:
-    """Tell whether a model's activations are seen by its own code only: no hooks, and weights of ordinary tensors.
-
-    Then its blocks may run in inference mode, which saves a tenth of the time of small operations.
-    """
-    ordinary = (nn.Parameter, torch.Tensor)
-    if any(type(weight) not in ordinary for weight in model.parameters()):
-        return False
-    return not has_hooks(model)
-
-
 class BlockRunner:
     """Runs a function of some state and tensors eagerly, as a CUDA graph, or compiled.
 
@@ -115,7 +104,6 @@ class BlockRunner:
             function  # until it is asked for: the compiler takes seconds to import
         )
         self.mode = "eager"
-        self.inference = False
         self.failed_modes: set[str] = set()
         self.last_key: Any = None
         self.recordings: dict[Any, Callable] = {}
@@ -127,14 +115,9 @@ class BlockRunner:
         """Keys for which compiled code was compared. A graph is compared when a decode first records it."""
 
     @contextmanager
-    def using(self, mode: str, inference: bool = False) -> Iterator[None]:
-        """Run in this mode inside the context. Graphs, which hold on to memory, are dropped at its end.
-
-        Args:
-            inference: whether eager blocks may run in inference mode, see `runs_alone`.
-        """
+    def using(self, mode: str) -> Iterator[None]:
+        """Run in this mode inside the context. Graphs, which hold on to memory, are dropped at its end."""
         self.mode = "eager" if mode in self.failed_modes else mode
-        self.inference = inference
         if self.mode == "compile" and self.compiled is self.function:
             self.compiled = torch.compile(self.function)
         try:
@@ -147,8 +130,7 @@ class BlockRunner:
     def __call__(self, state: Any, *inputs: torch.Tensor) -> Any:
         """Return what the function returns."""
         if self.mode == "eager":
-            with torch.inference_mode(self.inference or torch.is_inference_mode_enabled()):
-                return self.function(state, *inputs)
+            return self.function(state, *inputs)
         key = (self.key(state), tuple(tensor.shape for tensor in inputs))
         known = key in self.verified_keys
         if known and not inputs[0].is_cuda:

@@ -161,8 +161,6 @@ class Sampler:
         scores = logits.float()
         if not self.processors:
             return scores
-        if scores.is_inference():  # processors may write into them
-            scores = scores.clone()
         if prefixes is None:
             unread = torch.zeros(1, 1, dtype=torch.long, device=scores.device)
             return self.processors(unread, scores.flatten(0, 1)).view(scores.shape)

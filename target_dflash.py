@@ -21,7 +21,7 @@ from transformers.cache_utils import DynamicCache, LinearAttentionLayer
 from .attention_dflash import BlockAttention, BlockMasks, BlockState, LayerKind, pad_to
 from .cache_dflash import RecurrentLayers, SlotCache, Snapshot
 from .compat_dflash import cache_name, difference, loaded, parameters, without_cache
-from .execution_dflash import BlockRunner, as_written, runs_alone
+from .execution_dflash import BlockRunner, as_written
 from .sequences_dflash import Prompt
 from .taps_dflash import FeatureTaps
 
@@ -126,14 +126,11 @@ class Target:
         """
         cache = SlotCache(DynamicCache(config=self.text))
         recurrent = RecurrentLayers(cache.layers, self.layers)
-        # Recurrent states and returned outputs outlive a block.
-        outlives = bool(recurrent.states) or bool(prompt.layer_outputs)
-        inference = not outlives and runs_alone(self.model)
         with (
             as_written(self.model),
             self.taps.collecting(),
             recurrent.recording(),
-            self.runner.using(mode, inference),
+            self.runner.using(mode),
             self.attention.installed(),
         ):
             yield TargetState(
