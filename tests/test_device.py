@@ -121,7 +121,7 @@ def test_blocks_are_recorded_again_where_buffers_grew_and_compared_once(monkeypa
         return RECORD(run, device)
 
     monkeypatch.setattr(execution_dflash, "record", counted)
-    more = {"custom_generate": tiny.draft(target).speculate, "capture": "graphs"}
+    more = {"custom_generate": tiny.draft(target).speculate, "capture": "graphs", "proposal": "chain"}
     hook = target.get_decoder().layers[0].register_forward_hook(lambda module, args, output: runs.append(1))
     assert torch.equal(target.generate(**inputs, **asked, **more), expected)
     hook.remove()

@@ -466,7 +466,8 @@ def test_a_near_tie_in_bfloat16_is_called_rounding(models, tokenizer, tmp_path, 
         verified = verify(slots)
         if target.model.dtype == torch.bfloat16:
             best = verified.logits.argmax(-1, keepdim=True)
-            verified.logits.scatter_add_(-1, best, torch.full_like(best, -0.1, dtype=torch.bfloat16))
+            lower = torch.full_like(best, -0.1, dtype=torch.bfloat16)
+            verified.logits = verified.logits.scatter_add(-1, best, lower)
         return verified
 
     changed_verify(monkeypatch, rounded)
