@@ -273,18 +273,20 @@ class AdaptiveProposer(TreeProposer):
 
         This is the draft's one transfer to the host.
         """
-        active = state.active.to(tree.weights.device)[:, None]
-        depths = tree.spine_weights.shape[1]
-        weights = tree.weights * active  # [B, N]
+        weights, spine = tree.weights, tree.spine_weights
+        depths = spine.shape[1]
+        if not all(self.active):
+            active = torch.tensor(self.active, device=weights.device)[:, None]
+            weights, spine = weights * active, spine * active
         by_depth = weights.new_zeros(len(weights), depths, weights.shape[1])
         by_depth.scatter_(1, tree.depths[:, None] - 1, weights[:, None])
         sizes = [size for size in SIZES if 1 < size <= self.num_nodes]
-        columns = [(tree.spine_weights * active).sum(dim=0)]
+        columns = [spine.sum(dim=0)]
         if sizes:
             first = by_depth.sum(dim=0).cumsum(dim=-1)  # [T, N]
             columns += [first[:, size - 1] for size in sizes]
-        spine, *others = torch.stack(columns).tolist()
-        return spine, dict(zip(sizes, others, strict=True))
+        of_spine, *others = torch.stack(columns).tolist()
+        return of_spine, dict(zip(sizes, others, strict=True))
 
     # What was chosen
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .acceptance_dflash import Acceptance, Accepted
+from .acceptance_dflash import Acceptance
 from .cache_dflash import roll_back
 from .outputs_dflash import StepOutputs
 from .proposals_dflash import Proposal, Proposer, check_proposal
@@ -165,8 +165,6 @@ class DecodeState:
         """`[B]`, the slot of each row's anchor."""
         self.anchor = torch.zeros_like(self.slots)[:, None]
         """`[B, 1]`, each row's last committed token. Nothing reads it before the prefill has committed one."""
-        self.active = torch.ones_like(self.slots)
-        """`[B]`, 1, or 0 where a row is finished."""
 
     @property
     def last_slots(self) -> list[int]:
@@ -192,17 +190,13 @@ class DecodeState:
         self._check_numbers(tokens)
         return self.sequences.append_tokens(tokens)
 
-    def commit(self, accepted: Accepted) -> None:
-        """Move each row to its new anchor, its last token."""
-        steps = (accepted.drafted + 1) * self.active
-        # A row ended in this cycle: rows move by what became text only, and ended rows no more.
-        if self.sequences.row_ended:
-            steps = torch.tensor(accepted.committed, device=steps.device)
-            self.active = torch.tensor(self.sequences.active, device=steps.device).long()
-        self.slots = self.slots + steps
-        steps = steps[:, None]
-        last = accepted.tokens.gather(1, (steps - 1).clamp_min(0))
-        self.anchor = torch.where(steps > 0, last, self.anchor)
+    def commit(self) -> None:
+        """Move each row to its new anchor, its last token. What was accepted is known on the host by now."""
+        device = self.slots.device
+        self.slots = torch.tensor(self.last_slots, device=device)
+        # A text may have no room for any token.
+        last = [tokens[-1:] or [0] for tokens in self.sequences.generated]
+        self.anchor = torch.tensor(last, device=device)
 
     def _check_numbers(self, tokens: list[list[int]]) -> None:
         """Refuse the token -1, which stands for NaN logits, in a row that is not finished."""
@@ -238,7 +232,8 @@ def prefill(state: DecodeState, proposer: Proposer, first_slot: int, check_size:
     state.step_outputs.collect_prompt(output, first, last)
     logits = output.logits[:, -1:].to(state.slots.device)
     with state.user_code():
-        state.commit(state.acceptance.accept(state, Proposal(state.anchor), logits))
+        state.acceptance.accept(state, Proposal(state.anchor), logits)
+    state.commit()
     return checked
 
 
@@ -281,7 +276,7 @@ def decode(state: DecodeState, proposer: Proposer, recorder: Recorder) -> None:
             # Before `state.commit` moves the slots: the block's outputs belong to the old anchor.
             state.step_outputs.collect_layers(verified, accepted, state.slots)
             proposer.commit(verified.features, state.slots)
-            state.commit(accepted)
+            state.commit()
             with recorder.phase("rollback"):
                 roll_back(
                     target_state.recurrent, verified.snapshot, accepted.committed, proposal.size

@@ -138,7 +138,7 @@ def keep_everything(proposal, choices):
 class DrawsAgain(Sampler):
     """The draw, broken: the drafted token is judged by its probability, and replaced by a fresh draw if refused."""
 
-    def sample(self, logits, first_slots, depths=None, prefixes=None):
+    def sample(self, logits, first_slots, depths=None, prefixes=None, max_depth=None):
         scores = self.process(logits, prefixes)
         noise = torch.rand(scores.shape).log().neg().log().neg()
         second = torch.rand(scores.shape).log().neg().log().neg()
