@@ -72,13 +72,14 @@ class Result:
     """Hold the figures of one method; all but the counts are one for each run.
 
     Args:
-        token_seconds: of decoding one token, without the prefill.
+        token_seconds: of decoding, without the prefill; of a whole run, for each token.
         proposed: how many cycles verified what.
         same_text: None if no text is to be the same.
     """
 
     seconds: list[float] = field(default_factory=list)
     token_seconds: list[float] = field(default_factory=list)
+    texts: int = 0
     tokens: int = 0
     cycles: int = 0
     proposed: Counter[str] = field(default_factory=Counter)
@@ -360,10 +361,7 @@ def compared_with(name: str, names: list[str], sampled: bool) -> str | None:
 
 
 def timed(target: Any, name: str, call: dict[str, Any], clock: str, result: Result) -> torch.Tensor:
-    """Decode once, and add seconds, tokens and cycles to a result; return the text `[1, T]`.
-
-    The first token, which the prefill gives, is in no cycle.
-    """
+    """Decode once, and add seconds, tokens and cycles to a result; return the text `[1, T]`."""
     record, moments = DecodeStatistics(), [now(target.device)]
     if is_ours(name):
         call = call | {"statistics": record}
@@ -378,7 +376,8 @@ def timed(target: Any, name: str, call: dict[str, Any], clock: str, result: Resu
     prefill = record.prefill_seconds if is_ours(name) else moments[1] - moments[0]
     result.seconds.append(seconds)
     result.token_seconds.append(seconds * (1 - prefill / whole))
-    result.tokens += call["max_new_tokens"] - 1
+    result.texts += 1
+    result.tokens += call["max_new_tokens"]
     result.cycles += record.cycles if is_ours(name) else len(moments) - 2
     result.proposed.update(record.proposed)
     return text
@@ -395,7 +394,9 @@ def add(result: Result, found: Result, counts: bool) -> None:
     if not counts:
         return
     result.seconds.append(sum(found.seconds))
-    result.token_seconds.append(sum(found.token_seconds) / found.tokens)
+    # The first token of a text, which the prefill gives, is in no cycle.
+    result.token_seconds.append(sum(found.token_seconds) / (found.tokens - found.texts))
+    result.texts += found.texts
     result.tokens += found.tokens
     result.cycles += found.cycles
     result.proposed.update(found.proposed)
@@ -424,7 +425,7 @@ def figures(name: str, results: dict[str, Result]) -> dict[str, Any]:
     own = results.get(OWN)
     runs = len(result.seconds)
     return {
-        "tau": result.tokens / result.cycles,
+        "tau": (result.tokens - result.texts) / result.cycles,
         "tokens_per_second": result.tokens / runs / statistics.median(result.seconds),
         "times_plain": median_ratio(plain.seconds, result.seconds),
         "over_own": median_ratio(result.token_seconds, own.token_seconds) if own else None,

@@ -126,6 +126,8 @@ class Answerer:
     def __init__(self, pair: Loaded, tokenizer: Any, sampling: Sampling, capture: str = "auto"):
         self.pair, self.tokenizer = pair, tokenizer
         self.sampling, self.capture = sampling, capture
+        self.proposing: dict[str, Any] = {}
+        """What a cycle verifies: further keywords of `draft.speculate`."""
         self.warm = False
         self.plain_seconds: float | None = None
         """Seconds of the target alone for a token, once it was measured."""
@@ -194,6 +196,7 @@ class Answerer:
             "custom_generate": self.pair.draft.speculate,
             "statistics": statistics,
             "capture": self.capture,
+            **self.proposing,
         }
 
     def _generate(self, row: Any, max_new_tokens: int, **options: Any) -> Any:

@@ -10,7 +10,7 @@ import typer
 
 from .eval_models import Choice, Loader, against_of
 from .eval_table import show_differences, show_results, watching
-from .shared import Capture, Device, Dtype, NewTokens, console, tidy_when_terminated
+from .shared import Capture, Device, Dtype, NewTokens, Proposal, console, tidy_when_terminated
 
 if TYPE_CHECKING:
     from ..evaluation.scores import Score
@@ -72,6 +72,7 @@ def evaluate(
     dtype: Dtype = "auto",
     device: Device = None,
     capture: Capture = "auto",
+    proposal: Proposal = "chain",
     float32_check: Annotated[
         bool, typer.Option(help="Decode in float32 again what differs, if it fits.")
     ] = True,
@@ -113,6 +114,7 @@ def evaluate(
         dtype,
         device,
         capture,
+        proposal,
     )
     conditions = (temperature or [0.0], batch_size or [1], context or [])
     encoding = (chat_template, thinking_of(thinking))
@@ -121,6 +123,11 @@ def evaluate(
     if update_card:
         from ..evaluation.card import check_folders
 
+        if proposal != "chain":
+            raise ValueError(
+                f"--update-card goes with --proposal chain, and --proposal is {proposal!r}: the figures of a card are "
+                "those of the draft alone."
+            )
         check_folders(choice.drafts)
     score = score_of(eval_results, prompts, update_card)
     report = run(choice, conditions, prompts, encoding, output_dir, counts)
@@ -182,6 +189,7 @@ def run(
             device=str(models.target.device),
             attention=attention_name(models.target.config),
             capture=choice.capture,
+            proposal=choice.proposal,
             warm_up=3 if choice.capture == "compile" else 1,
             command=" ".join(["dflash-hub", *sys.argv[1:]]),
             **counts,

@@ -15,6 +15,7 @@ from .preflight import (
     check_device,
     check_draft,
     check_dtype,
+    check_proposal,
     check_target,
 )
 
@@ -46,6 +47,7 @@ class Choice:
     dtype: str
     device: str | None
     capture: str
+    proposal: str = "chain"
 
     def check(self, conditions: Sequence["Condition"]) -> None:
         """Refuse what cannot be evaluated, before anything is loaded.
@@ -60,6 +62,7 @@ class Choice:
         problems.check(check_dtype, self.dtype)
         problems.check(check_device, self.device)
         problems.check(check_capture, self.capture)
+        problems.check(check_proposal, self.proposal)
         for name, values in (("--draft", self.drafts), ("--block-size", self.block_sizes)):
             if len(set(values)) < len(values):
                 problems.add(f"{name} is given twice with the same value.")
@@ -132,7 +135,9 @@ class Loader:
         from ..evaluation.decoding import Models
 
         target = load_target(self.choice.target, dtype).to(self.device).eval()
-        models = Models(target, self.tokens, capture=self.choice.capture)
+        models = Models(
+            target, self.tokens, capture=self.choice.capture, proposal=self.choice.proposal
+        )
         for name in self._draft_names(target):
             sizes: list[int | None] = [*self.choice.block_sizes] or [None]
             for size in sizes:

@@ -57,7 +57,7 @@ def show_results(report: dict[str, Any], path: Path) -> None:
     console.print(
         f"{escape(settings['target'])}, {settings['dtype']}, {report['environment']['hardware']}; "
         f"{prompts['count']} prompts of {escape(prompts['name'])} (license: {prompts['license']}), "
-        f"up to {settings['max_new_tokens']} new tokens",
+        f"up to {settings['max_new_tokens']} new tokens; proposal: {settings['proposal']}",
         soft_wrap=True,
         highlight=False,
     )

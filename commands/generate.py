@@ -15,6 +15,7 @@ from .preflight import (
     check_device,
     check_draft,
     check_dtype,
+    check_proposal,
     check_target,
 )
 from .screen import note, notes
@@ -23,6 +24,7 @@ from .shared import (
     Device,
     Dtype,
     NewTokens,
+    Proposal,
     Target,
     complete_draft,
     fail_differing,
@@ -82,6 +84,11 @@ def generate(
     dtype: Dtype = "auto",
     device: Device = None,
     capture: Capture = "auto",
+    proposal: Proposal = "auto",
+    width: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens of a chain, a tree or a look-up to verify, at most."),
+    ] = None,
 ) -> None:
     """Answer a prompt and stream the text; the line below it says how fast, and how often the draft was right."""
     from .answers import Answerer, Sampling, encode
@@ -96,6 +103,7 @@ def generate(
     problems.check(check_dtype, dtype)
     problems.check(check_device, device)
     problems.check(check_capture, capture)
+    problems.check(check_proposal, proposal, width)
     problems.check(check_draft, draft, draft_revision)
     found = len(problems.found)
     problems.check(check_target, target)
@@ -113,6 +121,7 @@ def generate(
     pair = load_pair(model, draft, draft_revision)
     pair.draft.to(model.device).eval()
     answerer = Answerer(pair, tokenizer, sampling, capture)
+    answerer.proposing = {"proposal": proposal, "width": width}
     if chat or row is None:
         _converse(answerer, messages, text, max_new_tokens)
     else:

@@ -90,6 +90,23 @@ def check_capture(capture: str) -> None:
         raise ValueError(f"--capture is {capture!r}; it must be one of {', '.join(CAPTURE)}.")
 
 
+def check_proposal(proposal: str, width: int | None = None) -> None:
+    """Refuse what is no kind of proposals, and a width beside one that has none.
+
+    Raises:
+        ValueError: naming the flag.
+    """
+    from ..generate_dflash import PROPOSALS
+
+    if proposal not in PROPOSALS:
+        raise ValueError(f"--proposal is {proposal!r}; it must be one of {', '.join(PROPOSALS)}.")
+    if width is not None and proposal in ("auto", "plain"):
+        raise ValueError(
+            f"--width is {width}, but --proposal {proposal} has no width to set; "
+            "pass --proposal chain, tree or lookup."
+        )
+
+
 def check_target(name: str, flag: str = "--target") -> None:
     """Refuse the name of a target that does not exist, or that is a draft's.
 

@@ -54,6 +54,9 @@ Capture = Annotated[
         help="Execution mode: auto, eager, graphs (CUDA) or compile (about 30 s warm-up)."
     ),
 ]
+Proposal = Annotated[
+    str, typer.Option(help="What a cycle verifies: auto, chain, tree, lookup or plain.")
+]
 
 
 @contextmanager

@@ -39,6 +39,7 @@ class Models:
     Args:
         drafts: by name and block size.
         assistants: by name.
+        proposal: what a cycle with a draft verifies.
     """
 
     target: Any
@@ -46,6 +47,7 @@ class Models:
     drafts: dict[tuple[str, int], Any] = field(default_factory=dict)
     assistants: dict[str, Any] = field(default_factory=dict)
     capture: str = "auto"
+    proposal: str = "chain"
 
     def draft_of(self, drafting: Drafting) -> Any:
         """Return the draft or the assistant; None without one."""
@@ -224,8 +226,7 @@ def keywords(models: Models, way: Way, statistics: CycleStatistics) -> dict[str,
             "custom_generate": draft.speculate,
             "statistics": statistics,
             "capture": models.capture,
-            # Its figures are those of the draft, and not of look-ups or of pauses.
-            "proposal": "chain",
+            "proposal": models.proposal,
         }
     if way.method in (TRANSFORMERS, TRANSFORMERS_STATIC):
         return {"assistant_model": draft, "speculation_type": "dflash"}

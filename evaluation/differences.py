@@ -45,7 +45,7 @@ def unlike(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
     for part, names in {
         "settings": (
             *("target", "target_revision", "max_new_tokens", "dtype", "chat_template"),
-            *("thinking", "capture", "repeats", "seed"),
+            *("thinking", "capture", "proposal", "repeats", "seed"),
         ),
         "environment": ("hardware", "torch", "transformers", "dflash_hub", "threads"),
         "prompt_set": ("name", "sha256"),

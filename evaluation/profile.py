@@ -23,7 +23,12 @@ TOLERANCE = 0.02
 
 
 def write_profiles(folder: Path, report: dict[str, Any], records: Sequence[dict[str, Any]]) -> None:
-    """Write the profile of every way with a draft; where there are several, each into a folder of its own."""
+    """Write the profile of every way with a draft; where there are several, each into a folder of its own.
+
+    It is one of chains: of an evaluation with other proposals nothing is written.
+    """
+    if report["settings"].get("proposal", "chain") != "chain":
+        return
     drafted = [index for index, way in enumerate(report["ways"]) if way["method"] == DFLASH]
     for index in drafted:
         own = [record for record in records if record["way"] == index and not record["error"]]

@@ -67,6 +67,7 @@ class Settings:
         prompts: name or file of the prompts.
         seed: of the noise, where text is sampled.
         attention: of the target, by the name that transformers has for it.
+        proposal: what a cycle with a draft verifies; with "chain" the figures are those of the draft alone.
         limit: how many of the prompts were taken; None for all.
         repeats: how often each prompt is decoded in each way.
         warm_up: decodes in each way before the first that counts; short, unless blocks are compiled.
@@ -86,6 +87,7 @@ class Settings:
     device: str = "cpu"
     attention: str = ""
     capture: str = "auto"
+    proposal: str = "chain"
     repeats: int = 1
     warm_up: int = 1
     float32_check: bool = True
@@ -364,9 +366,10 @@ class Evaluation:
                     way: Way = way, batch: Batch = batch, is_whole: bool = is_whole
                 ) -> list[Record]:
                     job = self._job(batch)
+                    if is_whole or self.settings.proposal == "auto":  # whose costs are measured
+                        return decode(self.models, way, job)
                     short = min(job.max_new_tokens, 4 * (way.drafting.block_size or 8))
-                    shortened = replace(job, max_new_tokens=short)
-                    return decode(self.models, way, job if is_whole else shortened)
+                    return decode(self.models, way, replace(job, max_new_tokens=short))
 
                 attempted(run, 1)
 

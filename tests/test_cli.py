@@ -136,10 +136,21 @@ def test_the_answer_alone_is_on_stdout_and_only_our_notes_are_on_stderr(tmp_path
     assert [line for line in rest if not line.startswith("Note: The draft does not help")] == []
 
 
-def test_generate_compares_with_the_target_alone():
-    done = run("generate", "def main(", *PAIR, "--max-new-tokens", "12", "--compare")
+@pytest.mark.parametrize(
+    ("words", "least", "most"),
+    [
+        (["--proposal", "plain"], 1, 1),
+        (["--proposal", "chain", "--width", "1"], 1.5, 2),
+        (["--proposal", "tree", "--width", "30"], 3, 8),
+    ],
+)
+def test_generate_compares_with_the_target_alone_and_verifies_what_is_asked_for(words, least, most):
+    """The draft's whole chain would give 2.75 tokens a cycle."""
+    prompt = "# Copyright 2001 by the authors\n#\n# Licensed"
+    done = run("generate", prompt, *PAIR, "--max-new-tokens", "12", "--compare", *words)
     assert "times the target alone (measured)" in done.stderr
     assert "The two texts are identical." in done.stderr
+    assert least <= float(re.search(r"([\d.]+) tokens a cycle", done.stderr)[1]) <= most
 
 
 def test_sampled_answers_follow_the_seed_and_end_at_a_text(monkeypatch):
@@ -237,6 +248,8 @@ OUTPUT = ["--output-dir", "out"]
         (["generate", "hi", *PAIR, "--dtype", "int8"], ["--dtype is 'int8'"]),
         (["generate", "hi", *PAIR, "--device", "cuda:7"], ["--device is 'cuda:7', which cannot be used here"]),
         (["generate", "hi", *PAIR, "--capture", "fast"], ["--capture is 'fast'; it must be one of auto, "]),
+        (["generate", "hi", *PAIR, "--proposal", "trees"], ["--proposal is 'trees'; it must be one of auto, chain"]),
+        (["generate", "hi", *PAIR, "--width", "3"], ["--width is 3, but --proposal auto has no width to set"]),
         (["generate", "hi", *PAIR, "--file", "x.txt"], ["The prompt is given twice"]),
         (["generate", "--file", "no.txt", *PAIR], ["cannot be read from no.txt: No such file"]),
         (["generate", "hi", *PAIR, "--system", "be kind"], ["has no chat template, which --system would use"]),

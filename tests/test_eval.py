@@ -786,6 +786,7 @@ def test_the_command_shows_results_and_goes_on_and_compares(tmp_path, wide, monk
     report = read_report(tmp_path / "a")
     assert report["complete"]
     assert report["settings"]["chat_template"] is False
+    assert report["settings"]["proposal"] == "chain"
     assert report["ways"][1] | {"bytes_per_step": 0} == {
         "name": str(TINY / "draft"),
         "method": "dflash",
@@ -933,6 +934,17 @@ def test_a_draft_of_the_hub_is_recorded_with_its_commit(hub, repo_id, tmp_path):
     assert not list(tmp_path.glob("**/speculation_profile.json"))
 
 
+def test_other_proposals_than_chains_are_recorded_and_have_no_profile(tmp_path):
+    words = (*PAIR, "--limit", "1", "--output-dir", str(tmp_path), "--proposal", "plain")
+    assert "up to 8 new tokens; proposal: plain" in run(*words).stdout.replace("\n", " ")
+    report = read_report(tmp_path)
+    assert report["settings"]["proposal"] == "plain"
+    assert report["records"][1]["committed"] == [1] * 7
+    assert not list(tmp_path.glob("**/speculation_profile.json"))
+    with pytest.raises(ValueError, match="proposal is 'chain' now and was 'plain'"):
+        run(*words[:-2])
+
+
 def test_sigterm_leaves_a_partial_report(tmp_path, monkeypatch):
     @contextmanager
     def watching():
@@ -960,6 +972,8 @@ def test_sigterm_leaves_a_partial_report(tmp_path, monkeypatch):
         (["--against", "transformers", "--batch-size", "2"], "one row at a time"),
         (["--draft", str(TINY / "draft")], "--draft is given twice"),
         (["--capture", "fast"], "--capture is 'fast'"),
+        (["--proposal", "trees"], "--proposal is 'trees'; it must be one of auto, chain, tree, lookup, plain"),
+        (["--proposal", "auto", "--update-card"], "--update-card goes with --proposal chain"),
         (["--dtype", "float99"], "--dtype is 'float99'"),
     ],
 )
