@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import TextStreamer
 
+from ..adaptive_dflash import MEASURED_FROM
 from ..evaluation import positions_left, without_penalties
 from ..generation_dflash import DecodeStatistics, now
 from .loading import Loaded
@@ -132,15 +133,22 @@ class Answerer:
         self.plain_seconds: float | None = None
         """Seconds of the target alone for a token, once it was measured."""
 
-    def warm_up(self, row: Any) -> None:
-        """Decode a short text after the end of `row [1, P]`, once, where blocks are captured or compiled first."""
-        needless = self.pair.target.device.type == "cpu" and self.capture != "compile"
-        if needless or self.warm:
+    def warm_up(self, row: Any, max_new_tokens: int) -> None:
+        """Decode a short text after the end of `row [1, P]`, once, where something is prepared in the first one.
+
+        Blocks are captured or compiled; and costs are measured, which "auto" would do in a text of `max_new_tokens`.
+        """
+        captures = self.pair.target.device.type != "cpu" or self.capture == "compile"
+        measures = self.proposing.get("proposal") == "auto" and max_new_tokens >= MEASURED_FROM
+        if self.warm or not (captures or measures):
             return
         self.warm = True
-        size = 2 * self.pair.draft.config.block_size
+        size = 2 * self.pair.draft.config.block_size if captures else 2
+        options = self._with_draft(DecodeStatistics())
+        if measures:
+            options["proposal"] = "tree"  # which has them measured in a text of any length
         for _ in range(3 if self.capture == "compile" else 1):
-            self._generate(row[:, -_CONTEXT:], size, **self._with_draft(DecodeStatistics()))
+            self._generate(row[:, -_CONTEXT:], size, **options)
 
     def answer(self, row: Any, max_new_tokens: int) -> Answer:
         """Decode after `row [1, P]` and write the text as it comes; Ctrl-C ends it."""

@@ -199,7 +199,7 @@ def _once(answerer: "Answerer", row: Any, text: str, max_new_tokens: int, compar
     max_new_tokens = fitting(answerer.pair.target, row, max_new_tokens)
     if compare:
         warm_up(answerer.pair.draft, answerer.pair.target, row, answerer.capture)
-    answerer.warm_up(row)
+    answerer.warm_up(row, max_new_tokens)
     answer = answerer.answer(row, max_new_tokens)
     if answer.stopped:
         note(f"Stopped after {len(answer.tokens)} tokens.")
@@ -285,7 +285,7 @@ def _turn(
     try:
         row = encode(answerer.tokenizer, turn, True).to(answerer.pair.target.device)
         room = fitting(answerer.pair.target, row, max_new_tokens)
-        answerer.warm_up(row)
+        answerer.warm_up(row, room)
         answer = answerer.answer(row, room)
         history = [*turn, {"role": "assistant", "content": answer.text}]
         if answer.stopped:

@@ -153,6 +153,20 @@ def test_generate_compares_with_the_target_alone_and_verifies_what_is_asked_for(
     assert least <= float(re.search(r"([\d.]+) tokens a cycle", done.stderr)[1]) <= most
 
 
+@pytest.mark.parametrize(
+    ("proposal", "tokens", "measured"), [("auto", 128, True), ("auto", 127, False), ("chain", 128, False)]
+)
+def test_costs_of_a_long_answer_are_measured_before_it_is_timed(proposal, tokens, measured):
+    target = tiny.target("qwen3")
+    draft = tiny.draft(target)
+    experiences = draft.speculate.experiences
+    experiences.clear()
+    answerer = answers.Answerer(Loaded(target, draft, ()), None, answers.Sampling())
+    answerer.proposing = {"proposal": proposal}
+    answerer.warm_up(tiny.prompt(9), tokens)
+    assert bool(experiences.get(target)) == measured
+
+
 def test_sampled_answers_follow_the_seed_and_end_at_a_text(monkeypatch):
     words = ["--quiet", "generate", "-", *PAIR, "--temperature", "1.2", "--top-k", "40", "--top-p", "0.9"]
     words += ["--max-new-tokens", "24"]
