@@ -154,7 +154,8 @@ def test_generate_compares_with_the_target_alone_and_verifies_what_is_asked_for(
 
 
 @pytest.mark.parametrize(
-    ("proposal", "tokens", "measured"), [("auto", 128, True), ("auto", 127, False), ("chain", 128, False)]
+    ("proposal", "tokens", "measured"),
+    [("auto", MEASURED_FROM, True), ("auto", MEASURED_FROM - 1, False), ("chain", MEASURED_FROM, False)],
 )
 def test_costs_of_a_long_answer_are_measured_before_it_is_timed(proposal, tokens, measured):
     target = tiny.target("qwen3")
