@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 import tiny
 import tiny_checkpoints
 from dflash_hub import cli, evaluation
+from dflash_hub.adaptive_dflash import MEASURED_FROM
 from dflash_hub.catalogue import rows
 from dflash_hub.commands import answers
 from dflash_hub.commands.drafts import _Line, show
