@@ -26,6 +26,7 @@ import statistics
 import sys
 import time
 from collections import Counter
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from itertools import product
 from typing import Any
@@ -363,15 +364,15 @@ def compared_with(name: str, names: list[str], sampled: bool) -> str | None:
 def timed(target: Any, name: str, call: dict[str, Any], clock: str, result: Result) -> torch.Tensor:
     """Decode once, and add seconds, tokens and cycles to a result; return the text `[1, T]`."""
     record, moments = DecodeStatistics(), [now(target.device)]
-    if is_ours(name):
-        call = call | {"statistics": record}
-    hook = target.register_forward_hook(lambda *_: moments.append(now(target.device)))
-    started = read_clock(clock, target)
-    try:
+    with ExitStack() as stack:
+        if is_ours(name):
+            call = call | {"statistics": record}
+        else:  # a hook would keep ours from inference mode
+            hook = target.register_forward_hook(lambda *_: moments.append(now(target.device)))
+            stack.callback(hook.remove)
+        started = read_clock(clock, target)
         text = target.generate(**call)
-    finally:
-        hook.remove()
-    seconds = read_clock(clock, target) - started
+        seconds = read_clock(clock, target) - started
     whole = now(target.device) - moments[0]
     prefill = record.prefill_seconds if is_ours(name) else moments[1] - moments[0]
     result.seconds.append(seconds)
