@@ -20,6 +20,7 @@ are of one run. Costs are measured before; nothing is read from the cache folder
 """
 
 import argparse
+import copy
 import json
 import os
 import statistics
@@ -303,10 +304,12 @@ def measure(
     if options.methods:
         chosen = {name: chosen[name] for name in chosen if name in ("plain", *options.methods)}
     results = {name: Result() for name in chosen}
+    # Transformers' own loop leaves hooks on its target.
+    targets = dict.fromkeys(chosen, target) | {OWN: copy.deepcopy(target)}
     for run in range(-1, options.runs):
         round_of = {name: Result() for name in chosen}
         for inputs in prompts:
-            texts = decode_all(target, chosen, inputs | sampling(case), options.clock, round_of)
+            texts = decode_all(targets, chosen, inputs | sampling(case), options.clock, round_of)
             compare(texts, round_of, case.temperature > 0)
         print(f"{case}: run {run} done", file=sys.stderr, flush=True)
         for name, found in round_of.items():
@@ -322,7 +325,7 @@ def sampling(case: Case) -> dict[str, Any]:
 
 
 def decode_all(
-    target: Any,
+    targets: dict[str, Any],
     chosen: dict[str, dict[str, Any]],
     inputs: dict[str, Any],
     clock: str,
@@ -335,7 +338,7 @@ def decode_all(
     texts = {}
     for name in [*names[first:], *names[:first]]:
         torch.manual_seed(first)
-        texts[name] = timed(target, name, inputs | chosen[name], clock, results[name])
+        texts[name] = timed(targets[name], name, inputs | chosen[name], clock, results[name])
     return texts
 
 
