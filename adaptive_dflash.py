@@ -131,7 +131,8 @@ class AdaptiveProposer(TreeProposer):
 
     def propose(self, state: Any) -> Proposal:
         self._learn(state)
-        self.matches = self.lookup.find(state, SIZES[-1])
+        if "lookup" in self.kinds:
+            self.matches = self.lookup.find(state, SIZES[-1])
         estimates = self._without_draft(state)
         best = max(estimates, key=rate_of)
         if self._drafts(best):
@@ -168,7 +169,7 @@ class AdaptiveProposer(TreeProposer):
         new_tokens = []
         for length, tokens in zip(self.lengths, state.sequences.generated, strict=True):
             new_tokens.append(tokens[length:])
-        for match, new in zip(self.matches, new_tokens, strict=True):
+        for match, new in zip(self.matches, new_tokens, strict=bool(self.matches)):
             if match is not None and new:
                 right = common(match.tokens, new)
                 experience.odds_of(match).add(right, right + (right < len(new)))

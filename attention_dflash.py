@@ -427,6 +427,6 @@ class BlockState:
         return masks
 
     def advance(self, num_slots: int) -> None:
-        """Note that rows are about to move on by this many slots at most."""
+        """Note that rows move on by this many slots at most."""
         for masks in self.masks.values():
             masks.behind += num_slots

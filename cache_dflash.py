@@ -142,6 +142,9 @@ class HybridSlotLayer(LinearAttentionLayer, SlotLayer):
 
 def write_flat(states: torch.Tensor, flat_slots: torch.Tensor, new: torch.Tensor) -> None:
     """Write `new [B, H, N, D]` into `states [B, S, H, D]` at `flat_slots [B * N]`."""
+    if len(states) == 1:  # half the time of the general way
+        states.index_copy_(1, flat_slots.to(states.device), new.transpose(1, 2))
+        return
     flat = states.flatten(0, 1)
     values = new.transpose(1, 2).flatten(0, 1)
     flat.index_copy_(0, flat_slots.to(states.device), values)

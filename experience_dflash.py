@@ -15,11 +15,17 @@ from .lookup_dflash import Match
 MEMORY = 0.95
 """The weight that a cycle keeps with every cycle after it."""
 
-SHORT_MEMORY = 0.7
+SHORT_MEMORY = 0.85
 """The same, for whether drafting pays."""
 
+EVIDENCE = 4.0
+"""Weight of the cycles with the draft after which it may be paused."""
+
+UNTRIED = {"tree": 1.1, "branch": 1.1}
+"""By kind, how much longer cycles are held to take than others before one was tried; other kinds a little less."""
+
 DOUBT = 2.0
-"""Accepted tokens, as many as expected, with which every count begins: few cycles prove little."""
+"""Accepted tokens, as many as expected, with which every count begins: few cycles prove little. They are forgotten."""
 
 FIRST_PAUSE, LONGEST_PAUSE = 4, 256
 """Cycles without the draft, once it does not pay: so many at first, then twice as many each time, up to this."""
@@ -85,8 +91,8 @@ class Odds:
     def add(self, accepted: list[int], expected: list[float]) -> None:
         """Add a cycle: for each depth, in how many rows a token was accepted, and in how many it was expected."""
         missing = len(expected) - len(self.expected)
-        self.accepted += [0.0] * missing
-        self.expected += [0.0] * missing
+        self.accepted += [DOUBT] * missing
+        self.expected += [DOUBT] * missing
         for depth, (reached, mass) in enumerate(zip(accepted, expected, strict=True)):
             self.accepted[depth] = MEMORY * self.accepted[depth] + reached
             self.expected[depth] = MEMORY * self.expected[depth] + mass
@@ -95,7 +101,7 @@ class Odds:
         """Return how many drafted tokens to expect where the draft expects `masses`."""
         total = sum(masses[len(self.expected) :])
         for mass, accepted, expected in zip(masses, self.accepted, self.expected, strict=False):
-            total += mass * (accepted + DOUBT) / (expected + DOUBT)
+            total += mass * accepted / expected
         return total
 
 
@@ -110,9 +116,7 @@ class Experience:
     costs: CostTable
     drift: Average = field(default_factory=lambda: Average(1.0))
     """How much longer cycles take now than verifying took then."""
-    overheads: dict[tuple[str, int], Average] = field(
-        default_factory=lambda: defaultdict(lambda: Average(1.0))
-    )
+    overheads: dict[tuple[str, int], Average] = field(default_factory=dict)
     """By kind and size, how much longer such cycles take than others."""
     draft_seconds: Average = field(default_factory=lambda: Average(0.0))
     draft_rate: Average = field(default_factory=lambda: Average(0.0, SHORT_MEMORY))
@@ -127,15 +131,22 @@ class Experience:
 
     def cycle_seconds(self, kind: str, size: int) -> float:
         """Return what a cycle costs that verifies `size` positions after the anchor, without the draft."""
-        return self.costs.seconds(1 + size) * self.drift.mean * self.overheads[kind, size].mean
+        overhead = self._overhead(kind, size).mean
+        return self.costs.seconds(1 + size) * self.drift.mean * overhead
 
     def add_cycle(self, kind: str, size: int, seconds: float) -> None:
         """Learn what a cycle cost without the draft."""
         ratio = seconds / self.costs.seconds(1 + size)
         ratio = min(max(ratio, 0.2), 5.0)  # the process may have slept
-        own = self.overheads[kind, size]
+        own = self._overhead(kind, size)
         self.drift.add(ratio / own.mean)
         own.add(ratio / self.drift.mean)
+
+    def _overhead(self, kind: str, size: int) -> Average:
+        key = (kind, size)
+        if key not in self.overheads:
+            self.overheads[key] = Average(UNTRIED.get(kind, 0.95))
+        return self.overheads[key]
 
     def add_accepted(self, kind: str, masses: list[float], accepted: list[int]) -> None:
         """Learn how many drafted tokens each row accepted, where the draft expected `masses`."""
@@ -159,10 +170,8 @@ class Experience:
     def add_draft_rate(self, rate: float, plain_rate: float) -> None:
         """Learn the rate of a cycle with the draft, and pause drafting where it does not pay."""
         self.draft_rate.add(rate)
-        is_first = self.next_pause == FIRST_PAUSE
         if self.draft_rate.mean >= plain_rate:
             self.next_pause = FIRST_PAUSE
-        elif not is_first or self.draft_rate.weight > 2:
+        elif self.draft_rate.weight > EVIDENCE:
             self.pause = self.next_pause
             self.next_pause = min(2 * self.next_pause, LONGEST_PAUSE)
-            self.draft_rate.total = self.draft_rate.weight = 0.0

@@ -147,7 +147,15 @@ class SpeculativeGenerate:
     def proposer_factory(
         self, model: Any, mode: str, proposal: str, width: int | None
     ) -> ProposerFactory:
-        """Return what makes the proposer that was asked for."""
+        """Return what makes the proposer that was asked for.
+
+        Raises:
+            ValueError: it needs a draft, and there is none.
+        """
+        if self.draft is None and proposal in ("chain", "tree"):
+            raise ValueError(
+                f"proposal is {proposal!r}, which a draft makes; without one, it must be auto, lookup or plain."
+            )
         if proposal == "plain":
             return lambda own: PlainProposer()
         if proposal == "lookup" or self.draft is None:

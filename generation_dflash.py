@@ -277,6 +277,7 @@ def decode(state: DecodeState, proposer: Proposer, recorder: Recorder) -> None:
             state.step_outputs.collect_layers(verified, accepted, state.slots)
             proposer.commit(verified.features, state.slots)
             state.commit()
+            target_state.advance(max(accepted.committed))
             with recorder.phase("rollback"):
                 roll_back(
                     target_state.recurrent, verified.snapshot, accepted.committed, proposal.size

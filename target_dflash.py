@@ -25,6 +25,9 @@ from .execution_dflash import BlockRunner, as_written
 from .sequences_dflash import Prompt
 from .taps_dflash import FeatureTaps
 
+LEAST_REACH = 32
+"""Slots by which rows may move between two blocks of one size, at least, before their masks are written anew."""
+
 LAYER_OUTPUTS = ("hidden_states", "attentions")
 """What a forward returns for every layer, if asked for with the keyword `output_<name>`."""
 
@@ -225,13 +228,13 @@ class Target:
             raise ValueError(
                 f"{self.name} keeps recurrent state, which branches of a tree cannot share."
             )
-        masks = state.masks_for(slots, tokens.shape[1], self.attention)
+        size = tokens.shape[1]
+        masks = state.masks_for(slots, size, self.attention, reach=max(size, LEAST_REACH))
         snapshot = state.recurrent.snapshot()
         with self.attention.under(masks):
             tree = () if ancestors is None else (ancestors,)
             logits, *rest = self.runner(state, tokens, slots, *tree)
         state.recurrent.record_inputs(snapshot, self.name)
-        state.advance(tokens.shape[1])
         return Verified(logits.to(slots.device), *rest, snapshot=snapshot)
 
     def move_path(

@@ -362,13 +362,13 @@ TARGET = ["--target", str(TINY / "target")]
     [
         (["generate", "x", "--target", ""], "--target is ''"),
         (["generate", "x", "--target", "/no/such"], "There is no folder /no/such"),
-        (["generate", "x", "--target", str(TINY / "draft")], "could not be loaded"),
+        (["generate", "x", "--target", str(TINY / "draft")], "which is a draft"),
         (["generate", "x", *TARGET, "--draft", ""], "''"),
         (["generate", "x", *TARGET, *DRAFT, "--dtype", "foo"], "--dtype is 'foo'"),
         (["generate", "x", *TARGET, *DRAFT, "--dtype", "nn"], "--dtype is 'nn'"),
         (["generate", "x", *TARGET, *DRAFT, "--device", "foo"], "--device is 'foo'"),
         (["generate", "x", *TARGET, *DRAFT, "--capture", "foo"], "--capture is 'foo'"),
-        (["generate", "", *TARGET, *DRAFT], r"shape \(1, 0\)"),
+        (["generate", "", *TARGET, *DRAFT], "--prompt is empty"),
         (["demo", "--variant", "foo"], "--variant is 'foo'"),
         (["drafts", "--target", "foo"], "No draft is known for foo"),
         (["resolve", ""], "target is ''; pass a Hub id or a folder"),
@@ -380,7 +380,7 @@ TARGET = ["--target", str(TINY / "target")]
         (["train", "--target", "/no/such", "--data", "x"], "There is no folder /no/such"),
         (["train", *TARGET, "--data", "x", "--loss", "5"], "--loss is '5'"),
         (["train", *TARGET, "--data", "x", "--dpace-alpha", "0"], "--dpace-alpha is 0"),
-        (["train", *TARGET, "--data", "x", "--mask-token-id", "1"], "--target-layer-ids"),
+        (["train", *TARGET, "--data", "x", "--mask-token-id", "1"], "x could not be read"),
     ],
 )
 def test_a_bad_value_at_the_shell_is_one_line_in_flags(hub, words, message, monkeypatch, capsys, tmp_path):
