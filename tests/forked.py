@@ -10,6 +10,7 @@ import json
 import os
 import select
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -43,7 +44,9 @@ class ForkServer:
         self.address = os.path.join(self.folder, "0")
         self.servers = 0
         command = [sys.executable, "-I", __file__, self.address, *modules]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, env=os.environ | (env or {}))
+        environment = os.environ | (env or {})
+        # A group of its own, to be ended together.
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, process_group=0)
         self.lifeline = self.process.stdin
 
     def fork(self, modules: tuple[str, ...], **env: str) -> "ForkServer":
@@ -68,7 +71,11 @@ class ForkServer:
     def stop(self) -> None:
         """End this server and all that were forked from it."""
         self.lifeline.close()
-        self.process.wait()
+        try:
+            self.process.wait(timeout=10)
+        except subprocess.TimeoutExpired:  # a process forked from this one still holds the lifeline
+            os.killpg(self.process.pid, signal.SIGTERM)
+            self.process.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
