@@ -51,7 +51,8 @@ class AutoProposer:
         experiences: by the number of rows and the mode in which blocks run; it is added to.
         mode: "eager" or "graphs".
         kinds: to choose from.
-        measured_from: new tokens from which on a text is long enough to measure costs that nobody knows.
+        measured_from: new tokens from which on a text is long enough to measure costs that nobody knows; by default
+            `MEASURED_FROM`.
     """
 
     def __init__(
@@ -60,11 +61,12 @@ class AutoProposer:
         experiences: dict[Any, Experience],
         mode: str,
         kinds: tuple[str, ...] = CHOICES,
-        measured_from: int = MEASURED_FROM,
+        measured_from: int | None = None,
     ):
         self.chain, self.experiences = chain, experiences
         self.mode = mode
-        self.kinds, self.measured_from = kinds, measured_from
+        self.kinds = kinds
+        self.measured_from = MEASURED_FROM if measured_from is None else measured_from
         self.proposer: Proposer = chain
         self.has_begun = False
 
@@ -281,7 +283,9 @@ class AdaptiveProposer(TreeProposer):
             weights, spine = weights * active, spine * active
         by_depth = weights.new_zeros(len(weights), depths, weights.shape[1])
         by_depth.scatter_(1, tree.depths[:, None] - 1, weights[:, None])
-        sizes = [size for size in SIZES if 1 < size <= self.num_nodes]
+        # A short block of few candidates has fewer paths.
+        num_nodes = min(self.num_nodes, weights.shape[1])
+        sizes = [size for size in SIZES if 1 < size <= num_nodes]
         columns = [spine.sum(dim=0)]
         if sizes:
             first = by_depth.sum(dim=0).cumsum(dim=-1)  # [T, N]

@@ -46,7 +46,7 @@ class ForkServer:
         command = [sys.executable, "-I", __file__, self.address, *modules]
         environment = os.environ | (env or {})
         # A group of its own, to be ended together.
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, process_group=0)
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, start_new_session=True)
         self.lifeline = self.process.stdin
 
     def fork(self, modules: tuple[str, ...], **env: str) -> "ForkServer":

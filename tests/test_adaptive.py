@@ -61,6 +61,14 @@ def test_text_is_the_targets_own_whatever_is_chosen_in_every_cycle(family):
     assert len(chosen) > 1, chosen
 
 
+@pytest.mark.parametrize("fields", [{"block_size": 2}, {"block_size": 2} | tiny.DOMINO, {"block_size": 16}], ids=str)
+def test_blocks_of_any_size_have_trees_to_choose_from(fields):
+    target = tiny.target("qwen3")
+    draft = tiny.draft(target, **fields)
+    knowing(draft, target, FLAT, rows=2)
+    decoded(target, draft, tiny.batch(9, pads=(0, 4)), 40)
+
+
 def test_where_every_position_costs_much_nothing_is_proposed():
     target = tiny.target("qwen3")
     draft = tiny.draft(target)

@@ -497,7 +497,7 @@ REFUSED = {
         {"use_cache": False, "output_hidden_states": True, "return_dict_in_generate": True},
         "hidden states or attentions without a cache",
     ),
-    "tokens of the prompt proposed": ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens: the draft proposes"),
+    "tokens of the prompt proposed": ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens: it chooses"),
     "another model as the assistant": (
         lambda target: {"assistant_model": tiny.target("llama", seed=3)},
         "assistant_model: the draft proposes",
