@@ -15,17 +15,24 @@ from typing import Any
 
 import torch
 
-from .costs_dflash import CostTable, cost_table, known_costs
+from .costs_dflash import BLOCK_SIZES, CostTable, cost_table, known_costs
 from .experience_dflash import Estimate, Experience
 from .lookup_dflash import Lookup, Match, chain_of
-from .proposals_dflash import ChainProposer, Proposal, Proposer, TreeProposer, tree_proposal
+from .proposals_dflash import (
+    ChainProposer,
+    Proposal,
+    Proposer,
+    TreeProposer,
+    rooted,
+    tree_proposal,
+)
 from .trees_dflash import Tree
 
 CHOICES = ("plain", "chain", "tree", "lookup", "branch")
 """What a cycle may verify; a branch is a look-up beside a tree."""
 
-SIZES = (1, 3, 7, 15, 31, 63, 127)
-"""Positions after the anchor to choose from: with it, powers of 2."""
+SIZES = tuple(size - 1 for size in BLOCK_SIZES[1:])
+"""Positions after the anchor to choose from: with it, the sizes whose costs are measured."""
 
 WIDEST = 3.0
 """Trees that cost more than so many steps of plain decoding are not built."""
@@ -259,11 +266,11 @@ class AdaptiveProposer(TreeProposer):
 
     def _beside(self, masses: list[float], size: int) -> list[float]:
         """Return in how many rows a tree or a look-up of `size` beside it is right, if they err independently."""
-        rows = sum(self.active)
+        rows, chances = sum(self.active), self._match_chances()
         found = []
         for depth in range(size):
             tree = masses[depth] / rows if depth < len(masses) else 0.0
-            copied = sum(chance ** (depth + 1) for chance in self._match_chances()) / rows
+            copied = sum(chance ** (depth + 1) for chance in chances) / rows
             found.append(rows * (tree + copied - tree * copied))
         return found
 
@@ -306,15 +313,13 @@ class AdaptiveProposer(TreeProposer):
 
     def _branch(self, state: Any, tree: Tree, size: int) -> Proposal:
         """Return the first `size` nodes of a tree, and as many tokens and one more of a look-up beside them."""
-        found = tree_proposal(state.anchor, tree, size)
+        tokens, parents = rooted(state.anchor, tree, size)
         copied = chain_of(self.matches, state, 2 + size).tokens[:, 1:]  # [B, size + 1]
         # Each of its tokens follows the one before it, and the first one the root.
         before = torch.arange(size, 2 * size + 1, device=copied.device)
         before = before.masked_fill(before == size, 0)
-        root = torch.full_like(state.anchor, -1)
-        tree_parents = tree.parents[:, :size].to(copied.device)
-        parents = torch.cat([root, tree_parents, before.expand_as(copied)], dim=1)
-        tokens = torch.cat([found.tokens, copied], dim=1)
+        parents = torch.cat([parents, before.expand_as(copied)], dim=1)
+        tokens = torch.cat([tokens, copied], dim=1)
         return Proposal(tokens, parents, max_depth=max(self.drafter.num_drafted, 1 + size))
 
 

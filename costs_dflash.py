@@ -27,7 +27,7 @@ from .cache_dflash import roll_back
 
 logger = logging.get_logger(__name__)
 
-SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
+BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 """Positions of the blocks that are measured."""
 
 REPEATS = 3
@@ -68,17 +68,16 @@ def cost_table(state: Any, mode: str) -> CostTable:
     Args:
         mode: how blocks run, "eager", "graphs" or "compile".
     """
-    file = _folder() / f"{_key(state, mode)}.json"
-    table = _read(file)
+    table = known_costs(state, mode)
     if table is None:
         table = measure_costs(state)
-        _write(file, table)
+        _write(_file(state, mode), table)
     return table
 
 
 def known_costs(state: Any, mode: str) -> CostTable | None:
     """Return the costs from the cache folder; None if they were never measured."""
-    return _read(_folder() / f"{_key(state, mode)}.json")
+    return _read(_file(state, mode))
 
 
 @torch.no_grad()
@@ -86,7 +85,7 @@ def measure_costs(state: Any) -> CostTable:
     """Measure blocks of growing size after the prompt of a `DecodeState`. What they write is overwritten later."""
     best: dict[int, float] = {}
     started = time.perf_counter()
-    for size in SIZES:
+    for size in BLOCK_SIZES:
         best[size] = _seconds(state, size)
         if len(best) >= 3 and time.perf_counter() - started > TIME_LIMIT:
             break
@@ -127,8 +126,8 @@ def _key(state: Any, mode: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def _folder() -> Path:
-    return Path(constants.HF_HOME) / "dflash_hub" / "costs"
+def _file(state: Any, mode: str) -> Path:
+    return Path(constants.HF_HOME) / "dflash_hub" / "costs" / f"{_key(state, mode)}.json"
 
 
 def _read(file: Path) -> CostTable | None:

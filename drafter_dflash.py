@@ -57,7 +57,7 @@ class DraftOutput(NamedTuple):
         logits `[B, T, V]`: on the device of the target's tokens.
         states `[B, T, H]`: hidden states, on the draft's device.
         tokens `[B, T]`: what it proposes by its logits alone.
-        confidence `[B, T]`: as in `Choice`, on the draft's device.
+        confidence `[B, T]`: as in `Choice`, on the draft's device; None beside a tree.
         tree: the tree of likely texts by its logits alone, on the draft's device; None where none was asked for.
     """
 
@@ -300,11 +300,11 @@ class Drafter:
         if logits.shape[-1] > self.num_embedded:
             logits = logits.index_fill(-1, self._beyond(logits), -torch.inf)
         walk = Walk(anchor.to(slots.device), self._embed)
-        choice = self.draft.select_tokens(logits.to(slots.device), states, walk)
-        tree = None
+        scores = logits.to(slots.device)
         if state.num_nodes:
-            tree = self._tree(logits.to(slots.device), states, walk, state.num_nodes)
-        return DraftOutput(logits, states, choice.tokens, choice.confidence, tree)
+            tree = self._tree(scores, states, walk, state.num_nodes)
+            return DraftOutput(logits, states, tree.spine_tokens, tree=tree)
+        return DraftOutput(logits, states, *self.draft.select_tokens(scores, states, walk))
 
     def _tree(self, scores: torch.Tensor, states: torch.Tensor, walk: Walk, num_nodes: int) -> Tree:
         num_candidates = min(NUM_CANDIDATES, num_nodes)

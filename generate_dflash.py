@@ -80,6 +80,7 @@ from .target_dflash import (
 
 DRAFT_SAMPLING = ("greedy", "coupled")
 PROPOSALS = ("auto", "chain", "tree", "lookup", "plain")
+WITHOUT_WIDTH = ("auto", "plain")
 STATISTICS = (
     "add_cycle",
     *("prefill_seconds", "draft_seconds", "verify_seconds", "rest_seconds", "rollback_seconds"),
@@ -480,7 +481,7 @@ def _check_proposal(proposal: Any, width: Any, proposer: Any) -> None:
         return
     if not isinstance(width, int) or isinstance(width, bool) or width < 1:
         raise ValueError(f"width is {shown(width)}; it must be a number of tokens, 1 or more.")
-    if proposal in ("auto", "plain"):
+    if proposal in WITHOUT_WIDTH:
         raise ValueError(
             f"width is {width}, but proposal={proposal!r} has no width to set; "
             "pass proposal='chain', 'tree' or 'lookup'."

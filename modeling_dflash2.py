@@ -191,7 +191,9 @@ class DFlash2DraftModel(DFlashDraftModel):
     ) -> Candidates:
         """Return the selector's candidates, whose number the config gives, with the chances of their pairs."""
         tokens, totals = self.candidate_selector.pairs(scores, states, walk)
-        return Candidates(tokens, paired(scores, totals), self.candidate_selector.path(totals))
+        return Candidates(
+            tokens, paired(scores, tokens, totals), self.candidate_selector.path(totals)
+        )
 
 
 Qwen3DFlash2DraftModel = DFlash2DraftModel

@@ -236,7 +236,7 @@ class DSparkDraftModel(DFlashDraftModel):
         biases = mixed @ embedding(drafted, head.markov_w2.weight).mT  # [B, N, K, K]
         unary = known.gather(-1, drafted).float()[:, :, None]
         totals = unary + walk.pair_scale * biases.float()
-        return Candidates(tokens, paired(known, totals), torch.zeros_like(chain))
+        return Candidates(tokens, paired(known, drafted, totals), torch.zeros_like(chain))
 
     def _known(self, head: MarkovHead, scores: torch.Tensor) -> torch.Tensor:
         """Return those of `scores [B, N, V]` that are of the draft's tokens, in their order: `[B, N, D]`."""

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
-from .drafter_dflash import Choice, Drafter, DraftState
+from .drafter_dflash import Choice, Drafter, DraftOutput, DraftState
 from .sampling_dflash import Sampler
 from .trees_dflash import Tree
 
@@ -227,10 +227,14 @@ class ChainProposer:
     def append_context(self, features: torch.Tensor, first_slot: int) -> None:
         self.drafter.cache_context(self.draft_state, features, first_slot)
 
+    def draft(self, state: Any) -> DraftOutput:
+        """Run the draft's block after each row's anchor."""
+        num_slots = max(state.last_slots) + self.drafter.size
+        return self.drafter.draft_block(self.draft_state, state.anchor, state.slots, num_slots)
+
     def propose(self, state: Any) -> Proposal:
         """Return the anchor and the draft's tokens after it."""
-        num_slots = max(state.last_slots) + self.drafter.size
-        output = self.drafter.draft_block(self.draft_state, state.anchor, state.slots, num_slots)
+        output = self.draft(state)
         choice = Choice(output.tokens, output.confidence)
         if self.sampler.coupled:
             scores, pair_scale = self.sampler.draft_scores(output.logits, state.next_slots)
@@ -248,11 +252,17 @@ class ChainProposer:
 
 def tree_proposal(anchor: torch.Tensor, tree: Tree, size: int) -> Proposal:
     """Return `anchor [B, 1]` and the first `size` nodes of a tree after it."""
+    tokens, parents = rooted(anchor, tree, size)
+    return Proposal(tokens, parents, max_depth=tree.spine_tokens.shape[1])
+
+
+def rooted(anchor: torch.Tensor, tree: Tree, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the tokens and parents `[B, 1 + size]` of `anchor [B, 1]` and the first `size` nodes of a tree."""
     device = anchor.device
     root = torch.full_like(anchor, -1)
     tokens = torch.cat([anchor, tree.tokens[:, :size].to(device)], dim=1)
     parents = torch.cat([root, tree.parents[:, :size].to(device)], dim=1)
-    return Proposal(tokens, parents, max_depth=tree.spine_tokens.shape[1])
+    return tokens, parents
 
 
 class TreeProposer(ChainProposer):
@@ -280,8 +290,7 @@ class TreeProposer(ChainProposer):
 
     def grow(self, state: Any) -> Tree:
         """Return the tree after each row's anchor."""
-        num_slots = max(state.last_slots) + self.drafter.size
-        output = self.drafter.draft_block(self.draft_state, state.anchor, state.slots, num_slots)
+        output = self.draft(state)
         if output.tree is not None:
             return output.tree
         scores, pair_scale = self.sampler.draft_scores(output.logits, state.next_slots)

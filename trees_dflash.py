@@ -41,6 +41,16 @@ class Candidates(NamedTuple):
     log_probs: torch.Tensor
     spine: torch.Tensor
 
+    @property
+    def spine_tokens(self) -> torch.Tensor:
+        """The chain, `[B, T]`."""
+        return self.tokens.gather(-1, self.spine[..., None])[..., 0]
+
+    @property
+    def usable(self) -> torch.Tensor:
+        """The logarithms without NaN, which counts as no chance, and none above 0."""
+        return self.log_probs.nan_to_num(nan=-torch.inf).clamp_max(0)
+
 
 class Tree(NamedTuple):
     """The nodes of a tree, without its root. The first n of them are a tree too, the best of that size.
@@ -74,17 +84,18 @@ def likeliest(scores: torch.Tensor, num_candidates: int) -> Candidates:
     return Candidates(top.indices, log_probs[:, :, None], top.indices.new_zeros(scores.shape[:2]))
 
 
-def paired(scores: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
+def paired(scores: torch.Tensor, tokens: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
     """Return the logarithms `[B, T, K, K]` of the chance of each candidate after each one before it.
 
     What is not among the candidates has the chance that `scores` alone give it.
 
     Args:
-        scores `[B, T, V]`: of single tokens. The K candidates have the best of them.
+        scores `[B, T, V]`: of single tokens.
+        tokens `[B, T, K]`: the candidates.
         pairs `[B, T, K, K]`: the scores of the candidates, the last K, after each candidate before.
     """
     scores = scores.float()
-    best = scores.topk(pairs.shape[-1]).values.logsumexp(dim=-1)
+    best = scores.gather(-1, tokens).logsumexp(dim=-1)
     whole = scores.logsumexp(dim=-1)
     others = whole + torch.log1p(-(best - whole).exp().clamp_max(1))  # [B, T]
     total = pairs.logsumexp(dim=-1).logaddexp(others[..., None])
@@ -119,7 +130,7 @@ def best_tree(candidates: Candidates, num_nodes: int) -> Tree:
         place.gather(1, before * (layout.depths[nodes] > 1)),
         layout.depths[nodes],
         weights.gather(1, nodes),
-        candidates.tokens.gather(-1, candidates.spine[..., None])[..., 0],
+        candidates.spine_tokens,
         weights[:, layout.firsts],
     )
 
@@ -228,7 +239,7 @@ def tree_on_host(candidates: Candidates, num_nodes: int) -> Tree:
 
     For eager blocks on a CPU, where each of the many small operations of `best_tree` takes as long as a node here.
     """
-    log_probs = candidates.log_probs.nan_to_num(nan=-torch.inf).clamp_max(0)
+    log_probs = candidates.usable
     nodes: list[list[tuple[int, int, int]]] = []
     weights: list[list[float]] = []
     alongs: list[list[float]] = []
@@ -246,7 +257,7 @@ def tree_on_host(candidates: Candidates, num_nodes: int) -> Tree:
         found[..., 0],
         depths,
         torch.tensor(weights).exp(),
-        candidates.tokens.gather(-1, candidates.spine[..., None])[..., 0],
+        candidates.spine_tokens,
         torch.tensor(alongs).exp(),
     )
 
@@ -316,7 +327,7 @@ class _Level(NamedTuple):
 
 def _levels(candidates: Candidates, num_nodes: int) -> list[_Level]:
     """Return the heaviest paths of every length, `num_nodes` at most, the spine first."""
-    log_probs = candidates.log_probs.nan_to_num(nan=-torch.inf).clamp_max(0)
+    log_probs = candidates.usable
     level = _Level(log_probs.new_zeros(len(log_probs), 1), candidates.spine[:, :1])
     levels = []
     for depth, following in enumerate(log_probs.unbind(dim=1)):  # [B, A, K]

@@ -85,12 +85,14 @@ def _tokenizer(name: str) -> tuple[Any, str]:
         found = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, ImportError, LookupError, TypeError) as error:
         return None, " ".join(str(error).split())
-    if not found.get_vocab().keys() - found.get_added_vocab().keys():
-        return (
-            None,
-            f"{name} has no vocabulary",
-        )  # transformers makes an empty one of a config alone
+    if is_empty(found):
+        return None, f"{name} has no vocabulary"
     return found, ""
+
+
+def is_empty(tokenizer: Any) -> bool:
+    """Tell whether a tokenizer has no vocabulary of its own: transformers makes such a one of a config alone."""
+    return not tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys()
 
 
 def pair_remarks(files: DraftFiles, config: Any, target: Target) -> Iterator[Remark]:

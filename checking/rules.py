@@ -12,7 +12,8 @@ from typing import Any
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from ..findings_dflash import Finding
-from ..layouts_dflash import SLIDING, shown
+from ..kinds import KINDS
+from ..layouts_dflash import BASE, SLIDING, shown
 from .remarks import listed
 from .stored import StoredDraft
 
@@ -173,7 +174,6 @@ OF_HEADS = {
     "mask": ("mask_embedding",),
 }
 """Head, or trained mask token -> parts of the names of its tensors that engines know."""
-_TITLES = {"dflash2": "DFlash 2", "dspark": "DSpark", "domino": "Domino"}
 
 
 def strict(*heads: str, shipped: tuple[str, ...] = ()) -> Check:
@@ -201,8 +201,8 @@ def strict(*heads: str, shipped: tuple[str, ...] = ()) -> Check:
 
 def _without(draft: StoredDraft, heads: tuple[str, ...]) -> str:
     """Return what to do about tensors that a reader of these heads does not know."""
-    if draft.head in _TITLES and draft.head not in heads:
-        return f"This engine does not run {_TITLES[draft.head]}"
+    if draft.head in KINDS and draft.head not in (BASE, *heads):
+        return f"This engine does not run {KINDS[draft.head].title}"
     if draft.is_reduced:
         return NOT_HERE
     return "Leave them out if the draft does not need them"

@@ -74,6 +74,7 @@ def load_tokenizer(target: str, trust_remote_code: bool = False) -> Any:
     """
     from transformers import AutoTokenizer
 
+    from ..checking.pairs import is_empty
     from ..findings_dflash import LOADING, check_path, explained
 
     check_path("--target", target)
@@ -88,8 +89,7 @@ def load_tokenizer(target: str, trust_remote_code: bool = False) -> Any:
             raise
         check_target(target)  # a draft has none, and is the likelier mistake
         raise ValueError(lacks) from error
-    # transformers makes an empty one of a config alone
-    if not tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys():
+    if is_empty(tokenizer):
         raise ValueError(lacks)
     return tokenizer
 

@@ -96,11 +96,11 @@ def check_proposal(proposal: str, width: int | None = None) -> None:
     Raises:
         ValueError: naming the flag.
     """
-    from ..generate_dflash import PROPOSALS
+    from ..generate_dflash import PROPOSALS, WITHOUT_WIDTH
 
     if proposal not in PROPOSALS:
         raise ValueError(f"--proposal is {proposal!r}; it must be one of {', '.join(PROPOSALS)}.")
-    if width is not None and proposal in ("auto", "plain"):
+    if width is not None and proposal in WITHOUT_WIDTH:
         raise ValueError(
             f"--width is {width}, but --proposal {proposal} has no width to set; "
             "pass --proposal chain, tree or lookup."

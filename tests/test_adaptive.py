@@ -9,7 +9,7 @@ from huggingface_hub import constants
 
 import tiny
 from dflash_hub import DecodeStatistics
-from dflash_hub.costs_dflash import SIZES, CostTable
+from dflash_hub.costs_dflash import BLOCK_SIZES, CostTable
 from dflash_hub.experience_dflash import FIRST_PAUSE, LONGEST_PAUSE, Average, Experience, Odds
 from dflash_hub.lookup_dflash import Match
 from dflash_hub.proposals_dflash import Proposal
@@ -177,7 +177,7 @@ def test_costs_are_measured_once_and_kept_for_other_processes(tmp_path, monkeypa
     decoded(target, draft, inputs, 130)
     (file,) = tmp_path.rglob("*.json")
     table = json.loads(file.read_text())
-    assert table["sizes"] == list(SIZES[: len(table["sizes"])])
+    assert table["sizes"] == list(BLOCK_SIZES[: len(table["sizes"])])
     assert table["seconds"] == sorted(table["seconds"])
     stamp = file.stat().st_mtime_ns
     another = tiny.draft(target)

@@ -114,10 +114,10 @@ def test_certain_tokens_impossible_tokens_and_broken_scores_still_make_a_tree(bu
 def test_pairs_share_the_chance_that_the_single_tokens_give_to_the_candidates():
     torch.manual_seed(0)
     scores = torch.randn(1, 2, 9)
-    top = scores.topk(4).values
-    same = top[:, :, None].expand(-1, -1, 4, -1)
+    top = scores.topk(4)
+    same = top.values[:, :, None].expand(-1, -1, 4, -1)
     expected = scores.log_softmax(dim=-1).topk(4).values
-    assert torch.allclose(paired(scores, same), expected[:, :, None].expand_as(same), atol=1e-5)
+    assert torch.allclose(paired(scores, top.indices, same), expected[:, :, None].expand_as(same), atol=1e-5)
 
 
 def inputs_of(draft, target, rows=3):

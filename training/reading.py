@@ -126,15 +126,15 @@ def _rows_of(stream: TextIO, name: str) -> Iterator[dict[str, str]]:
             yield from _rows_of_list(line + stream.read(), number, name)
         elif line.strip():
             place = f"{name}, line {number}"
-            _parsed(line, place)
+            _check_line(line, place)
             yield {TEXT_OF_ROW: line, PLACE_OF_ROW: place}
 
 
-def _parsed(text: str, place: str) -> Any:
-    """Return the object that a line holds.
+def _check_line(text: str, place: str) -> None:
+    """Refuse a line that does not hold an object.
 
     Raises:
-        BadRow: it holds none.
+        BadRow: with its place.
     """
     try:
         row = json.loads(text)
@@ -142,11 +142,19 @@ def _parsed(text: str, place: str) -> Any:
         raise BadRow(
             f"{place} is not JSON: {error}. A file must hold one JSON object in each line, or a list of objects."
         ) from error
+    _check_object(row, place)
+
+
+def _check_object(row: Any, place: str) -> None:
+    """Refuse a row that is not an object.
+
+    Raises:
+        BadRow: with its place.
+    """
     if not isinstance(row, dict):
         raise BadRow(
             f"{place} is {_short(row)}, but must be a JSON object, such as {{'text': ...}}."
         )
-    return row
 
 
 def _rows_of_list(text: str, first_line: int, name: str) -> Iterator[dict[str, str]]:
@@ -158,7 +166,7 @@ def _rows_of_list(text: str, first_line: int, name: str) -> Iterator[dict[str, s
         raise BadRow(f"{name}, line {line} is not JSON: {error.msg}.") from error
     for number, row in enumerate(rows):
         place = f"{name}, row {number}"
-        _parsed(json.dumps(row), place)
+        _check_object(row, place)
         yield {TEXT_OF_ROW: json.dumps(row), PLACE_OF_ROW: place}
 
 
