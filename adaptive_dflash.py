@@ -41,7 +41,13 @@ MEASURED_FROM = 64
 """New tokens from which on a text is long enough to measure costs that nobody knows, unless a tree is asked for."""
 
 RECORDING_SECONDS = 0.15
-"""What a size of blocks costs that is new to a decode, where blocks are recorded."""
+"""What a size of blocks costs that is new to a decode, where blocks are recorded as CUDA graphs."""
+
+RECORDING_BLOCKS = 4
+"""The same in blocks, where operations are recorded."""
+
+NOT_REPLAYED = 3
+"""How many of the first blocks of a size run eagerly at most, where blocks are recorded: to record, and to compare."""
 
 UNKNOWN_LENGTH = 1024
 """Tokens that are expected of a text without a limit."""
@@ -104,7 +110,10 @@ class AutoProposer:
         if key not in self.experiences:
             limit = state.sequences.stop_conditions.max_length
             is_long = limit - state.sequences.prompt.shape[1] >= self.measured_from
-            costs = cost_table(state, self.mode) if is_long else known_costs(state, self.mode)
+            if is_long:
+                costs = cost_table(state, self.mode)
+            else:  # what a long text has recorded has the same proportions
+                costs = known_costs(state, self.mode) or known_costs(state, "graphs")
             if costs is None:
                 return None
             self.experiences[key] = Experience(costs)
@@ -135,6 +144,8 @@ class AdaptiveProposer(TreeProposer):
         self.started = 0.0
         self.uses: Counter[int] = Counter()
         """How often this decode has verified each size."""
+        self.num_drafts = 0
+        self.is_on_cuda = chain.draft_state.noise_ids.is_cuda
         self.active: list[bool] = []
         self.tokens_left = 1
 
@@ -171,8 +182,7 @@ class AdaptiveProposer(TreeProposer):
         chosen, experience = self.chosen, self.experience
         if chosen is None:
             return
-        recordings = 0 if self.mode == "eager" else 2
-        if self.uses[chosen.size] > recordings:
+        if self._is_usual(self.uses[chosen.size]):
             elapsed = time.perf_counter() - self.started
             experience.add_cycle(chosen.kind, chosen.size, elapsed)
         new_tokens = []
@@ -202,9 +212,13 @@ class AdaptiveProposer(TreeProposer):
         tokens = min(rows + drafted, rows * self.tokens_left)
         seconds = self.experience.cycle_seconds(kind, size) + more
         if self.mode != "eager" and not self.uses[size]:
-            # A cycle commits about three tokens.
-            seconds += 3 * RECORDING_SECONDS / self.tokens_left
+            recording = RECORDING_SECONDS if self.is_on_cuda else RECORDING_BLOCKS * seconds
+            seconds += 3 * recording / self.tokens_left  # a cycle commits about three tokens
         return Estimate(kind, size, masses, tokens, seconds)
+
+    def _is_usual(self, uses: int) -> bool:
+        """Tell whether the last of so many blocks of a size took the time that the next ones will take."""
+        return self.mode == "eager" or uses > NOT_REPLAYED
 
     def _without_draft(self, state: Any) -> list[Estimate]:
         """Return the estimates of a plain step, which comes first, and of look-ups."""
@@ -240,7 +254,9 @@ class AdaptiveProposer(TreeProposer):
         tree = self.grow(state)
         spine, by_size = self._masses(tree, state)
         experience = self.experience
-        experience.draft_seconds.add(time.perf_counter() - started)
+        self.num_drafts += 1
+        if self._is_usual(self.num_drafts) or not experience.draft_seconds.weight:
+            experience.draft_seconds.add(time.perf_counter() - started)
         seconds = experience.draft_seconds.mean
         found = []
         if "chain" in self.kinds:

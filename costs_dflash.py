@@ -30,8 +30,8 @@ logger = logging.get_logger(__name__)
 BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 """Positions of the blocks that are measured."""
 
-REPEATS = 3
-"""How often each size is measured again, in turns. The fastest counts: the first may record a block."""
+REPEATS = 4
+"""How often each size is measured again, in turns. The fastest counts: the first ones may record a block."""
 
 TIME_LIMIT = 3.0
 """Seconds after which no larger block is measured, once there are three sizes. Repeats end after twice as long."""

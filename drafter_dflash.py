@@ -169,7 +169,8 @@ class Drafter:
     def add_pending(self, state: DraftState, features: torch.Tensor, slots: torch.Tensor) -> None:
         """Let context features `[B, N, F]` from `slots [B]` on reach the draft before or with its next block."""
         state.advance(features.shape[1])
-        features = self._to_draft(features)
+        # A copy: a recorded block of the target writes to the same features again.
+        features = features.to(self.device, self.dtype, copy=True)
         state.pending.append(PendingContext(features, slots.to(self.device)))
 
     def flush_pending(self, state: DraftState) -> None:

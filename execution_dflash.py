@@ -1,6 +1,6 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""How a block runs: eager, as a CUDA graph, or compiled, to avoid the launch cost of every single operation.
+"""How a block runs: eager, recorded, or compiled, to avoid what starting every single operation costs.
 
 This file travels with every pushed draft. A block has the same shapes in every cycle, on buffers that stay in
 place. So it can be captured once and replayed. A capture is compared with the eager block before it is used.
@@ -11,14 +11,15 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.utils import logging
 
-from .compat_dflash import configs_of, detours, end_broken_recording, is_offloaded
+from .compat_dflash import configs_of, detours, is_offloaded
+from .recording_dflash import record
 
 logger = logging.get_logger(__name__)
 
@@ -26,11 +27,18 @@ CAPTURE = ("auto", "eager", "graphs", "compile", "off")
 """What a caller may ask for; "off" is the older name of "eager"."""
 
 
-def resolve_mode(capture: str, model: Any, recurrent: bool) -> str:
-    """Return how blocks run: "auto" is CUDA graphs for dense targets on a GPU, and eager elsewhere.
+WORTH_RECORDING = 64
+"""New tokens from which on a text on a CPU repays the recording of its blocks."""
+
+
+def resolve_mode(capture: str, model: Any, recurrent: bool, new_tokens: int) -> str:
+    """Return how blocks run: "auto" records those of dense targets on a GPU and on a CPU, and is eager elsewhere.
 
     A recurrent target's block changes its state, so it cannot be run twice to compare a capture with it. The weights
     of an offloaded target are not in place between forwards.
+
+    Args:
+        new_tokens: that a row may get at most.
     """
     asks = capture in ("graphs", "compile")
     offloaded = is_offloaded(model)
@@ -43,10 +51,22 @@ def resolve_mode(capture: str, model: Any, recurrent: bool) -> str:
         return "eager"
     if asks:
         return capture
-    dense = not any("expert" in name for name, _ in model.named_modules())
-    if capture == "auto" and model.device.type == "cuda" and dense:
-        return "graphs"
-    return "eager"
+    is_recorded = capture == "auto" and _is_dense(model) and _repays(model, new_tokens)
+    return "graphs" if is_recorded else "eager"
+
+
+def _is_dense(model: Any) -> bool:
+    return not any("expert" in name for name, _ in model.named_modules())
+
+
+def _repays(model: Any, new_tokens: int) -> bool:
+    """Tell whether recording is faster on the target's device, and leaves out nothing that the user wants to run."""
+    if model.device.type == "cuda":
+        return True
+    if model.device.type != "cpu" or new_tokens < WORTH_RECORDING:
+        return False
+    # A hook of the user's may do something else in every forward.
+    return not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 _LOCKS: dict[int, "threading.RLock"] = {}
@@ -113,6 +133,8 @@ class BlockRunner:
         self.shapes_recorded: set[Any] = set()
         self.verified_keys: set[Any] = set()
         """Keys for which compiled code was compared. A graph is compared when a decode first records it."""
+        self.to_confirm: set[Any] = set()
+        """Keys of recorded operations, which are compared a second time: with the next block, whose values differ."""
 
     @contextmanager
     def using(self, mode: str) -> Iterator[None]:
@@ -124,7 +146,7 @@ class BlockRunner:
             yield
         finally:
             self.last_key = None
-            for found in (self.recordings, self.shapes_seen, self.shapes_recorded):
+            for found in (self.recordings, self.shapes_seen, self.shapes_recorded, self.to_confirm):
                 found.clear()
 
     def __call__(self, state: Any, *inputs: torch.Tensor) -> Any:
@@ -135,6 +157,8 @@ class BlockRunner:
         known = key in self.verified_keys
         if known and not inputs[0].is_cuda:
             return self._run_compiled(key, state, *inputs)
+        if key in self.to_confirm:
+            return self._confirm(key, state, *inputs)
         if key in self.recordings:
             return self.recordings[key](*inputs)  # the state is part of the recording
         buffers, shapes = key
@@ -161,6 +185,20 @@ class BlockRunner:
         """Record, compare with the eager function, and return what that one gave."""
         expected = self.function(state, *inputs)
         self._record(key, state, inputs, lambda result: _close(result, expected))
+        if key in self.recordings and self.mode == "graphs" and not inputs[0].is_cuda:
+            self.to_confirm.add(key)
+        return expected
+
+    def _confirm(self, key: Any, state: Any, *inputs: torch.Tensor) -> Any:
+        """Compare recorded operations with the eager function, and return what that one gave.
+
+        A number that was read out of a tensor, unseen, stays in the recording. Other inputs show it.
+        """
+        self.to_confirm.remove(key)
+        result = self.recordings[key](*inputs)
+        expected = self.function(state, *inputs)
+        if not _close(result, expected, 1e-3):
+            self._run_eagerly("it gave other numbers for the next block")
         return expected
 
     def _capture_again(self, key: Any, state: Any, *inputs: torch.Tensor) -> Any:
@@ -212,7 +250,7 @@ class BlockRunner:
 
 
 class Graph:
-    """A CUDA graph of a function, on inputs and outputs that stay where they are."""
+    """A recording of a function, on inputs and outputs that stay where they are."""
 
     def __init__(self, function: Callable, inputs: tuple[torch.Tensor, ...]):
         self.inputs = [tensor.clone() for tensor in inputs]
@@ -224,37 +262,6 @@ class Graph:
             static.copy_(current)
         self.replay()
         return self.outputs
-
-
-_RECORDING = threading.Lock()
-"""One thread records at a time: CUDA has one state of recording for all."""
-
-
-def record(run: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
-    """Record `run`, which works on this device.
-
-    Returns:
-        What repeats it, and what it returned; each repetition writes those tensors again.
-    """
-    if device.type != "cuda":
-        raise RuntimeError("CUDA graphs need a CUDA device")
-    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
-    stream, mode = _stream(device), "thread_local"  # other threads may go on, such as a streamer's
-    with _RECORDING, torch.cuda.stream(torch.cuda.current_stream(device)):
-        try:
-            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode=mode):
-                outputs = run()
-        except BaseException:
-            if torch.cuda.current_stream(device) == stream:  # it could not even be ended
-                end_broken_recording(device, pool)
-            raise
-    return graph.replay, outputs
-
-
-@lru_cache
-def _stream(device: torch.device) -> Any:
-    """Return the stream of this device for recordings; one for all, since libraries hold memory for each stream."""
-    return torch.cuda.Stream(device)
 
 
 def _spoil(outputs: Any) -> None:
@@ -280,10 +287,11 @@ def _is_written(result: Any) -> bool:
     return bool((result >= 0).all())
 
 
-def _close(result: Any, expected: Any) -> bool:
+def _close(result: Any, expected: Any, tolerance: float = 0.05) -> bool:
     """Tell whether two results agree as far as another order of additions allows."""
     if isinstance(expected, tuple):
-        return all(_close(*both) for both in zip(result, expected, strict=True))
+        pairs = zip(result, expected, strict=True)
+        return all(_close(one, other, tolerance) for one, other in pairs)
     if expected is None:
         return result is None
     if not expected.numel():  # features of a target without taps
@@ -296,4 +304,4 @@ def _close(result: Any, expected: Any) -> bool:
         return False
     result, expected = result.where(finite, 0), expected.where(finite, 0)
     scale = expected.float().abs().amax().clamp_min(1e-6)
-    return bool(((result.float() - expected.float()).abs().amax() / scale) < 0.05)
+    return bool(((result.float() - expected.float()).abs().amax() / scale) < tolerance)

@@ -111,8 +111,9 @@ class SpeculativeGenerate:
     width: how many tokens of a chain, a tree or a look-up are verified, at most.
     draft_sampling: how the draft chooses tokens when text is sampled. "coupled": with the same noise as the target.
         "greedy": always the likeliest, which are accepted less often.
-    capture: how blocks run. "auto" is CUDA graphs for dense targets on a GPU and eager elsewhere; "graphs" and
-        "compile" (torch.compile, with a warm-up of about 30 s) ask for one; "eager" is neither.
+    capture: how blocks run. "auto" records those of dense targets on a GPU, and on a CPU where the text is long enough;
+        elsewhere it is eager. "graphs" and "compile" (torch.compile, with a warm-up of about 30 s) ask for one; "eager"
+        is neither.
     strict: refuse a target whose family the tests do not decode. Otherwise its self-check decides.
     proposer: a function that is called with the draft's `ChainProposer` and returns the `Proposer` to decode with.
     """
@@ -221,7 +222,8 @@ class SpeculativeGenerate:
         acceptance, stop_conditions = choose_acceptance(
             sampler, stopping_criteria, input_ids, pad_token_id, names
         )
-        mode = resolve_mode(capture, model, is_recurrent(model))
+        new_tokens = generation_config.max_length - input_ids.shape[1]
+        mode = resolve_mode(capture, model, is_recurrent(model), new_tokens)
         request = DecodeRequest(
             prompt,
             Sequences(input_ids, stop_conditions, pad_token_id, streamer),
@@ -578,7 +580,7 @@ def spec_generate(
         ),
         BlockAcceptance(Sampler(warpers, PositionNoise() if sampled else None)),
         StepOutputs((), len(input_ids), []),
-        resolve_mode("auto", target, is_recurrent(target)),
+        resolve_mode("auto", target, is_recurrent(target), max_new_tokens),
     )
     with torch.no_grad():
         self.speculate.session(target).decode(request)

@@ -41,7 +41,7 @@ from dflash_hub.adaptive_dflash import CHOICES, AutoProposer
 from dflash_hub.costs_dflash import CostTable, measure_costs
 from dflash_hub.evaluation.prompts import load_prompts
 from dflash_hub.evaluation.run import environment
-from dflash_hub.execution_dflash import resolve_mode
+from dflash_hub.execution_dflash import WORTH_RECORDING, resolve_mode
 from dflash_hub.experience_dflash import Experience
 from dflash_hub.generate_dflash import LookupGenerate, SpeculativeGenerate
 from dflash_hub.generation_dflash import DecodeState, now
@@ -233,7 +233,7 @@ class Measuring(ChainProposer):
 def measured_costs(target: Any, draft: Any, inputs: dict[str, Any]) -> CostTable:
     """Return what blocks of each size cost after a prompt, measured now."""
     found: list[CostTable] = []
-    asked = inputs | {"max_new_tokens": 16, "do_sample": False}
+    asked = inputs | {"max_new_tokens": WORTH_RECORDING, "do_sample": False}
     more = {"proposer": lambda chain: Measuring(chain, found)}
     target.generate(**asked, custom_generate=draft.speculate, **more)
     return found[0]
@@ -259,7 +259,7 @@ def methods(target: Any, draft: Any, costs: CostTable, sampled: bool) -> dict[st
     if not is_recurrent(target):
         found[OWN] = {"assistant_model": draft, "speculation_type": "dflash"}
     found["look-ups without a draft"] = {"custom_generate": LookupGenerate()}
-    mode = resolve_mode("auto", target, is_recurrent(target))
+    mode = resolve_mode("auto", target, is_recurrent(target), WORTH_RECORDING)
     # What was learnt stays with the function.
     for name, more in ours(sampled).items():
         found[name] = {"custom_generate": SpeculativeGenerate(draft)} | more

@@ -23,7 +23,7 @@ STEEP = [1e-6, 1.0]
 def knowing(draft, target, seconds, rows=1):
     """Let a draft know what blocks cost, and return its experience."""
     experience = Experience(CostTable([1, 128], list(seconds)))
-    draft.speculate.experiences[target] = {(rows, "eager"): experience}
+    draft.speculate.experiences[target] = {(rows, mode): experience for mode in ("eager", "graphs")}
     return experience
 
 
@@ -141,8 +141,9 @@ class Wandering:
         self.chain.commit(features, slots)
 
 
+@pytest.mark.parametrize("capture", ["eager", "graphs"])
 @pytest.mark.parametrize("layers", ["full", "sliding"])
-def test_a_draft_that_was_not_asked_for_a_while_still_sees_its_whole_context(layers):
+def test_a_draft_that_was_not_asked_for_a_while_still_sees_its_whole_context(layers, capture):
     target = tiny.target("qwen3")
     window = {"layer_types": ["sliding_attention"] * 2, "sliding_window": 9, "is_causal": True}
     draft = tiny.draft(target, **(window if layers == "sliding" else {}))
@@ -162,7 +163,7 @@ def test_a_draft_that_was_not_asked_for_a_while_still_sees_its_whole_context(lay
                 assert torch.allclose(output.logits[row], expected, atol=1e-4)
                 compared.append(slot)
 
-    more = {"proposer": lambda chain: Wandering(chain, text, compare)}
+    more = {"proposer": lambda chain: Wandering(chain, text, compare), "capture": capture}
     found = target.generate(**inputs, max_new_tokens=90, do_sample=False, custom_generate=draft.speculate, **more)
     assert torch.equal(found, text)
     assert len(set(compared)) > 8

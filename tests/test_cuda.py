@@ -1,6 +1,6 @@
 """What a GPU alone can show: `DFLASH_TEST_DEVICE=cuda python -m pytest tests/test_cuda.py`.
 
-With `DFLASH_TEST_DEVICE=cpu` the same tests run on a CPU, with the stand-in for CUDA graphs.
+With `DFLASH_TEST_DEVICE=cpu` the same tests run on a CPU, whose recordings are lists of operations.
 """
 
 import itertools
@@ -17,7 +17,6 @@ from dflash_hub import DecodeStatistics, execution_dflash
 from dflash_hub.costs_dflash import CostTable
 from dflash_hub.experience_dflash import Experience
 from dflash_hub.target_dflash import is_recurrent
-from recording import record
 
 if "DFLASH_TEST_DEVICE" not in os.environ:  # as a mark, it would be asked of 328 tests one by one
     pytest.skip("asked for by DFLASH_TEST_DEVICE", allow_module_level=True)
@@ -37,7 +36,7 @@ PADS = ((0,), (0, 9, 3))
 @pytest.fixture(autouse=True)
 def recorded(monkeypatch):
     """The recordings of this test."""
-    made, honest = [], execution_dflash.record if ON_GPU else record
+    made, honest = [], execution_dflash.record
 
     def counted(run, device):
         result = honest(run, device)
@@ -62,7 +61,8 @@ def test_text_is_plain_greedy_text(family, kind, capture, recorded):
         ours |= {"statistics": statistics, "proposer": tiny.partly_right(expected)}
         assert torch.equal(target.generate(**inputs, **GREEDY, **ours), expected)
         assert {1, 1 + draft.config.num_drafted} <= set(statistics.committed)
-    if execution_dflash.resolve_mode(capture, target, is_recurrent(target)) == "graphs" and family in DENSE:
+    mode = execution_dflash.resolve_mode(capture, target, is_recurrent(target), GREEDY["max_new_tokens"])
+    if mode == "graphs" and family in DENSE:
         assert len(recorded) >= 4
 
 
@@ -248,7 +248,7 @@ def test_a_cycle_waits_for_the_device_once(family, capture, sampled):
 def test_trees_look_ups_and_what_is_chosen_give_plain_text(family, kind, capture):
     target = tiny.target(family)
     draft = tiny.draft(target, **KINDS[kind])
-    mode = execution_dflash.resolve_mode(capture, target, is_recurrent(target))
+    mode = execution_dflash.resolve_mode(capture, target, is_recurrent(target), GREEDY["max_new_tokens"])
     for pads in PADS:
         inputs = tiny.batch(24, pads)
         inputs["input_ids"][:, 16:] = inputs["input_ids"][:, 8:16]

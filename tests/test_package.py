@@ -58,7 +58,8 @@ def test_the_travelling_files_are_these():
     names = (
         "acceptance_ adaptive_ attention_ cache_ calls_ compat_ configuration_ costs_ custom_generate_ drafter_ "
         "execution_ experience_ families_ findings_ generate_ generation_ layouts_ lookup_ modeling_ outputs_ "
-        "past_key_values_ proposals_ repository_ sampling_ selfcheck_ sequences_ support_ taps_ target_ trees_ weights_"
+        "past_key_values_ proposals_ recording_ repository_ sampling_ selfcheck_ sequences_ support_ taps_ target_ "
+        "trees_ weights_"
     )
     later = {f"{part}{kind}.py" for kind in LATER for part in ("", "configuration_", "modeling_")}
     first = {"dflash.py", *(f"{name}dflash.py" for name in names.split())}

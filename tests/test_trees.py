@@ -7,11 +7,10 @@ import pytest
 import torch
 
 import tiny
-from dflash_hub import DecodeStatistics, execution_dflash, trees_dflash
+from dflash_hub import DecodeStatistics, trees_dflash
 from dflash_hub.drafter_dflash import Walk
 from dflash_hub.proposals_dflash import Proposal, TreeProposer, ancestors, paths, tree_proposal
 from dflash_hub.trees_dflash import Candidates, best_tree, likeliest, paired, tree_on_host
-from recording import record
 
 RECURRENT = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "lfm2", "nemotron_h")
 KINDS = {
@@ -294,12 +293,11 @@ def test_a_chain_given_as_a_tree_is_the_chain():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_trees_are_built_inside_a_recorded_block(kind, monkeypatch):
+def test_trees_are_built_inside_a_recorded_block(kind):
     target = tiny.target("gemma3_text")
     draft = tiny.draft(target, **KINDS[kind])
     asked = tiny.batch(12, pads=(0, 5, 9)) | {"max_new_tokens": 40, "do_sample": False}
     expected = target.generate(**asked)
-    monkeypatch.setattr(execution_dflash, "record", record)
     found = []
     for capture in ("eager", "graphs"):
         statistics = DecodeStatistics()

@@ -1,0 +1,157 @@
+# Copyright 2026 the dflash-hub authors.
+# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+"""Record what a function does on a device, and repeat it without the function's Python.
+
+This file travels with every pushed draft. On CUDA a recording is a CUDA graph. Elsewhere it is the list of operations
+that reached PyTorch's dispatcher, each of which writes its result where it wrote it first. A repetition therefore has
+the same numbers, bit by bit, and needs neither views nor new memory. On a CPU a small model spends half of its time
+between the operations.
+"""
+
+import threading
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .compat_dflash import end_broken_recording
+
+_RECORDING = threading.Lock()
+"""One thread records at a time: CUDA has one state of recording for all."""
+
+
+def record(run: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
+    """Record `run`, which works on this device.
+
+    Returns:
+        What repeats it, and what it returned; each repetition writes those tensors again.
+
+    Raises:
+        RuntimeError: what it does depends on values of tensors, or cannot be repeated for another reason.
+    """
+    if device.type == "cuda":
+        return _record_graph(run, device)
+    with Operations() as operations:
+        outputs = run()
+    return operations.repeat, outputs
+
+
+def _record_graph(run: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
+    """Record `run` as a CUDA graph."""
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    stream, mode = _stream(device), "thread_local"  # other threads may go on, such as a streamer's
+    with _RECORDING, torch.cuda.stream(torch.cuda.current_stream(device)):
+        try:
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode=mode):
+                outputs = run()
+        except BaseException:
+            if torch.cuda.current_stream(device) == stream:  # it could not even be ended
+                end_broken_recording(device, pool)
+            raise
+    return graph.replay, outputs
+
+
+@lru_cache
+def _stream(device: torch.device) -> Any:
+    """Return the stream of this device for recordings; one for all, since libraries hold memory for each stream."""
+    return torch.cuda.Stream(device)
+
+
+class Operations(TorchDispatchMode):
+    """Records the operations that run inside the context, with their arguments and the tensors that they filled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Callable[[], Any]] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if _needs_values(function) and not _picks_by_place(function, args):
+            raise RuntimeError(f"{function} reads values, which differ from block to block")
+        result = function(*args, **kwargs)
+        made = _memory_of([result]) - _memory_of([args, *kwargs.values()])
+        if function._schema.is_mutable:
+            if made:
+                raise RuntimeError(f"{function} both changes tensors and makes new ones")
+            self.calls.append(partial(function, *args, **kwargs))
+        elif made:  # a view needs no repetition: what it shows stays where it is
+            self.calls.append(_writer(function, args, kwargs, result))
+        return result
+
+    def repeat(self) -> None:
+        """Run all operations again, on what their arguments hold now."""
+        for call in self.calls:
+            call()
+
+
+@lru_cache(None)
+def _needs_values(function: Any) -> bool:
+    """Tell whether an operation's result or its shape is decided by values: `item`, `nonzero`, `unique` ..."""
+    tags = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
+    return any(tag in function.tags for tag in tags)
+
+
+def _picks_by_place(function: Any, args: tuple) -> bool:
+    """Tell whether an operation is indexing by places: indexing by truth decides the shape by values."""
+    if function is not torch.ops.aten.index.Tensor:
+        return False
+    return not any(one.dtype in (torch.bool, torch.uint8) for one in args[1] if one is not None)
+
+
+def _memory_of(values: Iterable[Any]) -> set[int]:
+    """Return the addresses of the memory of all tensors in nested arguments or results."""
+    found = set()
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            if value.numel():
+                found.add(value.untyped_storage().data_ptr())
+        elif isinstance(value, list | tuple):
+            found |= _memory_of(value)
+    return found
+
+
+def _writer(function: Any, args: tuple, kwargs: dict, result: Any) -> Callable[[], Any]:
+    """Return what runs an operation again into the tensors of its `result`."""
+    if function is torch.ops.aten._to_copy.default:
+        return partial(result.copy_, args[0])
+    writing = _writing_overload(function)
+    results = [result] if isinstance(result, torch.Tensor) else result
+    if writing is None:
+        return partial(_run_and_copy, partial(function, *args, **kwargs), results)
+    overload, names = writing
+    outs = dict(zip(names, results, strict=True))
+    # The function in Python's namespace takes half of the overload's time, where there is one with these arguments.
+    public = getattr(torch, function.overloadpacket.__name__, overload)
+    if names == ["out"] and torch.Tag.nondeterministic_seeded not in function.tags:
+        call = partial(public, *args, **kwargs, **outs)
+        with suppress(TypeError):
+            call()
+            return call
+    return partial(overload, *args, **kwargs, **outs)
+
+
+@lru_cache(None)
+def _writing_overload(function: Any) -> tuple[Any, list[str]] | None:
+    """Return the overload with the same arguments that writes into given tensors, and their names; None without one."""
+    wanted = [(one.name, str(one.type)) for one in function._schema.arguments]
+    for name in function.overloadpacket.overloads():
+        overload = getattr(function.overloadpacket, name)
+        outs = [one.name for one in overload._schema.arguments if one.is_out]
+        others = [(one.name, str(one.type)) for one in overload._schema.arguments if not one.is_out]
+        if len(outs) == len(function._schema.returns) and others == wanted:
+            return overload, outs
+    return None
+
+
+def _run_and_copy(call: Callable[[], Any], results: Any) -> None:
+    """Run an operation and copy what it returns to `results`."""
+    new = call()
+    news = [new] if isinstance(new, torch.Tensor) else new
+    for old, current in zip(results, news, strict=True):
+        if isinstance(old, torch.Tensor):
+            old.copy_(current)
