@@ -126,6 +126,8 @@ class SpeculativeGenerate:
         """For each target, the session keys and circumstances for which a self-check has passed."""
         self.experiences: weakref.WeakKeyDictionary[Any, dict] = weakref.WeakKeyDictionary()
         """For each target, what decoding has shown, see `AutoProposer`."""
+        self.statistics = DecodeStatistics()
+        """Of the last call: counts alone, unless it was given `statistics=` to fill."""
 
     def __reduce__(self) -> tuple:
         return SpeculativeGenerate, (self.draft,)
@@ -234,7 +236,12 @@ class SpeculativeGenerate:
         )
         session = self.session(model)
         self.compiled_session = session if request.mode == "compile" else None
-        cache = session.decode(request, statistics)
+        self.statistics = DecodeStatistics() if statistics is None else statistics
+        cache = session.decode(request, self.statistics, is_timing=statistics is not None)
+        experiences = self.experiences.get(model, {})
+        known = experiences.get((len(input_ids), mode))
+        if known is not None:
+            self.statistics.plain_seconds = known.cycle_seconds("plain", 0)
         if not generation_config.return_dict_in_generate:
             return request.output_ids()
         return request.output(cache)
@@ -383,16 +390,23 @@ class DecoderSession:
         self.key = session_key(draft, model)
 
     def decode(
-        self, request: DecodeRequest, statistics: DecodeStatistics | None = None
+        self,
+        request: DecodeRequest,
+        statistics: DecodeStatistics,
+        is_timing: bool = False,
     ) -> Cache | None:
         """Decode to the end, in turns with others of this target or draft; both are left as they were found.
+
+        Args:
+            statistics: to fill.
+            is_timing: whether with times too, for which a GPU has to be waited for.
 
         Returns:
             The cache to return, if one was asked for.
         """
         prompt, target = request.prompt, self.target
         device = prompt.device if self.drafter is None else self.drafter.draft.device
-        recorder = Recorder(statistics, device)
+        recorder = Recorder(statistics, device, is_timing)
         recorder.record_stepwise(request.acceptance.reasons)
         raise_first(cache_findings(prompt, target, request.sequences.stop_conditions))
         with turns(*self.models):
@@ -583,7 +597,8 @@ def spec_generate(
         resolve_mode("auto", target, is_recurrent(target), max_new_tokens),
     )
     with torch.no_grad():
-        self.speculate.session(target).decode(request)
+        self.speculate.statistics = DecodeStatistics()
+        self.speculate.session(target).decode(request, self.speculate.statistics)
     return request.sequences.output_ids()
 
 

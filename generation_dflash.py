@@ -52,6 +52,8 @@ class DecodeStatistics:
     """How many cycles verified what, such as {"tree of 15": 40, "plain": 3}; numbers are positions after the anchor."""
     reasons: dict[str, str] = field(default_factory=dict)
     """For each of these why it was chosen, the last time; where there was a choice."""
+    plain_seconds: float = 0.0
+    """What a step of plain decoding is estimated to take here; 0 where that is not known."""
 
     @property
     def decode_seconds(self) -> float:
@@ -91,14 +93,15 @@ class DecodeStatistics:
 
 
 class Recorder:
-    """Times the phases of a decode for `DecodeStatistics`. Without any to fill, it does nothing."""
+    """Counts the cycles of a decode in `DecodeStatistics`, and times its phases where that is asked for."""
 
-    def __init__(self, statistics: DecodeStatistics | None, device: torch.device):
+    def __init__(self, statistics: DecodeStatistics, device: torch.device, is_timing: bool):
         self.statistics, self.device = statistics, device
+        self.is_timing = is_timing
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         """Add the time inside the context to `<name>_seconds`."""
-        return nullcontext() if self.statistics is None else self._timed(name)
+        return self._timed(name) if self.is_timing else nullcontext()
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
@@ -113,16 +116,11 @@ class Recorder:
 
     def record_stepwise(self, names: list[str]) -> None:
         """Add the reasons to accept tokens one by one."""
-        if self.statistics is not None:
-            known = getattr(
-                self.statistics, "stepwise", []
-            )  # an object of the caller's may lack it
-            self.statistics.stepwise = list(dict.fromkeys([*known, *names]))
+        known = getattr(self.statistics, "stepwise", [])  # an object of the caller's may lack it
+        self.statistics.stepwise = list(dict.fromkeys([*known, *names]))
 
     def record_cycle(self, counts: list[tuple[int, int]], proposal: Proposal) -> None:
         """Count a cycle, see `DecodeStatistics.add_cycle`."""
-        if self.statistics is None:
-            return
         self.statistics.add_cycle(counts, proposal.size)
         proposed = getattr(
             self.statistics, "proposed", None

@@ -41,6 +41,7 @@ from .compat_dflash import (
 from .configuration_dflash import SLIDING, DFlashConfig
 from .drafter_dflash import Choice, Walk
 from .generate_dflash import SpeculativeGenerate, spec_generate
+from .generation_dflash import DecodeStatistics
 from .layouts_dflash import shown
 from .repository_dflash import RepositoryMixin, own_config
 from .trees_dflash import Candidates, likeliest
@@ -185,6 +186,11 @@ class DFlashDraftModel(DFlashPreTrainedModel):
     def speculate(self) -> SpeculativeGenerate:
         """Decoding function for the target: `target.generate(..., custom_generate=draft.speculate)`."""
         return SpeculativeGenerate(self)
+
+    @property
+    def statistics(self) -> DecodeStatistics:
+        """What the last decode with this draft counted; with times too, if `statistics=` was passed."""
+        return self.speculate.statistics
 
     @property
     def block_size(self) -> int:

@@ -115,3 +115,20 @@ def test_embeddings_of_another_length_than_mask_or_ids_are_refused(longer):
     other |= {"input_ids": tiny.prompt(9)} if longer == "input_ids" else {}
     with pytest.raises(ValueError, match=r"inputs_embeds has 5 positions, and (attention_mask|position_ids) covers 9"):
         target.generate(inputs_embeds=embeds, **other, custom_generate=tiny.draft(target).speculate, max_new_tokens=5)
+
+
+def test_a_draft_has_the_counts_of_its_last_decode_and_times_only_where_they_were_asked_for():
+    target = tiny.target("qwen3")
+    draft, inputs, timed = tiny.draft(target), tiny.batch(9, (0, 2)), DecodeStatistics()
+    asked = inputs | {"max_new_tokens": 12, "do_sample": False, "custom_generate": draft.speculate}
+    assert draft.statistics == DecodeStatistics()
+    target.generate(**asked)
+    counted = draft.statistics
+    assert counted.cycles
+    assert not counted.decode_seconds
+    target.generate(**asked, statistics=timed)
+    assert draft.statistics is timed
+    assert timed.decode_seconds > 0
+    assert (counted.committed, counted.proposed) == (timed.committed, timed.proposed)
+    draft.spec_generate(target, inputs["input_ids"], max_new_tokens=5, stop_token_ids=None)
+    assert sum(draft.statistics.committed) < sum(timed.committed)
