@@ -23,7 +23,9 @@ tokenizer = AutoTokenizer.from_pretrained(PAIR / "target")
 target = AutoModelForCausalLM.from_pretrained(PAIR / "target")
 draft = load_draft(PAIR / "draft2")
 info = xgrammar.TokenizerInfo.from_huggingface(tokenizer, vocab_size=target.config.vocab_size)
-schema = xgrammar.GrammarCompiler(info).compile_json_schema(json.dumps(SCHEMA), any_whitespace=False)
+schema = xgrammar.GrammarCompiler(info).compile_json_schema(
+    json.dumps(SCHEMA), any_whitespace=False
+)
 
 inputs = tokenizer("options = ", return_tensors="pt")
 ids = target.generate(

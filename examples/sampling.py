@@ -17,8 +17,6 @@ inputs = tokenizer("def quicksort(items):", return_tensors="pt")
 for seed in (0, 1, 0):
     statistics = DecodeStatistics()
     set_seed(seed)
-    ids = target.generate(
-        **inputs, custom_generate=draft.speculate, statistics=statistics, **ASK
-    )
+    ids = target.generate(**inputs, custom_generate=draft.speculate, statistics=statistics, **ASK)
     print(f"--- seed {seed}, {statistics.acceptance_length:.2f} tokens a cycle")
     print(tokenizer.decode(ids[0]))

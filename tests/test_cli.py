@@ -27,7 +27,7 @@ from dflash_hub.commands.screen import console, notes
 from dflash_hub.generation_dflash import DecodeStatistics
 from dflash_hub.kinds import KINDS
 from dflash_hub.registry import CATALOGUE, drafts_for
-from paths import ROOT, TINY
+from paths import TINY
 
 RUNNER = CliRunner()
 
@@ -480,10 +480,3 @@ def test_env_says_what_a_bug_report_needs_and_hides_tokens():
     assert found["HF_ENDPOINT"] == os.environ["HF_ENDPOINT"]
     assert "TORCH_LOGS" not in found
     assert f"python: {found['python']}\n" in run("env").stdout
-
-
-def test_the_readme_names_only_commands_that_exist():
-    import re
-
-    words = set(re.findall(r"`?dflash-hub ([a-z-]+)", (ROOT / "README.md").read_text()))
-    assert words <= {command.name or command.callback.__name__ for command in cli.app.registered_commands}
