@@ -32,7 +32,8 @@ VARIABLES = {
     "HF_HUB_OFFLINE": "1",
     "CI": "1",  # without spinners and bars, which redraw their lines
 }
-COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+CODES = re.compile(r"\x1b\[[?0-9;]*[a-zA-Z]")
+"""What a terminal takes for colours and for its cursor."""
 FRAME = """<svg viewBox="0 0 {width} {height}" xmlns="http://www.w3.org/2000/svg" role="img">
 <style>
 .{unique_id}-matrix {{ font-family: Menlo, Consolas, "DejaVu Sans Mono", monospace; font-size: {char_height}px;
@@ -127,11 +128,11 @@ def record_notebook(path: Path) -> None:
 
 
 def printed(outputs: list) -> list:
-    """Return what was printed as one text, without notes, progress and colours."""
+    """Return what was printed as one text, without notes and codes of a terminal."""
     import nbformat
 
     texts = [output.text for output in outputs if output.get("name") == "stdout"]
-    text = COLOURS.sub("", "".join(texts)).replace("\r\n", "\n")
+    text = CODES.sub("", "".join(texts)).replace("\r\n", "\n")
     lines = "\n".join(line.rstrip() for line in text.splitlines())
     return [nbformat.v4.new_output("stream", text=lines)] if lines else []
 
