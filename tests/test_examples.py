@@ -24,7 +24,7 @@ def test_every_example_is_run_here():
     assert {path.stem for path in (ROOT / "examples").glob("*.py")} == EXAMPLES.keys()
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # of PEFT, at transformers
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT reads it
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_an_example_runs(name, capsys, tmp_path, monkeypatch):
     if name in NEEDS:
