@@ -49,6 +49,13 @@ def test_python_dash_m_runs_it_and_errors_have_no_traceback(servers):
     assert "Traceback" not in done.stderr + done.stdout
 
 
+def test_charts_are_drawn_where_a_notebook_of_another_environment_runs_the_command(servers):
+    code = "import contextlib, runpy\nwith contextlib.suppress(SystemExit):\n"
+    code += "    runpy.run_module('dflash_hub', run_name='__main__')\nimport matplotlib"
+    done = servers.models.run("-m", "version", code=code, MPLBACKEND="module://matplotlib_inline.backend_inline")
+    assert done.returncode == 0, done.stderr
+
+
 def test_an_error_that_nobody_expects_shows_its_traceback(monkeypatch):
     def broken(**options):
         raise KeyError("a fault of ours")
