@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from dflash_hub import DecodeStatistics, load_draft
 
 PAIR = Path(__file__).parent / "tiny_pair"
-ASK = {"do_sample": True, "temperature": 0.7, "top_p": 0.95, "max_new_tokens": 40}
+ASK = {"do_sample": True, "temperature": 0.7, "top_p": 0.95, "max_new_tokens": 24}
 
 tokenizer = AutoTokenizer.from_pretrained(PAIR / "target")
 target = AutoModelForCausalLM.from_pretrained(PAIR / "target")
