@@ -94,21 +94,25 @@ def test_what_the_python_of_a_page_imports_exists(page):
 def parse(words: list[str]) -> None:
     """Parse the words after `dflash-hub`, as the command line would; an error says what does not exist."""
     start = next((at for at, word in enumerate(words) if not word.startswith("-")), len(words))
-    check_flags(COMMANDS, words[:start])
-    if words[start:] and words[start] == "train":
-        from dflash_hub.commands import training_run
-        from dflash_hub.training import DFlashTrainingArguments
-        from dflash_hub.training.setup import TrainOptions
-
-        parser = training_run._Parser((TrainOptions, DFlashTrainingArguments), allow_abbrev=False)
-        parser.parse_args(training_run._expand_push_to_hub(words[start + 1 :]))
-    elif words[start:]:
-        COMMANDS.commands[words[start]].make_context(words[start], words[start + 1 :])
+    assert set(words[:start]) <= flags_of(COMMANDS)
+    if words[start:]:
+        name, *options = words[start:]
+        check_flags(name, options)
+        COMMANDS.commands[name].make_context(name, options)
 
 
-def check_flags(command, flags: list[str]) -> None:
-    known = {name for option in command.params for name in (*option.opts, *option.secondary_opts)}
-    assert set(flags) <= known, command.name
+def check_flags(name: str, words: list[str]) -> None:
+    """Check that a command has the options among these words. Those with a parser of their own name them elsewhere."""
+    command = COMMANDS.commands[name]
+    known = flags_of(command) | {"--help"}
+    if command.context_settings.get("allow_extra_args"):
+        known |= {"--" + option.replace("_", "-") for option in cli._options([name])}
+    assert {word for word in words if word.startswith("--")} <= known, name
+
+
+def flags_of(command) -> set[str]:
+    """The options of a command, or of all commands together."""
+    return {name for option in command.params for name in (*option.opts, *option.secondary_opts)}
 
 
 def pip_install(words: list[str]) -> None:
@@ -147,9 +151,9 @@ def test_every_command_in_the_text_of_a_page_exists(page):
     for line in re.findall(r"`dflash-hub ([^`]+)`", text):
         name, *words = line.split()
         if name.startswith("-"):
-            check_flags(COMMANDS, [name])
-        elif not COMMANDS.commands[name].context_settings.get("allow_extra_args"):  # it has a parser of its own
-            check_flags(COMMANDS.commands[name], [word for word in words if word.startswith("--")])
+            assert name in flags_of(COMMANDS)
+        else:
+            check_flags(name, words)
 
 
 def test_what_the_readme_generates_from_a_shell_is_generated(served):
