@@ -2,6 +2,7 @@
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
 """Decode faster with DFlash draft models: try, find, train and publish them."""
 
+import os
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -58,8 +59,6 @@ def every_command(
     set_level(verbose, quiet)
 
 
-_add(version)
-_add(env)
 _add(demo)
 _add(generate)
 _add(evaluate, "eval")
@@ -72,10 +71,14 @@ _add(regenerate)
 _add(convert)
 _add(push)
 _add(refresh)
+_add(env)
+_add(version)
 
 
 def main() -> None:
     """Run the command line. Expected errors are printed in one line, others with their traceback."""
+    # A notebook sets it for its own kernel. In another environment, importing matplotlib fails at it, and we need none.
+    os.environ.pop("MPLBACKEND", None)
     try:
         app(prog_name="dflash-hub")
     except (ValueError, OSError, RuntimeError, ImportError) as error:

@@ -119,7 +119,7 @@ def _tell_choices(trainer: DFlashTrainer) -> None:
 def _expand_push_to_hub(argv: list[str]) -> list[str]:
     """Turn `--push-to-hub REPO` into the Trainer's options: `--push-to-hub True --hub_model_id REPO`."""
     expanded = []
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+    for word, following in zip(argv, [*argv, ""][1:], strict=True):
         expanded.append(word)
         is_push = word in ("--push-to-hub", "--push_to_hub")
         if is_push and following[:1] not in ("", "-") and following not in ("True", "False"):

@@ -27,7 +27,7 @@ from dflash_hub.commands.screen import console, notes
 from dflash_hub.generation_dflash import DecodeStatistics
 from dflash_hub.kinds import KINDS
 from dflash_hub.registry import CATALOGUE, drafts_for
-from paths import ROOT, TINY
+from paths import TINY
 
 RUNNER = CliRunner()
 
@@ -47,6 +47,13 @@ def test_python_dash_m_runs_it_and_errors_have_no_traceback(servers):
     assert done.returncode == 1
     assert "Error: no/such/folder is not a folder" in done.stderr
     assert "Traceback" not in done.stderr + done.stdout
+
+
+def test_charts_are_drawn_where_a_notebook_of_another_environment_runs_the_command(servers):
+    code = "import contextlib, runpy\nwith contextlib.suppress(SystemExit):\n"
+    code += "    runpy.run_module('dflash_hub', run_name='__main__')\nimport matplotlib"
+    done = servers.models.run("-m", "version", code=code, MPLBACKEND="module://matplotlib_inline.backend_inline")
+    assert done.returncode == 0, done.stderr
 
 
 def test_an_error_that_nobody_expects_shows_its_traceback(monkeypatch):
@@ -480,10 +487,3 @@ def test_env_says_what_a_bug_report_needs_and_hides_tokens():
     assert found["HF_ENDPOINT"] == os.environ["HF_ENDPOINT"]
     assert "TORCH_LOGS" not in found
     assert f"python: {found['python']}\n" in run("env").stdout
-
-
-def test_the_readme_names_only_commands_that_exist():
-    import re
-
-    words = set(re.findall(r"`?dflash-hub ([a-z-]+)", (ROOT / "README.md").read_text()))
-    assert words <= {command.name or command.callback.__name__ for command in cli.app.registered_commands}

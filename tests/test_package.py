@@ -179,15 +179,3 @@ def test_importing_it_registers_config_and_model_together():
 def test_the_changelog_tells_of_this_version():
     assert f"## {dflash_hub.__version__}" in (ROOT / "CHANGELOG.md").read_text()
     assert dflash_hub.__version__ in (ROOT / "configuration_dflash.py").read_text()
-
-
-def test_the_code_the_readme_shows_runs_on_the_built_in_pair(monkeypatch, capsys):
-    """The README's Python, with the built-in target for the one it names, and the built-in draft resolved for it."""
-    code = "".join(re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL))
-    assert "custom_generate=draft.speculate" in code
-    assert "custom_generate=dflash_generate" in code
-    spec = dflash_hub.DFlashDraftSpec(str(TINY / "draft"))
-    for module in (dflash_hub, dflash_hub.registry):
-        monkeypatch.setattr(module, "resolve_dflash_draft_spec", lambda architectures, target: spec)
-    exec(code.replace('"Qwen/Qwen3-4B"', repr(str(TINY / "target"))), {})
-    assert capsys.readouterr().out.startswith("def quicksort(items):")

@@ -92,6 +92,11 @@ def test_a_hub_that_is_down_at_the_end_leaves_the_draft_on_disk_and_says_how_to_
         assert "training.png" in HfApi().list_repo_files(repo_id, revision=revision)
 
 
+def test_without_options_it_says_which_are_missing():
+    with pytest.raises(ValueError, match="required: --target, --data"):
+        CliRunner().invoke(cli.app, ["train"], catch_exceptions=False)
+
+
 def test_a_dry_run_checks_everything_leaves_nothing_and_tells_the_cost(data, tmp_path):
     output = train(data, tmp_path / "draft", *SHAPE, "--dry-run").output
     for text in ("data: ", "parameters", "GiB", "s a step", "for 6 steps", "reloads bit-equal", "the target's own"):
