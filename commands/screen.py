@@ -47,6 +47,11 @@ def variables() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in _set_here}
 
 
+def is_verbose() -> bool:
+    """Return whether everything is to be seen."""
+    return _given["loud"]
+
+
 def set_level(verbose: bool, quiet: bool) -> None:
     """Hold what stands before the name of the command."""
     _given.update(verbose=verbose, quiet=quiet)

@@ -3,22 +3,32 @@
 """Run `dflash-hub train`: read the options, set up the run, train, save and publish."""
 
 import difflib
+import re
+import shlex
 import tempfile
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+import typer
 from transformers import HfArgumentParser
 
 from ..publishing import PublishOptions, publish
 from ..training import DFlashTrainer, DFlashTrainingArguments
+from ..training.progress import PLOT
 from ..training.setup import TrainOptions, build
-from ..training.trainer import explain_failed_push, explain_failed_write, sole_trainer
+from ..training.trainer import (
+    explain_failed_push,
+    explain_failed_write,
+    last_checkpoint,
+    sole_trainer,
+)
 from .dry_run import dry_run
 from .inspect_rows import inspect_rows
 from .loading import load_tokenizer
 from .preflight import Problems, check_draft, check_dtype, check_target
-from .screen import console, notes
+from .screen import console, hide_bars, note, notes
+from .train_display import shown
 
 
 class _Parser(HfArgumentParser):
@@ -92,16 +102,38 @@ def _unknown(name: str, known: list[str]) -> str:
 
 def _run(options: TrainOptions, args: DFlashTrainingArguments) -> None:
     """Set up the run, and train or make the dry run."""
+    hide_bars()
+    notes.print(
+        f"Loading {options.target} and {options.data}",
+        style="dim",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
     trainer = build(options, args)
-    if options.draft is None:
+    if options.draft is None and not args.resume_from_checkpoint:
         _tell_choices(trainer)
     if not options.streaming:
         print_data_reports(trainer)
-    if options.dry_run:
-        dry_run(trainer, Path(str(args.output_dir)))
-        return
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    with shown(trainer):
+        if options.dry_run:
+            dry_run(trainer, Path(str(args.output_dir)))
+            return
+        try:
+            trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        except KeyboardInterrupt:
+            _tell_interrupted(trainer)
+            raise typer.Exit(130) from None
     finish(trainer, options)
+
+
+def _tell_interrupted(trainer: DFlashTrainer) -> None:
+    """Print what a run that was ended by Ctrl-C has left, and how to go on."""
+    complete = last_checkpoint(trainer.args.output_dir)
+    how = "There is no checkpoint to go on from."
+    if complete is not None:
+        how = f"The same command with --resume-from-checkpoint true goes on from {complete}."
+    note(f"Stopped at step {trainer.state.global_step:,}. {how}")
 
 
 def _tell_choices(trainer: DFlashTrainer) -> None:
@@ -135,7 +167,7 @@ def option_names() -> list[str]:
 def print_data_reports(trainer: DFlashTrainer) -> None:
     """Print how many documents were read and how many were left out."""
     for name, report in trainer.reports.items():
-        console.print(f"{name} data: {report}", style="dim")
+        notes.print(f"{name} data: {report}", style="dim", markup=False, highlight=False)
 
 
 def finish(trainer: DFlashTrainer, options: TrainOptions) -> None:
@@ -152,11 +184,34 @@ def finish(trainer: DFlashTrainer, options: TrainOptions) -> None:
         return
     if options.streaming:
         print_data_reports(trainer)
-    console.print(f"The draft is in [bold]{folder}[/bold].")
+    console.print(f"The draft is in {folder}.", markup=False, highlight=False, soft_wrap=True)
+    plot = Path(str(folder)) / PLOT
+    if plot.exists():
+        console.print(f"Plot: {plot}", markup=False, highlight=False, soft_wrap=True)
     if trainer.args.push_to_hub:
         trainer.create_model_card()
         push = PublishOptions(trainer.args.hub_private_repo, trainer.args.hub_token)
         with explain_failed_push(folder, repo):
             done = publish(folder, repo or Path(folder).name, push)
         where = f"main at {done.commit[:8]}, engines at {done.engines_commit[:8]}"
-        console.print(f"[bold]{done.repo_id}[/bold] is published: {where}.")
+        console.print(f"[bold]{done.repo_id}[/bold] is published: {where}.", soft_wrap=True)
+    _tell_next(trainer, options, str(folder))
+
+
+def _tell_next(trainer: DFlashTrainer, options: TrainOptions, folder: str) -> None:
+    """Print the commands that come next: decode with the draft, and push it or, if it is pushed, measure it."""
+    pair = f"--target {shlex.quote(options.target)} --draft {shlex.quote(folder)}"
+    follow = f"dflash-hub push {shlex.quote(folder)} {_repository(folder)}"
+    if trainer.args.push_to_hub:
+        follow = f"dflash-hub eval {pair} --output-dir results"
+    elif not Path(options.target).exists():
+        follow += f" --base-model {shlex.quote(options.target)}"
+    notes.print("Next:", style="dim")
+    for line in (f'dflash-hub generate {pair} "Write a quicksort in Python."', follow):
+        notes.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _repository(folder: str) -> str:
+    """Return a name for the repository of a draft in this folder, which its user completes."""
+    name = re.sub(r"[^\w.-]+", "-", Path(folder).resolve().name).strip("-.")
+    return f"me/{name or 'my-draft'}"

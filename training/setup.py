@@ -237,22 +237,24 @@ def _fresh_fields(options: TrainOptions, layers: int) -> dict[str, Any]:
 def unused_token(target: Any, tokenizer: Any) -> int:
     """Return the first unused row of the target's embedding, which published drafts use as the mask token.
 
-    Where every row belongs to a token, return the first that its tokenizer reserves or names a mask.
+    Where every row belongs to a token, return the first that its tokenizer reserves or names a mask; then a byte that
+    no text has; then the padding, if it ends no text.
 
     Raises:
         ValueError: there is none.
     """
     first = max(tokenizer.get_vocab().values()) + 1
     rows = target.get_input_embeddings().num_embeddings
-    if first >= rows:
-        spare = _spare_token(tokenizer)
-        if spare is not None:
-            return spare
-        raise ValueError(
-            f"Every one of the {rows} rows of the target's embedding belongs to a token, so --mask-token-id must be "
-            "given: a token that does not occur in text."
-        )
-    return first
+    if first < rows:
+        return first
+    for find in (_spare_token, _impossible_byte, _padding):
+        found = find(tokenizer)
+        if found is not None:
+            return found
+    raise ValueError(
+        f"Every one of the {rows} rows of the target's embedding belongs to a token, so --mask-token-id must be "
+        "given: a token that does not occur in text. `tokenizer.convert_tokens_to_ids(TOKEN)` tells its number."
+    )
 
 
 def _spare_token(tokenizer: Any) -> int | None:
@@ -260,6 +262,22 @@ def _spare_token(tokenizer: Any) -> int | None:
     added = tokenizer.get_added_vocab()
     spare = [token for token in added if re.search("reserved|unused|mask", token, re.IGNORECASE)]
     return tokenizer.convert_tokens_to_ids(spare[0]) if spare else None
+
+
+def _impossible_byte(tokenizer: Any) -> int | None:
+    """Return the token of the byte FF, which no text in UTF-8 has; None without one."""
+    vocabulary = tokenizer.get_vocab()
+    for name in ("<0xFF>", "\u00ff"):  # in SentencePiece, and in byte-level BPE
+        token = vocabulary.get(name)
+        if token is not None and tokenizer.decode([token]) == "\ufffd":
+            return token
+    return None
+
+
+def _padding(tokenizer: Any) -> int | None:
+    """Return the padding token, if it neither begins nor ends texts; None without one."""
+    others = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    return None if tokenizer.pad_token_id in others else tokenizer.pad_token_id
 
 
 def taps_of_few_layers(layers: int) -> list[int] | None:

@@ -42,6 +42,7 @@ from .locks import sole_writer
 from .metrics import Counts, LossSums, Metrics
 from .objective import Objective, StepOutput, check_trainable
 from .progress import write_progress
+from .resuming import ScheduleNotice
 
 EVALUATION = -1
 """Every evaluation draws the anchors of this step, so that evaluations can be compared."""
@@ -111,6 +112,8 @@ class DFlashTrainer(Trainer):
             "flex_attention" if self.objective.flex(args.device) else "sdpa"
         )
         self._logged: tuple[Counts, LossSums] | None = None  # since the last line of the log
+        self.latest_metrics: Metrics | None = None
+        """Those of the last line of the log."""
 
     def _prepared(self, rows: Any, name: str) -> Any:
         """Return packed rows; how many documents were left out goes into `self.reports[name]`."""
@@ -193,7 +196,7 @@ class DFlashTrainer(Trainer):
             counts, sums = (self.accelerator.reduce(part.tensors()) for part in self._logged)
             metrics = Metrics.of(Counts(**counts), LossSums(**sums))
             logs |= metrics.as_log(self.kind.metrics)
-            self._logged = None
+            self._logged, self.latest_metrics = None, metrics
         super().log(logs, start_time)
 
     # Saving ----------------------------------------------------------------------------------------------------
@@ -206,7 +209,10 @@ class DFlashTrainer(Trainer):
                 would be overwritten.
         """
         with sole_trainer(self.args):
-            return super().train(self._checkpoint_to_resume(resume_from_checkpoint), **kwargs)
+            checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
+            if checkpoint is not None:
+                self.add_callback(ScheduleNotice(checkpoint))
+            return super().train(checkpoint, **kwargs)
 
     def _checkpoint_to_resume(self, resume_from_checkpoint: str | bool | None) -> str | None:
         """Return the folder of the checkpoint to resume from, or None."""
@@ -232,6 +238,7 @@ class DFlashTrainer(Trainer):
                 Path(output_dir or self.args.output_dir),
                 self.state.log_history,
                 self._run_summary(),
+                Path(str(self.args.output_dir)).resolve().name,
             )
 
     def _run_summary(self) -> dict[str, Any]:
