@@ -140,6 +140,16 @@ LAUNCHES: dict[str, Callable[[Launch], list[str]]] = {
 """Engine -> the lines that serve a draft with it."""
 
 
+def check_engine(engine: str) -> None:
+    """Refuse what is no engine with launch lines.
+
+    Raises:
+        ValueError: naming those that there are.
+    """
+    if engine not in list(LAUNCHES):
+        raise ValueError(f"engine is {engine!r}; it must be one of {', '.join(LAUNCHES)}.")
+
+
 def serve_with(engine: str, draft: Any, target: str | None = None, **where: Any) -> Serving:
     """Return how to serve a draft with an engine, and whether the engine reads the draft as it is stored.
 
@@ -153,8 +163,7 @@ def serve_with(engine: str, draft: Any, target: str | None = None, **where: Any)
         ValueError: there is no such engine, or no target is known.
         OSError: there is no such draft, no access or no connection.
     """
-    if engine not in list(LAUNCHES):
-        raise ValueError(f"engine is {engine!r}; it must be one of {', '.join(LAUNCHES)}.")
+    check_engine(engine)
     files = open_draft(draft, where)
     stored = stored_draft(files, own_code(files))
     found = verdict(engine_named(engine), stored)

@@ -11,7 +11,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from .loading import load_target
-from .preflight import check_device, check_dtype
+from .preflight import (
+    Problems,
+    check_device,
+    check_draft_name,
+    check_dtype,
+    check_target,
+)
 from .screen import console, doing, errors, hide_bars, notes
 from .shared import ReadToken
 from .words import in_flags
@@ -63,7 +69,8 @@ def check(
 
     hide_bars(downloads=False)
     try:
-        texts = None if prompts is None else read_prompts(prompts)
+        where = {"revision": revision, "token": token}
+        texts = _texts((draft, where), target, prompts, (dtype, device))
         with doing("Starting") as status:
             options = CheckOptions(
                 revision=revision,
@@ -89,13 +96,37 @@ def check(
     raise typer.Exit(report.status)
 
 
+def _texts(
+    draft: tuple[str, dict[str, str | None]],
+    target: str | None,
+    prompts: Path | None,
+    runs: tuple[str, str | None],
+) -> list[str] | None:
+    """Return the prompts of a file, once all options are checked; None for the package's own.
+
+    Args:
+        draft: its name, and the keywords that choose its files.
+        runs: dtype and device.
+
+    Raises:
+        ValueError: listing everything that is wrong.
+    """
+    problems = Problems()
+    problems.check(check_draft_name, *draft)
+    if target is not None:
+        problems.check(check_target, target)
+    problems.check(check_dtype, runs[0])
+    problems.check(check_device, runs[1])
+    texts = None if prompts is None else problems.check(read_prompts, prompts)
+    problems.raise_all()
+    return texts
+
+
 def _target_model(target: str, dtype: str, device: str | None) -> Any:
     """Load the target to decode with it; None, with a line on stderr, where that fails."""
     import torch
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    check_dtype(dtype)
-    check_device(device)
     try:
         return load_target(target, dtype).to(device).eval()
     except (OSError, ValueError, RuntimeError, ImportError) as error:

@@ -19,13 +19,19 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-_INTERACTIVE = False if os.environ.get("CI") else None
-"""Logs of a CI show neither bars nor spinners; elsewhere the terminal decides."""
-console = Console(force_interactive=_INTERACTIVE)
+
+def _screen(stderr: bool) -> Console:
+    """Return a console; logs of a CI show neither bars, spinners nor colours, elsewhere the terminal decides."""
+    if os.environ.get("CI"):
+        return Console(stderr=stderr, force_interactive=False, color_system=None)
+    return Console(stderr=stderr)
+
+
+console = _screen(stderr=False)
 """Results, on stdout."""
-notes = Console(stderr=True, force_interactive=_INTERACTIVE)
+notes = _screen(stderr=True)
 """Progress, and what a result alone does not tell, on stderr; silent with `--quiet`."""
-errors = Console(stderr=True, force_interactive=_INTERACTIVE)
+errors = _screen(stderr=True)
 """Errors, on stderr."""
 
 Verbose = Annotated[

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from .preflight import Problems, check_draft_name, check_served
 from .screen import console, errors
 from .shared import ReadToken
 
@@ -25,8 +26,15 @@ def serve_with(
 ) -> None:
     """Print the lines that serve a target with this draft. Exit status 1 if the engine would refuse it, or be wrong."""
     from ..checking.engines import REFUSES
+    from ..checking.serve import check_engine
     from ..checking.serve import serve_with as run
 
+    problems = Problems()
+    problems.check(check_engine, engine)
+    problems.check(check_draft_name, draft, {"revision": revision, "token": token})
+    if target is not None:
+        problems.check(check_served, target)
+    problems.raise_all()
     found = run(engine, draft, target, revision=revision, token=token)
     for line in found.lines:
         console.print(line, soft_wrap=True, highlight=False, markup=False)

@@ -6,18 +6,22 @@ import difflib
 import re
 import shlex
 import tempfile
+from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
+from huggingface_hub import HfApi
 from transformers import HfArgumentParser
 
 from ..publishing import PublishOptions, publish
+from ..repository_dflash import check_destination
 from ..training import DFlashTrainer, DFlashTrainingArguments
 from ..training.progress import PLOT
-from ..training.setup import TrainOptions, build
+from ..training.setup import TrainOptions, build, check_fresh_draft
 from ..training.trainer import (
+    checkpoint_to_resume,
     explain_failed_push,
     explain_failed_write,
     last_checkpoint,
@@ -26,7 +30,16 @@ from ..training.trainer import (
 from .dry_run import dry_run
 from .inspect_rows import inspect_rows
 from .loading import load_tokenizer
-from .preflight import Problems, check_draft, check_dtype, check_target
+from .preflight import (
+    Problems,
+    check_data,
+    check_draft,
+    check_dtype,
+    check_folder_to_write,
+    check_repository,
+    check_target,
+    check_token,
+)
 from .screen import console, hide_bars, note, notes
 from .train_display import shown
 
@@ -81,14 +94,54 @@ def _parse(parser: _Parser, argv: list[str]) -> tuple[TrainOptions, Any]:
         problems.check(parser.parse_known_args, argv)  # what is missing besides
         problems.raise_all()
     options, args = parser.parse_args_into_dataclasses(argv)
+    _check(options, args, problems)
+    problems.raise_all()
+    return options, args
+
+
+def _check(options: TrainOptions, args: Any, problems: Problems) -> None:
+    """Collect what is wrong with the options, before weights are loaded."""
     found = len(problems.found)
     problems.check(check_target, options.target)
     problems.check(check_draft, options.draft, options.draft_revision)
     problems.check(check_dtype, options.target_dtype, "--target-dtype")
+    problems.check(check_data, options.data)
+    if options.inspect is None and not options.dry_run:
+        problems.check(check_folder_to_write, str(args.output_dir), "--output-dir")
+        problems.check(checkpoint_to_resume, args, args.resume_from_checkpoint)
+        if args.push_to_hub:
+            problems.check(_check_push, args)
+    for problem in _contradictions(options, args):
+        problems.add(problem)
     if len(problems.found) == found:
         problems.check(load_tokenizer, options.target, options.trust_remote_code)
-    problems.raise_all()
-    return options, args
+    if len(problems.found) == found and options.draft is None:
+        problems.check(check_fresh_draft, options)
+
+
+def _check_push(args: Any) -> None:
+    """Ask the Hub whether the draft may be pushed at the end.
+
+    Raises:
+        ValueError, RuntimeError: it may not, or there is no token.
+    """
+    name = args.hub_model_id or Path(str(args.output_dir)).name
+    check_repository(name, "--push-to-hub")
+    check_token(args.hub_token)
+    check_destination(HfApi(token=args.hub_token), name, args.hub_private_repo)
+
+
+def _contradictions(options: TrainOptions, args: Any) -> Iterator[str]:
+    """Yield what options say against each other."""
+    evaluates = str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no"
+    if evaluates and not options.eval_rows:
+        yield "--eval-strategy asks for evaluations, and no rows are held out for them; pass --eval-rows 100."
+    if args.eval_acceptance_prompts and not options.eval_rows:
+        yield "--eval-acceptance-prompts decodes held-out prompts, and none are held out; pass --eval-rows 100."
+    if options.streaming and args.max_steps <= 0:
+        yield "--streaming reads data of an unknown length, so --max-steps must be given."
+    if options.draft_revision is not None and options.draft is None:
+        yield "--draft-revision is given without --draft; pass both or none."
 
 
 def _unknown(name: str, known: list[str]) -> str:

@@ -150,6 +150,17 @@ def build(options: TrainOptions, args: DFlashTrainingArguments) -> DFlashTrainer
         raise with_file(error, options.data) from error
 
 
+def check_fresh_draft(options: TrainOptions) -> None:
+    """Check the shape that the options give a fresh draft, for the target's config. No weights are loaded.
+
+    Raises:
+        ValueError: there can be no such draft.
+    """
+    tokenizer, target = _load_target(options, with_weights=False)
+    with torch.device("meta"):
+        make_draft(options, target, tokenizer)
+
+
 def inspect(
     options: TrainOptions, args: DFlashTrainingArguments
 ) -> tuple[Any, Iterator[tuple[str, list[tuple[list[int], list[int], str]]]]]:

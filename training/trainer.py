@@ -42,7 +42,6 @@ from .locks import sole_writer
 from .metrics import Counts, LossSums, Metrics
 from .objective import Objective, StepOutput, check_trainable
 from .progress import write_progress
-from .resuming import ScheduleNotice
 
 EVALUATION = -1
 """Every evaluation draws the anchors of this step, so that evaluations can be compared."""
@@ -209,26 +208,11 @@ class DFlashTrainer(Trainer):
                 would be overwritten.
         """
         with sole_trainer(self.args):
-            checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
-            if checkpoint is not None:
-                self.add_callback(ScheduleNotice(checkpoint))
-            return super().train(checkpoint, **kwargs)
+            return super().train(self._checkpoint_to_resume(resume_from_checkpoint), **kwargs)
 
     def _checkpoint_to_resume(self, resume_from_checkpoint: str | bool | None) -> str | None:
         """Return the folder of the checkpoint to resume from, or None."""
-        found = last_checkpoint(self.args.output_dir)
-        if resume_from_checkpoint in (True, "true", "True") and found is None:
-            raise ValueError(
-                f"{self.args.output_dir} holds no complete checkpoint to resume from; leave the option out."
-            )
-        if not resume_from_checkpoint and found is not None and self.args.save_strategy != "no":
-            raise ValueError(
-                f"{found} is of an earlier run. Resume from it with resume_from_checkpoint=True, or choose another "
-                "output_dir."
-            )
-        if resume_from_checkpoint in (True, "true", "True"):
-            return str(found)
-        return str(resume_from_checkpoint) if resume_from_checkpoint else None
+        return checkpoint_to_resume(self.args, resume_from_checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Save a complete repository, with a plot and a card that show how the run went."""
@@ -410,6 +394,30 @@ def sole_trainer(args: DFlashTrainingArguments) -> AbstractContextManager[None]:
         return nullcontext()
     folder = Path(str(args.output_dir))
     return sole_writer(folder, folder / "_run.lock", "output_dir")  # Trainer pushes no name with _
+
+
+def checkpoint_to_resume(args: Any, asked: str | bool | None) -> str | None:
+    """Return the folder of the checkpoint to resume from, or None.
+
+    Args:
+        asked: what `resume_from_checkpoint` is.
+
+    Raises:
+        ValueError: there is none, or those of an earlier run would be overwritten.
+    """
+    found = last_checkpoint(args.output_dir)
+    if asked in (True, "true", "True") and found is None:
+        raise ValueError(
+            f"{args.output_dir} holds no complete checkpoint to resume from; leave the option out."
+        )
+    if not asked and found is not None and args.save_strategy != "no":
+        raise ValueError(
+            f"{found} is of an earlier run. Resume from it with resume_from_checkpoint=True, or choose another "
+            "output_dir."
+        )
+    if asked in (True, "true", "True"):
+        return str(found)
+    return str(asked) if asked else None
 
 
 def last_checkpoint(folder: Any) -> Path | None:
