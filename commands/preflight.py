@@ -120,7 +120,7 @@ def check_target(name: str, flag: str = "--target") -> None:
     content = _config_of(flag, name, None)
     if content and is_draft(content):
         raise ValueError(
-            f"{flag} is {name}, which is a draft; pass the model that it was trained for, and this as --draft."
+            f"{flag} is {name}, which is a draft; pass the model that it was trained for."
         )
 
 
@@ -280,6 +280,11 @@ def is_draft(content: dict[str, Any]) -> bool:
     return bool(known.intersection(map(str, names)) or content.keys() & set(_SIGNS))
 
 
+def looks_local(name: str) -> bool:
+    """Tell whether a name is the path of nothing, in a folder that there is; it may be a Hub id all the same."""
+    return "/" in name and Path(name).parent.is_dir() and not Path(name).exists()
+
+
 def _config_of(flag: str, name: str, revision: str | None) -> dict[str, Any]:
     """Return the content of config.json; {} where there is none, as beside an adapter.
 
@@ -292,9 +297,8 @@ def _config_of(flag: str, name: str, revision: str | None) -> dict[str, Any]:
 
     check_path(flag, name)
     check_folder(name)
-    is_local = Path(name).parent.is_dir() and not Path(name).exists() and "/" in name
     asked = f"{flag} {name} could not be read"
-    asked += ", and there is no such folder" if is_local else ""
+    asked += ", and there is no such folder" if looks_local(name) else ""
     with explained(asked, LOADING):
         content, _ = PretrainedConfig.get_config_dict(name, revision=revision)
     return content

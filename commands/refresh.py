@@ -37,8 +37,6 @@ def refresh(
     problems.check(check_repository, repo, "The repository")
     if not dry_run:
         problems.check(check_token, token)
-        if not yes and not sys.stdin.isatty():
-            problems.add("There is no terminal to ask for confirmation; pass --yes, or --dry-run.")
     problems.raise_all()
     options = RefreshOptions(token=token, dry_run=dry_run)
     options.message = message or options.message

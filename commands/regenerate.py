@@ -66,7 +66,9 @@ def regenerate(
     problems.check(check_file_to_write, output, "--output")
     problems.check(check_data, data)
     if model is not None and server is None:
-        problems.add("--model names a model of a server, and there is no --server; pass both or none.")
+        problems.add(
+            "--model names a model of a server, and there is no --server; pass both or none."
+        )
     found = len(problems.found)
     problems.check(check_target, target)
     tokenizer = None

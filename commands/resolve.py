@@ -52,9 +52,9 @@ def explain(target: str) -> tuple[Union[DraftRow, "DFlashDraftSpec"], str]:
         exact[0].check_supported()
         return exact[0], reason_of_exact(name)
     from ..registry import explain_resolution
-    from .preflight import check_target
+    from .preflight import check_target, looks_local
 
-    if Path(target, "config.json").is_file():
+    if Path(target, "config.json").is_file() or looks_local(target):
         check_target(target, "The target")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the reason is printed below

@@ -13,7 +13,10 @@ from .shared import ReadToken
 
 
 def serve_with(
-    engine: Annotated[str, typer.Argument(help="vllm, sglang, llama.cpp or tensorrt-llm.")],
+    engine: Annotated[
+        str,
+        typer.Argument(help="vllm, sglang, llama.cpp, tensorrt-llm, dflash-mlx or mlx-vlm."),
+    ],
     draft: Annotated[str, typer.Argument(help="Hub id or folder of the draft.")],
     target: Annotated[
         str | None,

@@ -185,7 +185,9 @@ def everything(line: Mapping[str, float]) -> str:
 
 def percents(shares: Sequence[float]) -> str:
     """Return shares as whole percents, as text; "" without any."""
-    return " ".join(f"{100 * share:.0f}" for share in shares) + (" %" if shares else "")
+    if not shares:
+        return ""
+    return " ".join(f"{100 * share:.0f}" for share in shares) + " %"
 
 
 def duration(seconds: float) -> str:

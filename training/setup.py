@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, set_seed
 
+from ..catalogue import out_of_cache
 from ..findings_dflash import LOADING, check_path, explained
 from ..kinds import KINDS, kind_named
 from ..registry import DFlashDraftSpec, check_folder, load_draft
@@ -141,13 +142,23 @@ def build(options: TrainOptions, args: DFlashTrainingArguments) -> DFlashTrainer
     tokenizer, target = _load_target(options)
     set_seed(args.seed)  # before the draft, whose fresh weights are random
     draft = make_draft(options, target, tokenizer)
-    if not Path(options.target).exists():
-        draft.card_metadata = {"base_model": options.target}
+    draft.card_metadata = draft.card_metadata | _known(options)
     rows, held_out = _split(options, args)
     try:
         return DFlashTrainer(draft, target, args, rows, held_out, tokenizer)
     except BadRow as error:
         raise with_file(error, options.data) from error
+
+
+def _known(options: TrainOptions) -> dict[str, Any]:
+    """Return what the names of target and data tell the card, where they are names of the Hub."""
+    found: dict[str, Any] = {}
+    target = out_of_cache(options.target)
+    if not Path(target).exists():
+        found["base_model"] = target
+    if not Path(options.data).exists() and options.data.count("/") <= 1:
+        found["datasets"] = [options.data]
+    return found
 
 
 def check_fresh_draft(options: TrainOptions) -> None:
