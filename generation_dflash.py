@@ -89,6 +89,38 @@ class DecodeStatistics:
             for position in range(min(accepted, committed)):
                 self.accepted_at[position] += 1
 
+    def __str__(self) -> str:
+        """Return a short table."""
+        rows = self._rows()
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:{width}}  {value}" for name, value in rows)
+
+    __repr__ = __str__
+
+    def _rows(self) -> list[tuple[str, str]]:
+        """Return what is known, by its name."""
+        if not self.committed:
+            return [("acceptance length", "nothing was decoded yet")]
+        tokens = sum(self.committed)
+        shares = [f"{share:.0%}" for share in self.acceptance_by_position]
+        per_row = " of a row" if len(self.committed) > self.cycles else ""
+        length = f"{self.acceptance_length:.2f} tokens a cycle{per_row}"
+        rows = [
+            ("acceptance length", f"{length} ({tokens:,} tokens, {self.cycles:,} cycles)"),
+            ("accepted by position", " ".join(shares) or "nothing was drafted"),
+        ]
+        if self.proposed:
+            verified = [f"{label} {count}" for label, count in self.proposed.items()]
+            rows.append(("cycles by what they verify", ", ".join(verified)))
+        if self.decode_seconds:
+            rows.append(("tokens per second", f"{tokens / self.decode_seconds:.1f}"))
+            phases = ("prefill", "draft", "verify", "rest")
+            times = [f"{name} {getattr(self, f'{name}_seconds'):.3f}" for name in phases]
+            rows.append(("seconds", ", ".join(times)))
+        if self.stepwise:
+            rows.append(("accepted one by one for", ", ".join(self.stepwise)))
+        return rows
+
 
 class Recorder:
     """Times the phases of a decode for `DecodeStatistics`. Without any to fill, it does nothing."""

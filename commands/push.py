@@ -38,6 +38,10 @@ def push(
         list[str] | None,
         typer.Option(help="Language that the draft was made for, such as en; may be repeated."),
     ] = None,
+    dataset: Annotated[
+        list[str] | None,
+        typer.Option(help="Hub id of data that it was trained on, for the card; may be repeated."),
+    ] = None,
     thinking: Annotated[
         str | None, typer.Option(help="Mode that the draft was made for: on, off or both.")
     ] = None,
@@ -54,7 +58,7 @@ def push(
 
     hide_bars(downloads=False)
     metadata = {"base_model": base_model, "license": license, "language": language}
-    metadata["thinking"] = thinking
+    metadata.update(datasets=dataset, thinking=thinking)
     card = {key: value for key, value in metadata.items() if value}
     _check(directory, repo, card, token)
     served: dict[str, Any] = {}

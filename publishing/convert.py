@@ -27,7 +27,7 @@ from ..layouts_speculators import target_named
 from ..modeling_dflash import DFlashDraftModel
 from ..registry import check_folder
 from ..repository_dflash import check_repo_id
-from ..weights_dflash import OWN_PARTS, check_stored, own_name, stored_files
+from ..weights_dflash import OWN_PARTS, check_stored, check_values, own_name, stored_files
 from .layouts import OTHER_LAYOUTS, base_model_of, layout_findings
 from .layouts import renamed as renamed_for
 from .pickles import pickles_in, without_pickles
@@ -274,6 +274,7 @@ def _plan(stored: StoredDraft, layout: str, options: ConvertOptions) -> Conversi
     if base_model is not None:
         check_repo_id(base_model)
         stored.model.card_metadata = {"base_model": base_model}
+    check_values(stored.model, stored.model.card_source[0], stored.tensors)
     config, rules = stored.model.config, OTHER_LAYOUTS.get(layout)
     content: dict[str, Any] | None = None
     patterns: dict[str, str] = {}
