@@ -92,33 +92,49 @@ class DecodeStatistics:
     def __str__(self) -> str:
         """Return a short table."""
         rows = self._rows()
-        width = max(len(name) for name, _ in rows)
-        return "\n".join(f"{name:{width}}  {value}" for name, value in rows)
+        width = max(map(len, rows))
+        lines = []
+        for name, value in rows.items():
+            lines.append(f"{name:{width}}  {value}")
+        return "\n".join(lines)
 
     __repr__ = __str__
 
-    def _rows(self) -> list[tuple[str, str]]:
+    def _rows(self) -> dict[str, str]:
         """Return what is known, by its name."""
+        name = "acceptance length"
         if not self.committed:
-            return [("acceptance length", "nothing was decoded yet")]
+            return {name: "nothing was decoded yet"}
         tokens = sum(self.committed)
-        shares = [f"{share:.0%}" for share in self.acceptance_by_position]
-        per_row = " of a row" if len(self.committed) > self.cycles else ""
+        per_row = ""
+        if len(self.committed) > self.cycles:
+            per_row = " of a row"
         length = f"{self.acceptance_length:.2f} tokens a cycle{per_row}"
-        rows = [
-            ("acceptance length", f"{length} ({tokens:,} tokens, {self.cycles:,} cycles)"),
-            ("accepted by position", " ".join(shares) or "nothing was drafted"),
-        ]
+        rows = {name: f"{length} ({tokens:,} tokens, {self.cycles:,} cycles)"}
+        shares = []
+        for share in self.acceptance_by_position:
+            shares.append(f"{share:.0%}")
+        rows["accepted by position"] = " ".join(shares) or "nothing was drafted"
         if self.proposed:
-            verified = [f"{label} {count}" for label, count in self.proposed.items()]
-            rows.append(("cycles by what they verify", ", ".join(verified)))
+            verified = []
+            for label, count in self.proposed.items():
+                verified.append(f"{label}: {count}")
+            rows["cycles by what they verify"] = ", ".join(verified)
         if self.decode_seconds:
-            rows.append(("tokens per second", f"{tokens / self.decode_seconds:.1f}"))
-            phases = ("prefill", "draft", "verify", "rest")
-            times = [f"{name} {getattr(self, f'{name}_seconds'):.3f}" for name in phases]
-            rows.append(("seconds", ", ".join(times)))
+            rate = tokens / self.decode_seconds
+            rows["tokens per second"] = f"{rate:.1f}"
+            times = []
+            for phase in (
+                "prefill",
+                "draft",
+                "verify",
+                "rest",
+            ):
+                seconds = getattr(self, f"{phase}_seconds")
+                times.append(f"{phase} {seconds:.3f}")
+            rows["seconds"] = ", ".join(times)
         if self.stepwise:
-            rows.append(("accepted one by one for", ", ".join(self.stepwise)))
+            rows["accepted one by one for"] = ", ".join(self.stepwise)
         return rows
 
 

@@ -139,8 +139,8 @@ def warn_of_right_padding(mask: Any) -> None:
     if mask is None or mask.dim() != 2 or bool((mask[:, -1] != 0).all()):
         return
     logger.warning_once(
-        "Prompts are padded on the right, so the text of the shorter ones goes on after padding, as with plain generate; "
-        'pad on the left: tokenizer.padding_side = "left".'
+        "Prompts are padded on the right, so the shorter ones go on after their padding, as with plain generate. "
+        'Pad on the left: tokenizer.padding_side = "left".'
     )
 
 
