@@ -18,7 +18,7 @@ from .preflight import (
     check_dtype,
     check_target,
 )
-from .screen import console, doing, errors, hide_bars, notes
+from .screen import console, doing, errors, hide_bars, notes, prose
 from .shared import ReadToken
 from .words import in_flags
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 _COLOURS = {"error": "red", "warning": "yellow", "note": "dim"}
 _OUTCOMES = {"loads": "green", "refuses": "yellow", "loads, and is wrong": "red"}
 _BROKEN = 2  # the exit status
+_HUB = "the hub layout of dflash-hub"
 
 
 def check(
@@ -84,7 +85,7 @@ def check(
             report = check_draft(draft, target if model is None else model, options)
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         message = in_flags(str(error), ("revision", "target", "prompts", "token"))
-        errors.print(f"[red]Error:[/red] {escape(message)}", soft_wrap=True)
+        prose(errors, f"[red]Error:[/red] {escape(message)}")
         if as_json:
             found = {"draft": draft, "status": _BROKEN, "verdict": "broken", "error": message}
             typer.echo(json.dumps(found, indent=2))
@@ -131,7 +132,7 @@ def _target_model(target: str, dtype: str, device: str | None) -> Any:
         return load_target(target, dtype).to(device).eval()
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         first = str(error).splitlines()[0]
-        notes.print(f"Nothing is decoded: {first}", style="yellow", soft_wrap=True, markup=False)
+        prose(notes, f"Nothing is decoded: {first}", "yellow", markup=False)
         return None
 
 
@@ -183,7 +184,7 @@ def show_report(report: "DraftReport") -> None:
     if report.run is not None:
         _show_run(report.run)
     if report.engines:
-        _show_engines(report.engines)
+        _show_engines(report.engines, report.layout)
     colour = ("green", "yellow", "red")[report.status]
     console.print(f"\nVerdict: [{colour}]{report.title}[/{colour}].")
 
@@ -227,7 +228,7 @@ def _shares(one: "Acceptance") -> str:
     return " ".join(shares) or "none"
 
 
-def _show_engines(engines: "tuple[EngineVerdict, ...]") -> None:
+def _show_engines(engines: "tuple[EngineVerdict, ...]", layout: str) -> None:
     """Print what each engine would do with the files as they are."""
     table = Table(title="What engines do with these files as they are", show_lines=True)
     for column in ("engine", "", "why"):
@@ -238,3 +239,9 @@ def _show_engines(engines: "tuple[EngineVerdict, ...]") -> None:
         name = f"{verdict.engine.title} {verdict.engine.version}"
         table.add_row(escape(name), f"[{colour}]{verdict.outcome}[/{colour}]", escape(why))
     console.print(table)
+    if layout == _HUB:
+        prose(
+            console,
+            "These files are in the layout for transformers and dflash-hub. For engines, `dflash-hub push` writes the "
+            "branch engines too, and `dflash-hub convert DRAFT FOLDER --layout engines` a folder.",
+        )

@@ -17,7 +17,7 @@ from .preflight import (
     check_repository,
     check_target,
 )
-from .screen import console, hide_bars
+from .screen import console, hide_bars, prose
 
 if TYPE_CHECKING:
     from ..publishing.convert import Conversion
@@ -87,4 +87,4 @@ def _show(done: "Conversion") -> None:
     for name in done.left_out:
         console.print(f"  {name} is left out: no draft needs it", highlight=False, soft_wrap=True)
     for remark in done.remarks:
-        console.print(f"[yellow]{escape(remark)}[/yellow]", soft_wrap=True)
+        prose(console, f"[yellow]{escape(remark)}[/yellow]")

@@ -11,7 +11,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.syntax import Syntax
 
 from .preflight import Problems, check_draft_name, check_repository, check_token
-from .screen import console, hide_bars, note, notes
+from .screen import console, hide_bars, note, notes, prose
 from .shared import Token, tidy_when_terminated
 
 if TYPE_CHECKING:
@@ -204,16 +204,16 @@ def _show_published(done: "Published") -> None:
 
 def show_servings(repo_id: str, found: "dict[str, Serving]") -> None:
     """Print the lines of each engine that serves the draft, and why the others do not."""
-    console.print(
+    prose(
+        console,
         "\nServing engines read the branch engines: the same weights, with the config.json and the names that they "
         "know. They do not read main, which is for transformers and dflash-hub.",
-        soft_wrap=not console.is_terminal,
     )
     for title, serving in found.items():
         console.print(f"\n{title}:", style="bold", **_PLAIN)
         if not serving.works:
             reasons = "; ".join(reason.finding.what for reason in serving.verdict.reasons)
-            console.print(f"  not for this draft: {reasons}", **_PLAIN)
+            prose(console, f"  not for this draft: {reasons}", markup=False)
             continue
         for line in serving.lines:
             console.print(f"  {line}", **_PLAIN)

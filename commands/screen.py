@@ -153,7 +153,12 @@ def _show_warning(message: Any, *args: Any, **kwargs: Any) -> None:
 
 def note(text: str) -> None:
     """Print a remark on stderr, whatever its characters."""
-    notes.print(f"[yellow]Note:[/yellow] {escape(text)}", soft_wrap=True, highlight=False)
+    prose(notes, f"[yellow]Note:[/yellow] {escape(text)}")
+
+
+def prose(out: Console, text: str, style: str = "", markup: bool = True) -> None:
+    """Print sentences: wrapped between words on a terminal, which would break them anywhere; else one line each."""
+    out.print(text, style=style, markup=markup, highlight=False, soft_wrap=not out.is_terminal)
 
 
 class _NoStatus:

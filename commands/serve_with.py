@@ -8,7 +8,7 @@ import typer
 from rich.markup import escape
 
 from .preflight import Problems, check_draft_name, check_served
-from .screen import console, errors
+from .screen import console, errors, prose
 from .shared import ReadToken
 
 
@@ -47,10 +47,10 @@ def serve_with(
     name = f"{draft} at {revision}" if revision else draft
     refused = found.verdict.outcome == REFUSES
     does = f"{title} refuses {name}" if refused else f"{title} loads {name}, and is wrong"
-    errors.print(f"[red]{escape(does)}:[/red]", soft_wrap=True, highlight=False)
+    prose(errors, f"[red]{escape(does)}:[/red]")
     for reason in found.verdict.reasons:
         text = f"- {reason.finding.what} ({reason.rule.source}). {reason.finding.advice}."
-        errors.print(text, soft_wrap=True, highlight=False, markup=False)
+        prose(errors, text, markup=False)
     if found.other_branch:
         again = f"dflash-hub serve-with {engine} {draft} --revision {found.other_branch}"
         errors.print(

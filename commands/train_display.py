@@ -14,7 +14,7 @@ from rich.text import Text
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
 from ..training.progress import by_position
-from .screen import is_verbose, notes
+from .screen import is_verbose, notes, prose
 
 PARTS = 20
 """Lines of a whole run in a pipe, at least one a minute."""
@@ -156,8 +156,7 @@ class TrainDisplay(TrainerCallback):
 
     def _print(self, state: Any, text: str, style: str = "") -> None:
         if state.is_world_process_zero:
-            whole = not notes.is_terminal  # in a file no line is broken
-            notes.print(text, style=style, markup=False, highlight=False, soft_wrap=whole)
+            prose(notes, text, style, markup=False)
 
 
 def figures(line: Mapping[str, float]) -> str:
