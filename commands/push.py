@@ -147,8 +147,8 @@ def show_plan(found: "Plan", whole: bool) -> None:
             if whole or name not in code:
                 out.print(f"  {size_of(size):>10}  {name}", **_PLAIN)
         if not whole:
-            size = size_of(sum(files[name] for name in code))
-            out.print(f"  {size:>10}  code, {len(code)} files", **_PLAIN)
+            all_code = size_of(sum(files[name] for name in code))
+            out.print(f"  {all_code:>10}  code, {len(code)} files", **_PLAIN)
     for one in found.left_out:
         out.print(f"Left out: {one}", **_PLAIN)
     out.print("\nThe card:", style="bold")

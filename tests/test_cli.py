@@ -343,6 +343,11 @@ def test_all_that_is_wrong_with_a_call_is_told_at_once_before_weights_are_loaded
     assert message.count("\n- ") == (len(found) if len(found) > 1 else 0)
 
 
+def test_a_conversation_without_its_template_is_refused(chatty):
+    with pytest.raises(ValueError, match="--chat needs the chat template; leave out --no-chat-template"):
+        run("generate", "hi", "--chat", "--no-chat-template", "--target", str(chatty), *PAIR[2:])
+
+
 def test_check_lists_all_problems_too_and_its_status_is_that_of_a_broken_draft(tmp_path):
     words = ("./no", "--target", PAIR[3], "--dtype", "float17", "--device", "cuda:7", "--prompts", str(tmp_path / "x"))
     done = run("check", *words)
