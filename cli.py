@@ -21,7 +21,7 @@ from .commands.push import push
 from .commands.refresh import refresh
 from .commands.regenerate import regenerate
 from .commands.resolve import resolve
-from .commands.screen import Quiet, Verbose, errors, set_level, with_levels
+from .commands.screen import Quiet, Verbose, errors, prose, set_level, with_levels
 from .commands.serve_with import serve_with
 from .commands.train import train
 from .commands.version import print_version, version
@@ -83,7 +83,7 @@ def main() -> None:
         app(prog_name="dflash-hub")
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         message = in_flags(str(error), _options(sys.argv[1:]))
-        errors.print(f"[red]Error:[/red] {escape(message)}", soft_wrap=True, highlight=False)
+        prose(errors, f"[red]Error:[/red] {escape(message)}")
         sys.exit(1)
 
 

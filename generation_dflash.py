@@ -91,6 +91,54 @@ class DecodeStatistics:
             for position in range(min(accepted, committed)):
                 self.accepted_at[position] += 1
 
+    def __str__(self) -> str:
+        """Return a short table."""
+        rows = self._rows()
+        width = max(map(len, rows))
+        lines = []
+        for name, value in rows.items():
+            lines.append(f"{name:{width}}  {value}")
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+    def _rows(self) -> dict[str, str]:
+        """Return what is known, by its name."""
+        name = "acceptance length"
+        if not self.committed:
+            return {name: "nothing was decoded yet"}
+        tokens = sum(self.committed)
+        per_row = ""
+        if len(self.committed) > self.cycles:
+            per_row = " of a row"
+        length = f"{self.acceptance_length:.2f} tokens a cycle{per_row}"
+        rows = {name: f"{length} ({tokens:,} tokens, {self.cycles:,} cycles)"}
+        shares = []
+        for share in self.acceptance_by_position:
+            shares.append(f"{share:.0%}")
+        rows["accepted by position"] = " ".join(shares) or "nothing was drafted"
+        if self.proposed:
+            verified = []
+            for label, count in self.proposed.items():
+                verified.append(f"{label}: {count}")
+            rows["cycles by what they verify"] = ", ".join(verified)
+        if self.decode_seconds:
+            rate = tokens / self.decode_seconds
+            rows["tokens per second"] = f"{rate:.1f}"
+            times = []
+            for phase in (
+                "prefill",
+                "draft",
+                "verify",
+                "rest",
+            ):
+                seconds = getattr(self, f"{phase}_seconds")
+                times.append(f"{phase} {seconds:.3f}")
+            rows["seconds"] = ", ".join(times)
+        if self.stepwise:
+            rows["accepted one by one for"] = ", ".join(self.stepwise)
+        return rows
+
 
 class Recorder:
     """Counts the cycles of a decode in `DecodeStatistics`, and times its phases where that is asked for."""

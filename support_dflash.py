@@ -130,6 +130,20 @@ def warn_of_new_family(target: Any) -> None:
         )
 
 
+def warn_of_right_padding(mask: Any) -> None:
+    """Say once that text follows padding, where a target predicts nothing sensible, with draft or without.
+
+    Args:
+        mask: `[B, P]`, 0 at padding; None for none.
+    """
+    if mask is None or mask.dim() != 2 or bool((mask[:, -1] != 0).all()):
+        return
+    logger.warning_once(
+        "Prompts are padded on the right, so the shorter ones go on after their padding, as with plain generate. "
+        'Pad on the left: tokenizer.padding_side = "left".'
+    )
+
+
 def warn_of_length(target: Any, length: int) -> None:
     """Warn before the first token if a text of `length` tokens would end beyond the target's positions."""
     text = target.config.get_text_config(decoder=True)
@@ -258,6 +272,7 @@ def check_options(
     raise_first(config_findings(config))
     raise_first(input_findings(config, input_ids, inputs))
     raise_first(forward_findings(model, inputs))
+    warn_of_right_padding(inputs.get("attention_mask"))
 
 
 IGNORED = ("assistant_model", "synced_gpus")

@@ -402,13 +402,21 @@ def is_zero_when_fresh(key: str) -> bool:
     return any(part in key for part in _ZERO_WHEN_FRESH)
 
 
+_PLAIN = (torch.nn.Parameter, torch.Tensor)
+"""Types of tensors whose values are their bits, unlike those of quantised ones."""
+
+
 @torch.no_grad()
-def check_values(model: Any, name: Any) -> None:
-    """Refuse weights that are not finite, or all zero; warn of single matrices that are all zero."""
+def check_values(model: Any, name: Any, tensors: dict[str, torch.Tensor] | None = None) -> None:
+    """Refuse weights that are not finite, or all zero; warn of single matrices that are all zero.
+
+    Args:
+        tensors: by their names, where the model is on the meta device; None for its parameters.
+    """
     not_finite, zero = [], []
     others = 0
-    for key, tensor in model.named_parameters():
-        is_plain = type(tensor) is torch.nn.Parameter and tensor.dtype in _FLOAT_DTYPES
+    for key, tensor in (tensors or dict(model.named_parameters())).items():
+        is_plain = type(tensor) in _PLAIN and tensor.dtype in _FLOAT_DTYPES
         if not is_plain or tensor.device.type == "meta" or not tensor.numel():
             continue
         low, high = tensor.aminmax()

@@ -175,6 +175,11 @@ def _spelling_remarks(config: dict[str, Any]) -> Iterator[Remark]:
     others = {*Qwen3Config().to_dict(), *config.keys()} & {*Qwen3Config().to_dict()}
     for key in sorted(config.keys() - _KEYS - others):
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.9)
-        if near and near[0] not in config:
-            what = f"{key} is a key that nobody reads; is {near[0]} meant?"
-            yield _SECTION.warning("key-misspelt", what, key, near[0], "Correct the name")
+        if not near:
+            continue
+        what = f"{key} is a key that nobody reads; is {near[0]} meant?"
+        advice = "Correct the name"
+        if near[0] in config:
+            what = f"{key} is a key that nobody reads; {near[0]} stands beside it, and counts"
+            advice = "Remove it, or move its value there if that is the right one"
+        yield _SECTION.warning("key-misspelt", what, key, near[0], advice)

@@ -131,13 +131,40 @@ def _llamacpp(launch: Launch) -> list[str]:
     ]
 
 
+def _dflash_mlx(launch: Launch) -> list[str]:
+    lines = _local(launch.draft, "draft", launch.revision)
+    draft = "draft" if lines else shlex.quote(launch.draft)
+    return [*lines, f"dflash serve --model {shlex.quote(launch.target)} --draft {draft}"]
+
+
+def _mlx_vlm(launch: Launch) -> list[str]:
+    lines = _local(launch.draft, "draft", launch.revision)
+    draft = "draft" if lines else shlex.quote(launch.draft)
+    return [
+        *lines,
+        f"mlx_vlm.server --model {shlex.quote(launch.target)} --draft-model {draft} --draft-kind dflash",
+    ]
+
+
 LAUNCHES: dict[str, Callable[[Launch], list[str]]] = {
     "vllm": _vllm,
     "sglang": _sglang,
     "tensorrt-llm": _tensorrt,
     "llama.cpp": _llamacpp,
+    "dflash-mlx": _dflash_mlx,
+    "mlx-vlm": _mlx_vlm,
 }
 """Engine -> the lines that serve a draft with it."""
+
+
+def check_engine(engine: str) -> None:
+    """Refuse what is no engine with launch lines.
+
+    Raises:
+        ValueError: naming those that there are.
+    """
+    if engine not in list(LAUNCHES):
+        raise ValueError(f"engine is {engine!r}; it must be one of {', '.join(LAUNCHES)}.")
 
 
 def serve_with(engine: str, draft: Any, target: str | None = None, **where: Any) -> Serving:
@@ -153,8 +180,7 @@ def serve_with(engine: str, draft: Any, target: str | None = None, **where: Any)
         ValueError: there is no such engine, or no target is known.
         OSError: there is no such draft, no access or no connection.
     """
-    if engine not in list(LAUNCHES):
-        raise ValueError(f"engine is {engine!r}; it must be one of {', '.join(LAUNCHES)}.")
+    check_engine(engine)
     files = open_draft(draft, where)
     stored = stored_draft(files, own_code(files))
     found = verdict(engine_named(engine), stored)
@@ -166,6 +192,23 @@ def serve_with(engine: str, draft: Any, target: str | None = None, **where: Any)
     launch = Launch(files.name, target, where.get("revision"), _drafted(stored), stored)
     other = None if found.outcome == LOADS else _other_branch(files, engine, where)
     return Serving(tuple(LAUNCHES[engine](launch)), found, other)
+
+
+def servings(folder: Path, name: str, target: str, revision: str) -> dict[str, Serving]:
+    """Return how each engine serves a draft that is pushed, by the title of the engine.
+
+    Args:
+        folder: with the files of the branch.
+        name, revision: of the repository and its branch, which the lines name.
+    """
+    files = open_draft(folder, {})
+    stored = stored_draft(files, own_code(files))
+    launch = Launch(name, target, revision, _drafted(stored), stored)
+    found = {}
+    for engine, lines in LAUNCHES.items():
+        judged = verdict(engine_named(engine), stored)
+        found[judged.engine.title] = Serving(tuple(lines(launch)), judged)
+    return found
 
 
 def _other_branch(files: DraftFiles, engine: str, where: dict[str, Any]) -> str | None:

@@ -11,8 +11,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from .loading import load_target
-from .preflight import check_device, check_dtype
-from .screen import console, doing, errors, hide_bars, notes
+from .preflight import (
+    Problems,
+    check_device,
+    check_draft_name,
+    check_dtype,
+    check_target,
+)
+from .screen import console, doing, errors, hide_bars, notes, prose
 from .shared import ReadToken
 from .words import in_flags
 
@@ -23,6 +29,7 @@ if TYPE_CHECKING:
 _COLOURS = {"error": "red", "warning": "yellow", "note": "dim"}
 _OUTCOMES = {"loads": "green", "refuses": "yellow", "loads, and is wrong": "red"}
 _BROKEN = 2  # the exit status
+_HUB = "the hub layout of dflash-hub"
 
 
 def check(
@@ -63,7 +70,8 @@ def check(
 
     hide_bars(downloads=False)
     try:
-        texts = None if prompts is None else read_prompts(prompts)
+        where = {"revision": revision, "token": token}
+        texts = _texts((draft, where), target, prompts, (dtype, device))
         with doing("Starting") as status:
             options = CheckOptions(
                 revision=revision,
@@ -77,7 +85,7 @@ def check(
             report = check_draft(draft, target if model is None else model, options)
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         message = in_flags(str(error), ("revision", "target", "prompts", "token"))
-        errors.print(f"[red]Error:[/red] {escape(message)}", soft_wrap=True)
+        prose(errors, f"[red]Error:[/red] {escape(message)}")
         if as_json:
             found = {"draft": draft, "status": _BROKEN, "verdict": "broken", "error": message}
             typer.echo(json.dumps(found, indent=2))
@@ -89,18 +97,42 @@ def check(
     raise typer.Exit(report.status)
 
 
+def _texts(
+    draft: tuple[str, dict[str, str | None]],
+    target: str | None,
+    prompts: Path | None,
+    runs: tuple[str, str | None],
+) -> list[str] | None:
+    """Return the prompts of a file, once all options are checked; None for the package's own.
+
+    Args:
+        draft: its name, and the keywords that choose its files.
+        runs: dtype and device.
+
+    Raises:
+        ValueError: listing everything that is wrong.
+    """
+    problems = Problems()
+    problems.check(check_draft_name, *draft)
+    if target is not None:
+        problems.check(check_target, target)
+    problems.check(check_dtype, runs[0])
+    problems.check(check_device, runs[1])
+    texts = None if prompts is None else problems.check(read_prompts, prompts)
+    problems.raise_all()
+    return texts
+
+
 def _target_model(target: str, dtype: str, device: str | None) -> Any:
     """Load the target to decode with it; None, with a line on stderr, where that fails."""
     import torch
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    check_dtype(dtype)
-    check_device(device)
     try:
         return load_target(target, dtype).to(device).eval()
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         first = str(error).splitlines()[0]
-        notes.print(f"Nothing is decoded: {first}", style="yellow", soft_wrap=True, markup=False)
+        prose(notes, f"Nothing is decoded: {first}", "yellow", markup=False)
         return None
 
 
@@ -152,7 +184,7 @@ def show_report(report: "DraftReport") -> None:
     if report.run is not None:
         _show_run(report.run)
     if report.engines:
-        _show_engines(report.engines)
+        _show_engines(report.engines, report.layout)
     colour = ("green", "yellow", "red")[report.status]
     console.print(f"\nVerdict: [{colour}]{report.title}[/{colour}].")
 
@@ -196,7 +228,7 @@ def _shares(one: "Acceptance") -> str:
     return " ".join(shares) or "none"
 
 
-def _show_engines(engines: "tuple[EngineVerdict, ...]") -> None:
+def _show_engines(engines: "tuple[EngineVerdict, ...]", layout: str) -> None:
     """Print what each engine would do with the files as they are."""
     table = Table(title="What engines do with these files as they are", show_lines=True)
     for column in ("engine", "", "why"):
@@ -207,3 +239,9 @@ def _show_engines(engines: "tuple[EngineVerdict, ...]") -> None:
         name = f"{verdict.engine.title} {verdict.engine.version}"
         table.add_row(escape(name), f"[{colour}]{verdict.outcome}[/{colour}]", escape(why))
     console.print(table)
+    if layout == _HUB:
+        prose(
+            console,
+            "These files are in the layout for transformers and dflash-hub. For engines, `dflash-hub push` writes the "
+            "branch engines too, and `dflash-hub convert DRAFT FOLDER --layout engines` a folder.",
+        )

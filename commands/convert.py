@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from .screen import console, hide_bars
+from .preflight import (
+    Problems,
+    check_draft_name,
+    check_folder_to_write,
+    check_repository,
+    check_target,
+)
+from .screen import console, hide_bars, prose
 
 if TYPE_CHECKING:
     from ..publishing.convert import Conversion
@@ -37,9 +44,20 @@ def convert(
     ] = False,
 ) -> None:
     """Write a draft in another layout, with every tensor bit-equal; weights are copied and never held in memory."""
-    from ..publishing.convert import ConvertOptions, convert, plan_conversion
+    from ..configuration_dflash import check_layout
+    from ..publishing.convert import ALL_LAYOUTS, ConvertOptions, convert, plan_conversion
 
     hide_bars(downloads=False)
+    problems = Problems()
+    problems.check(check_layout, layout, ALL_LAYOUTS)
+    problems.check(check_draft_name, source, {"revision": revision})
+    if not dry_run:
+        problems.check(check_folder_to_write, destination, "The destination")
+    if base_model is not None:
+        problems.check(check_repository, base_model, "--base-model")
+    if target is not None:
+        problems.check(check_target, target)
+    problems.raise_all()
     options = ConvertOptions(revision, base_model, target)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # they are printed below
@@ -69,4 +87,4 @@ def _show(done: "Conversion") -> None:
     for name in done.left_out:
         console.print(f"  {name} is left out: no draft needs it", highlight=False, soft_wrap=True)
     for remark in done.remarks:
-        console.print(f"[yellow]{escape(remark)}[/yellow]", soft_wrap=True)
+        prose(console, f"[yellow]{escape(remark)}[/yellow]")

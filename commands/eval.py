@@ -10,6 +10,7 @@ import typer
 
 from .eval_models import Choice, Loader, against_of
 from .eval_table import show_differences, show_results, watching
+from .preflight import Problems, check_folder_to_write
 from .shared import Capture, Device, Dtype, NewTokens, Proposal, console, tidy_when_terminated
 
 if TYPE_CHECKING:
@@ -103,33 +104,33 @@ def evaluate(
     if compare is not None:
         compare_reports(*compare)
         return
+    from ..evaluation.prompts import load_prompts
+
     if target is None or output_dir is None:
         missing = "--target" if target is None else "--output-dir"
         raise ValueError(f"{missing} is missing; it may be left out with --compare only.")
+    problems = Problems()
     choice = Choice(
         target,
         draft or [],
         block_size or [],
-        against_of(against),
+        problems.check(against_of, against) or [],
         dtype,
         device,
         capture,
         proposal,
     )
     conditions = (temperature or [0.0], batch_size or [1], context or [])
-    encoding = (chat_template, thinking_of(thinking))
+    encoding = (chat_template, problems.check(thinking_of, thinking))
     counts = {"max_new_tokens": max_new_tokens, "repeats": repeats, "seed": seed, "limit": limit}
     counts["float32_check"] = float32_check
+    problems.check(check_folder_to_write, output_dir, "--output-dir")
     if update_card:
-        from ..evaluation.card import check_folders
-
-        if proposal != "chain":
-            raise ValueError(
-                f"--update-card goes with --proposal chain, and --proposal is {proposal!r}: the figures of a card are "
-                "those of the draft alone."
-            )
-        check_folders(choice.drafts)
-    score = score_of(eval_results, prompts, update_card)
+        problems.check(_check_cards, choice)
+    score = problems.check(score_of, eval_results, prompts, update_card)
+    choice.check(_conditions(conditions), problems)
+    problems.check(load_prompts, prompts, limit)
+    problems.raise_all()
     report = run(choice, conditions, prompts, encoding, output_dir, counts)
     if pngs:
         from ..evaluation.pngs import write_pngs
@@ -144,6 +145,25 @@ def evaluate(
         write_score(report, score)
     if has_failed(report):
         raise typer.Exit(1)
+
+
+def _check_cards(choice: Choice) -> None:
+    """Refuse drafts whose cards cannot be updated, and figures that do not stand on cards."""
+    from ..evaluation.card import check_folders
+
+    if choice.proposal != "chain":
+        raise ValueError(
+            f"--update-card goes with --proposal chain, and --proposal is {choice.proposal!r}: the figures of a card "
+            "are those of the draft alone."
+        )
+    check_folders(choice.drafts)
+
+
+def _conditions(values: tuple[list[float], list[int], list[int]]) -> list[Any]:
+    """Return the conditions of these temperatures, batch sizes and contexts."""
+    from ..evaluation.ways import conditions
+
+    return list(conditions(*values))
 
 
 def run(
@@ -169,7 +189,6 @@ def run(
     from ..training.locks import sole_writer
 
     found = conditions(*grid_values)
-    choice.check(found)
     prompt_set = load_prompts(prompts, counts["limit"])
     loader = Loader(choice)
     tokenizer = loader.tokenizer()

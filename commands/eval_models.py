@@ -49,13 +49,9 @@ class Choice:
     capture: str
     proposal: str = "chain"
 
-    def check(self, conditions: Sequence["Condition"]) -> None:
-        """Refuse what cannot be evaluated, before anything is loaded.
-
-        Raises:
-            ValueError: naming the flag.
-        """
-        problems = Problems()
+    def check(self, conditions: Sequence["Condition"], problems: Problems) -> None:
+        """Collect what cannot be evaluated, before anything is loaded."""
+        found = len(problems.found)
         problems.check(check_target, self.target)
         for draft in self.drafts:
             problems.check(check_draft, *at_revision(draft))
@@ -72,7 +68,8 @@ class Choice:
                 f"--against {','.join(single)} decodes one row at a time in transformers; leave out "
                 "--batch-size or --against."
             )
-        problems.raise_all()
+        if len(problems.found) == found:
+            problems.check(load_tokenizer, self.target)
 
 
 def at_revision(name: str) -> tuple[str, str | None]:

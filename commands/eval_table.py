@@ -20,7 +20,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from .screen import console, notes
+from .screen import console, notes, prose
 
 if TYPE_CHECKING:
     from ..evaluation.run import Progress as EvaluationProgress
@@ -54,18 +54,17 @@ def watching() -> Iterator[Callable[["EvaluationProgress"], None]]:
 def show_results(report: dict[str, Any], path: Path) -> None:
     """Print the results and the recommendations."""
     settings, prompts = report["settings"], report["prompt_set"]
-    console.print(
+    prose(
+        console,
         f"{escape(settings['target'])}, {settings['dtype']}, {report['environment']['hardware']}; "
         f"{prompts['count']} prompts of {escape(prompts['name'])} (license: {prompts['license']}), "
         f"up to {settings['max_new_tokens']} new tokens; proposal: {settings['proposal']}",
-        soft_wrap=True,
-        highlight=False,
     )
     console.print(results_table(report))
     for advice in report["recommendations"]:
-        console.print(escape(advice["words"]), soft_wrap=True, highlight=False)
+        prose(console, escape(advice["words"]))
     for line in differing(report):
-        console.print(escape(line), soft_wrap=True, highlight=False)
+        prose(console, escape(line))
     console.print(f"Report: {path}", soft_wrap=True, highlight=False)
 
 
@@ -156,7 +155,7 @@ def show_differences(found: Sequence[dict[str, Any]], unlike: Sequence[str]) -> 
         )
     console.print(table)
     for words in unlike:
-        console.print(f"They also differ in this: {escape(words)}.", soft_wrap=True)
+        prose(console, f"They also differ in this: {escape(words)}.")
 
 
 def with_interval(figure: dict[str, Any], name: str) -> str:

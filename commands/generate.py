@@ -18,7 +18,7 @@ from .preflight import (
     check_proposal,
     check_target,
 )
-from .screen import note, notes
+from .screen import note, notes, prose
 from .shared import (
     Capture,
     Device,
@@ -227,7 +227,7 @@ def _tell(answerer: "Answerer", row: Any, answer: "Answer") -> None:
 
 
 def _show(line: str, remark: str | None) -> None:
-    notes.print(f"[{line}]", style="dim", markup=False, highlight=False, soft_wrap=True)
+    prose(notes, f"[{line}]", "dim", markup=False)
     if remark:
         note(remark)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..catalogue import check_folder, rows
 from .preflight import check_target
-from .screen import hide_bars, note, notes
+from .screen import hide_bars, note, notes, prose
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def load_pair(model: Any, draft: str | None, revision: str | None) -> Loaded:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # the reason is printed below
             spec, why = explain_resolution(model.config.architectures, model)
-        notes.print(f"Draft: {spec.name}. {why}", style="dim", markup=False, soft_wrap=True)
+        prose(notes, f"Draft: {spec.name}. {why}", "dim", markup=False)
         return Loaded(model, spec.load(dtype=model.dtype), spec.targets, spec.note)
     loaded = load_draft(draft, revision=revision, dtype=model.dtype)
     known = next((row for row in rows() if row.repo_id == draft), None)

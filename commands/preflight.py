@@ -2,7 +2,9 @@
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
 """Find everything that is wrong with a call before any weights are loaded, and tell it at once."""
 
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from ..catalogue import check_folder
@@ -10,6 +12,8 @@ from ..kinds import KINDS
 
 _SIGNS = ("dflash_config", "speculators_model_type")
 """Keys of config.json that drafts have, and targets have not."""
+_DATA = (".jsonl", ".json", ".parquet", ".csv", ".txt")
+"""Endings of files of rows."""
 
 
 class Problems:
@@ -22,7 +26,7 @@ class Problems:
         """Return what a check returns; collect its error, and return None then."""
         try:
             return check(*args)
-        except (ValueError, OSError, ImportError) as error:
+        except (ValueError, OSError, RuntimeError, ImportError) as error:
             self.add(str(error))
             return None
 
@@ -116,8 +120,19 @@ def check_target(name: str, flag: str = "--target") -> None:
     content = _config_of(flag, name, None)
     if content and is_draft(content):
         raise ValueError(
-            f"{flag} is {name}, which is a draft; pass the model that it was trained for, and this as --draft."
+            f"{flag} is {name}, which is a draft; pass the model that it was trained for."
         )
+
+
+def check_served(name: str) -> None:
+    """Refuse the target of a line for a server, if it is a path without anything or a draft; a Hub id is not asked for.
+
+    Raises:
+        ValueError, OSError: naming it.
+    """
+    check_folder(name)
+    if Path(name, "config.json").is_file():
+        check_target(name)
 
 
 def check_draft(name: str | None, revision: str | None = None) -> None:
@@ -126,13 +141,134 @@ def check_draft(name: str | None, revision: str | None = None) -> None:
     Raises:
         ValueError, OSError: naming it.
     """
-    content = {} if name is None else _config_of("--draft", name, revision)
+    if name is not None and revision is not None and Path(name).is_dir():
+        raise ValueError(
+            f"{name} is a folder, which has no revision {revision}; leave the revision out."
+        )
+    if name is not None:
+        _refuse_target(_config_of("--draft", name, revision), name, "--draft")
+
+
+def _refuse_target(content: dict[str, Any], name: str, what: str) -> None:
+    """Refuse the config.json of a model that is no draft."""
     architectures = content.get("architectures")
     if content and architectures and not is_draft(content):
         shown = ", ".join(map(str, architectures))
         raise ValueError(
-            f"--draft is {name}, which is no DFlash draft but a model of its own ({shown}); pass a draft of the target."
+            f"{what} is {name}, which is no DFlash draft but a model of its own ({shown}); pass a draft of the target."
         )
+
+
+def check_draft_name(name: str, where: dict[str, str | None], what: str = "The draft") -> None:
+    """Refuse the path of a draft that does not exist, and the name of a target; all else the command reads itself.
+
+    Args:
+        where: `revision` and `token` of a repository.
+
+    Raises:
+        ValueError, OSError: naming it.
+    """
+    from transformers import PretrainedConfig
+
+    check_folder(name)
+    if where.get("revision") is not None and Path(name).is_dir():
+        raise ValueError(
+            f"--revision is {where['revision']}, but {name} is a folder, which has none; leave it out."
+        )
+    try:
+        content, _ = PretrainedConfig.get_config_dict(name, **where)
+    except Exception:  # what it is, the command says when it reads the draft
+        return
+    if isinstance(content, dict):
+        _refuse_target(content, name, what)
+
+
+def check_folder_to_write(folder: str | Path, flag: str) -> None:
+    """Refuse a folder that cannot be written, or be made.
+
+    Raises:
+        ValueError: naming the flag.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{flag} is {folder}, which is a file; pass a folder.")
+    _check_writable(folder, folder, flag)
+
+
+def check_file_to_write(file: str | Path, flag: str) -> None:
+    """Refuse a file that cannot be written, or be made.
+
+    Raises:
+        ValueError: naming the flag.
+    """
+    file = Path(file)
+    if file.is_dir():
+        raise ValueError(f"{flag} is the folder {file}; pass a file in it, such as data.jsonl.")
+    _check_writable(file, file.parent, flag)
+
+
+def _check_writable(path: Path, folder: Path, flag: str) -> None:
+    """Refuse a folder in which, or in whose nearest parent, no file can be made."""
+    there = folder.absolute()
+    while not there.exists():
+        there = there.parent
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            return
+    except OSError as error:
+        raise ValueError(
+            f"{flag} is {path}, which cannot be written: {error.strerror}; choose another."
+        ) from error
+
+
+def check_data(data: str, flag: str = "--data") -> None:
+    """Refuse the path of a file or folder that does not exist, which would be taken for a dataset of the Hub.
+
+    Raises:
+        ValueError: naming the flag.
+    """
+    is_path = Path(data).suffix in _DATA or data.startswith((".", "/", "~")) or data.count("/") > 1
+    if is_path and not Path(data).exists():
+        raise ValueError(
+            f"{flag} is {data}: there is no such file or folder; pass one, or a dataset of the Hub."
+        )
+
+
+def check_token(token: str | None) -> None:
+    """Refuse to write to the Hub without any token.
+
+    Raises:
+        ValueError: there is none.
+    """
+    from huggingface_hub import get_token
+
+    if not (token or get_token()):
+        raise ValueError(
+            "There is no token of the Hub, which writing to it takes: log in with hf auth login, set HF_TOKEN, or pass "
+            "--token."
+        )
+
+
+def check_repository(name: str, argument: str) -> None:
+    """Refuse what cannot be the name of a repository, such as a folder.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    if Path(name).is_dir() or name.startswith((".", "/", "~")):
+        raise ValueError(
+            f"{argument} is {name}, which is a path; pass the name of a repository, such as me/draft."
+        )
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        rule = str(error).partition(":")[0]
+        raise ValueError(
+            f"{argument} is {name!r}, and no repository can be named so: {rule}. Pass a name such as me/draft."
+        ) from error
 
 
 def is_draft(content: dict[str, Any]) -> bool:
@@ -142,6 +278,11 @@ def is_draft(content: dict[str, Any]) -> bool:
     names = named if isinstance(named, list) else [named]
     names = [*names, content.get("model_type")]
     return bool(known.intersection(map(str, names)) or content.keys() & set(_SIGNS))
+
+
+def looks_local(name: str) -> bool:
+    """Tell whether a name is the path of nothing, in a folder that there is; it may be a Hub id all the same."""
+    return "/" in name and Path(name).parent.is_dir() and not Path(name).exists()
 
 
 def _config_of(flag: str, name: str, revision: str | None) -> dict[str, Any]:
@@ -156,6 +297,8 @@ def _config_of(flag: str, name: str, revision: str | None) -> dict[str, Any]:
 
     check_path(flag, name)
     check_folder(name)
-    with explained(f"{flag} {name} could not be read", LOADING):
+    asked = f"{flag} {name} could not be read"
+    asked += ", and there is no such folder" if looks_local(name) else ""
+    with explained(asked, LOADING):
         content, _ = PretrainedConfig.get_config_dict(name, revision=revision)
     return content

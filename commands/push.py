@@ -2,18 +2,27 @@
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
 """`dflash-hub push`: publish a draft from a folder."""
 
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.syntax import Syntax
 
-from .screen import console, hide_bars, notes
+from .preflight import Problems, check_draft_name, check_repository, check_token
+from .screen import console, hide_bars, note, notes, prose
 from .shared import Token, tidy_when_terminated
 
 if TYPE_CHECKING:
+    from huggingface_hub import ModelCard
+
+    from ..checking.serve import Serving
     from ..publishing import Plan, Published
+
+_TARGET = "YOUR-TARGET"
+_UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
+_PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}
 
 
 def push(
@@ -29,6 +38,10 @@ def push(
         list[str] | None,
         typer.Option(help="Language that the draft was made for, such as en; may be repeated."),
     ] = None,
+    dataset: Annotated[
+        list[str] | None,
+        typer.Option(help="Hub id of data that it was trained on, for the card; may be repeated."),
+    ] = None,
     thinking: Annotated[
         str | None, typer.Option(help="Mode that the draft was made for: on, off or both.")
     ] = None,
@@ -36,6 +49,7 @@ def push(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, list the files, push nothing.")
     ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Push without asking on a terminal.")] = False,
     message: Annotated[str, typer.Option(help="Commit message.")] = "Upload DFlash draft",
     token: Token = None,
 ) -> None:
@@ -44,42 +58,164 @@ def push(
 
     hide_bars(downloads=False)
     metadata = {"base_model": base_model, "license": license, "language": language}
-    metadata["thinking"] = thinking
+    metadata.update(datasets=dataset, thinking=thinking)
     card = {key: value for key, value in metadata.items() if value}
+    _check(directory, repo, card, token)
+    served: dict[str, Any] = {}
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with (
         tidy_when_terminated(),
         Progress(*columns, console=notes, disable=not notes.is_interactive) as progress,
     ):
         task = progress.add_task("Starting", total=None)
+
+        def preview(found: "Plan") -> None:
+            progress.stop()
+            served.update(_servings(found))
+            show_plan(found, dry_run)
+            if not dry_run:
+                _ask(repo, yes)
+                progress.start()
+
         options = PublishOptions(private=private or None, token=token, message=message, card=card)
         run = plan if dry_run else publish
         done = run(
-            directory, repo, options, report=lambda step: progress.update(task, description=step)
+            directory,
+            repo,
+            options,
+            report=lambda step: progress.update(task, description=step),
+            preview=preview,
         )
         finished = "Checked" if dry_run else "Published"
         progress.update(task, description=finished, total=1, completed=1)
-    for one in done.left_out:
-        console.print(f"Left out: {one}", highlight=False, soft_wrap=True)
     if isinstance(done, Published):
         _show_published(done)
+        show_servings(done.repo_id, served)
     else:
-        _show_plan(done)
+        console.print("\nNothing was pushed.")
 
 
-def _show_plan(done: "Plan") -> None:
-    """Print the files that would be pushed to each branch, with their sizes."""
-    for branch, files in done.files.items():
-        console.print(f"\n[bold]{done.repo_id}[/bold], branch {branch}: {len(files)} files")
+def _check(directory: Path, repo: str, card: dict[str, Any], token: str | None) -> None:
+    """Refuse what cannot be pushed, before the draft is read.
+
+    Raises:
+        ValueError: listing everything that is wrong.
+    """
+    from ..publishing.card import MODES
+
+    problems = Problems()
+    if not directory.is_dir():
+        problems.add(
+            f"{directory} is not a folder; pass the folder that holds the draft's config.json."
+        )
+    else:
+        problems.check(check_draft_name, str(directory), {})
+    problems.check(check_repository, repo, "The repository")
+    problems.check(check_token, token)
+    if "base_model" in card:
+        problems.check(check_repository, card["base_model"], "--base-model")
+    if card.get("thinking", "on") not in MODES:
+        problems.add(f"--thinking is {card['thinking']!r}; it must be one of {', '.join(MODES)}.")
+    problems.raise_all()
+
+
+def _ask(repo: str, yes: bool) -> None:
+    """Ask on a terminal whether to push; nobody can be asked elsewhere.
+
+    Raises:
+        typer.Abort: no.
+    """
+    if not yes and sys.stdin.isatty() and notes.is_interactive:
+        typer.confirm(f"Push this to {repo}?", abort=True, err=True)
+
+
+def show_plan(found: "Plan", whole: bool) -> None:
+    """Print what would be pushed: to each branch its files with their sizes, and what the card says.
+
+    Args:
+        whole: whether this is the result, with every file; else the code is one line.
+    """
+    from ..publishing.card import gaps
+
+    out = console if whole else notes
+    for branch, files in found.files.items():
+        total = size_of(sum(files.values()))
+        title = f"{found.repo_id}, branch {branch}: {len(files)} files, {total}"
+        out.print(f"\n{title}", style="bold", **_PLAIN)
+        code = [name for name in files if name.endswith(".py")]
         for name, size in files.items():
-            console.print(f"  {size:>14,}  {name}", highlight=False, soft_wrap=True)
-    console.print("\nNothing was pushed.")
+            if whole or name not in code:
+                out.print(f"  {size_of(size):>10}  {name}", **_PLAIN)
+        if not whole:
+            all_code = size_of(sum(files[name] for name in code))
+            out.print(f"  {all_code:>10}  code, {len(code)} files", **_PLAIN)
+    for one in found.left_out:
+        out.print(f"Left out: {one}", **_PLAIN)
+    out.print("\nThe card:", style="bold")
+    for line in card_lines(found.card):
+        out.print(f"  {line}", **_PLAIN)
+    missing = gaps(found.card)
+    if missing:
+        note(
+            f"The card does not say {', '.join(missing)}. Options of push fill it in, or README.md."
+        )
+
+
+def card_lines(card: "ModelCard") -> list[str]:
+    """Return what a card says, a line each."""
+    data = card.data.to_dict()
+    lines = []
+    for name in ("base_model", "license", "datasets", "language"):
+        value = data.get(name)
+        if value:
+            shown = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+            lines.append(f"{name}: {shown}")
+    for heading, words in (("## Training", "how it was trained"), ("## Measured", "measurements")):
+        section = card.text.partition(f"{heading}\n")[2].strip()
+        has_one = bool(section) and not section.startswith("Nothing yet")
+        lines.append(f"{words}: {'in a section of its own' if has_one else 'nothing'}")
+    return lines
+
+
+def size_of(count: int) -> str:
+    """Return a number of bytes as text."""
+    if count < 2**10:
+        return f"{count} B"
+    unit, name = next((pair for pair in _UNITS if count >= pair[0]), _UNITS[-1])
+    return f"{count / unit:,.1f} {name}"
+
+
+def _servings(found: "Plan") -> "dict[str, Serving]":
+    """Return how engines serve what is staged, from the branch that is theirs."""
+    from ..checking.serve import servings
+
+    target = found.card.data.get("base_model") or _TARGET
+    name = target[0] if isinstance(target, list) else str(target)
+    return servings(found.folders["engines"], found.repo_id, name, "engines")
 
 
 def _show_published(done: "Published") -> None:
     """Print the commits, and the code that loads the draft."""
-    console.print(
-        f"\n[bold]{done.repo_id}[/bold] is published: main at {done.commit[:8]}, engines at {done.engines_commit[:8]}."
-    )
-    console.print("Load exactly this commit:\n")
+    where = f"main at {done.commit[:8]}, engines at {done.engines_commit[:8]}"
+    console.print(f"\n{done.repo_id} is published: {where}.", style="bold", **_PLAIN)
+    console.print("\nTransformers, with exactly this commit:\n", style="bold")
     console.print(Syntax(done.snippet, "python", background_color="default"))
+
+
+def show_servings(repo_id: str, found: "dict[str, Serving]") -> None:
+    """Print the lines of each engine that serves the draft, and why the others do not."""
+    prose(
+        console,
+        "\nServing engines read the branch engines: the same weights, with the config.json and the names that they "
+        "know. They do not read main, which is for transformers and dflash-hub.",
+    )
+    for title, serving in found.items():
+        console.print(f"\n{title}:", style="bold", **_PLAIN)
+        if not serving.works:
+            reasons = "; ".join(reason.finding.what for reason in serving.verdict.reasons)
+            prose(console, f"  not for this draft: {reasons}", markup=False)
+            continue
+        for line in serving.lines:
+            console.print(f"  {line}", **_PLAIN)
+    if any(_TARGET in line for serving in found.values() for line in serving.lines):
+        note(f"The card names no target: put the Hub id of yours in place of {_TARGET}.")

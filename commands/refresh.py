@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
+from .preflight import Problems, check_repository, check_token
 from .screen import console, doing, hide_bars
 from .shared import Token, tidy_when_terminated
 
@@ -32,6 +33,11 @@ def refresh(
     from ..publishing.refresh import refresh as run
 
     hide_bars(downloads=False)
+    problems = Problems()
+    problems.check(check_repository, repo, "The repository")
+    if not dry_run:
+        problems.check(check_token, token)
+    problems.raise_all()
     options = RefreshOptions(token=token, dry_run=dry_run)
     options.message = message or options.message
     with tidy_when_terminated(), doing("Starting") as status:

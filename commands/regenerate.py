@@ -17,6 +17,7 @@ from rich.progress import (
 )
 
 from .loading import load_target, load_tokenizer
+from .preflight import Problems, check_data, check_file_to_write, check_target
 from .screen import console, notes
 from .shared import NewTokens, Target
 
@@ -61,24 +62,51 @@ def regenerate(
     from ..training.reading import load_rows
     from ..training.regenerate import GenerationSettings, InProcess, Server
 
-    if output.is_dir():
-        raise ValueError(f"--output is the folder {output}; pass a file in it, such as data.jsonl.")
-    tokenizer = load_tokenizer(target)
+    problems = Problems()
+    problems.check(check_file_to_write, output, "--output")
+    problems.check(check_data, data)
+    if model is not None and server is None:
+        problems.add(
+            "--model names a model of a server, and there is no --server; pass both or none."
+        )
+    found = len(problems.found)
+    problems.check(check_target, target)
+    tokenizer = None
+    if len(problems.found) == found:
+        tokenizer = problems.check(load_tokenizer, target)
+    problems.raise_all()
     settings = GenerationSettings(max_new_tokens, temperature, prompt_tokens)
     rows = load_rows(data, data_name, data_split, streaming)
     rows = rows if limit is None else rows.take(limit)
     if server is not None:
         answer: AnswerFn = Server(server, tokenizer, settings, model)
+    elif _all_there(rows, output):
+        return
     else:
         target_model = load_target(target, dtype="auto")
         answer = InProcess(target_model, tokenizer, settings)
     done, failed = regenerate_with_progress(rows, output, answer, workers if server else 1)
-    console.print(f"[bold]{output}[/bold] holds {done:,} rows.")
+    console.print(f"{output} holds {done:,} rows.", markup=False, highlight=False, soft_wrap=True)
     if failed:
         console.print(
             f"{len(failed)} rows failed; run the same command to try them again. First error: {escape(failed[0])}"
         )
         raise typer.Exit(1)
+
+
+def _all_there(rows: Any, output: Path) -> bool:
+    """Tell whether a file holds an answer to every row already, and say so."""
+    from ..training.regenerate import finished_rows
+
+    if not hasattr(rows, "__len__") or not output.exists():
+        return False
+    there = finished_rows(output) & {*range(len(rows))}
+    if len(there) < len(rows):
+        notes.print(f"{len(there):,} of {len(rows):,} already there", style="dim", highlight=False)
+        return False
+    words = f"{output}: {len(there):,} of {len(rows):,} already there; nothing to do."
+    console.print(words, markup=False, highlight=False, soft_wrap=True)
+    return True
 
 
 def regenerate_with_progress(

@@ -5,6 +5,7 @@
 import json
 import sys
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Union
 
 import typer
@@ -51,7 +52,10 @@ def explain(target: str) -> tuple[Union[DraftRow, "DFlashDraftSpec"], str]:
         exact[0].check_supported()
         return exact[0], reason_of_exact(name)
     from ..registry import explain_resolution
+    from .preflight import check_target, looks_local
 
+    if Path(target, "config.json").is_file() or looks_local(target):
+        check_target(target, "The target")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the reason is printed below
         return explain_resolution(target=target)

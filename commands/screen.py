@@ -19,13 +19,19 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-_INTERACTIVE = False if os.environ.get("CI") else None
-"""Logs of a CI show neither bars nor spinners; elsewhere the terminal decides."""
-console = Console(force_interactive=_INTERACTIVE)
+
+def _screen(stderr: bool) -> Console:
+    """Return a console; logs of a CI show neither bars, spinners nor colours, elsewhere the terminal decides."""
+    if os.environ.get("CI"):
+        return Console(stderr=stderr, force_interactive=False, color_system=None)
+    return Console(stderr=stderr)
+
+
+console = _screen(stderr=False)
 """Results, on stdout."""
-notes = Console(stderr=True, force_interactive=_INTERACTIVE)
+notes = _screen(stderr=True)
 """Progress, and what a result alone does not tell, on stderr; silent with `--quiet`."""
-errors = Console(stderr=True, force_interactive=_INTERACTIVE)
+errors = _screen(stderr=True)
 """Errors, on stderr."""
 
 Verbose = Annotated[
@@ -45,6 +51,11 @@ _set_here: set[str] = set()
 def variables() -> dict[str, str]:
     """Return the user's environment."""
     return {name: value for name, value in os.environ.items() if name not in _set_here}
+
+
+def is_verbose() -> bool:
+    """Return whether everything is to be seen."""
+    return _given["loud"]
 
 
 def set_level(verbose: bool, quiet: bool) -> None:
@@ -142,7 +153,12 @@ def _show_warning(message: Any, *args: Any, **kwargs: Any) -> None:
 
 def note(text: str) -> None:
     """Print a remark on stderr, whatever its characters."""
-    notes.print(f"[yellow]Note:[/yellow] {escape(text)}", soft_wrap=True, highlight=False)
+    prose(notes, f"[yellow]Note:[/yellow] {escape(text)}")
+
+
+def prose(out: Console, text: str, style: str = "", markup: bool = True) -> None:
+    """Print sentences: wrapped between words on a terminal, which would break them anywhere; else one line each."""
+    out.print(text, style=style, markup=markup, highlight=False, soft_wrap=not out.is_terminal)
 
 
 class _NoStatus:

@@ -7,12 +7,16 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from .screen import console, errors
+from .preflight import Problems, check_draft_name, check_served
+from .screen import console, errors, prose
 from .shared import ReadToken
 
 
 def serve_with(
-    engine: Annotated[str, typer.Argument(help="vllm, sglang, llama.cpp or tensorrt-llm.")],
+    engine: Annotated[
+        str,
+        typer.Argument(help="vllm, sglang, llama.cpp, tensorrt-llm, dflash-mlx or mlx-vlm."),
+    ],
     draft: Annotated[str, typer.Argument(help="Hub id or folder of the draft.")],
     target: Annotated[
         str | None,
@@ -25,8 +29,15 @@ def serve_with(
 ) -> None:
     """Print the lines that serve a target with this draft. Exit status 1 if the engine would refuse it, or be wrong."""
     from ..checking.engines import REFUSES
+    from ..checking.serve import check_engine
     from ..checking.serve import serve_with as run
 
+    problems = Problems()
+    problems.check(check_engine, engine)
+    problems.check(check_draft_name, draft, {"revision": revision, "token": token})
+    if target is not None:
+        problems.check(check_served, target)
+    problems.raise_all()
     found = run(engine, draft, target, revision=revision, token=token)
     for line in found.lines:
         console.print(line, soft_wrap=True, highlight=False, markup=False)
@@ -36,10 +47,10 @@ def serve_with(
     name = f"{draft} at {revision}" if revision else draft
     refused = found.verdict.outcome == REFUSES
     does = f"{title} refuses {name}" if refused else f"{title} loads {name}, and is wrong"
-    errors.print(f"[red]{escape(does)}:[/red]", soft_wrap=True, highlight=False)
+    prose(errors, f"[red]{escape(does)}:[/red]")
     for reason in found.verdict.reasons:
         text = f"- {reason.finding.what} ({reason.rule.source}). {reason.finding.advice}."
-        errors.print(text, soft_wrap=True, highlight=False, markup=False)
+        prose(errors, text, markup=False)
     if found.other_branch:
         again = f"dflash-hub serve-with {engine} {draft} --revision {found.other_branch}"
         errors.print(

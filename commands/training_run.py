@@ -3,22 +3,45 @@
 """Run `dflash-hub train`: read the options, set up the run, train, save and publish."""
 
 import difflib
+import re
+import shlex
 import tempfile
+from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+import typer
+from huggingface_hub import HfApi
 from transformers import HfArgumentParser
 
 from ..publishing import PublishOptions, publish
+from ..repository_dflash import check_destination
 from ..training import DFlashTrainer, DFlashTrainingArguments
-from ..training.setup import TrainOptions, build
-from ..training.trainer import explain_failed_push, explain_failed_write, sole_trainer
+from ..training.progress import PLOT
+from ..training.setup import TrainOptions, build, check_fresh_draft
+from ..training.trainer import (
+    checkpoint_to_resume,
+    explain_failed_push,
+    explain_failed_write,
+    last_checkpoint,
+    sole_trainer,
+)
 from .dry_run import dry_run
 from .inspect_rows import inspect_rows
 from .loading import load_tokenizer
-from .preflight import Problems, check_draft, check_dtype, check_target
-from .screen import console, notes
+from .preflight import (
+    Problems,
+    check_data,
+    check_draft,
+    check_dtype,
+    check_folder_to_write,
+    check_repository,
+    check_target,
+    check_token,
+)
+from .screen import console, hide_bars, note, notes
+from .train_display import shown
 
 
 class _Parser(HfArgumentParser):
@@ -71,14 +94,54 @@ def _parse(parser: _Parser, argv: list[str]) -> tuple[TrainOptions, Any]:
         problems.check(parser.parse_known_args, argv)  # what is missing besides
         problems.raise_all()
     options, args = parser.parse_args_into_dataclasses(argv)
+    _check(options, args, problems)
+    problems.raise_all()
+    return options, args
+
+
+def _check(options: TrainOptions, args: Any, problems: Problems) -> None:
+    """Collect what is wrong with the options, before weights are loaded."""
     found = len(problems.found)
     problems.check(check_target, options.target)
     problems.check(check_draft, options.draft, options.draft_revision)
     problems.check(check_dtype, options.target_dtype, "--target-dtype")
+    problems.check(check_data, options.data)
+    if options.inspect is None and not options.dry_run:
+        problems.check(check_folder_to_write, str(args.output_dir), "--output-dir")
+        problems.check(checkpoint_to_resume, args, args.resume_from_checkpoint)
+        if args.push_to_hub:
+            problems.check(_check_push, args)
+    for problem in _contradictions(options, args):
+        problems.add(problem)
     if len(problems.found) == found:
         problems.check(load_tokenizer, options.target, options.trust_remote_code)
-    problems.raise_all()
-    return options, args
+    if len(problems.found) == found and options.draft is None:
+        problems.check(check_fresh_draft, options)
+
+
+def _check_push(args: Any) -> None:
+    """Ask the Hub whether the draft may be pushed at the end.
+
+    Raises:
+        ValueError, RuntimeError: it may not, or there is no token.
+    """
+    name = args.hub_model_id or Path(str(args.output_dir)).name
+    check_repository(name, "--push-to-hub")
+    check_token(args.hub_token)
+    check_destination(HfApi(token=args.hub_token), name, args.hub_private_repo)
+
+
+def _contradictions(options: TrainOptions, args: Any) -> Iterator[str]:
+    """Yield what options say against each other."""
+    evaluates = str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no"
+    if evaluates and not options.eval_rows:
+        yield "--eval-strategy asks for evaluations, and no rows are held out for them; pass --eval-rows 100."
+    if args.eval_acceptance_prompts and not options.eval_rows:
+        yield "--eval-acceptance-prompts decodes held-out prompts, and none are held out; pass --eval-rows 100."
+    if options.streaming and args.max_steps <= 0:
+        yield "--streaming reads data of an unknown length, so --max-steps must be given."
+    if options.draft_revision is not None and options.draft is None:
+        yield "--draft-revision is given without --draft; pass both or none."
 
 
 def _unknown(name: str, known: list[str]) -> str:
@@ -92,16 +155,38 @@ def _unknown(name: str, known: list[str]) -> str:
 
 def _run(options: TrainOptions, args: DFlashTrainingArguments) -> None:
     """Set up the run, and train or make the dry run."""
+    hide_bars()
+    notes.print(
+        f"Loading {options.target} and {options.data}",
+        style="dim",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
     trainer = build(options, args)
-    if options.draft is None:
+    if options.draft is None and not args.resume_from_checkpoint:
         _tell_choices(trainer)
     if not options.streaming:
         print_data_reports(trainer)
-    if options.dry_run:
-        dry_run(trainer, Path(str(args.output_dir)))
-        return
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    with shown(trainer):
+        if options.dry_run:
+            dry_run(trainer, Path(str(args.output_dir)))
+            return
+        try:
+            trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        except KeyboardInterrupt:
+            _tell_interrupted(trainer)
+            raise typer.Exit(130) from None
     finish(trainer, options)
+
+
+def _tell_interrupted(trainer: DFlashTrainer) -> None:
+    """Print what a run that was ended by Ctrl-C has left, and how to go on."""
+    complete = last_checkpoint(trainer.args.output_dir)
+    how = "There is no checkpoint to go on from."
+    if complete is not None:
+        how = f"The same command with --resume-from-checkpoint true goes on from {complete}."
+    note(f"Stopped at step {trainer.state.global_step:,}. {how}")
 
 
 def _tell_choices(trainer: DFlashTrainer) -> None:
@@ -135,7 +220,7 @@ def option_names() -> list[str]:
 def print_data_reports(trainer: DFlashTrainer) -> None:
     """Print how many documents were read and how many were left out."""
     for name, report in trainer.reports.items():
-        console.print(f"{name} data: {report}", style="dim")
+        notes.print(f"{name} data: {report}", style="dim", markup=False, highlight=False)
 
 
 def finish(trainer: DFlashTrainer, options: TrainOptions) -> None:
@@ -152,11 +237,34 @@ def finish(trainer: DFlashTrainer, options: TrainOptions) -> None:
         return
     if options.streaming:
         print_data_reports(trainer)
-    console.print(f"The draft is in [bold]{folder}[/bold].")
+    console.print(f"The draft is in {folder}.", markup=False, highlight=False, soft_wrap=True)
+    plot = Path(str(folder)) / PLOT
+    if plot.exists():
+        console.print(f"Plot: {plot}", markup=False, highlight=False, soft_wrap=True)
     if trainer.args.push_to_hub:
         trainer.create_model_card()
         push = PublishOptions(trainer.args.hub_private_repo, trainer.args.hub_token)
         with explain_failed_push(folder, repo):
             done = publish(folder, repo or Path(folder).name, push)
         where = f"main at {done.commit[:8]}, engines at {done.engines_commit[:8]}"
-        console.print(f"[bold]{done.repo_id}[/bold] is published: {where}.")
+        console.print(f"[bold]{done.repo_id}[/bold] is published: {where}.", soft_wrap=True)
+    _tell_next(trainer, options, str(folder))
+
+
+def _tell_next(trainer: DFlashTrainer, options: TrainOptions, folder: str) -> None:
+    """Print the commands that come next: decode with the draft, and push it or, if it is pushed, measure it."""
+    pair = f"--target {shlex.quote(options.target)} --draft {shlex.quote(folder)}"
+    follow = f"dflash-hub push {shlex.quote(folder)} {_repository(folder)}"
+    if trainer.args.push_to_hub:
+        follow = f"dflash-hub eval {pair} --output-dir results"
+    elif not Path(options.target).exists():
+        follow += f" --base-model {shlex.quote(options.target)}"
+    notes.print("Next:", style="dim")
+    for line in (f'dflash-hub generate {pair} "Write a quicksort in Python."', follow):
+        notes.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _repository(folder: str) -> str:
+    """Return a name for the repository of a draft in this folder, which its user completes."""
+    name = re.sub(r"[^\w.-]+", "-", Path(folder).resolve().name).strip("-.")
+    return f"me/{name or 'my-draft'}"

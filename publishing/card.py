@@ -2,6 +2,7 @@
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
 """Write a draft's model card from the template in `hub_repo/`, or complete an existing card."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,18 @@ THINKING = "thinking"
 """The entry of `card_metadata` that is no metadata of the Hub: the mode that a draft was made for."""
 MODES = {"on": "thinking", "off": "non-thinking", "both": "thinking and non-thinking"}
 NOT_STATED = "not stated"
+UNKNOWN_TARGET = "THE-TARGET-OF-THIS-DRAFT"
+_MODE_ROW = re.compile(r"^\| mode, language \| ([^;|\n]*); ([^|\n]*) \|$", re.MULTILINE)
+_GAPS = re.compile(
+    r"(<!-- dflash-hub gaps: begin -->).*?(<!-- dflash-hub gaps: end -->)", re.DOTALL
+)
+_STATED = {
+    "base_model": "its target (`base_model`)",
+    "license": "its licence (`license`)",
+    "datasets": "the data that it was trained on (`datasets`)",
+    "language": "the language of that (`language`)",
+}
+"""Keys of metadata that only the author knows, and what stands there, in words."""
 
 
 def write_card(
@@ -38,7 +51,7 @@ def write_card(
     chosen = dict(draft.card_metadata)
     mode = _mode(chosen.pop(THINKING, None))
     metadata |= chosen
-    if existing and mode != NOT_STATED:
+    if existing and mode != NOT_STATED and not _MODE_ROW.search(existing.text):
         logger.warning(
             f"The card stays as it is, so it does not get the mode: {mode}. Write it there."
         )
@@ -50,9 +63,44 @@ def write_card(
     for key, value in metadata.items():
         if card.data.get(key) is None or key in chosen:
             card.data[key] = value
+    card.text = completed(card, mode)
     own = (*TAGS, draft.config.model_type, *(tags or ()))
     card.data["tags"] = list(dict.fromkeys([*(card.data.get("tags") or ()), *own]))
     card.save(Path(folder) / "README.md")
+
+
+def completed(card: ModelCard, mode: str = NOT_STATED) -> str:
+    """Return the text of a card with its gaps filled by its metadata, and a list of those that are left.
+
+    Only what the template wrote is touched: the name that stands for a target, the row of mode and language, and the
+    list itself.
+    """
+    text = card.text
+    target = next(iter(_listed(card.data.get("base_model"))), None)
+    if target is not None:
+        text = text.replace(UNKNOWN_TARGET, str(target))
+    languages = ", ".join(map(str, _listed(card.data.get("language"))))
+    row = _MODE_ROW.search(text)
+    if row is not None:
+        words = [mode if row[1] == NOT_STATED else row[1], row[2]]
+        if row[2] == NOT_STATED and languages:
+            words[1] = languages
+        text = text.replace(row[0], f"| mode, language | {'; '.join(words)} |")
+    card.text = text
+    if not _GAPS.search(text):
+        return text
+    found = gaps(card)
+    listed = f"Not stated yet, for the author to fill in: {', '.join(found)}." if found else ""
+    return _GAPS.sub(lambda match: f"{match[1]}\n{listed}\n{match[2]}", text)
+
+
+def gaps(card: ModelCard) -> list[str]:
+    """Return what a card does not say, each with the key of its metadata."""
+    found = [words for key, words in _STATED.items() if not card.data.get(key)]
+    row = _MODE_ROW.search(card.text)
+    if row is not None and row[1] == NOT_STATED:
+        found.append("whether the target thinks in it (`--thinking`)")
+    return found
 
 
 def _mode(thinking: Any) -> str:
@@ -115,7 +163,7 @@ def _new_card(draft: Any, repo_id: str, metadata: dict[str, Any], mode: str) -> 
         mode: that the draft was made for, in words.
     """
     template = Path(__file__).parents[1] / "hub_repo" / "README.md"
-    target = metadata.get("base_model") or "THE-TARGET-OF-THIS-DRAFT"
+    target = metadata.get("base_model") or UNKNOWN_TARGET
     values = {
         "repo_id": repo_id,
         "target": target[0] if isinstance(target, list) else target,

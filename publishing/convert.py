@@ -27,7 +27,7 @@ from ..layouts_speculators import target_named
 from ..modeling_dflash import DFlashDraftModel
 from ..registry import check_folder
 from ..repository_dflash import check_repo_id
-from ..weights_dflash import OWN_PARTS, check_stored, own_name, stored_files
+from ..weights_dflash import OWN_PARTS, check_stored, check_values, own_name, stored_files
 from .layouts import OTHER_LAYOUTS, base_model_of, layout_findings
 from .layouts import renamed as renamed_for
 from .pickles import pickles_in, without_pickles
@@ -43,6 +43,7 @@ class StoredDraft:
     """A draft as it lies on disk.
 
     Args:
+        name: Hub id or folder.
         model: without weights.
         tensors: by the model's names; they lie in mapped files.
         layout: of its config.json.
@@ -50,6 +51,7 @@ class StoredDraft:
         left_out: names of stored tensors that no draft needs.
     """
 
+    name: str
     model: DFlashDraftModel
     tensors: dict[str, torch.Tensor]
     layout: str
@@ -177,7 +179,7 @@ def _open(source: Any, where: dict[str, Any], target: str | None) -> StoredDraft
     model.card_source = (source, where)
     if (named := target_named(content)) is not None:
         model.card_known = {"base_model": named}
-    return StoredDraft(model, tensors, layout_of(content), stored_names, left_out)
+    return StoredDraft(str(source), model, tensors, layout_of(content), stored_names, left_out)
 
 
 def convert(
@@ -274,6 +276,7 @@ def _plan(stored: StoredDraft, layout: str, options: ConvertOptions) -> Conversi
     if base_model is not None:
         check_repo_id(base_model)
         stored.model.card_metadata = {"base_model": base_model}
+    check_values(stored.model, stored.name, stored.tensors)
     config, rules = stored.model.config, OTHER_LAYOUTS.get(layout)
     content: dict[str, Any] | None = None
     patterns: dict[str, str] = {}

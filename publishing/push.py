@@ -79,11 +79,15 @@ class Plan:
     Args:
         files: branch -> path -> size in bytes.
         left_out: files of the folder that are not published, and why.
+        card: as it would stand on `main`.
+        folders: branch -> the folder with its files; they exist until `publish` or `plan` returns.
     """
 
     repo_id: str
     files: dict[str, dict[str, int]]
     left_out: tuple[LeftOut, ...]
+    card: ModelCard = field(default_factory=lambda: ModelCard(""))
+    folders: dict[str, Path] = field(default_factory=dict)
 
 
 def publish(
@@ -91,6 +95,7 @@ def publish(
     repo_id: str,
     options: PublishOptions | None = None,
     report: Callable[[str], None] = lambda step: None,
+    preview: Callable[[Plan], None] = lambda plan: None,
 ) -> Published:
     """Publish the draft in `directory`, of any layout: the hub layout to `main`, the engines layout to `engines`.
 
@@ -99,6 +104,7 @@ def publish(
 
     Args:
         report: called with the name of each step as it begins.
+        preview: called with what will be pushed, before anything is; an error of it ends the push.
 
     Raises:
         ValueError: the draft, its card or the name is invalid, it cannot be written for engines, it loads with other
@@ -108,11 +114,9 @@ def publish(
     options = _options(options)
     api = HfApi(token=options.token)
     with _staged(api, directory, repo_id, options, report) as (draft, folders, found, repo_id):
-        card, read = _existing_card(found, api, repo_id)
+        read = _write_cards(api, draft, folders, found, repo_id)
+        preview(_plan(repo_id, folders, found))
         repo_id = make_repo(api, repo_id, options.private)
-        for path, _ in folders:
-            (path / "README.md").unlink()
-            draft.write_card(path, card, repo_id)
         report("Pushing the hub layout to main, the engines layout to engines")
         commits = upload_all(api, repo_id, folders, read, commit_message=options.message)
     main, engines = (commit.oid for commit in commits)
@@ -124,6 +128,7 @@ def plan(
     repo_id: str,
     options: PublishOptions | None = None,
     report: Callable[[str], None] = lambda step: None,
+    preview: Callable[[Plan], None] = lambda plan: None,
 ) -> Plan:
     """Do everything that `publish` does before it writes to the Hub, and return what it would write.
 
@@ -131,15 +136,40 @@ def plan(
     """
     options = _options(options)
     api = HfApi(token=options.token)
-    with _staged(api, directory, repo_id, options, report) as (_, folders, found, repo_id):
-        files = {}
-        for path, branch in folders:
-            sizes = {}
-            for file in sorted(path.rglob("*")):
-                if file.is_file():
-                    sizes[file.relative_to(path).as_posix()] = file.stat().st_size
-            files[branch or "main"] = sizes
-        return Plan(repo_id, files, found.left_out)
+    with _staged(api, directory, repo_id, options, report) as (draft, folders, found, repo_id):
+        _write_cards(api, draft, folders, found, repo_id)
+        made = _plan(repo_id, folders, found)
+        preview(made)
+        return made
+
+
+def _write_cards(
+    api: HfApi,
+    draft: DFlashDraftModel,
+    folders: list[tuple[Path, str | None]],
+    found: Contents,
+    repo_id: str,
+) -> str | None:
+    """Write the card into each staged folder; return the commit on the Hub whose card was read."""
+    card, read = _existing_card(found, api, repo_id)
+    for path, _ in folders:
+        (path / "README.md").unlink()
+        draft.write_card(path, card, repo_id)
+    return read
+
+
+def _plan(repo_id: str, folders: list[tuple[Path, str | None]], found: Contents) -> Plan:
+    """Return what the staged folders hold."""
+    files = {}
+    for path, branch in folders:
+        sizes = {}
+        for file in sorted(path.rglob("*")):
+            if file.is_file():
+                sizes[file.relative_to(path).as_posix()] = file.stat().st_size
+        files[branch or "main"] = sizes
+    card = ModelCard.load(folders[0][0] / "README.md")
+    places = {branch or "main": path for path, branch in folders}
+    return Plan(repo_id, files, found.left_out, card, places)
 
 
 def _options(options: PublishOptions | None) -> PublishOptions:

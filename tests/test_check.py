@@ -316,6 +316,7 @@ MISTAKES = {
         "key-misspelt",
         1,
     ),
+    "a misspelt key beside the right one": (config(block_sizes=4), "key-misspelt", 1),
     "no taps": (config(target_layer_ids=None, dflash_config__target_layer_ids=None), "config-invalid", 2),
     "a target's config": (config(architectures=["Qwen3ForCausalLM"]), "config-invalid", 2),
     "a model type that nobody registers": (config(model_type="my_dflash"), "model-type-unregistered", 1),

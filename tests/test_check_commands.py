@@ -178,6 +178,11 @@ def test_the_lines_can_be_copied_and_name_the_pair_and_the_block(engine, engines
         assert settings == {"decoding_type": "DFlash", "max_draft_len": 4, "speculative_model": str(engines_folder)}
     elif engine == "llama.cpp":
         assert words[words.index("--spec-draft-n-max") + 1] == "4"
+    elif engine == "dflash-mlx":
+        assert words[:2] == ["dflash", "serve"]
+        assert words[words.index("--draft") + 1] == str(engines_folder)
+    elif engine == "mlx-vlm":
+        assert words[words.index("--draft-kind") + 1] == "dflash"
     else:
         assert words[words.index("--speculative-algorithm") + 1] == "DFLASH"
     assert any("org/target" in word for word in words)

@@ -259,7 +259,12 @@ def test_a_conversation_has_a_history_and_an_answer_can_be_ended(chatty, monkeyp
 EMPTY = "The prompt is empty"
 NO_FLOAT = "dtype is 'float17'; it must be auto, or a dtype of torch"
 NO_FOLDER = "There is no folder ./no."
+NO_TOKENIZER = "has no tokenizer; save that of its model with it"
+A_DRAFT = "which is a draft; pass the model that it was trained for"
+A_TARGET = "which is no DFlash draft but a model of its own (Qwen3ForCausalLM)"
 OUTPUT = ["--output-dir", "out"]
+PUSHED = ["--output-dir", "out", "--push-to-hub", "me/x"]
+TRAINED = ["--target", PAIR[1], "--data", "a-file", *OUTPUT]
 
 
 @pytest.mark.parametrize(
@@ -286,12 +291,55 @@ OUTPUT = ["--output-dir", "out"]
         (["eval", "--target", "./no", *OUTPUT, "--dtype", "float17"], [NO_FLOAT, NO_FOLDER]),
         (["train", "--dta", "x", "--block", "4"], ["mean --data?", "mean --block-size?", "required: --target, --data"]),
         (["train", "--target", "./no", "--data", "x", *OUTPUT, "--target-dtype", "float17"], [NO_FOLDER, NO_FLOAT]),
+        (
+            ["train", "--target", PAIR[3], "--data", "no.jsonl", "--draft", PAIR[1], "--output-dir", "a-file"],
+            [A_DRAFT, A_TARGET, "--data is no.jsonl: there is no such file", "--output-dir is a-file, which is a file"],
+        ),
+        (
+            ["train", *TRAINED, "--eval-strategy", "steps", "--eval-acceptance-prompts", "2", "--streaming"],
+            ["--eval-strategy asks", "--eval-acceptance-prompts decodes", "so --max-steps must be given"],
+        ),
+        (["train", "--target", "bare", *TRAINED[2:]], [NO_TOKENIZER]),
+        (["train", *TRAINED, "--draft-revision", "x"], ["--draft-revision is given without --draft"]),
+        (["train", *TRAINED, "--resume-from-checkpoint", "true"], ["holds no complete checkpoint to resume from"]),
+        (["train", *TRAINED, "--target-layer-ids", "1", "99"], ["asks for layer 99, but the target has 6 layers"]),
+        (["train", *TRAINED, "--mask-token-id", "512"], ["mask_token_id is 512, but vocab_size is 512"]),
+        (["train", *TRAINED, "--push-to-hub", "a b"], ["--push-to-hub is 'a b', and no repository can be named so"]),
+        (
+            ["eval", *PAIR, "--output-dir", "a-file", "--against", "x", "--thinking", "maybe", "--prompts", "no.txt"],
+            ["--against has 'x'", "--thinking is 'maybe'", "a-file, which is a file", "'no.txt', which is no file"],
+        ),
+        (["eval", *PAIR[:3], PAIR[1], *OUTPUT, "--device", "cuda:7"], [A_TARGET, "--device is 'cuda:7'"]),
+        (["eval", *PAIR, *OUTPUT, "--update-card", "--proposal", "tree"], ["--update-card goes with --proposal chain"]),
+        (["eval", "--target", "bare", *OUTPUT], [NO_TOKENIZER]),
+        (
+            ["push", "./no", "a b", "--base-model", "./x", "--thinking", "maybe"],
+            ["no is not a folder", "no repository can be named so", "--base-model is ./x", "--thinking is 'maybe'"],
+        ),
+        (["push", PAIR[1], "me/draft"], [A_TARGET]),
+        (
+            ["convert", "./no", "a-file", "--layout", "gguf", "--base-model", "a b", "--target", PAIR[3]],
+            [NO_FOLDER, "is a-file, which is a file", "layout is 'gguf'", "no repository can be named so", A_DRAFT],
+        ),
+        (["convert", PAIR[1], "out", "--layout", "hub"], [A_TARGET]),
+        (["convert", PAIR[3], "out", "--layout", "hub", "--revision", "x"], ["is a folder, which has none"]),
+        (
+            ["regenerate", "--target", "./no", "--data", "no.jsonl", "--output", ".", "--model", "x"],
+            [NO_FOLDER, "there is no such file", "--output is the folder .; pass a file", "and there is no --server"],
+        ),
+        (["regenerate", "--target", PAIR[3], "--data", "a-file", "--output", "x.jsonl"], [A_DRAFT]),
+        (["regenerate", "--target", "bare", "--data", "a-file", "--output", "x.jsonl"], [NO_TOKENIZER]),
+        (["refresh", PAIR[3]], ["which is a path; pass the name of a repository"]),
+        (["resolve", PAIR[3]], [A_DRAFT]),
+        (["serve-with", "ollama", PAIR[1], "--target", PAIR[3]], ["engine is 'ollama'", A_TARGET, A_DRAFT]),
+        (["serve-with", "vllm", "./no", "--target", "./no"], [NO_FOLDER]),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
 )  # fmt: skip
 def test_all_that_is_wrong_with_a_call_is_told_at_once_before_weights_are_loaded(words, found, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bare").mkdir()
+    (tmp_path / "a-file").write_text("{}")
     shutil.copy(TINY / "target" / "config.json", tmp_path / "bare")
     for auto_class in ("AutoModelForCausalLM", "AutoModel"):
         monkeypatch.delattr(f"transformers.{auto_class}.from_pretrained")
@@ -300,6 +348,37 @@ def test_all_that_is_wrong_with_a_call_is_told_at_once_before_weights_are_loaded
     message = str(error.value)
     assert [part for part in found if part not in message] == []
     assert message.count("\n- ") == (len(found) if len(found) > 1 else 0)
+
+
+def test_a_conversation_without_its_template_is_refused(chatty):
+    with pytest.raises(ValueError, match="--chat needs the chat template; leave out --no-chat-template"):
+        run("generate", "hi", "--chat", "--no-chat-template", "--target", str(chatty), *PAIR[2:])
+
+
+def test_check_lists_all_problems_too_and_its_status_is_that_of_a_broken_draft(tmp_path):
+    words = ("./no", "--target", PAIR[3], "--dtype", "float17", "--device", "cuda:7", "--prompts", str(tmp_path / "x"))
+    done = run("check", *words)
+    found = (NO_FOLDER, A_DRAFT, NO_FLOAT, "--device is 'cuda:7'", "which cannot be read: No such file")
+    assert [part for part in found if part not in done.stderr] == []
+    assert done.stderr.count("\n- ") == len(found)
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert A_TARGET in run("check", PAIR[1]).stderr
+
+
+def test_writing_to_the_hub_takes_a_token_and_that_is_said_first(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    for words in (["push", PAIR[3], "me/x"], ["refresh", "me/x"], ["train", *PAIR[:2], "--data", PAIR[3], *PUSHED]):
+        with pytest.raises(ValueError, match="There is no token of the Hub"):
+            RUNNER.invoke(cli.app, [*words], env={"HF_TOKEN": None}, catch_exceptions=False)
+
+
+def test_a_name_that_may_be_a_folder_or_a_repository_is_said_to_be_no_folder_either(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    with pytest.raises(OSError, match="models/mine could not be read, and there is no such folder"):
+        run("resolve", "models/mine")
+    with pytest.raises(OSError, match=re.escape(NO_FOLDER)):
+        run("resolve", "./no")
 
 
 @pytest.mark.parametrize(
@@ -471,9 +550,30 @@ def test_resolve_follows_copies_folders_and_adapters(hub, tmp_path):
 
 
 def test_push_publishes_and_prints_the_snippet_for_this_commit(hub, repo_id, forked_probe):
-    output = run("push", str(TINY / "draft"), repo_id, "--base-model", "me/tiny", "--license", "apache-2.0").output
+    card = ("--base-model", "me/tiny", "--license", "apache-2.0", "--dataset", "me/rows")
+    done = run("push", str(TINY / "draft"), repo_id, *card)
     commit = hub.state.repos["models", repo_id].branches["main"]
-    assert f'revision="{commit}"' in output
+    assert f'revision="{commit}"' in done.stdout
+    for text in (
+        "branch main: ",
+        "branch engines: ",
+        "MiB  model.safetensors",
+        "Left out: log.json",
+        "base_model: me/tiny",
+    ):
+        assert text in done.stderr, text
+    assert "datasets: me/rows" in done.stderr
+    assert "The card does not say the language" in done.stderr
+    for engine, text in {
+        "vLLM": "vllm serve me/tiny",
+        "SGLang": "sglang.launch_server",
+        "llama.cpp": "llama-server",
+        "TensorRT-LLM": "trtllm-serve me/tiny",
+        "dflash-mlx (bstnxbt)": "dflash serve --model me/tiny",
+    }.items():
+        assert f"\n{engine}:\n" in done.stdout
+        assert text in done.stdout
+    assert "Serving engines read the branch engines" in done.stdout
     assert set(hub.state.repos["models", repo_id].branches) == {"main", "engines"}
 
 

@@ -326,3 +326,17 @@ def test_a_conversion_that_is_killed_leaves_the_folder_as_it_was(wide, tmp_path,
     after = {path.name: path.stat().st_mtime_ns for path in out.iterdir() if path.name != "_partial"}
     assert after == before
     assert load_draft(out).config.hidden_size == load_draft(TINY / "draft").config.hidden_size
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_not_converted(value, tmp_path):
+    draft = tiny.draft(tiny.target("qwen3"))
+    draft.norm.weight.data[1] = value
+    draft.save_pretrained(tmp_path / "from")
+    for convert_or_plan in (
+        lambda: convert(tmp_path / "from", tmp_path / "to"),
+        lambda: plan_conversion(tmp_path / "from"),
+    ):
+        with pytest.raises(ValueError, match="NaN or infinite: norm"):
+            convert_or_plan()
+    assert not (tmp_path / "to").exists()

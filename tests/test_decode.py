@@ -1,5 +1,8 @@
 """The text is the target's own, token for token; only the time falls."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -576,3 +579,18 @@ def test_the_statistics_add_up():
     seconds = (statistics.prefill_seconds, statistics.draft_seconds, statistics.verify_seconds, statistics.rest_seconds)
     assert all(second > 0 for second in seconds)
     assert 0 < statistics.acceptance_by_position[0] < 1
+
+
+def test_statistics_print_as_a_short_table_and_stay_what_they_are():
+    statistics = DecodeStatistics()
+    assert "nothing was decoded yet" in str(statistics)
+    statistics.add_cycle([(3, 4)], 4)
+    statistics.add_cycle([(0, 1)], 4)
+    statistics.verify_seconds = 0.5
+    assert repr(statistics).splitlines() == [
+        "acceptance length     2.50 tokens a cycle (5 tokens, 2 cycles)",
+        "accepted by position  50% 50% 50%",
+        "tokens per second     10.0",
+        "seconds               prefill 0.000, draft 0.000, verify 0.500, rest 0.000",
+    ]
+    assert pickle.loads(pickle.dumps(statistics)) == copy.deepcopy(statistics) == statistics

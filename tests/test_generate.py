@@ -19,7 +19,7 @@ from transformers import (
 )
 
 import tiny
-from dflash_hub import DecodeStatistics
+from dflash_hub import DecodeStatistics, support_dflash
 from paths import TINY
 
 
@@ -411,3 +411,16 @@ def test_a_target_that_learned_its_positions_writes_to_the_last_of_them(new, row
     ours = target.generate(**asked, custom_generate=tiny.draft(target).speculate, capture=capture)
     assert torch.equal(ours, plain)
     assert plain.shape[1] == 6 + new
+
+
+def test_padding_on_the_right_is_told_with_its_cure_and_the_text_is_plain(pair, monkeypatch):
+    target, draft = pair
+    said = []
+    monkeypatch.setattr(support_dflash.logger, "warning_once", said.append)
+    both(target, draft, **PADDED, max_new_tokens=4)
+    assert said == []
+    mask = PADDED["attention_mask"].flip(-1)
+    plain, ours = both(target, draft, input_ids=PADDED["input_ids"], attention_mask=mask, max_new_tokens=9)
+    assert torch.equal(plain, ours)
+    assert len(said) == 1
+    assert 'Pad on the left: tokenizer.padding_side = "left".' in said[0]

@@ -303,6 +303,8 @@ def test_the_card_says_what_there_is_to_say(hub, repo_id):
     for text in (*words, "| non-thinking; en, de |", "Nothing yet: no acceptance length"):
         assert text in card.text, text
     assert "your-name/your-draft" not in card.text
+    gap = "Not stated yet, for the author to fill in: the data that it was trained on (`datasets`)."
+    assert gap in card.text
     draft.card_metadata = {"thinking": "maybe"}
     with pytest.raises(ValueError, match="thinking is 'maybe'; it must be one of on, off, both"):
         draft.push_to_hub(repo_id)
@@ -797,6 +799,31 @@ def test_the_card_of_an_unpushed_draft_asks_to_be_named_and_the_push_names_it(hu
     draft.save_pretrained(tmp_path / "b", push_to_hub=True, repo_id=repo_id)
     assert_whole(hub, repo_id)
     assert repo_id in ModelCard.load(repo_id).text
+
+
+def test_what_the_push_is_told_fills_the_gaps_of_a_card_that_was_saved_before(
+    hub, repo_id, draft, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(pushing, "check_staged", lambda draft, folder: None)
+    draft.save_pretrained(tmp_path)
+    saved = (tmp_path / "README.md").read_text()
+    assert "its target (`base_model`), its licence" in saved
+    assert "THE-TARGET-OF-THIS-DRAFT" in saved
+    with (tmp_path / "README.md").open("a") as file:
+        file.write("\n## Mine\n")
+    told = {
+        "base_model": "org/target",
+        "license": "mit",
+        "language": ["en"],
+        "datasets": ["org/rows"],
+        "thinking": "off",
+    }
+    publish(tmp_path, repo_id, PublishOptions(card=told))
+    text = ModelCard.load(repo_id).text
+    assert "THE-TARGET" not in text
+    assert "Not stated yet" not in text
+    assert "| non-thinking; en |" in text
+    assert text.rstrip().endswith("## Mine")
 
 
 DECODE = """

@@ -1,17 +1,26 @@
 """`dflash-hub train` from end to end: data from a file, a draft on the Hub, and a stranger who uses it."""
 
+import io
 import json
+import re
+import struct
+from types import SimpleNamespace
 
 import pytest
+import torch
 from huggingface_hub import HfApi, ModelCard
 from rich.color import ColorSystem
+from rich.console import Console
 from typer.testing import CliRunner
 
+import training_run
 from dflash_hub import DFlashDraftModel, cli
+from dflash_hub.commands import train_display
 from dflash_hub.commands.loading import load_tokenizer
 from dflash_hub.commands.screen import console
 from dflash_hub.publishing.probe import digests
-from dflash_hub.training.setup import TrainOptions, make_draft, taps_of_few_layers
+from dflash_hub.training.progress import draw
+from dflash_hub.training.setup import TrainOptions, make_draft, taps_of_few_layers, unused_token
 from paths import ROOT, TINY
 
 SHAPE = ["--mask-token-id", "1", "--block-size", "8", "--num-layers", "1", "--target-layer-ids", "1", "2", "4"]
@@ -31,6 +40,10 @@ USE = """
     print(torch.equal(own, target.generate(ids, custom_generate=draft.speculate, **ask)))
     print(torch.equal(own, target.generate(ids, custom_generate={repo!r}, trust_remote_code=True, **ask)))
 """
+
+
+def pair_in(folder):
+    return f"--target {TINY / 'target'} --draft {folder / 'draft'}"
 
 
 @pytest.fixture(autouse=True)
@@ -55,8 +68,18 @@ def test_a_draft_is_trained_pushed_and_used_by_a_stranger(hub, repo_id, data, tm
     """Checkpoints are pushed while it trains; at the end both layouts, checked, with how the run went on the card."""
     evaluate = ["--eval-rows", "3", "--eval-strategy", "steps", "--eval-steps", "3", "--eval-acceptance-prompts", "1"]
     push = ["--push-to-hub", repo_id, "--save-strategy", "steps", "--save-steps", "3", "--hub-strategy", "every_save"]
-    output = train(data, tmp_path / "draft", *SHAPE, *evaluate, *push).output
+    done = train(data, tmp_path / "draft", *SHAPE, *evaluate, *push)
+    output = done.output
     assert f"{repo_id} is published: main at" in output
+    assert f"Plot: {tmp_path / 'draft' / 'training.png'}\n" in done.stdout
+    assert "{'" not in output
+    assert "\x1b" not in output
+    lines = done.stderr.splitlines()
+    assert [line[:6] for line in lines if re.match(r"step \d of 6: loss", line)] == ["step 2", "step 4", "step 6"]
+    held_out = [line for line in lines if re.match(r"step [36], held out: loss [\d.]+, accuracy ", line)]
+    assert [line.count(" decoded; right at position 1, 2, ...: ") for line in held_out] == [1, 1]
+    assert lines[-3:-1] == ["Next:", f'  dflash-hub generate {pair_in(tmp_path)} "Write a quicksort in Python."']
+    assert lines[-1] == f"  dflash-hub eval {pair_in(tmp_path)} --output-dir results"
     here = DFlashDraftModel.from_pretrained(tmp_path / "draft")
     assert digests(DFlashDraftModel.from_pretrained(repo_id)) == digests(here)
     assert digests(DFlashDraftModel.from_pretrained(repo_id, revision="engines")) == digests(here)
@@ -158,6 +181,79 @@ def test_mask_and_taps_of_a_small_target_are_chosen_for_it(tiny_target):
     assert found == {1: [0], 2: [0], 3: [1], 4: [1, 2], 7: [1, 2, 3, 4, 5], 8: None}
 
 
+class Vocabulary:
+    """A tokenizer of these tokens, of which each stands for itself, save the byte FF."""
+
+    def __init__(self, *tokens: str, added: tuple[str, ...] = (), pad: str | None = None, end: str = "e"):
+        self.tokens, self.added = [*tokens, *added], added
+        self.pad_token_id = self.tokens.index(pad) if pad else None
+        self.bos_token_id = self.eos_token_id = self.tokens.index(end)
+
+    def get_vocab(self):
+        return {token: number for number, token in enumerate(self.tokens)}
+
+    def get_added_vocab(self):
+        return {token: self.tokens.index(token) for token in self.added}
+
+    def convert_tokens_to_ids(self, token):
+        return self.tokens.index(token)
+
+    def decode(self, ids):
+        return "\ufffd" if self.tokens[ids[0]] in ("<0xFF>", "\u00ff") and "a" not in self.tokens else "\u00ff"
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "rows", "found"),
+    [
+        (Vocabulary("e", "b"), 3, 2),
+        (Vocabulary("e", "b", added=("<|mask|>",)), 3, 2),
+        (Vocabulary("e", "b", "\u00ff"), 3, 2),
+        (Vocabulary("e", "<0xFF>", "b"), 3, 1),
+        (Vocabulary("e", "p", "\u00ff", "a", pad="p"), 4, 1),
+        (Vocabulary("e", "p", pad="e"), 2, None),
+    ],
+)
+def test_a_fresh_draft_has_a_mask_token_that_no_text_has(tokenizer, rows, found):
+    """An unused row, a token named so, a byte that no UTF-8 has, the padding; or the option must be given."""
+    target = SimpleNamespace(get_input_embeddings=lambda: torch.nn.Embedding(rows, 1))
+    if found is None:
+        with pytest.raises(ValueError, match="--mask-token-id must be given"):
+            unused_token(target, tokenizer)
+    else:
+        assert unused_token(target, tokenizer) == found
+
+
+def test_on_a_terminal_one_display_shows_step_loss_positions_and_time_left(tmp_path, monkeypatch):
+    screen = Console(file=io.StringIO(), force_terminal=True, width=80, legacy_windows=False)
+    monkeypatch.setattr(train_display, "notes", screen)
+    trainer = training_run.trainer(tmp_path, max_steps=3, eval_rows=4, eval_strategy="steps", eval_steps=3)
+    with train_display.shown(trainer) as display:
+        trainer.train()
+        assert display.live is None
+        display.on_train_begin(trainer.args, trainer.state, None)
+    text = screen.file.getvalue()
+    for found in (
+        "step 3 of 3",
+        "100%",
+        "tokens a cycle expected",
+        "right at position 1, 2, ...: ",
+        "step 3, held out:",
+    ):
+        assert found in text, found
+    assert not [one for one in trainer.callback_handler.callbacks if "Progress" in type(one).__name__]
+    assert text.count("\x1b[?25h") == text.count("\x1b[?25l") > 0  # the cursor is back
+
+
+def test_the_plot_has_a_panel_for_what_was_logged_and_no_other(tmp_path):
+    history = [{"step": 1, "loss": 2.0, "acceptance_length": 1.5}]
+    assert not draw(tmp_path / "x.png", [{"step": 1, "train_runtime": 1.0}])
+    widths = []
+    for more in ({}, {"step": 1, "eval_loss": 1.0, "eval_accuracy_1": 0.01, "eval_accuracy_2": 0.0}):
+        assert draw(tmp_path / "x.png", [*history, more], "run")
+        widths.append(struct.unpack(">I", (tmp_path / "x.png").read_bytes()[16:20])[0])
+    assert widths[1] / widths[0] == pytest.approx(3 / 2, rel=0.01)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -179,6 +275,8 @@ def test_regenerated_text_trains(data, tmp_path):
     words += ["--max-new-tokens", "64", "--temperature", "0", "--prompt-tokens", "20", "--limit", "4"]
     output = CliRunner().invoke(cli.app, words, env={"COLUMNS": "200"}, catch_exceptions=False).output
     assert "own.jsonl holds 4 rows" in output.replace("\n", "")
+    again = CliRunner().invoke(cli.app, words, env={"COLUMNS": "200"}, catch_exceptions=False)
+    assert again.stdout == f"{tmp_path / 'own.jsonl'}: 4 of 4 already there; nothing to do.\n"
     train(str(tmp_path / "own.jsonl"), tmp_path / "draft", *SHAPE)
     assert (tmp_path / "draft" / "model.safetensors").exists()
 

@@ -3,28 +3,40 @@
 """Report a training run: draw a plot and write a section of the model card at every checkpoint."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard
 
 PLOT = "training.png"
+_AT_POSITION = "eval_accuracy_"
+_PANELS = {
+    "loss": {"training": "loss", "held out": "eval_loss"},
+    "tokens a cycle": {
+        "training, expected": "acceptance_length",
+        "held out, expected": "eval_acceptance_length",
+        "held out, decoded": "eval_decoded_acceptance_length",
+    },
+}
+"""Panels of the plot: title -> label -> key of the log."""
 _HEADING = "## Training"
 _UNMEASURED = "Nothing yet: no acceptance length and no speed have been measured for this draft."
 _MEASURED = "Acceptance length on held-out text: see the section on training. No speed was measured for this draft."
 
 
 def write_progress(
-    folder: Path, history: list[dict[str, float]], run_summary: dict[str, Any]
+    folder: Path, history: list[dict[str, float]], run_summary: dict[str, Any], name: str = ""
 ) -> None:
     """Write the plot and the section of the card into `folder`, which holds a draft; replace an older section.
 
     Args:
         history: Trainer's `state.log_history`.
         run_summary: further rows of the section's table.
+        name: of the run.
     """
     path = folder / "README.md"
-    has_plot = draw(folder / PLOT, history)
+    has_plot = draw(folder / PLOT, history, name)
     card = ModelCard(path.read_text(encoding="utf-8"))
     before, following = _around_section(card.text)
     if _last(history, "eval_acceptance_length") is not None:
@@ -59,12 +71,12 @@ def section(history: list[dict[str, float]], run_summary: dict[str, Any], has_pl
     }
     lines = [_HEADING, "", "| | |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in shown.items() if value is not None]
-    by_position = _last(history, "eval_accuracy_1")
-    if by_position is not None:
-        positions = [key for key in by_position if key.startswith("eval_accuracy_")]
-        shares = ", ".join(f"{by_position[key]:.2f}" for key in positions)
+    evaluated = _last(history, f"{_AT_POSITION}1")
+    if evaluated is not None:
+        found = by_position(evaluated)
+        shares = ", ".join(f"{share:.2f}" for share in found)
         lines.append(
-            f"| accuracy at positions 1 to {len(positions)} of a block, held-out text | {shares} |"
+            f"| accuracy at positions 1 to {len(found)} of a block, held-out text | {shares} |"
         )
     lines.append("")
     if has_plot:
@@ -85,47 +97,62 @@ def _first_and_last(history: list[dict[str, float]], key: str) -> str | None:
     return f"{values[0]:.3f}" if len(values) == 1 else f"{values[0]:.3f}, then {values[-1]:.3f}"
 
 
-def draw(path: Path, history: list[dict[str, float]]) -> bool:
-    """Draw loss, acceptance length and accuracy by position as a PNG; return False if nothing was logged yet."""
+def by_position(line: Mapping[str, float]) -> list[float]:
+    """Return the accuracy at each position, of a line of the log of an evaluation; [] of another line."""
+    return [line[key] for key in line if key.startswith(_AT_POSITION)]
+
+
+def draw(path: Path, history: list[dict[str, float]], name: str = "") -> bool:
+    """Draw loss, acceptance length and accuracy by position as a PNG, each where it was logged.
+
+    Args:
+        name: of the run.
+
+    Returns:
+        False if nothing was logged yet, so that there is no picture.
+    """
     from matplotlib.figure import Figure
 
-    panels = {
-        "loss": {"training": "loss", "held out": "eval_loss"},
-        "acceptance length": {
-            "training, expected": "acceptance_length",
-            "held out, expected": "eval_acceptance_length",
-            "held out, decoded": "eval_decoded_acceptance_length",
-        },
-    }
-    drawn = {key for series in panels.values() for key in series.values()}
-    if not any(drawn & line.keys() for line in history):
+    logged = {key for line in history for key in line}
+    panels = [title for title, lines in _PANELS.items() if logged & {*lines.values()}]
+    if not panels:
         return False
-    figure = Figure(figsize=(11, 3.2))
-    figure.subplots_adjust(left=0.05, right=0.99, bottom=0.16, top=0.9, wspace=0.18)
-    *line_axes, accuracy_axes = figure.subplots(1, 3)
-    for axes, (title, series) in zip(line_axes, panels.items(), strict=True):
-        _draw_lines(axes, series, history)
+    evaluated = _last(history, f"{_AT_POSITION}1")
+    count = len(panels) + (evaluated is not None)
+    figure = Figure(figsize=(4.2 * count, 3.4), layout="constrained")
+    steps = max(line.get("step", 0) for line in history)
+    figure.suptitle(", ".join(part for part in (name, f"{steps:,} steps") if part))
+    all_axes = figure.subplots(1, count, squeeze=False)[0]
+    for axes, title in zip(all_axes, panels, strict=False):
+        _draw_lines(axes, _PANELS[title], history)
         axes.set(title=title, xlabel="step")
-        axes.legend(fontsize="small")
-    _draw_bars(accuracy_axes, _last(history, "eval_accuracy_1"))
+    if evaluated is not None:
+        _draw_bars(all_axes[-1], evaluated)
     figure.savefig(path, dpi=110)
     return True
 
 
 def _draw_lines(axes: Any, series: dict[str, str], history: list[dict[str, float]]) -> None:
-    """Draw one line for each series: label -> key of the log."""
+    """Draw one line for each series that was logged: label -> key of the log."""
     for label, key in series.items():
         points = [(line["step"], line[key]) for line in history if key in line]
         if points:
             steps, values = zip(*points, strict=True)
-            axes.plot(steps, values, label=label, marker="." if len(points) < 3 else None)
+            axes.plot(steps, values, label=label, marker="." if len(points) < 30 else None)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
 
 
-def _draw_bars(axes: Any, line: dict[str, float] | None) -> None:
+def _draw_bars(axes: Any, line: dict[str, float]) -> None:
     """Draw the accuracy at each position, from a line of the log."""
-    axes.set(title="held-out accuracy by position", xlabel="position in the block", ylim=(0, 1))
-    if line is None:
-        axes.text(0.5, 0.5, "no evaluation", ha="center", transform=axes.transAxes)
-        return
-    values = [line[key] for key in line if key.startswith("eval_accuracy_")]
+    from matplotlib.ticker import PercentFormatter
+
+    values = by_position(line)
     axes.bar(range(1, len(values) + 1), values)
+    title = f"held-out accuracy, step {line['step']:,}" if "step" in line else "held-out accuracy"
+    top = min(1.0, 1.1 * max(values)) or 1.0
+    axes.set(title=title, xlabel="position in the block", ylim=(0, top))
+    axes.set_xlim(0.4, len(values) + 0.6)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))

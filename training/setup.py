@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, set_seed
 
+from ..catalogue import out_of_cache
 from ..findings_dflash import LOADING, check_path, explained
 from ..kinds import KINDS, kind_named
 from ..registry import DFlashDraftSpec, check_folder, load_draft
@@ -141,13 +142,34 @@ def build(options: TrainOptions, args: DFlashTrainingArguments) -> DFlashTrainer
     tokenizer, target = _load_target(options)
     set_seed(args.seed)  # before the draft, whose fresh weights are random
     draft = make_draft(options, target, tokenizer)
-    if not Path(options.target).exists():
-        draft.card_metadata = {"base_model": options.target}
+    draft.card_metadata = draft.card_metadata | _known(options)
     rows, held_out = _split(options, args)
     try:
         return DFlashTrainer(draft, target, args, rows, held_out, tokenizer)
     except BadRow as error:
         raise with_file(error, options.data) from error
+
+
+def _known(options: TrainOptions) -> dict[str, Any]:
+    """Return what the names of target and data tell the card, where they are names of the Hub."""
+    found: dict[str, Any] = {}
+    target = out_of_cache(options.target)
+    if not Path(target).exists():
+        found["base_model"] = target
+    if not Path(options.data).exists() and options.data.count("/") <= 1:
+        found["datasets"] = [options.data]
+    return found
+
+
+def check_fresh_draft(options: TrainOptions) -> None:
+    """Check the shape that the options give a fresh draft, for the target's config. No weights are loaded.
+
+    Raises:
+        ValueError: there can be no such draft.
+    """
+    tokenizer, target = _load_target(options, with_weights=False)
+    with torch.device("meta"):
+        make_draft(options, target, tokenizer)
 
 
 def inspect(
@@ -237,22 +259,24 @@ def _fresh_fields(options: TrainOptions, layers: int) -> dict[str, Any]:
 def unused_token(target: Any, tokenizer: Any) -> int:
     """Return the first unused row of the target's embedding, which published drafts use as the mask token.
 
-    Where every row belongs to a token, return the first that its tokenizer reserves or names a mask.
+    Where every row belongs to a token, return the first that its tokenizer reserves or names a mask; then a byte that
+    no text has; then the padding, if it ends no text.
 
     Raises:
         ValueError: there is none.
     """
     first = max(tokenizer.get_vocab().values()) + 1
     rows = target.get_input_embeddings().num_embeddings
-    if first >= rows:
-        spare = _spare_token(tokenizer)
-        if spare is not None:
-            return spare
-        raise ValueError(
-            f"Every one of the {rows} rows of the target's embedding belongs to a token, so --mask-token-id must be "
-            "given: a token that does not occur in text."
-        )
-    return first
+    if first < rows:
+        return first
+    for find in (_spare_token, _impossible_byte, _padding):
+        found = find(tokenizer)
+        if found is not None:
+            return found
+    raise ValueError(
+        f"Every one of the {rows} rows of the target's embedding belongs to a token, so --mask-token-id must be "
+        "given: a token that does not occur in text. `tokenizer.convert_tokens_to_ids(TOKEN)` tells its number."
+    )
 
 
 def _spare_token(tokenizer: Any) -> int | None:
@@ -260,6 +284,22 @@ def _spare_token(tokenizer: Any) -> int | None:
     added = tokenizer.get_added_vocab()
     spare = [token for token in added if re.search("reserved|unused|mask", token, re.IGNORECASE)]
     return tokenizer.convert_tokens_to_ids(spare[0]) if spare else None
+
+
+def _impossible_byte(tokenizer: Any) -> int | None:
+    """Return the token of the byte FF, which no text in UTF-8 has; None without one."""
+    vocabulary = tokenizer.get_vocab()
+    for name in ("<0xFF>", "\u00ff"):  # in SentencePiece, and in byte-level BPE
+        token = vocabulary.get(name)
+        if token is not None and tokenizer.decode([token]) == "\ufffd":
+            return token
+    return None
+
+
+def _padding(tokenizer: Any) -> int | None:
+    """Return the padding token, if it neither begins nor ends texts; None without one."""
+    others = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    return None if tokenizer.pad_token_id in others else tokenizer.pad_token_id
 
 
 def taps_of_few_layers(layers: int) -> list[int] | None:

@@ -111,6 +111,8 @@ class DFlashTrainer(Trainer):
             "flex_attention" if self.objective.flex(args.device) else "sdpa"
         )
         self._logged: tuple[Counts, LossSums] | None = None  # since the last line of the log
+        self.latest_metrics: Metrics | None = None
+        """Those of the last line of the log."""
 
     def _prepared(self, rows: Any, name: str) -> Any:
         """Return packed rows; how many documents were left out goes into `self.reports[name]`."""
@@ -193,7 +195,7 @@ class DFlashTrainer(Trainer):
             counts, sums = (self.accelerator.reduce(part.tensors()) for part in self._logged)
             metrics = Metrics.of(Counts(**counts), LossSums(**sums))
             logs |= metrics.as_log(self.kind.metrics)
-            self._logged = None
+            self._logged, self.latest_metrics = None, metrics
         super().log(logs, start_time)
 
     # Saving ----------------------------------------------------------------------------------------------------
@@ -210,19 +212,7 @@ class DFlashTrainer(Trainer):
 
     def _checkpoint_to_resume(self, resume_from_checkpoint: str | bool | None) -> str | None:
         """Return the folder of the checkpoint to resume from, or None."""
-        found = last_checkpoint(self.args.output_dir)
-        if resume_from_checkpoint in (True, "true", "True") and found is None:
-            raise ValueError(
-                f"{self.args.output_dir} holds no complete checkpoint to resume from; leave the option out."
-            )
-        if not resume_from_checkpoint and found is not None and self.args.save_strategy != "no":
-            raise ValueError(
-                f"{found} is of an earlier run. Resume from it with resume_from_checkpoint=True, or choose another "
-                "output_dir."
-            )
-        if resume_from_checkpoint in (True, "true", "True"):
-            return str(found)
-        return str(resume_from_checkpoint) if resume_from_checkpoint else None
+        return checkpoint_to_resume(self.args, resume_from_checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Save a complete repository, with a plot and a card that show how the run went."""
@@ -232,6 +222,7 @@ class DFlashTrainer(Trainer):
                 Path(output_dir or self.args.output_dir),
                 self.state.log_history,
                 self._run_summary(),
+                Path(str(self.args.output_dir)).resolve().name,
             )
 
     def _run_summary(self) -> dict[str, Any]:
@@ -403,6 +394,30 @@ def sole_trainer(args: DFlashTrainingArguments) -> AbstractContextManager[None]:
         return nullcontext()
     folder = Path(str(args.output_dir))
     return sole_writer(folder, folder / "_run.lock", "output_dir")  # Trainer pushes no name with _
+
+
+def checkpoint_to_resume(args: Any, asked: str | bool | None) -> str | None:
+    """Return the folder of the checkpoint to resume from, or None.
+
+    Args:
+        asked: what `resume_from_checkpoint` is.
+
+    Raises:
+        ValueError: there is none, or those of an earlier run would be overwritten.
+    """
+    found = last_checkpoint(args.output_dir)
+    if asked in (True, "true", "True") and found is None:
+        raise ValueError(
+            f"{args.output_dir} holds no complete checkpoint to resume from; leave the option out."
+        )
+    if not asked and found is not None and args.save_strategy != "no":
+        raise ValueError(
+            f"{found} is of an earlier run. Resume from it with resume_from_checkpoint=True, or choose another "
+            "output_dir."
+        )
+    if asked in (True, "true", "True"):
+        return str(found)
+    return str(asked) if asked else None
 
 
 def last_checkpoint(folder: Any) -> Path | None:
