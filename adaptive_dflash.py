@@ -110,14 +110,15 @@ class AutoProposer:
         if key not in self.experiences:
             limit = state.sequences.stop_conditions.max_length
             is_long = limit - state.sequences.prompt.shape[1] >= self.measured_from
-            if is_long:
-                costs = cost_table(state, self.mode)
-            else:  # what a long text has recorded has the same proportions
-                costs = known_costs(state, self.mode) or known_costs(state, "graphs")
+            costs = cost_table(state, self.mode) if is_long else self._known(state)
             if costs is None:
                 return None
             self.experiences[key] = Experience(costs)
         return self.experiences[key]
+
+    def _known(self, state: Any) -> CostTable | None:
+        """Return known costs; recorded blocks, which long texts have, cost in the same proportions."""
+        return known_costs(state, self.mode) or known_costs(state, "graphs")
 
 
 class AdaptiveProposer(TreeProposer):

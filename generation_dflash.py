@@ -53,7 +53,7 @@ class DecodeStatistics:
     reasons: dict[str, str] = field(default_factory=dict)
     """For each of these why it was chosen, the last time; where there was a choice."""
     plain_seconds: float = 0.0
-    """What a step of plain decoding is estimated to take here; 0 where that is not known."""
+    """What a plain step of ours is estimated to take, which runs as blocks do; 0 where that is not known."""
 
     @property
     def decode_seconds(self) -> float:
@@ -125,6 +125,10 @@ class DecodeStatistics:
         if self.decode_seconds:
             rate = tokens / self.decode_seconds
             rows["tokens per second"] = f"{rate:.1f}"
+            if self.plain_seconds:
+                steps = self.acceptance_length * self.cycles
+                ratio = steps * self.plain_seconds / self.decode_seconds
+                rows["times plain steps of ours"] = f"{ratio:.2f}, estimated"
             times = []
             for phase in (
                 "prefill",

@@ -586,11 +586,12 @@ def test_statistics_print_as_a_short_table_and_stay_what_they_are():
     assert "nothing was decoded yet" in str(statistics)
     statistics.add_cycle([(3, 4)], 4)
     statistics.add_cycle([(0, 1)], 4)
-    statistics.verify_seconds = 0.5
+    statistics.verify_seconds, statistics.plain_seconds = 0.5, 0.12
     assert repr(statistics).splitlines() == [
-        "acceptance length     2.50 tokens a cycle (5 tokens, 2 cycles)",
-        "accepted by position  50% 50% 50%",
-        "tokens per second     10.0",
-        "seconds               prefill 0.000, draft 0.000, verify 0.500, rest 0.000",
+        "acceptance length          2.50 tokens a cycle (5 tokens, 2 cycles)",
+        "accepted by position       50% 50% 50%",
+        "tokens per second          10.0",
+        "times plain steps of ours  1.20, estimated",
+        "seconds                    prefill 0.000, draft 0.000, verify 0.500, rest 0.000",
     ]
     assert pickle.loads(pickle.dumps(statistics)) == copy.deepcopy(statistics) == statistics
