@@ -44,6 +44,17 @@ from .screen import console, hide_bars, note, notes
 from .train_display import shown
 
 
+SHORT: dict[str, Any] = {
+    "push_to_hub": False,
+    "report_to": "none",
+    "eval_strategy": "no",
+    "load_best_model_at_end": False,
+    "metric_for_best_model": None,
+    "early_stopping": None,
+}
+"""Options of a run of few steps, which leaves nothing."""
+
+
 class _Parser(HfArgumentParser):
     """Raise errors of one line, because the usage text lists more than a hundred options."""
 
@@ -71,9 +82,7 @@ def train(argv: list[str]) -> None:
         return
     with tempfile.TemporaryDirectory() as scratch:
         if options.dry_run:
-            args = replace(
-                args, output_dir=scratch, push_to_hub=False, report_to="none", eval_strategy="no"
-            )
+            args = replace(args, output_dir=scratch, **SHORT)
         with sole_trainer(args):
             _run(options, args)
 
@@ -241,6 +250,8 @@ def finish(trainer: DFlashTrainer, options: TrainOptions) -> None:
     plot = Path(str(folder)) / PLOT
     if plot.exists():
         console.print(f"Plot: {plot}", markup=False, highlight=False, soft_wrap=True)
+    for line in trainer.best_evaluation():
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     if trainer.args.push_to_hub:
         trainer.create_model_card()
         push = PublishOptions(trainer.args.hub_private_repo, trainer.args.hub_token)

@@ -250,3 +250,36 @@ def test_a_full_disk_ends_the_run_with_the_last_whole_checkpoint_named(tmp_path,
     assert "checkpoint-4: make room, and resume from it" in said
     assert last_checkpoint(tmp_path).name == "checkpoint-4"
     assert not (tmp_path / "checkpoint-8").exists()
+
+
+# The best evaluation -------------------------------------------------------------------------------------------
+
+
+def spoilt(folder, tiny_target, tiny_draft, **args):
+    """A trained draft that a learning rate far too high makes worse from step to step."""
+    text = torch.tensor([tiny_target.generation_config.eos_token_id, *range(40, 100)])[None]
+    text = tiny_target.generate(text, attention_mask=text * 0 + 1, max_new_tokens=60, eos_token_id=None)
+    rows = [{"input_ids": text[0, n:].tolist()} for n in range(12)]
+    options = training_run.SMALL | {"max_length": 128, "learning_rate": 0.03, "warmup_steps": 0, "max_steps": 9}
+    options |= {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    options |= {"eval_acceptance_prompts": 2, "eval_acceptance_tokens": 40}
+    given = DFlashTrainingArguments(str(folder), **options | args)
+    return DFlashTrainer(tiny_draft, tiny_target, given, rows[:8], rows[8:])
+
+
+def test_the_best_checkpoint_is_the_one_that_decodes_best_and_ends_the_run(tmp_path, tiny_target, tiny_draft):
+    options = {"save_total_limit": 1, "load_best_model_at_end": True, "early_stopping": 2}
+    trainer = spoilt(tmp_path, tiny_target, tiny_draft, **options)
+    trainer.train()
+    trainer.save_model()
+    decoded = [line["eval_decoded_acceptance_length"] for line in trainer.state.log_history if "eval_loss" in line]
+    best = decoded.index(max(decoded)) + 1
+    assert (trainer.state.best_global_step, trainer.state.best_metric) == (best, max(decoded))
+    assert len(decoded) == trainer.state.global_step == best + 2
+    kept = DFlashDraftModel.from_pretrained(tmp_path / f"checkpoint-{best}")
+    assert digests(DFlashDraftModel.from_pretrained(tmp_path)) == digests(kept)
+    lines = trainer.best_evaluation()
+    assert lines[0].startswith(f"The best evaluation: step {best} with {max(decoded):.3f} tokens a cycle when decoded")
+    assert "training loss" in lines[0]
+    assert lines[1] == f"What is saved is checkpoint-{best}."
+    assert "block" in lines[2]

@@ -9,6 +9,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
+from .best import DECODED
 from .mix import Mix
 from .objective import Recipe
 from .options import check_options
@@ -94,6 +95,13 @@ class DFlashTrainingArguments(TrainingArguments):
     eval_acceptance_tokens: int = field(
         default=128, metadata={"help": "Number of new tokens for each of those prompts."}
     )
+    early_stopping: int | None = field(
+        default=None,
+        metadata={
+            "help": "End the run after this many evaluations in succession without a better one, by the metric for "
+            "the best model: the decoded acceptance length where evaluations decode."
+        },
+    )
 
     output_dir: str | None = field(
         default="dflash-draft", metadata={"help": "Folder for the draft and its checkpoints."}
@@ -135,7 +143,9 @@ class DFlashTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        self._choose_metric()
         super().__post_init__()
+        self._check_best()
         check_options(self)
         if self.fp16:
             self.bf16 = False
@@ -152,6 +162,10 @@ class DFlashTrainingArguments(TrainingArguments):
             ),
             "base_loss_until": (0 <= self.base_loss_until <= 1, "from 0 to 1"),
             "max_length": (self.max_length >= 2, "at least 2"),
+            "early_stopping": (
+                self.early_stopping is None or self.early_stopping >= 1,
+                "at least 1",
+            ),
             "draft_attention": (
                 self.draft_attention in ("auto", "flex", "dense"),
                 "auto, flex or dense",
@@ -166,6 +180,33 @@ class DFlashTrainingArguments(TrainingArguments):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {wanted}.")
         if self.loss is not None:
             Mix.parse(self.loss)
+
+    def _choose_metric(self) -> None:
+        """Let decoded acceptance choose the best checkpoint where evaluations decode, and no other metric is named."""
+        evaluates = getattr(self.eval_strategy, "value", self.eval_strategy) != "no"
+        if self.metric_for_best_model is None and evaluates and self.eval_acceptance_prompts:
+            self.metric_for_best_model = DECODED
+        if self.early_stopping is not None:
+            self.metric_for_best_model = self.metric_for_best_model or "loss"
+            self.restore_callback_states_from_checkpoint = True  # how many evaluations it has waited
+
+    def _check_best(self) -> None:
+        """Refuse to choose the best of evaluations that there are none of, or that have no checkpoint.
+
+        Raises:
+            ValueError: naming the option.
+        """
+        if self.early_stopping is not None and self.eval_strategy.value == "no":
+            raise ValueError(
+                "early_stopping counts evaluations, but there are none; pass eval_strategy, such as "
+                "--eval-strategy steps --eval-steps 500."
+            )
+        by_steps = self.save_strategy.value == "steps" and self.eval_strategy.value == "steps"
+        if self.load_best_model_at_end and by_steps and self.save_steps != self.eval_steps:
+            raise ValueError(
+                f"load_best_model_at_end needs a checkpoint of every evaluation, but eval_steps is {self.eval_steps} "
+                f"and save_steps is {self.save_steps}. Make them equal, or pass save_strategy='best'."
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the token out: the arguments are saved with every checkpoint, and pushed."""

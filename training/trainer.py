@@ -17,9 +17,11 @@ Trainer calls these methods of `DFlashTrainer`, in this order:
 import json
 import re
 import shutil
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -29,23 +31,28 @@ from huggingface_hub import ModelCard
 from safetensors import SafetensorError
 from torch.nn import Module
 from transformers import Trainer
-from transformers.trainer_callback import TrainerCallback
+from transformers.trainer_callback import EarlyStoppingCallback, TrainerCallback, TrainerState
+from transformers.trainer_utils import TrainOutput
 
 from ..evaluation import greedy, stop_token_ids
 from ..generate_dflash import check_compatible
 from ..generation_dflash import DecodeStatistics
 from ..kinds import FURTHER_LOSSES, kind_of
 from .arguments import DFlashTrainingArguments
+from .best import ACCEPTED_AT, DECODED, best_of, check_best, describe_best, describe_block
 from .blocks import Blocks, draw_anchors
 from .data import Collator, DropReport, PreprocessConfig, columns_of, packed_batch, prepare
 from .locks import sole_writer
 from .metrics import Counts, LossSums, Metrics
 from .objective import Objective, StepOutput, check_trainable
 from .progress import write_progress
+from .resuming import RECORD, differences, is_over, record_of, write_record
 
 EVALUATION = -1
 """Every evaluation draws the anchors of this step, so that evaluations can be compared."""
-_FOR_RESUMING = re.compile("optimizer|scheduler|scaler|rng_state|trainer_state|training_args")
+_FOR_RESUMING = re.compile(
+    f"optimizer|scheduler|scaler|rng_state|trainer_state|training_args|{RECORD}"
+)
 
 
 class DFlashTrainer(Trainer):
@@ -88,6 +95,10 @@ class DFlashTrainer(Trainer):
         with args.main_process_first(desc="reading the data"):
             train_dataset = self._prepared(train_dataset, "train")
             eval_dataset = self._prepared(eval_dataset, "eval")
+        check_best(args, self._metric_names(model.config, args), eval_dataset)
+        callbacks = list(callbacks or [])
+        if args.early_stopping is not None:
+            callbacks.append(EarlyStoppingCallback(args.early_stopping))
         super().__init__(
             model,
             args,
@@ -203,12 +214,54 @@ class DFlashTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train as Trainer does; True resumes from the last complete checkpoint.
 
+        A resumed run is the uninterrupted one, or a warning says before its first step why it is not.
+
         Raises:
-            ValueError: another run writes the folder, there is no checkpoint to resume from, or those of an earlier run
-                would be overwritten.
+            ValueError: another run writes the folder, there is no checkpoint to resume from, those of an earlier run
+                would be overwritten, or something was changed that the checkpoint would silently override.
         """
         with sole_trainer(self.args):
-            return super().train(self._checkpoint_to_resume(resume_from_checkpoint), **kwargs)
+            checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
+            if checkpoint is not None and self._is_over(Path(checkpoint)):
+                return self._load_finished(Path(checkpoint))
+            return super().train(checkpoint, **kwargs)
+
+    def _is_over(self, checkpoint: Path) -> bool:
+        """Return whether a checkpoint is the end of its run; say what makes the rest of it another run's.
+
+        Raises:
+            ValueError: it cannot be resumed from.
+        """
+        if not _is_complete(checkpoint):
+            raise ValueError(
+                f"{checkpoint} is no complete checkpoint; resume_from_checkpoint takes one, or True."
+            )
+        found = differences(checkpoint, self._record)
+        if found:
+            warnings.warn(
+                f"The run that resumes from {checkpoint} is not the uninterrupted one: {'; '.join(found)}.",
+                UserWarning,
+                stacklevel=3,
+            )
+        steps = max(0, self.args.max_steps)
+        return (steps > 0 or not found) and is_over(checkpoint, steps)
+
+    def _load_finished(self, checkpoint: Path) -> TrainOutput:
+        """Load what a run ended with: Trainer would take one more step."""
+        if self.is_fsdp_enabled:
+            raise ValueError(
+                f"The run of {checkpoint} is over. Train on with more steps, or load its draft."
+            )
+        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        self._load_from_checkpoint(str(checkpoint))
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            self._load_best_model()
+        return TrainOutput(self.state.global_step, 0.0, {})
+
+    @cached_property
+    def _record(self) -> dict[str, Any]:
+        """Return what determines the weights of this run."""
+        return record_of(self)
 
     def _checkpoint_to_resume(self, resume_from_checkpoint: str | bool | None) -> str | None:
         """Return the folder of the checkpoint to resume from, or None."""
@@ -235,7 +288,13 @@ class DFlashTrainer(Trainer):
             "loss": self._loss_summary(),
             "optimizer": f"{enum_value(args.optim)}, learning rate {args.learning_rate:g}, "
             f"{enum_value(args.lr_scheduler_type)} schedule",
+            "best evaluation": self._best_summary(),
         }
+
+    def _best_summary(self) -> str | None:
+        """Return the best evaluation in words; None without a metric to choose it by."""
+        metric, greater = self.args.metric_for_best_model, bool(self.args.greater_is_better)
+        return None if metric is None else describe_best(self.state.log_history, metric, greater)
 
     def _weights_summary(self) -> str:
         if self.args.loss_weights == "dpace":
@@ -261,6 +320,8 @@ class DFlashTrainer(Trainer):
             f"The checkpoint of step {self.state.global_step} could not be written", self.args
         ):
             try:
+                if self.args.should_save:
+                    write_record(incomplete, self._record)
                 super()._save_checkpoint(model, trial)
             except (OSError, RuntimeError, SafetensorError):
                 if last_checkpoint(self.args.output_dir) != incomplete:
@@ -350,24 +411,40 @@ class DFlashTrainer(Trainer):
         With `eval_acceptance_prompts`, prompts are decoded too, for the acceptance length in decoding.
         """
         eval_dataset = self._prepared(eval_dataset, metric_key_prefix)
-        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        rows = self.eval_dataset if eval_dataset is None else eval_dataset
-        rows = self.eval_dataset[rows] if isinstance(rows, str) else rows
-        if self.args.eval_acceptance_prompts and not isinstance(rows, dict):
-            decoded = {
-                f"{metric_key_prefix}_decoded_acceptance_length": self.decoded_acceptance(rows)
-            }
-            self.log(decoded)
-            metrics |= decoded
-        return metrics
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """Run as Trainer does, and decode prompts of the same rows.
+
+        So the log, callbacks and the choice of the best checkpoint see what was decoded.
+        """
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        )
+        if self.args.eval_acceptance_prompts:
+            decoded = self.decode_prompts(getattr(dataloader, "dataset", None))
+            for name, value in decoded.items():
+                output.metrics[f"{metric_key_prefix}_{name}"] = value
+        return output
 
     @torch.no_grad()
-    def decoded_acceptance(self, rows: Any) -> float:
-        """Return the tokens per cycle when the first prompts of packed `rows` are decoded greedily."""
+    def decode_prompts(self, rows: Any) -> dict[str, float]:
+        """Decode the first prompts of packed `rows` greedily; return tokens per cycle, and acceptance by position.
+
+        Processes share the prompts, and all return the same.
+        """
         draft = self.accelerator.unwrap_model(self.model)
         training, statistics = draft.training, DecodeStatistics()
         draft.eval()
-        for row in islice(rows, self.args.eval_acceptance_prompts):
+        first, every = self.accelerator.process_index, self.accelerator.num_processes
+        for row in islice(rows, first, self.args.eval_acceptance_prompts, every):
             ids = prompt_of(row).to(self.target.device)
             generate_kwargs = {
                 "custom_generate": draft.speculate,
@@ -376,7 +453,33 @@ class DFlashTrainer(Trainer):
             }
             greedy(self.target, ids, self.args.eval_acceptance_tokens, **generate_kwargs)
         draft.train(training)
-        return statistics.acceptance_length
+        accepted = statistics.accepted_at + [0] * draft.config.num_drafted
+        counts = [len(statistics.committed), sum(statistics.committed)]
+        counts += accepted[: draft.config.num_drafted]
+        total = torch.tensor(counts, device=self.args.device)
+        cycles, tokens, *accepted = self.accelerator.reduce(total).tolist()
+        shares = {f"{ACCEPTED_AT}{k}": n / max(1, cycles) for k, n in enumerate(accepted, 1)}
+        return {DECODED: tokens / max(1, cycles)} | shares
+
+    def _metric_names(self, config: Any, args: DFlashTrainingArguments) -> list[str]:
+        """Return the names of what an evaluation gives."""
+        names = ["loss", *self.kind.metrics]
+        names += [f"accuracy_{k}" for k in range(1, config.num_drafted + 1)]
+        return [*names, DECODED] if args.eval_acceptance_prompts else names
+
+    def best_evaluation(self) -> list[str]:
+        """Return sentences on the best evaluation: its step, acceptance and losses; and on the size of blocks."""
+        metric = self.args.metric_for_best_model or "loss"
+        greater = bool(self.args.greater_is_better) if self.args.metric_for_best_model else False
+        history = self.state.log_history
+        best = best_of(history, metric, greater)
+        if best is None:
+            return []
+        lines = [f"The best evaluation: {describe_best(history, metric, greater)}."]
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
+            lines.append(f"What is saved is {Path(self.state.best_model_checkpoint).name}.")
+        block = describe_block(best, self.accelerator.unwrap_model(self.model).config)
+        return [*lines, block] if block else lines
 
 
 def enum_value(name: Any) -> str:
