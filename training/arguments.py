@@ -103,6 +103,36 @@ class DFlashTrainingArguments(TrainingArguments):
         },
     )
 
+    regenerate_every: int | None = field(
+        default=None,
+        metadata={
+            "help": "After every so many steps, let the target answer the prompts of the data anew, and train on that. "
+            "Needs --max-steps."
+        },
+    )
+    regenerate_temperature: float | None = field(
+        default=None,
+        metadata={"help": "Temperature of these answers. Default: the target's own settings."},
+    )
+    regenerate_max_new_tokens: int = field(
+        default=2048, metadata={"help": "Maximum tokens of such an answer."}
+    )
+    regenerate_prompt_tokens: int = field(
+        default=64, metadata={"help": "Number of leading tokens that are the prompt of plain text."}
+    )
+    regenerate_server: str | None = field(
+        default=None,
+        metadata={
+            "help": "Server with OpenAI's protocol that answers, such as http://host:8000/v1. Default: this process."
+        },
+    )
+    regenerate_model: str | None = field(
+        default=None, metadata={"help": "Its name of the target. Default: the first it lists."}
+    )
+    regenerate_workers: int = field(
+        default=32, metadata={"help": "Number of concurrent requests to it."}
+    )
+
     output_dir: str | None = field(
         default="dflash-draft", metadata={"help": "Folder for the draft and its checkpoints."}
     )
@@ -162,6 +192,17 @@ class DFlashTrainingArguments(TrainingArguments):
             ),
             "base_loss_until": (0 <= self.base_loss_until <= 1, "from 0 to 1"),
             "max_length": (self.max_length >= 2, "at least 2"),
+            "regenerate_every": (
+                self.regenerate_every is None or self.regenerate_every >= 1,
+                "at least 1",
+            ),
+            "regenerate_temperature": (
+                self.regenerate_temperature is None or self.regenerate_temperature > 0,
+                "above 0, since greedy answers are the same in each round",
+            ),
+            "regenerate_max_new_tokens": (self.regenerate_max_new_tokens >= 1, "at least 1"),
+            "regenerate_prompt_tokens": (self.regenerate_prompt_tokens >= 1, "at least 1"),
+            "regenerate_workers": (self.regenerate_workers >= 1, "at least 1"),
             "early_stopping": (
                 self.early_stopping is None or self.early_stopping >= 1,
                 "at least 1",

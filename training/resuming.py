@@ -60,7 +60,7 @@ def record_of(trainer: Any) -> dict[str, dict[str, Any]]:
     for name in _NO_PART_OF_THE_DRAFT:
         draft.pop(name, None)
     around = {
-        "the data": digest_of_rows(trainer.train_dataset),
+        "the data": digest_of_rows(getattr(trainer.train_dataset, "first", trainer.train_dataset)),
         "the target": digest_of_weights(trainer.target),
         "the number of processes": args.world_size,
         "the device": _device(args.device),

@@ -30,6 +30,7 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors import SafetensorError
 from torch.nn import Module
+from torch.utils.data import SequentialSampler
 from transformers import Trainer
 from transformers.trainer_callback import EarlyStoppingCallback, TrainerCallback, TrainerState
 from transformers.trainer_utils import TrainOutput
@@ -46,7 +47,15 @@ from .locks import sole_writer
 from .metrics import Counts, LossSums, Metrics
 from .objective import Objective, StepOutput, check_trainable
 from .progress import write_progress
-from .resuming import RECORD, differences, is_over, record_of, write_record
+from .reading import rows_of_list
+from .resuming import (
+    RECORD,
+    differences,
+    digest_of_weights,
+    is_over,
+    record_of,
+    write_record,
+)
 
 EVALUATION = -1
 """Every evaluation draws the anchors of this step, so that evaluations can be compared."""
@@ -92,6 +101,7 @@ class DFlashTrainer(Trainer):
         self.kind = kind_of(model.config)
         self.preprocess_config = preprocess_config(processing_class, target, model.config, args)
         self.reports: dict[str, DropReport] = {}
+        rows = train_dataset
         with args.main_process_first(desc="reading the data"):
             train_dataset = self._prepared(train_dataset, "train")
             eval_dataset = self._prepared(eval_dataset, "eval")
@@ -121,6 +131,8 @@ class DFlashTrainer(Trainer):
         model.set_attn_implementation(
             "flex_attention" if self.objective.flex(args.device) else "sdpa"
         )
+        if args.regenerate_every is not None:
+            self.train_dataset = self._rounds(rows, processing_class)
         self._logged: tuple[Counts, LossSums] | None = None  # since the last line of the log
         self.latest_metrics: Metrics | None = None
         """Those of the last line of the log."""
@@ -133,6 +145,34 @@ class DFlashTrainer(Trainer):
             return rows
         rows, self.reports[name] = prepare(rows, self.preprocess_config)
         return rows
+
+    def _rounds(self, rows: Any, tokenizer: Any) -> Any:
+        """Return the rows of all steps, whose answers the target writes anew in every round."""
+        from .rounds import Plan, Rounds, answers_of, check_rounds
+
+        args: Any = self.args
+        check_rounds(args, rows, self.target)
+        if not hasattr(rows, "column_names"):
+            rows = rows_of_list(rows)
+        answers = answers_of(args, rows, tokenizer, self.target, digest_of_weights(self.target))
+        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        plan = Plan(args.regenerate_every, args.max_steps, batch, args.seed)
+        return Rounds(self.train_dataset, answers, plan, self._packed_round, self._main_first)
+
+    def _packed_round(self, rows: list[dict[str, Any]], number: int) -> Any:
+        """Pack the rows of a round, and log how many there are."""
+        packed = self._prepared(rows, f"round {number}")
+        self.log({"round": number, "round_rows": len(packed)})
+        return packed
+
+    def _main_first(self) -> Any:
+        return self.args.main_process_first(desc="writing answers")
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Return Trainer's sampler; rows of rounds are in the order of their steps already."""
+        if self.args.regenerate_every is not None:
+            return SequentialSampler(self.train_dataset)
+        return super()._get_train_sampler(train_dataset)
 
     # One step --------------------------------------------------------------------------------------------------
 
