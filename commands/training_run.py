@@ -42,17 +42,7 @@ from .preflight import (
 )
 from .screen import console, hide_bars, note, notes
 from .train_display import shown
-
-
-SHORT: dict[str, Any] = {
-    "push_to_hub": False,
-    "report_to": "none",
-    "eval_strategy": "no",
-    "load_best_model_at_end": False,
-    "metric_for_best_model": None,
-    "early_stopping": None,
-}
-"""Options of a run of few steps, which leaves nothing."""
+from .tune import SHORT, tune
 
 
 class _Parser(HfArgumentParser):
@@ -81,6 +71,9 @@ def train(argv: list[str]) -> None:
         inspect_rows(options, args)
         return
     with tempfile.TemporaryDirectory() as scratch:
+        if options.tune is not None:
+            tune(parser, _expand_push_to_hub(argv), options, Path(scratch))
+            return
         if options.dry_run:
             args = replace(args, output_dir=scratch, **SHORT)
         with sole_trainer(args):

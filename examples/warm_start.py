@@ -56,7 +56,8 @@ def main() -> None:
         write_texts(folder, tokens, options.texts)
     shape = ["--draft", str(PAIR / "draft")]
     if options.fresh:
-        shape = "--block-size 8 --num-layers 2 --target-layer-ids 1 2 4 --mask-token-id 1".split()
+        shape = ["--block-size", "8", "--num-layers", "2", "--mask-token-id", "1"]
+        shape += ["--target-layer-ids", "1", "2", "4"]
     name = f"{'fresh' if options.fresh else 'draft'}-{options.learning_rate}-{options.steps}"
     train = [*shape, "--target", str(folder / "target"), "--data", str(folder / "own.jsonl")]
     train += ["--output-dir", str(folder / name), "--max-steps", str(options.steps)]

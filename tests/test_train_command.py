@@ -305,3 +305,27 @@ def test_each_command_asks_for_its_own_extras_only(fresh_process, missing, state
     """
     output = fresh_process(code, block=False, fails=complaint is not None)
     assert complaint is None or complaint in output
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--tune", "learning_rate"], "--tune has 'learning_rate'; write options and their values"),
+        (["--tune", "speed=1,2", "--eval-rows", "2"], "speed"),
+        (["--tune", "learning_rate=1e-3,2e-3", "--eval-rows", "2"], "--tune compares by what held-out prompts decode"),
+    ],
+)
+def test_a_comparison_that_says_nothing_is_refused(data, tmp_path, words, message):
+    with pytest.raises(ValueError, match=message):
+        train(data, tmp_path / "draft", *SHAPE, *words)
+
+
+def test_options_are_compared_by_what_their_drafts_decode(data, tmp_path):
+    words = ["--tune", "learning_rate=1e-3,1e-2", "block-size=4", "--tune-steps", "2", "--eval-rows", "3"]
+    words += ["--eval-acceptance-prompts", "1", "--eval-acceptance-tokens", "16"]
+    output = train(data, tmp_path / "draft", *SHAPE, *words).output
+    rows = [line.split() for line in output.splitlines()]
+    table = rows[next(number for number, row in enumerate(rows) if "learning_rate" in row[:1]) :]
+    assert [row[:2] for row in table[1:3]] == [["1e-3", "4"], ["1e-2", "4"]]
+    assert "After 2 steps most is accepted with --learning_rate=" in output
+    assert not (tmp_path / "draft").exists()

@@ -95,6 +95,13 @@ class DFlashTrainingArguments(TrainingArguments):
     eval_acceptance_tokens: int = field(
         default=128, metadata={"help": "Number of new tokens for each of those prompts."}
     )
+    metric_for_best_model: str | None = field(
+        default=None,
+        metadata={
+            "help": "Metric of evaluations that chooses the best checkpoint. Default: decoded_acceptance_length where they "
+            "decode, else loss."
+        },
+    )
     early_stopping: int | None = field(
         default=None,
         metadata={
@@ -229,7 +236,9 @@ class DFlashTrainingArguments(TrainingArguments):
             self.metric_for_best_model = DECODED
         if self.early_stopping is not None:
             self.metric_for_best_model = self.metric_for_best_model or "loss"
-            self.restore_callback_states_from_checkpoint = True  # how many evaluations it has waited
+            self.restore_callback_states_from_checkpoint = (
+                True  # how many evaluations it has waited
+            )
 
     def _check_best(self) -> None:
         """Refuse to choose the best of evaluations that there are none of, or that have no checkpoint.

@@ -71,7 +71,9 @@ def describe_best(history: list[Line], metric: str, greater: bool) -> str | None
         text += f", training loss {trained[-1]['loss']:.3f}"
     other = best_of(history, "loss", greater=False)
     if other is not None and other["step"] != best["step"]:
-        text += f"; the lowest held-out loss is of step {other['step']:,.0f}, with {_measured(other)}"
+        text += (
+            f"; the lowest held-out loss is of step {other['step']:,.0f}, with {_measured(other)}"
+        )
     return text
 
 
@@ -108,7 +110,9 @@ def describe_block(line: Line, config: Any) -> str | None:
             f"Positions {enough + 1} to {len(found)} of a block add {whole - sums[enough - 1]:.2f} tokens a cycle: "
             f"block_size {size} would keep {share:.1%} of the acceptance length."
         )
-    text = f"Every position of a block counts: the last is accepted in {found[-1]:.1%} of all cycles."
+    text = (
+        f"Every position of a block counts: the last is accepted in {found[-1]:.1%} of all cycles."
+    )
     if found[-1] >= _FULL:
         text += f" A block_size above {config.block_size} may add to the acceptance length."
     return text

@@ -26,6 +26,7 @@ _ROWS_OF_A_STREAM = 8
 _VALUES = 16
 """Numbers of each of the target's weights that stand for it."""
 _ROWS_AT_ONCE = 1000
+_COLUMNS = ("input_ids", "supervised", "lengths")
 _OF_THE_OPTIMIZER = (
     *("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
     *("optim", "optim_args", "optim_target_modules"),
@@ -85,18 +86,25 @@ def _device(device: torch.device) -> str:
 
 
 def digest_of_rows(rows: Any) -> str:
-    """Return a hash of packed rows and their number; of a stream, of its first rows."""
+    """Return a hash of packed rows and their number; of a stream, of its first rows.
+
+    Rows with an attribute `digest` know theirs.
+    """
+    known = getattr(rows, "digest", None)
+    if known is not None:
+        return str(known)
     digest = hashlib.blake2b(digest_size=8)
     if hasattr(rows, "with_format") and hasattr(rows, "__len__"):
         for part in rows.with_format("arrow").iter(_ROWS_AT_ONCE):
-            for name in ("input_ids", "supervised", "lengths"):
+            for name in _COLUMNS:
                 column = part[name].combine_chunks()
                 digest.update(column.flatten().to_numpy(zero_copy_only=False).tobytes())
                 digest.update(column.value_lengths().to_numpy(zero_copy_only=False).tobytes())
         return f"{len(rows):,} rows ({digest.hexdigest()})"
     count = len(rows) if hasattr(rows, "__len__") else _ROWS_OF_A_STREAM
     for row in islice(iter(rows), count):
-        digest.update(json.dumps([list(map(int, row[name])) for name in sorted(row)]).encode())
+        parts = [row[name] for name in _COLUMNS if name in row]
+        digest.update(json.dumps([list(map(int, part)) for part in parts]).encode())
     name = f"{count:,} rows" if hasattr(rows, "__len__") else "a stream"
     return f"{name} ({digest.hexdigest()})"
 
@@ -130,7 +138,7 @@ def differences(checkpoint: Path, record: dict[str, Any]) -> list[str]:
     path = checkpoint / RECORD
     if not any(checkpoint.glob("optimizer*")) and not any(checkpoint.glob("global_step*")):
         raise ValueError(
-            f"{checkpoint} holds no optimizer (save_only_model), so a run cannot be resumed from it. {_anew(checkpoint)}"
+            f"{checkpoint} holds no optimizer (save_only_model), so no run can be resumed from it. {_anew(checkpoint)}"
         )
     if not path.exists():
         return [f"{checkpoint.name} holds no record of its run, so what has changed is not known"]
@@ -170,9 +178,7 @@ def _refuse(checkpoint: Path, what: str, changed: Iterable[tuple[str, Any, Any]]
 
 
 def _anew(checkpoint: Path) -> str:
-    return (
-        f"Or begin a new run from its draft: --draft {checkpoint} with another --output-dir (in Python, load_draft)."
-    )
+    return f"Or begin a new run from its draft: --draft {checkpoint} with another --output-dir (in Python, load_draft)."
 
 
 def is_over(checkpoint: Path, max_steps: int) -> bool:

@@ -76,8 +76,9 @@ class Answers:
         prompt: Callable[[dict[str, Any]], str],
         workers: int,
     ):
-        self.rows, self.folder, self.answer = rows, folder, answer
-        self.prompt, self.workers = prompt, workers
+        self.rows, self.folder = rows, folder
+        self.answer, self.workers = answer, workers
+        self.prompt = prompt
         self.keys = [key for key, _ in self._questions()]
 
     def _questions(self) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -159,8 +160,9 @@ class Rounds(Dataset):
         packed: Callable[[list[dict[str, Any]], int], Any],
         alone: Callable[[], Any],
     ):
-        self.first, self.answers, self.plan = first, answers, plan
-        self._packed, self._alone = packed, alone
+        self.first, self.plan = first, plan
+        self.answers, self._packed = answers, packed
+        self._alone = alone
         self._round = 0
         self._rows = first
         self._turn: tuple[int, int, list[int]] = (-1, -1, [])

@@ -497,9 +497,10 @@ class DFlashTrainer(Trainer):
         counts = [len(statistics.committed), sum(statistics.committed)]
         counts += accepted[: draft.config.num_drafted]
         total = torch.tensor(counts, device=self.args.device)
-        cycles, tokens, *accepted = self.accelerator.reduce(total).tolist()
-        shares = {f"{ACCEPTED_AT}{k}": n / max(1, cycles) for k, n in enumerate(accepted, 1)}
-        return {DECODED: tokens / max(1, cycles)} | shares
+        counts = self.accelerator.reduce(total).tolist()
+        cycles = max(1, counts[0])
+        shares = {f"{ACCEPTED_AT}{k}": count / cycles for k, count in enumerate(counts[2:], 1)}
+        return {DECODED: counts[1] / cycles} | shares
 
     def _metric_names(self, config: Any, args: DFlashTrainingArguments) -> list[str]:
         """Return the names of what an evaluation gives."""
