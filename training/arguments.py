@@ -98,8 +98,8 @@ class DFlashTrainingArguments(TrainingArguments):
     metric_for_best_model: str | None = field(
         default=None,
         metadata={
-            "help": "Metric of evaluations that chooses the best checkpoint. Default: decoded_acceptance_length where they "
-            "decode, else loss."
+            "help": "Metric of evaluations that chooses the best checkpoint. Default: decoded_acceptance_length where "
+            "they decode, else loss."
         },
     )
     early_stopping: int | None = field(

@@ -130,8 +130,8 @@ class TrainOptions:
     tune: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Options to compare, such as learning_rate=3e-4,1e-3 block_size=8,16. Each combination is trained for "
-            "--tune-steps, held-out prompts are decoded, and a table says which accepts most."
+            "help": "Options to compare, such as learning_rate=3e-4,1e-3 block_size=8,16. Each combination is trained "
+            "for --tune-steps, held-out prompts are decoded, and a table says which accepts most."
         },
     )
     tune_steps: int = field(
