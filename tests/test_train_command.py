@@ -4,6 +4,7 @@ import io
 import json
 import re
 import struct
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -136,7 +137,13 @@ def test_training_goes_on_from_a_published_draft_and_from_an_interrupted_run(dat
     with pytest.raises(ValueError, match="checkpoint-6 is of an earlier run"):
         train(data, tmp_path / "one", "--draft", str(TINY / "draft"), *saved)
     resume = [*saved, "--resume-from-checkpoint", "true", "--max-steps", "8"]
-    train(data, tmp_path / "one", "--draft", str(TINY / "draft"), *resume)
+    with pytest.raises(ValueError, match=r"learning_rate is 0.0006, but was 0.0"):
+        train(data, tmp_path / "one", "--draft", str(TINY / "draft"), *resume)
+    resume += ["--learning-rate", "0"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        said = train(data, tmp_path / "one", "--draft", str(TINY / "draft"), *resume).output
+    assert "is not the uninterrupted one: max_steps was 6 and is 8" in said
     assert (tmp_path / "one" / "checkpoint-8").exists() or (tmp_path / "one" / "model.safetensors").exists()
 
 

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 import textwrap
 
 import pytest
@@ -262,13 +263,13 @@ def spoilt(folder, tiny_target, tiny_draft, **args):
     rows = [{"input_ids": text[0, n:].tolist()} for n in range(12)]
     options = training_run.SMALL | {"max_length": 128, "learning_rate": 0.03, "warmup_steps": 0, "max_steps": 9}
     options |= {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
-    options |= {"eval_acceptance_prompts": 2, "eval_acceptance_tokens": 40}
+    options |= {"eval_acceptance_prompts": 2, "eval_acceptance_tokens": 16}
     given = DFlashTrainingArguments(str(folder), **options | args)
     return DFlashTrainer(tiny_draft, tiny_target, given, rows[:8], rows[8:])
 
 
 def test_the_best_checkpoint_is_the_one_that_decodes_best_and_ends_the_run(tmp_path, tiny_target, tiny_draft):
-    options = {"save_total_limit": 1, "load_best_model_at_end": True, "early_stopping": 2}
+    options = {"save_total_limit": 2, "load_best_model_at_end": True, "early_stopping": 2}
     trainer = spoilt(tmp_path, tiny_target, tiny_draft, **options)
     trainer.train()
     trainer.save_model()
@@ -283,3 +284,9 @@ def test_the_best_checkpoint_is_the_one_that_decodes_best_and_ends_the_run(tmp_p
     assert "training loss" in lines[0]
     assert lines[1] == f"What is saved is checkpoint-{best}."
     assert "block" in lines[2]
+    for _ in range(2):  # with its last checkpoint, and without
+        again = spoilt(tmp_path, tiny_target, tiny_draft, **options)
+        again.train(resume_from_checkpoint=True)
+        assert (again.state.global_step, again.best_evaluation()) == (best + 2, lines)
+        assert digests(again.model) == digests(kept)
+        shutil.rmtree(tmp_path / f"checkpoint-{best + 2}")

@@ -188,9 +188,9 @@ def is_over(checkpoint: Path, max_steps: int) -> bool:
         max_steps: of the run that resumes; 0 for those of the checkpoint.
     """
     state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    waited = state.get("stateful_callbacks", {}).get("EarlyStoppingCallback")
-    if waited is not None:
-        counter = waited["attributes"]["early_stopping_patience_counter"]
-        if counter >= waited["args"]["early_stopping_patience"]:
+    waited = state.get("stateful_callbacks", {}).get("EarlyStoppingCallback", [])
+    for one in waited if isinstance(waited, list) else [waited]:
+        counter = one["attributes"]["early_stopping_patience_counter"]
+        if counter >= one["args"]["early_stopping_patience"]:
             return True
     return state["global_step"] >= (max_steps or state["max_steps"])

@@ -277,7 +277,7 @@ class DFlashTrainer(Trainer):
                 f"{checkpoint} is no complete checkpoint; resume_from_checkpoint takes one, or True."
             )
         found = differences(checkpoint, self._record)
-        if found:
+        if found and self.is_world_process_zero():
             warnings.warn(
                 f"The run that resumes from {checkpoint} is not the uninterrupted one: {'; '.join(found)}.",
                 UserWarning,
