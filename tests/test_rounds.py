@@ -10,6 +10,7 @@ import training_run
 from dflash_hub import DFlashDraftModel
 from dflash_hub.publishing.probe import digests
 from dflash_hub.training import DFlashTrainer, DFlashTrainingArguments
+from dflash_hub.training.rounds import Answers
 from paths import TINY
 
 TEXTS = ["def add(a, b):\n    return", "import os\nimport", "class A(B):\n    def", "import os\nimport"]
@@ -77,6 +78,26 @@ def test_a_prompt_that_was_answered_is_not_answered_again_wherever_it_stands(tmp
     assert len(after) == 5
     trainer("one", seed=7, max_steps=4, save_strategy="no").train()
     assert len(list((tmp_path / "one" / "_rounds").iterdir())) == 2
+
+
+def test_a_row_that_is_not_answered_in_two_tries_is_left_out_of_its_round_alone(tmp_path):
+    asked = []
+
+    def answer(row):
+        asked.append(row["text"])
+        if row["text"] == "bad":
+            raise OSError("overloaded")
+        return {"text": f"{row['text']} {row['_seed']}"}
+
+    rows = [{"text": text} for text in ("a", "bad", "b")]
+    answers = Answers(rows, tmp_path, answer, lambda row: row["text"], 1)
+    for _ in range(2):
+        answers.write(1, seed=0)
+        assert asked == ["a", "bad", "b", "bad"]
+    assert [row["text"].split()[0] for row in answers.read(1)] == ["a", "b"]
+    answers.write(2, seed=0)
+    assert asked.count("bad") == 4
+    assert answers.read(1) != answers.read(2)
 
 
 @pytest.mark.parametrize(

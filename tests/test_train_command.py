@@ -174,7 +174,9 @@ def test_rows_are_printed_as_they_would_be_trained_on(tmp_path, monkeypatch, sys
 
 @pytest.mark.quick
 def test_a_stream_is_trained_on(data, tmp_path):
-    train(data, tmp_path / "draft", *SHAPE, "--streaming")
+    words = ["--eval-rows", "2", "--eval-strategy", "steps", "--eval-steps", "3", "--eval-acceptance-prompts", "1"]
+    output = train(data, tmp_path / "draft", *SHAPE, "--streaming", *words, "--eval-acceptance-tokens", "8").output
+    assert "The best evaluation: step " in output
     assert DFlashDraftModel.from_pretrained(tmp_path / "draft").config.block_size == 8
 
 

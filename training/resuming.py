@@ -115,11 +115,11 @@ def digest_of_weights(model: Any) -> str:
     for name, weight in model.named_parameters():
         digest.update(name.encode())
         values = weight.data
-        if values.is_meta or type(values) is not torch.Tensor:
+        if values.is_meta or type(values) is not torch.Tensor or not values.numel():
             continue
         while values.ndim > 1:
             values = values[-1]
-        digest.update(values[:_VALUES].double().cpu().numpy().tobytes())
+        digest.update(values.flatten()[:_VALUES].double().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
