@@ -2,8 +2,10 @@
 
 import json
 import pickle
+import re
 import shutil
 import textwrap
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from dflash_hub import DFlashDraftModel
 from dflash_hub.evaluation import compare
 from dflash_hub.publishing.probe import digests
 from dflash_hub.training import DFlashTrainer, DFlashTrainingArguments
+from dflash_hub.training.best import describe_block
 from dflash_hub.training.trainer import last_checkpoint
 from paths import ROOT
 
@@ -254,6 +257,60 @@ def test_a_full_disk_ends_the_run_with_the_last_whole_checkpoint_named(tmp_path,
 
 
 # The best evaluation -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shares", "fields", "expected"),
+    [
+        (
+            (0.6, 0.4, 0.01, 0.0),
+            {},
+            r"^Positions 3 to 4 of a block add 0.01 tokens a cycle: block_size 3 would keep 99.5%",
+        ),
+        ((0.6, 0.4, 0.01, 0.0), {"block_size": 4}, "block_size 2 would keep 99.5%"),
+        (
+            (0.0, 0.0, 0.0, 0.0),
+            {},
+            "Positions 2 to 4 of a block add 0.00 tokens a cycle: block_size 2 would keep 100.0%",
+        ),
+        ((0.6, 0.4, 0.3, 0.1), {}, "the last is accepted in 10.0% of all cycles.$"),
+        ((0.9, 0.8, 0.7, 0.6), {}, "60.0% of all cycles. A block_size above 5 may add"),
+        ((), {}, None),
+    ],
+)
+def test_acceptance_by_position_tells_whether_a_smaller_block_would_do(shares, fields, expected):
+    config = SimpleNamespace(**{"block_size": 5, "num_drafted": 4} | fields)
+    said = describe_block({f"eval_decoded_accepted_{k}": share for k, share in enumerate(shares, 1)}, config)
+    assert said == expected if expected is None else re.search(expected, said)
+
+
+@pytest.mark.parametrize(
+    ("args", "eval_rows", "message"),
+    [
+        (
+            {"metric_for_best_model": "speed"},
+            4,
+            "metric_for_best_model is 'speed', which is none of what an evaluation",
+        ),
+        ({"metric_for_best_model": "decoded_acceptance_length"}, 4, "needs eval_acceptance_prompts"),
+        ({"early_stopping": 2}, 4, "early_stopping counts evaluations, but there are none"),
+        ({"early_stopping": 0, "eval_strategy": "epoch"}, 4, "early_stopping is 0; it must be at least 1"),
+        (
+            {"eval_strategy": "steps", "eval_acceptance_prompts": 2},
+            0,
+            "chosen by decoded_acceptance_length, but there are no",
+        ),
+        (
+            {"load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 4}
+            | {"eval_strategy": "steps", "eval_steps": 2},
+            4,
+            "needs a checkpoint of every evaluation, but eval_steps is 2 and save_steps is 4",
+        ),
+    ],
+)
+def test_a_best_checkpoint_that_cannot_be_chosen_is_refused_by_name(tmp_path, args, eval_rows, message):
+    with pytest.raises(ValueError, match=message):
+        training_run.trainer(tmp_path, eval_rows=eval_rows, **args)
 
 
 def spoilt(folder, tiny_target, tiny_draft, **args):

@@ -236,9 +236,8 @@ class DFlashTrainingArguments(TrainingArguments):
             self.metric_for_best_model = DECODED
         if self.early_stopping is not None:
             self.metric_for_best_model = self.metric_for_best_model or "loss"
-            self.restore_callback_states_from_checkpoint = (
-                True  # how many evaluations it has waited
-            )
+            # A resumed run goes on with the number of evaluations that were no better.
+            self.restore_callback_states_from_checkpoint = True
 
     def _check_best(self) -> None:
         """Refuse to choose the best of evaluations that there are none of, or that have no checkpoint.

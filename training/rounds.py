@@ -231,9 +231,10 @@ def check_rounds(args: DFlashTrainingArguments, rows: Any, target: Any) -> None:
             f"dataloader_num_workers is {args.dataloader_num_workers}, but the target writes answers in the process "
             "that trains. Leave it at 0 with regenerate_every."
         )
-    if args.train_sampling_strategy != "random":
+    order = getattr(args, "train_sampling_strategy", "random")  # which former versions lack
+    if order != "random":
         raise ValueError(
-            f"train_sampling_strategy is {args.train_sampling_strategy!r}; with regenerate_every it must be 'random'."
+            f"train_sampling_strategy is {order!r}; with regenerate_every it must be 'random'."
         )
     config = getattr(target, "generation_config", None)
     own = args.regenerate_temperature is None and args.regenerate_server is None

@@ -4,11 +4,13 @@
 
 Trainer calls these methods of `DFlashTrainer`, in this order:
 
-1. `train`: checks that the output folder holds no earlier run, and finds the checkpoint to resume from.
+1. `train`: checks that the output folder holds no earlier run, finds the checkpoint to resume from, and says what has
+   changed since.
 2. In each step: `_get_num_items_in_batch` once, for the sum of weights over the batches of the step; then for each
    batch `compute_loss` and `floating_point_ops`. Both of the first two draw the same anchors.
 3. Every `logging_steps`: `log`.
-4. Every `eval_steps`: `evaluate`, which calls `prediction_step` for each batch, then `_metrics_of` once, then `log`.
+4. Every `eval_steps`: `evaluate`, which calls `evaluation_loop`: that calls `prediction_step` for each batch, then
+   `_metrics_of` once, then decodes prompts. `log` follows, then the callbacks and the choice of the best checkpoint.
 5. Every `save_steps`: `_save_checkpoint`, which calls `_save` (`super()._save` writes the repository, we add how the
    run went), then `_push_from_checkpoint` with a hub strategy, which calls `create_model_card`.
 6. At the end `save_model` calls `_save`, and `push_to_hub` calls `create_model_card`.
