@@ -4,7 +4,7 @@
 
     python examples/warm_start.py --output-dir warm_start
 
-Needs `pip install "dflash-hub[train]"` and some minutes of one core; nothing is downloaded, and seeds are fixed. The
+Needs `pip install "dflash-hub[train]"` and ten minutes of one core; nothing is downloaded, and seeds are fixed. The
 built-in target is fine-tuned on the tests of the standard library, which it has never seen. Then it writes its own
 texts, and the built-in draft learns from them, by the command that is printed.
 """
@@ -33,7 +33,6 @@ parser.add_argument("--tune-steps", type=int, default=300, help="of the target, 
 parser.add_argument("--texts", type=int, default=3000, help="that the fine-tuned target writes")
 parser.add_argument("--steps", type=int, default=250, help="of the draft, 12 rows each")
 parser.add_argument("--learning-rate", default="1e-3", help="of the draft")
-parser.add_argument("--fresh", action="store_true", help="train a fresh draft alike, to compare")
 
 
 def main() -> None:
@@ -54,13 +53,10 @@ def main() -> None:
     measure("fine-tuned, the old draft", folder / "target", PAIR / "draft", held_out)
     if not (folder / "own.jsonl").exists():
         write_texts(folder, tokens, options.texts)
-    shape = ["--draft", str(PAIR / "draft")]
-    if options.fresh:
-        shape = ["--block-size", "8", "--num-layers", "2", "--mask-token-id", "1"]
-        shape += ["--target-layer-ids", "1", "2", "4"]
-    name = f"{'fresh' if options.fresh else 'draft'}-{options.learning_rate}-{options.steps}"
-    train = [*shape, "--target", str(folder / "target"), "--data", str(folder / "own.jsonl")]
-    train += ["--output-dir", str(folder / name), "--max-steps", str(options.steps)]
+    name = f"draft-{options.learning_rate}-{options.steps}"
+    train = ["--target", str(folder / "target"), "--draft", str(PAIR / "draft")]
+    train += ["--data", str(folder / "own.jsonl"), "--output-dir", str(folder / name)]
+    train += ["--max-steps", str(options.steps)]
     train += ["--learning-rate", options.learning_rate, "--per-device-train-batch-size", "12"]
     train += ["--num-anchors", "32", "--max-length", str(WIDTH), "--report-to", "none"]
     train += ["--save-strategy", "no", "--disable-tqdm", "true", "--use-cpu", "true"]
