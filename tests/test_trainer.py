@@ -42,7 +42,7 @@ def test_a_checkpoint_that_was_not_written_whole_is_passed_over(tmp_path, train_
 
 
 def test_a_pickle_in_a_checkpoint_is_not_executed_on_resuming(tmp_path):
-    training_run.trainer(tmp_path, save_strategy="steps", save_steps=1, max_steps=1).train()
+    training_run.trainer(tmp_path, save_strategy="steps", save_steps=1, max_steps=2).train()
     checkpoint, trace = tmp_path / "checkpoint-1", tmp_path / "unpickled"
 
     class Bomb:
