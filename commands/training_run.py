@@ -108,7 +108,7 @@ def _check(options: TrainOptions, args: Any, problems: Problems) -> None:
     problems.check(check_draft, options.draft, options.draft_revision)
     problems.check(check_dtype, options.target_dtype, "--target-dtype")
     problems.check(check_data, options.data)
-    if options.inspect is None and not options.dry_run:
+    if options.inspect is None and options.tune is None and not options.dry_run:
         problems.check(check_folder_to_write, str(args.output_dir), "--output-dir")
         problems.check(checkpoint_to_resume, args, args.resume_from_checkpoint)
         if args.push_to_hub:

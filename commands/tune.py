@@ -14,6 +14,7 @@ from rich.table import Table
 from ..training.best import DECODED, describe_block
 from ..training.setup import TrainOptions, build
 from .screen import console, notes
+from .train_display import shown
 
 SHORT: dict[str, Any] = {
     "push_to_hub": False,
@@ -60,9 +61,10 @@ def tune(parser: Any, argv: list[str], options: TrainOptions, scratch: Path) -> 
         trainer = build(given, short, loaded)
         loaded = trainer.preprocess_config.tokenizer, trainer.target
         began = time.monotonic()
-        trainer.train()
-        seconds = time.monotonic() - began
-        line = trainer.evaluate()
+        with shown(trainer):
+            trainer.train()
+            seconds = time.monotonic() - began
+            line = trainer.evaluate()
         shown = [line["eval_loss"], line["eval_acceptance_length"], line[f"eval_{DECODED}"]]
         table.add_row(*values, *(f"{value:.3f}" for value in shown), f"{seconds:.0f}")
         advice = describe_block(line, trainer.accelerator.unwrap_model(trainer.model).config)
