@@ -65,8 +65,8 @@ def tune(parser: Any, argv: list[str], options: TrainOptions, scratch: Path) -> 
             trainer.train()
             seconds = time.monotonic() - began
             line = trainer.evaluate()
-        shown = [line["eval_loss"], line["eval_acceptance_length"], line[f"eval_{DECODED}"]]
-        table.add_row(*values, *(f"{value:.3f}" for value in shown), f"{seconds:.0f}")
+        figures = [line["eval_loss"], line["eval_acceptance_length"], line[f"eval_{DECODED}"]]
+        table.add_row(*values, *(f"{value:.3f}" for value in figures), f"{seconds:.0f}")
         advice = describe_block(line, trainer.accelerator.unwrap_model(trainer.model).config)
         found.append((line[f"eval_{DECODED}"], f"{name}. {advice}"))
         del trainer
