@@ -1,6 +1,6 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""Go on from a published draft after a fine-tune of its target: acceptance falls, and 250 steps bring it back.
+"""Go on from a published draft after a fine-tune of its target: acceptance falls, and 250 steps bring most of it back.
 
     python examples/warm_start.py --output-dir warm_start
 
@@ -32,7 +32,7 @@ parser.add_argument("--output-dir", type=Path, default=Path("warm_start"))
 parser.add_argument("--tune-steps", type=int, default=300, help="of the target, 16 rows each")
 parser.add_argument("--texts", type=int, default=3000, help="that the fine-tuned target writes")
 parser.add_argument("--steps", type=int, default=250, help="of the draft, 12 rows each")
-parser.add_argument("--learning-rate", default="1e-3", help="of the draft")
+parser.add_argument("--learning-rate", default="6e-3", help="of the draft")
 
 
 def main() -> None:
