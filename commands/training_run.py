@@ -42,6 +42,7 @@ from .preflight import (
 )
 from .screen import console, hide_bars, note, notes
 from .train_display import shown
+from .tune import SHORT, tune
 
 
 class _Parser(HfArgumentParser):
@@ -70,10 +71,11 @@ def train(argv: list[str]) -> None:
         inspect_rows(options, args)
         return
     with tempfile.TemporaryDirectory() as scratch:
+        if options.tune is not None:
+            tune(parser, _expand_push_to_hub(argv), options, Path(scratch))
+            return
         if options.dry_run:
-            args = replace(
-                args, output_dir=scratch, push_to_hub=False, report_to="none", eval_strategy="no"
-            )
+            args = replace(args, output_dir=scratch, **SHORT)
         with sole_trainer(args):
             _run(options, args)
 
@@ -106,7 +108,7 @@ def _check(options: TrainOptions, args: Any, problems: Problems) -> None:
     problems.check(check_draft, options.draft, options.draft_revision)
     problems.check(check_dtype, options.target_dtype, "--target-dtype")
     problems.check(check_data, options.data)
-    if options.inspect is None and not options.dry_run:
+    if options.inspect is None and options.tune is None and not options.dry_run:
         problems.check(check_folder_to_write, str(args.output_dir), "--output-dir")
         problems.check(checkpoint_to_resume, args, args.resume_from_checkpoint)
         if args.push_to_hub:
@@ -241,6 +243,8 @@ def finish(trainer: DFlashTrainer, options: TrainOptions) -> None:
     plot = Path(str(folder)) / PLOT
     if plot.exists():
         console.print(f"Plot: {plot}", markup=False, highlight=False, soft_wrap=True)
+    for line in trainer.best_evaluation():
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     if trainer.args.push_to_hub:
         trainer.create_model_card()
         push = PublishOptions(trainer.args.hub_private_repo, trainer.args.hub_token)

@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 
 from dflash_hub.training import regenerate as module
 from dflash_hub.training.regenerate import (
+    SEED,
     GenerationSettings,
     InProcess,
     Server,
@@ -93,6 +94,8 @@ def test_answers_of_a_server_replace_those_of_the_data_turn_by_turn(backend, tok
     talk = [("system", "be brief"), ("user", "a"), ("assistant", "x"), ("user", "b"), ("assistant", "y")]
     rows = [{"messages": [{"role": role, "content": content} for role, content in talk]}]
     answer = Server(backend.url, tokenizer, GenerationSettings(max_new_tokens=9, temperature=0.5))
+    answer({"prompt": "x", SEED: 5})
+    assert backend.questions.pop()["seed"] == 5
     assert regenerate(rows, tmp_path / "out.jsonl", answer, 2, quiet) == (1, [])
     said = [message["content"] for message in lines(tmp_path / "out.jsonl")[0]["messages"]]
     assert said == ["be brief", "a", "re: a", "b", "re: b"]

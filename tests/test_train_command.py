@@ -4,6 +4,7 @@ import io
 import json
 import re
 import struct
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -136,7 +137,13 @@ def test_training_goes_on_from_a_published_draft_and_from_an_interrupted_run(dat
     with pytest.raises(ValueError, match="checkpoint-6 is of an earlier run"):
         train(data, tmp_path / "one", "--draft", str(TINY / "draft"), *saved)
     resume = [*saved, "--resume-from-checkpoint", "true", "--max-steps", "8"]
-    train(data, tmp_path / "one", "--draft", str(TINY / "draft"), *resume)
+    with pytest.raises(ValueError, match=r"learning_rate is 0.0006, but was 0.0"):
+        train(data, tmp_path / "one", "--draft", str(TINY / "draft"), *resume)
+    resume += ["--learning-rate", "0"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        said = train(data, tmp_path / "one", "--draft", str(TINY / "draft"), *resume).output
+    assert "is not the uninterrupted one: max_steps was 6 and is 8" in said
     assert (tmp_path / "one" / "checkpoint-8").exists() or (tmp_path / "one" / "model.safetensors").exists()
 
 
@@ -167,7 +174,9 @@ def test_rows_are_printed_as_they_would_be_trained_on(tmp_path, monkeypatch, sys
 
 @pytest.mark.quick
 def test_a_stream_is_trained_on(data, tmp_path):
-    train(data, tmp_path / "draft", *SHAPE, "--streaming")
+    words = ["--eval-rows", "2", "--eval-strategy", "steps", "--eval-steps", "3", "--eval-acceptance-prompts", "1"]
+    output = train(data, tmp_path / "draft", *SHAPE, "--streaming", *words, "--eval-acceptance-tokens", "8").output
+    assert "The best evaluation: step " in output
     assert DFlashDraftModel.from_pretrained(tmp_path / "draft").config.block_size == 8
 
 
@@ -305,3 +314,27 @@ def test_each_command_asks_for_its_own_extras_only(fresh_process, missing, state
     """
     output = fresh_process(code, block=False, fails=complaint is not None)
     assert complaint is None or complaint in output
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--tune", "learning_rate"], "--tune has 'learning_rate'; write options and their values"),
+        (["--tune", "speed=1,2", "--eval-rows", "2"], "speed"),
+        (["--tune", "learning_rate=1e-3,2e-3", "--eval-rows", "2"], "--tune compares by what held-out prompts decode"),
+    ],
+)
+def test_a_comparison_that_says_nothing_is_refused(data, tmp_path, words, message):
+    with pytest.raises(ValueError, match=message):
+        train(data, tmp_path / "draft", *SHAPE, *words)
+
+
+def test_options_are_compared_by_what_their_drafts_decode(data, tmp_path):
+    words = ["--tune", "learning_rate=1e-3,1e-2", "block-size=4", "--tune-steps", "2", "--eval-rows", "3"]
+    words += ["--eval-acceptance-prompts", "1", "--eval-acceptance-tokens", "16"]
+    output = train(data, tmp_path / "draft", *SHAPE, *words).output
+    rows = [line.split() for line in output.splitlines()]
+    table = rows[next(number for number, row in enumerate(rows) if "learning_rate" in row[:1]) :]
+    assert [row[:2] for row in table[1:3]] == [["1e-3", "4"], ["1e-2", "4"]]
+    assert "After 2 steps most is accepted with --learning_rate=" in output
+    assert not (tmp_path / "draft").exists()

@@ -2,7 +2,10 @@
 
 import json
 import pickle
+import re
+import shutil
 import textwrap
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from dflash_hub import DFlashDraftModel
 from dflash_hub.evaluation import compare
 from dflash_hub.publishing.probe import digests
 from dflash_hub.training import DFlashTrainer, DFlashTrainingArguments
+from dflash_hub.training.best import describe_block
 from dflash_hub.training.trainer import last_checkpoint
 from paths import ROOT
 
@@ -38,7 +42,7 @@ def test_a_checkpoint_that_was_not_written_whole_is_passed_over(tmp_path, train_
 
 
 def test_a_pickle_in_a_checkpoint_is_not_executed_on_resuming(tmp_path):
-    training_run.trainer(tmp_path, save_strategy="steps", save_steps=1, max_steps=1).train()
+    training_run.trainer(tmp_path, save_strategy="steps", save_steps=1, max_steps=2).train()
     checkpoint, trace = tmp_path / "checkpoint-1", tmp_path / "unpickled"
 
     class Bomb:
@@ -250,3 +254,96 @@ def test_a_full_disk_ends_the_run_with_the_last_whole_checkpoint_named(tmp_path,
     assert "checkpoint-4: make room, and resume from it" in said
     assert last_checkpoint(tmp_path).name == "checkpoint-4"
     assert not (tmp_path / "checkpoint-8").exists()
+
+
+# The best evaluation -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shares", "fields", "expected"),
+    [
+        (
+            (0.6, 0.4, 0.01, 0.0),
+            {},
+            r"^Positions 3 to 4 of a block add 0.01 tokens a cycle: block_size 3 would keep 99.5%",
+        ),
+        ((0.6, 0.4, 0.01, 0.0), {"block_size": 4}, "block_size 2 would keep 99.5%"),
+        (
+            (0.0, 0.0, 0.0, 0.0),
+            {},
+            "Positions 2 to 4 of a block add 0.00 tokens a cycle: block_size 2 would keep 100.0%",
+        ),
+        ((0.6, 0.4, 0.3, 0.1), {}, "the last is accepted in 10.0% of all cycles.$"),
+        ((0.9, 0.8, 0.7, 0.6), {}, "60.0% of all cycles. A block_size above 5 may add"),
+        ((), {}, None),
+    ],
+)
+def test_acceptance_by_position_tells_whether_a_smaller_block_would_do(shares, fields, expected):
+    config = SimpleNamespace(**{"block_size": 5, "num_drafted": 4} | fields)
+    said = describe_block({f"eval_decoded_accepted_{k}": share for k, share in enumerate(shares, 1)}, config)
+    assert said == expected if expected is None else re.search(expected, said)
+
+
+@pytest.mark.parametrize(
+    ("args", "eval_rows", "message"),
+    [
+        (
+            {"metric_for_best_model": "speed"},
+            4,
+            "metric_for_best_model is 'speed', which is none of what an evaluation",
+        ),
+        ({"metric_for_best_model": "decoded_acceptance_length"}, 4, "needs eval_acceptance_prompts"),
+        ({"early_stopping": 2}, 4, "early_stopping counts evaluations, but there are none"),
+        ({"early_stopping": 0, "eval_strategy": "epoch"}, 4, "early_stopping is 0; it must be at least 1"),
+        (
+            {"eval_strategy": "steps", "eval_acceptance_prompts": 2},
+            0,
+            "chosen by decoded_acceptance_length, but there are no",
+        ),
+        (
+            {"load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 4}
+            | {"eval_strategy": "steps", "eval_steps": 2},
+            4,
+            "needs a checkpoint of every evaluation, but eval_steps is 2 and save_steps is 4",
+        ),
+    ],
+)
+def test_a_best_checkpoint_that_cannot_be_chosen_is_refused_by_name(tmp_path, args, eval_rows, message):
+    with pytest.raises(ValueError, match=message):
+        training_run.trainer(tmp_path, eval_rows=eval_rows, **args)
+
+
+def spoilt(folder, tiny_target, tiny_draft, **args):
+    """A trained draft that a learning rate far too high makes worse from step to step."""
+    text = torch.tensor([tiny_target.generation_config.eos_token_id, *range(40, 100)])[None]
+    text = tiny_target.generate(text, attention_mask=text * 0 + 1, max_new_tokens=60, eos_token_id=None)
+    rows = [{"input_ids": text[0, n:].tolist()} for n in range(12)]
+    options = training_run.SMALL | {"max_length": 128, "learning_rate": 0.03, "warmup_steps": 0, "max_steps": 9}
+    options |= {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    options |= {"eval_acceptance_prompts": 2, "eval_acceptance_tokens": 16}
+    given = DFlashTrainingArguments(str(folder), **options | args)
+    return DFlashTrainer(tiny_draft, tiny_target, given, rows[:8], rows[8:])
+
+
+def test_the_best_checkpoint_is_the_one_that_decodes_best_and_ends_the_run(tmp_path, tiny_target, tiny_draft):
+    options = {"save_total_limit": 2, "load_best_model_at_end": True, "early_stopping": 2}
+    trainer = spoilt(tmp_path, tiny_target, tiny_draft, **options)
+    trainer.train()
+    trainer.save_model()
+    decoded = [line["eval_decoded_acceptance_length"] for line in trainer.state.log_history if "eval_loss" in line]
+    best = decoded.index(max(decoded)) + 1
+    assert (trainer.state.best_global_step, trainer.state.best_metric) == (best, max(decoded))
+    assert len(decoded) == trainer.state.global_step == best + 2
+    kept = DFlashDraftModel.from_pretrained(tmp_path / f"checkpoint-{best}")
+    assert digests(DFlashDraftModel.from_pretrained(tmp_path)) == digests(kept)
+    lines = trainer.best_evaluation()
+    assert lines[0].startswith(f"The best evaluation: step {best} with {max(decoded):.3f} tokens a cycle when decoded")
+    assert "training loss" in lines[0]
+    assert lines[1] == f"What is saved is checkpoint-{best}."
+    assert "block" in lines[2]
+    for _ in range(2):  # with its last checkpoint, and without
+        again = spoilt(tmp_path, tiny_target, tiny_draft, **options)
+        again.train(resume_from_checkpoint=True)
+        assert (again.state.global_step, again.best_evaluation()) == (best + 2, lines)
+        assert digests(again.model) == digests(kept)
+        shutil.rmtree(tmp_path / f"checkpoint-{best + 2}")

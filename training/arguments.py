@@ -9,6 +9,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
+from .best import DECODED
 from .mix import Mix
 from .objective import Recipe
 from .options import check_options
@@ -94,6 +95,50 @@ class DFlashTrainingArguments(TrainingArguments):
     eval_acceptance_tokens: int = field(
         default=128, metadata={"help": "Number of new tokens for each of those prompts."}
     )
+    metric_for_best_model: str | None = field(
+        default=None,
+        metadata={
+            "help": "Metric of evaluations that chooses the best checkpoint. Default: decoded_acceptance_length where "
+            "they decode, else loss."
+        },
+    )
+    early_stopping: int | None = field(
+        default=None,
+        metadata={
+            "help": "End the run after this many evaluations in succession without a better one, by the metric for "
+            "the best model: the decoded acceptance length where evaluations decode."
+        },
+    )
+
+    regenerate_every: int | None = field(
+        default=None,
+        metadata={
+            "help": "After every so many steps, let the target answer the prompts of the data anew, and train on that. "
+            "Needs --max-steps."
+        },
+    )
+    regenerate_temperature: float | None = field(
+        default=None,
+        metadata={"help": "Temperature of these answers. Default: the target's own settings."},
+    )
+    regenerate_max_new_tokens: int = field(
+        default=2048, metadata={"help": "Maximum tokens of such an answer."}
+    )
+    regenerate_prompt_tokens: int = field(
+        default=64, metadata={"help": "Number of leading tokens that are the prompt of plain text."}
+    )
+    regenerate_server: str | None = field(
+        default=None,
+        metadata={
+            "help": "Server with OpenAI's protocol that answers, such as http://host:8000/v1. Default: this process."
+        },
+    )
+    regenerate_model: str | None = field(
+        default=None, metadata={"help": "Its name of the target. Default: the first it lists."}
+    )
+    regenerate_workers: int = field(
+        default=32, metadata={"help": "Number of concurrent requests to it."}
+    )
 
     output_dir: str | None = field(
         default="dflash-draft", metadata={"help": "Folder for the draft and its checkpoints."}
@@ -135,7 +180,9 @@ class DFlashTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        self._choose_metric()
         super().__post_init__()
+        self._check_best()
         check_options(self)
         if self.fp16:
             self.bf16 = False
@@ -152,6 +199,21 @@ class DFlashTrainingArguments(TrainingArguments):
             ),
             "base_loss_until": (0 <= self.base_loss_until <= 1, "from 0 to 1"),
             "max_length": (self.max_length >= 2, "at least 2"),
+            "regenerate_every": (
+                self.regenerate_every is None or self.regenerate_every >= 1,
+                "at least 1",
+            ),
+            "regenerate_temperature": (
+                self.regenerate_temperature is None or self.regenerate_temperature > 0,
+                "above 0, since greedy answers are the same in each round",
+            ),
+            "regenerate_max_new_tokens": (self.regenerate_max_new_tokens >= 1, "at least 1"),
+            "regenerate_prompt_tokens": (self.regenerate_prompt_tokens >= 1, "at least 1"),
+            "regenerate_workers": (self.regenerate_workers >= 1, "at least 1"),
+            "early_stopping": (
+                self.early_stopping is None or self.early_stopping >= 1,
+                "at least 1",
+            ),
             "draft_attention": (
                 self.draft_attention in ("auto", "flex", "dense"),
                 "auto, flex or dense",
@@ -166,6 +228,34 @@ class DFlashTrainingArguments(TrainingArguments):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {wanted}.")
         if self.loss is not None:
             Mix.parse(self.loss)
+
+    def _choose_metric(self) -> None:
+        """Let decoded acceptance choose the best checkpoint where evaluations decode, and no other metric is named."""
+        evaluates = getattr(self.eval_strategy, "value", self.eval_strategy) != "no"
+        if self.metric_for_best_model is None and evaluates and self.eval_acceptance_prompts:
+            self.metric_for_best_model = DECODED
+        if self.early_stopping is not None:
+            self.metric_for_best_model = self.metric_for_best_model or "loss"
+            # A resumed run goes on with the number of evaluations that were no better.
+            self.restore_callback_states_from_checkpoint = True
+
+    def _check_best(self) -> None:
+        """Refuse to choose the best of evaluations that there are none of, or that have no checkpoint.
+
+        Raises:
+            ValueError: naming the option.
+        """
+        if self.early_stopping is not None and self.eval_strategy.value == "no":
+            raise ValueError(
+                "early_stopping counts evaluations, but there are none; pass eval_strategy, such as "
+                "--eval-strategy steps --eval-steps 500."
+            )
+        by_steps = self.save_strategy.value == "steps" and self.eval_strategy.value == "steps"
+        if self.load_best_model_at_end and by_steps and self.save_steps != self.eval_steps:
+            raise ValueError(
+                f"load_best_model_at_end needs a checkpoint of every evaluation, but eval_steps is {self.eval_steps} "
+                f"and save_steps is {self.save_steps}. Make them equal, or pass save_strategy='best'."
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the token out: the arguments are saved with every checkpoint, and pushed."""

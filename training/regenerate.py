@@ -48,6 +48,8 @@ class GenerationSettings:
     prompt_tokens: int = 64
 
 
+SEED = "_seed"
+"""What a question may hold beside its own fields: the seed of the answer that is sampled."""
 AnswerFn = Callable[[dict[str, Any]], dict[str, Any]]
 """Takes a row with `messages`, `text` or `prompt`, as of `question_of`; returns it with the target's own answers."""
 _BESIDE_MESSAGES = ("tools", "chat_template_kwargs")
@@ -88,14 +90,16 @@ class Server:
         Raises:
             httpx.HTTPError: the server does not answer.
         """
+        seed = {"seed": row[SEED]} if SEED in row else {}
         if row.get("messages") is None:
             start = prompt_of(self.tokenizer, row, self.settings.prompt_tokens)
-            choice = self._request("completions", {"prompt": start})
+            choice = self._request("completions", {"prompt": start} | seed)
             return continued(row, start, choice["text"])
         beside = _beside_messages(row)
 
         def answer(messages: list[dict[str, Any]]) -> dict[str, Any]:
-            message = self._request("chat/completions", {"messages": messages} | beside)["message"]
+            asked = {"messages": messages} | beside | seed
+            message = self._request("chat/completions", asked)["message"]
             return {
                 key: message[key]
                 for key in ("content", "reasoning_content", "tool_calls")
@@ -122,6 +126,15 @@ class InProcess:
         self.settings = settings
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Return the row with new answers; with a seed, the random numbers of the caller stay as they are."""
+        if SEED not in row:
+            return self._answered(row)
+        devices = [self.target.device] if self.target.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(row[SEED])
+            return self._answered(row)
+
+    def _answered(self, row: dict[str, Any]) -> dict[str, Any]:
         """Return the row with new answers."""
         if row.get("messages") is None:
             start = prompt_of(self.tokenizer, row, self.settings.prompt_tokens)
@@ -223,8 +236,8 @@ def continued(row: dict[str, Any], start: str, text: str) -> dict[str, Any]:
     return {"text": start + text}
 
 
-def finished_rows(path: Path) -> set[int]:
-    """Return the numbers of the source rows that `path` holds; remove a last line that is incomplete.
+def finished_rows(path: Path) -> set[int | str]:
+    """Return the numbers or keys of the source rows that `path` holds; remove a last line that is incomplete.
 
     Raises:
         ValueError: `regenerate` did not write the file.
@@ -264,16 +277,24 @@ def regenerate(
         RuntimeError: many rows in succession failed; `path` holds those that were answered.
         OSError: a row could not be written; `path` holds those that were.
     """
+    asked = ((number, question_of(row, number)) for number, row in enumerate(rows))
+    return write_answers(asked, path, answer, workers, report)
+
+
+def write_answers(
+    questions: Iterable[tuple[int | str, dict[str, Any]]],
+    path: Path,
+    answer: AnswerFn,
+    workers: int,
+    report: Callable[[int, int], None],
+) -> tuple[int, list[str]]:
+    """Answer questions, each with its number or key, as `regenerate` does with rows."""
     failed: list[str] = []
     consecutive_failures = 0
     lock = sole_writer(path, path.with_name(f"{path.name}.lock"), "--output")
     with lock, ExitStack() as stack:
         done = finished_rows(path)
-        missing = (
-            (number, question_of(row, number))
-            for number, row in enumerate(rows)
-            if number not in done
-        )
+        missing = (one for one in questions if one[0] not in done)
         pool = ThreadPoolExecutor(workers)
         stack.callback(pool.shutdown, cancel_futures=True)
         file = stack.enter_context(path.open("ab", buffering=0))
@@ -295,7 +316,9 @@ def regenerate(
     return len(done), failed
 
 
-def _write_row(file: FileIO, path: Path, number: int, row: dict[str, Any], num_whole: int) -> None:
+def _write_row(
+    file: FileIO, path: Path, number: int | str, row: dict[str, Any], num_whole: int
+) -> None:
     """Append an answered row to the file at `path`, which holds `num_whole` rows.
 
     Raises:
@@ -329,11 +352,11 @@ def _append(file: FileIO, line: bytes) -> None:
 def _in_flight(
     pool: ThreadPoolExecutor,
     answer: AnswerFn,
-    rows: Iterator[tuple[int, dict[str, Any]]],
+    rows: Iterator[tuple[int | str, dict[str, Any]]],
     most: int,
-) -> Iterator[tuple[int, Future]]:
+) -> Iterator[tuple[int | str, Future]]:
     """Yield each row's number and outcome as it completes, with at most `most` rows submitted at a time."""
-    waiting: dict[Future, int] = {}
+    waiting: dict[Future, int | str] = {}
     for number, row in rows:
         waiting[pool.submit(answer, row)] = number
         if len(waiting) >= most:
@@ -342,7 +365,7 @@ def _in_flight(
         yield from _as_completed(waiting)
 
 
-def _as_completed(waiting: dict[Future, int]) -> Iterator[tuple[int, Future]]:
+def _as_completed(waiting: dict[Future, int | str]) -> Iterator[tuple[int | str, Future]]:
     """Wait until at least one row is complete; remove those that are from `waiting`, and yield them."""
     for outcome in wait(waiting, return_when=FIRST_COMPLETED).done:
         yield waiting.pop(outcome), outcome

@@ -127,6 +127,16 @@ class TrainOptions:
             "help": "Run two steps, save, reload and check, then estimate time and memory of the whole run."
         },
     )
+    tune: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Options to compare, such as learning_rate=3e-4,1e-3 block_size=8,16. Each combination is trained "
+            "for --tune-steps, held-out prompts are decoded, and a table says which accepts most."
+        },
+    )
+    tune_steps: int = field(
+        default=200, metadata={"help": "Number of steps of each of these short runs."}
+    )
     inspect: int | None = field(
         default=None,
         metadata={
@@ -137,9 +147,15 @@ class TrainOptions:
     )
 
 
-def build(options: TrainOptions, args: DFlashTrainingArguments) -> DFlashTrainer:
-    """Load everything, check the options, the pair and the data, and return the trainer."""
-    tokenizer, target = _load_target(options)
+def build(
+    options: TrainOptions, args: DFlashTrainingArguments, loaded: tuple[Any, Any] | None = None
+) -> DFlashTrainer:
+    """Load everything, check the options, the pair and the data, and return the trainer.
+
+    Args:
+        loaded: tokenizer and target, if they are loaded already.
+    """
+    tokenizer, target = loaded or _load_target(options)
     set_seed(args.seed)  # before the draft, whose fresh weights are random
     draft = make_draft(options, target, tokenizer)
     draft.card_metadata = draft.card_metadata | _known(options)

@@ -4,11 +4,13 @@
 
 Trainer calls these methods of `DFlashTrainer`, in this order:
 
-1. `train`: checks that the output folder holds no earlier run, and finds the checkpoint to resume from.
+1. `train`: checks that the output folder holds no earlier run, finds the checkpoint to resume from, and says what has
+   changed since.
 2. In each step: `_get_num_items_in_batch` once, for the sum of weights over the batches of the step; then for each
    batch `compute_loss` and `floating_point_ops`. Both of the first two draw the same anchors.
 3. Every `logging_steps`: `log`.
-4. Every `eval_steps`: `evaluate`, which calls `prediction_step` for each batch, then `_metrics_of` once, then `log`.
+4. Every `eval_steps`: `evaluate`, which calls `evaluation_loop`: that calls `prediction_step` for each batch, then
+   `_metrics_of` once, then decodes prompts. `log` follows, then the callbacks and the choice of the best checkpoint.
 5. Every `save_steps`: `_save_checkpoint`, which calls `_save` (`super()._save` writes the repository, we add how the
    run went), then `_push_from_checkpoint` with a hub strategy, which calls `create_model_card`.
 6. At the end `save_model` calls `_save`, and `push_to_hub` calls `create_model_card`.
@@ -17,9 +19,11 @@ Trainer calls these methods of `DFlashTrainer`, in this order:
 import json
 import re
 import shutil
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,24 +32,38 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors import SafetensorError
 from torch.nn import Module
+from torch.utils.data import SequentialSampler
 from transformers import Trainer
-from transformers.trainer_callback import TrainerCallback
+from transformers.trainer_callback import EarlyStoppingCallback, TrainerCallback, TrainerState
+from transformers.trainer_utils import TrainOutput
 
 from ..evaluation import greedy, stop_token_ids
 from ..generate_dflash import check_compatible
 from ..generation_dflash import DecodeStatistics
 from ..kinds import FURTHER_LOSSES, kind_of
 from .arguments import DFlashTrainingArguments
+from .best import ACCEPTED_AT, DECODED, best_of, check_best, describe_best, describe_block
 from .blocks import Blocks, draw_anchors
 from .data import Collator, DropReport, PreprocessConfig, columns_of, packed_batch, prepare
 from .locks import sole_writer
 from .metrics import Counts, LossSums, Metrics
 from .objective import Objective, StepOutput, check_trainable
 from .progress import write_progress
+from .reading import rows_of_list
+from .resuming import (
+    RECORD,
+    differences,
+    digest_of_weights,
+    is_over,
+    record_of,
+    write_record,
+)
 
 EVALUATION = -1
 """Every evaluation draws the anchors of this step, so that evaluations can be compared."""
-_FOR_RESUMING = re.compile("optimizer|scheduler|scaler|rng_state|trainer_state|training_args")
+_FOR_RESUMING = re.compile(
+    f"optimizer|scheduler|scaler|rng_state|trainer_state|training_args|{RECORD}"
+)
 
 
 class DFlashTrainer(Trainer):
@@ -85,9 +103,14 @@ class DFlashTrainer(Trainer):
         self.kind = kind_of(model.config)
         self.preprocess_config = preprocess_config(processing_class, target, model.config, args)
         self.reports: dict[str, DropReport] = {}
+        rows = train_dataset
         with args.main_process_first(desc="reading the data"):
             train_dataset = self._prepared(train_dataset, "train")
             eval_dataset = self._prepared(eval_dataset, "eval")
+        check_best(args, self._metric_names(model.config, args), eval_dataset)
+        callbacks = list(callbacks or [])
+        if args.early_stopping is not None:
+            callbacks.append(EarlyStoppingCallback(args.early_stopping))
         super().__init__(
             model,
             args,
@@ -110,6 +133,8 @@ class DFlashTrainer(Trainer):
         model.set_attn_implementation(
             "flex_attention" if self.objective.flex(args.device) else "sdpa"
         )
+        if args.regenerate_every is not None:
+            self.train_dataset = self._rounds(rows, processing_class)
         self._logged: tuple[Counts, LossSums] | None = None  # since the last line of the log
         self.latest_metrics: Metrics | None = None
         """Those of the last line of the log."""
@@ -122,6 +147,34 @@ class DFlashTrainer(Trainer):
             return rows
         rows, self.reports[name] = prepare(rows, self.preprocess_config)
         return rows
+
+    def _rounds(self, rows: Any, tokenizer: Any) -> Any:
+        """Return the rows of all steps, whose answers the target writes anew in every round."""
+        from .rounds import Plan, Rounds, answers_of, check_rounds
+
+        args: Any = self.args
+        check_rounds(args, rows, self.target)
+        if not hasattr(rows, "column_names"):
+            rows = rows_of_list(rows)
+        answers = answers_of(args, rows, tokenizer, self.target, digest_of_weights(self.target))
+        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        plan = Plan(args.regenerate_every, args.max_steps, batch, args.seed)
+        return Rounds(self.train_dataset, answers, plan, self._packed_round, self._main_first)
+
+    def _packed_round(self, rows: list[dict[str, Any]], number: int) -> Any:
+        """Pack the rows of a round, and log how many there are."""
+        packed = self._prepared(rows, f"round {number}")
+        self.log({"round": number, "round_rows": len(packed)})
+        return packed
+
+    def _main_first(self) -> Any:
+        return self.args.main_process_first(desc="writing answers")
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Return Trainer's sampler; rows of rounds are in the order of their steps already."""
+        if self.args.regenerate_every is not None:
+            return SequentialSampler(self.train_dataset)
+        return super()._get_train_sampler(train_dataset)
 
     # One step --------------------------------------------------------------------------------------------------
 
@@ -203,12 +256,54 @@ class DFlashTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train as Trainer does; True resumes from the last complete checkpoint.
 
+        A resumed run is the uninterrupted one, or a warning says before its first step why it is not.
+
         Raises:
-            ValueError: another run writes the folder, there is no checkpoint to resume from, or those of an earlier run
-                would be overwritten.
+            ValueError: another run writes the folder, there is no checkpoint to resume from, those of an earlier run
+                would be overwritten, or something was changed that the checkpoint would silently override.
         """
         with sole_trainer(self.args):
-            return super().train(self._checkpoint_to_resume(resume_from_checkpoint), **kwargs)
+            checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
+            if checkpoint is not None and self._is_over(Path(checkpoint)):
+                return self._load_finished(Path(checkpoint))
+            return super().train(checkpoint, **kwargs)
+
+    def _is_over(self, checkpoint: Path) -> bool:
+        """Return whether a checkpoint is the end of its run; say what makes the rest of it another run's.
+
+        Raises:
+            ValueError: it cannot be resumed from.
+        """
+        if not _is_complete(checkpoint):
+            raise ValueError(
+                f"{checkpoint} is no complete checkpoint; resume_from_checkpoint takes one, or True."
+            )
+        found = differences(checkpoint, self._record)
+        if found and self.is_world_process_zero():
+            warnings.warn(
+                f"The run that resumes from {checkpoint} is not the uninterrupted one: {'; '.join(found)}.",
+                UserWarning,
+                stacklevel=3,
+            )
+        steps = max(0, self.args.max_steps)
+        return (steps > 0 or not found) and is_over(checkpoint, steps)
+
+    def _load_finished(self, checkpoint: Path) -> TrainOutput:
+        """Load what a run ended with: Trainer would take one more step."""
+        if self.is_fsdp_enabled:
+            raise ValueError(
+                f"The run of {checkpoint} is over. Train on with more steps, or load its draft."
+            )
+        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        self._load_from_checkpoint(str(checkpoint))
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            self._load_best_model()
+        return TrainOutput(self.state.global_step, 0.0, {})
+
+    @cached_property
+    def _record(self) -> dict[str, Any]:
+        """Return what determines the weights of this run."""
+        return record_of(self)
 
     def _checkpoint_to_resume(self, resume_from_checkpoint: str | bool | None) -> str | None:
         """Return the folder of the checkpoint to resume from, or None."""
@@ -235,7 +330,13 @@ class DFlashTrainer(Trainer):
             "loss": self._loss_summary(),
             "optimizer": f"{enum_value(args.optim)}, learning rate {args.learning_rate:g}, "
             f"{enum_value(args.lr_scheduler_type)} schedule",
+            "best evaluation": self._best_summary(),
         }
+
+    def _best_summary(self) -> str | None:
+        """Return the best evaluation in words; None without a metric to choose it by."""
+        metric, greater = self.args.metric_for_best_model, bool(self.args.greater_is_better)
+        return None if metric is None else describe_best(self.state.log_history, metric, greater)
 
     def _weights_summary(self) -> str:
         if self.args.loss_weights == "dpace":
@@ -261,6 +362,8 @@ class DFlashTrainer(Trainer):
             f"The checkpoint of step {self.state.global_step} could not be written", self.args
         ):
             try:
+                if self.args.should_save:
+                    write_record(incomplete, self._record)
                 super()._save_checkpoint(model, trial)
             except (OSError, RuntimeError, SafetensorError):
                 if last_checkpoint(self.args.output_dir) != incomplete:
@@ -350,24 +453,40 @@ class DFlashTrainer(Trainer):
         With `eval_acceptance_prompts`, prompts are decoded too, for the acceptance length in decoding.
         """
         eval_dataset = self._prepared(eval_dataset, metric_key_prefix)
-        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        rows = self.eval_dataset if eval_dataset is None else eval_dataset
-        rows = self.eval_dataset[rows] if isinstance(rows, str) else rows
-        if self.args.eval_acceptance_prompts and not isinstance(rows, dict):
-            decoded = {
-                f"{metric_key_prefix}_decoded_acceptance_length": self.decoded_acceptance(rows)
-            }
-            self.log(decoded)
-            metrics |= decoded
-        return metrics
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """Run as Trainer does, and decode prompts of the same rows.
+
+        So the log, callbacks and the choice of the best checkpoint see what was decoded.
+        """
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        )
+        if self.args.eval_acceptance_prompts:
+            decoded = self.decode_prompts(getattr(dataloader, "dataset", None))
+            for name, value in decoded.items():
+                output.metrics[f"{metric_key_prefix}_{name}"] = value
+        return output
 
     @torch.no_grad()
-    def decoded_acceptance(self, rows: Any) -> float:
-        """Return the tokens per cycle when the first prompts of packed `rows` are decoded greedily."""
+    def decode_prompts(self, rows: Any) -> dict[str, float]:
+        """Decode the first prompts of packed `rows` greedily; return tokens per cycle, and acceptance by position.
+
+        Processes share the prompts, and all return the same.
+        """
         draft = self.accelerator.unwrap_model(self.model)
         training, statistics = draft.training, DecodeStatistics()
         draft.eval()
-        for row in islice(rows, self.args.eval_acceptance_prompts):
+        first, every = self.accelerator.process_index, self.accelerator.num_processes
+        for row in islice(rows, first, self.args.eval_acceptance_prompts, every):
             ids = prompt_of(row).to(self.target.device)
             generate_kwargs = {
                 "custom_generate": draft.speculate,
@@ -376,7 +495,34 @@ class DFlashTrainer(Trainer):
             }
             greedy(self.target, ids, self.args.eval_acceptance_tokens, **generate_kwargs)
         draft.train(training)
-        return statistics.acceptance_length
+        accepted = statistics.accepted_at + [0] * draft.config.num_drafted
+        counts = [len(statistics.committed), sum(statistics.committed)]
+        counts += accepted[: draft.config.num_drafted]
+        total = torch.tensor(counts, device=self.args.device)
+        counts = self.accelerator.reduce(total).tolist()
+        cycles = max(1, counts[0])
+        shares = {f"{ACCEPTED_AT}{k}": count / cycles for k, count in enumerate(counts[2:], 1)}
+        return {DECODED: counts[1] / cycles} | shares
+
+    def _metric_names(self, config: Any, args: DFlashTrainingArguments) -> list[str]:
+        """Return the names of what an evaluation gives."""
+        names = ["loss", *self.kind.metrics]
+        names += [f"accuracy_{k}" for k in range(1, config.num_drafted + 1)]
+        return [*names, DECODED] if args.eval_acceptance_prompts else names
+
+    def best_evaluation(self) -> list[str]:
+        """Return sentences on the best evaluation: its step, acceptance and losses; and on the size of blocks."""
+        metric = self.args.metric_for_best_model or "loss"
+        greater = bool(self.args.greater_is_better) if self.args.metric_for_best_model else False
+        history = self.state.log_history
+        best = best_of(history, metric, greater)
+        if best is None:
+            return []
+        lines = [f"The best evaluation: {describe_best(history, metric, greater)}."]
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
+            lines.append(f"What is saved is {Path(self.state.best_model_checkpoint).name}.")
+        block = describe_block(best, self.accelerator.unwrap_model(self.model).config)
+        return [*lines, block] if block else lines
 
 
 def enum_value(name: Any) -> str:

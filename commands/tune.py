@@ -1,0 +1,109 @@
+# Copyright 2026 the dflash-hub authors.
+# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+"""`dflash-hub train --tune`: short runs with other options, compared by what their drafts decode."""
+
+import gc
+import itertools
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from ..training.best import DECODED, describe_block
+from ..training.setup import TrainOptions, build
+from .screen import console, notes
+from .train_display import shown
+
+SHORT: dict[str, Any] = {
+    "push_to_hub": False,
+    "report_to": "none",
+    "eval_strategy": "no",
+    "load_best_model_at_end": False,
+    "metric_for_best_model": None,
+    "early_stopping": None,
+}
+"""Options of a run of few steps, which leaves nothing."""
+
+
+def tune(parser: Any, argv: list[str], options: TrainOptions, scratch: Path) -> None:
+    """Train every combination of the options to compare for a few steps; print what each decodes.
+
+    Args:
+        parser: of the command line.
+        argv: the command line, which holds all other options.
+        options: as they are read from it.
+        scratch: a folder for what the runs write.
+
+    Raises:
+        ValueError: nothing can be decoded, or an option cannot be compared.
+    """
+    choices = _choices(options.tune or [])
+    table = Table(*choices, "held-out loss", "expected", "decoded", "seconds", box=None)
+    found: list[tuple[float, str]] = []
+    loaded = None
+    for number, values in enumerate(itertools.product(*choices.values()), 1):
+        words = [f"--{name}={value}" for name, value in zip(choices, values, strict=True)]
+        given, args = parser.parse_args_into_dataclasses([*argv, *words])
+        _check(given, args)
+        name = " ".join(words)
+        notes.print(f"{number}: {name}", style="dim", highlight=False)
+        folder = scratch / str(number)
+        short = replace(
+            args,
+            output_dir=str(folder),
+            max_steps=given.tune_steps,
+            save_strategy="no",
+            resume_from_checkpoint=None,
+            **SHORT,
+        )
+        trainer = build(given, short, loaded)
+        loaded = trainer.preprocess_config.tokenizer, trainer.target
+        began = time.monotonic()
+        with shown(trainer):
+            trainer.train()
+            seconds = time.monotonic() - began
+            line = trainer.evaluate()
+        figures = [line["eval_loss"], line["eval_acceptance_length"], line[f"eval_{DECODED}"]]
+        table.add_row(*values, *(f"{value:.3f}" for value in figures), f"{seconds:.0f}")
+        advice = describe_block(line, trainer.accelerator.unwrap_model(trainer.model).config)
+        found.append((line[f"eval_{DECODED}"], f"{name}. {advice}"))
+        del trainer
+        gc.collect()
+    console.print(table)
+    best = max(found, key=lambda one: one[0])
+    console.print(
+        f"After {options.tune_steps} steps most is accepted with {best[1]}", highlight=False
+    )
+
+
+def _choices(words: list[str]) -> dict[str, list[str]]:
+    """Return the values of each option to compare.
+
+    Raises:
+        ValueError: a word does not say option and values.
+    """
+    choices = {}
+    for word in words:
+        name, values = word.partition("=")[::2]
+        if not name or not values:
+            raise ValueError(
+                f"--tune has {word!r}; write options and their values, such as learning_rate=3e-4,1e-3 block_size=8,16."
+            )
+        choices[name.removeprefix("--").replace("-", "_")] = values.split(",")
+    return choices
+
+
+def _check(options: TrainOptions, args: Any) -> None:
+    """Refuse a comparison without anything to compare by.
+
+    Raises:
+        ValueError: there is none; names the option.
+    """
+    if not options.eval_rows or not args.eval_acceptance_prompts:
+        raise ValueError(
+            "--tune compares by what held-out prompts decode; pass --eval-rows 100 --eval-acceptance-prompts 16."
+        )
+    if options.tune_steps < 1:
+        raise ValueError(f"--tune-steps is {options.tune_steps}; it must be at least 1.")
