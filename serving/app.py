@@ -104,9 +104,7 @@ class Gate:
         settings, headers = self.service.settings, request.headers
         host = request.url.hostname
         if settings.hosts and host not in settings.hosts:
-            raise ApiError(
-                403, f"This server is not {host}, but {', '.join(settings.hosts)}."
-            )
+            raise ApiError(403, f"This server is not {host}, but {', '.join(settings.hosts)}.")
         if settings.key is not None and request.url.path.startswith("/v1"):
             shown = headers.get("authorization", "").encode()
             if not hmac.compare_digest(shown, f"Bearer {settings.key}".encode()):
@@ -121,9 +119,7 @@ class Gate:
         if size.isdecimal() and int(size) > LARGEST_BODY:
             raise ApiError(413, f"The request has {size} bytes; {LARGEST_BODY} are read at most.")
         if "json" not in headers.get("content-type", ""):
-            raise ApiError(
-                415, "Send JSON, with the header 'Content-Type: application/json'."
-            )
+            raise ApiError(415, "Send JSON, with the header 'Content-Type: application/json'.")
 
 
 # Answers -------------------------------------------------------------------------------------------------------------

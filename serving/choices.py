@@ -124,7 +124,9 @@ def options_of(asked: GenerationRequest, defaults: Any, number: int = 0) -> Opti
 
 def _sampling(asked: GenerationRequest, defaults: Any) -> dict[str, Any]:
     """Return the keywords of `generate` that draw tokens; without a temperature, as the target's config says."""
-    own = {name: getattr(defaults, name, None) for name in ("temperature", "top_p", "top_k", "min_p")}
+    own = {
+        name: getattr(defaults, name, None) for name in ("temperature", "top_p", "top_k", "min_p")
+    }
     given = {name: getattr(asked, name) for name in own}
     temperature = given["temperature"]
     if temperature is None:

@@ -27,7 +27,9 @@ class Penalties(LogitsProcessor):
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.Tensor:
         """Return `scores [1, V]` after the text `input_ids [1, T]`."""
         new = input_ids[:, self.num_prompt :]
-        counts = torch.zeros_like(scores).scatter_add(1, new, torch.ones_like(new, dtype=scores.dtype))
+        counts = torch.zeros_like(scores).scatter_add(
+            1, new, torch.ones_like(new, dtype=scores.dtype)
+        )
         return scores - self.frequency * counts - self.presence * (counts > 0)
 
 

@@ -169,7 +169,9 @@ def _text_of(content: Any, param: str) -> str:
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind != "text" or not isinstance(part.get("text"), str):
-            raise ApiError(400, f"{param} has a part of type {kind!r}; only text is read here.", param)
+            raise ApiError(
+                400, f"{param} has a part of type {kind!r}; only text is read here.", param
+            )
         texts.append(part["text"])
     return "\n".join(texts)
 

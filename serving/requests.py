@@ -75,13 +75,9 @@ def _bias(value: Any) -> Any:
         raise wrong("The keys of logit_bias must be token ids.") from error
 
 
-Stop = Annotated[
-    list[Annotated[str, StringConstraints(min_length=1)]], BeforeValidator(_listed)
-]
+Stop = Annotated[list[Annotated[str, StringConstraints(min_length=1)]], BeforeValidator(_listed)]
 Prompts = Annotated[list[Any], BeforeValidator(_prompt)]
-Bias = Annotated[
-    dict[int, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_bias)
-]
+Bias = Annotated[dict[int, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_bias)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -217,7 +213,9 @@ class CompletionRequest(GenerationRequest):
     prompt: Prompts
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: Annotated[Any, only(False, because="the prompt is not part of the answer.")] = False
-    suffix: Annotated[Any, only("", because="the target continues a text, and fills no gap.")] = None
+    suffix: Annotated[Any, only("", because="the target continues a text, and fills no gap.")] = (
+        None
+    )
     best_of: int | None = None
 
     @model_validator(mode="after")
@@ -230,5 +228,3 @@ class CompletionRequest(GenerationRequest):
     @property
     def alternatives(self) -> int | None:
         return self.logprobs
-
-

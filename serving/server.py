@@ -1,9 +1,8 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""Run the application: an address, and an end that lets those who wait have their answers."""
+"""Run the application, up to an end that lets those who wait have their answers."""
 
 import asyncio
-import ipaddress
 import socket
 from typing import Any
 
@@ -12,64 +11,24 @@ import uvicorn
 from .app import build_app
 from .service import Service
 
-LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
-"""By which a server is called on its own machine."""
-
-
-def is_local(host: str) -> bool:
-    """Tell whether only this machine reaches an address."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def bound(host: str, port: int) -> socket.socket:
-    """Return a socket at this address; port 0 takes a free one.
-
-    Raises:
-        ValueError: it is taken, or there is no such address here.
-    """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        found = socket.socket(family, kind, protocol)
-        try:
-            found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            found.bind(address)
-            found.listen(1)
-        except OSError:
-            found.close()
-            raise
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise ValueError(
-            f"The server cannot listen at {host}, port {port}: {reason}. Pass another --port, or 0 for any that is free."
-        ) from error
-    return found
-
 
 class Server(uvicorn.Server):
-    """Serves until a signal comes; then it takes no more, answers all that it took, and ends. A second one ends at once.
+    """Serves until a signal comes; then it takes no more, answers all that it took, and ends.
 
-    Args:
-        access_log: whether each request is logged.
+    A second signal ends it at once.
     """
 
-    def __init__(self, service: Service, access_log: bool = False):
+    def __init__(self, service: Service):
         self.service = service
-        level = "info" if access_log else "critical"
-        super().__init__(
-            uvicorn.Config(
-                build_app(service),
-                log_level=level,
-                access_log=access_log,
-                lifespan="off",
-                ws="none",
-                server_header=False,
-            )
+        config = uvicorn.Config(
+            build_app(service),
+            log_level="warning",
+            access_log=False,
+            lifespan="off",
+            ws="none",
+            server_header=False,
         )
+        super().__init__(config)
         self.draining: asyncio.Task | None = None
         self.loop: asyncio.AbstractEventLoop | None = None
 

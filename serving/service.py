@@ -56,7 +56,9 @@ class Run:
         plan: for each choice its prompt's place, its options and its length.
     """
 
-    def __init__(self, prompts: list[list[int]], plan: list[tuple[int, Options, int]], stops: Sequence[str]):
+    def __init__(
+        self, prompts: list[list[int]], plan: list[tuple[int, Options, int]], stops: Sequence[str]
+    ):
         self.loop = asyncio.get_running_loop()
         self.arrived: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
         self.prompts = [len(prompt) for prompt in prompts]
@@ -155,7 +157,11 @@ class Service:
         prompts = await run_in_threadpool(self._prompts, asked)
         for token in asked.logit_bias:
             if not 0 <= token < self.prompts.vocabulary:
-                raise ApiError(400, f"logit_bias has the token {token}, which the target does not know.", "logit_bias")
+                raise ApiError(
+                    400,
+                    f"logit_bias has the token {token}, which the target does not know.",
+                    "logit_bias",
+                )
         run = Run(prompts, self._settings(prompts, asked), asked.stop)
         self.waiting.add(run.choices)
         return run

@@ -33,6 +33,11 @@ class Waiting:
         """What a batch has taken on average, the last ones most."""
         self.started = 0.0
 
+    @property
+    def sizes(self) -> list[int]:
+        """How many rows a batch may have."""
+        return [2**power for power in range(self.batch.bit_length())]
+
     def add(self, choices: Sequence[Choice]) -> None:
         """Let these wait.
 
