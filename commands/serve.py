@@ -44,11 +44,13 @@ class Names:
         name: of the target, for clients.
         target: Hub id or folder.
         draft: Hub id or folder; None for the known draft of the target.
+        is_demo: whether that is the built-in pair.
     """
 
     name: str
     target: str
     draft: str | None
+    is_demo: bool = False
 
 
 def serve(
@@ -112,7 +114,7 @@ def serve(
     problems.check(check_device, device)
     problems.check(check_capture, capture)
     problems.check(check_proposal, proposal, width)
-    template = problems.check(_template, chat_template, target)
+    template = problems.check(_template, chat_template, named.is_demo)
     problems.check(_check_key, api_key)
     problems.check(check_draft, named.draft, draft_revision)
     found = len(problems.found)
@@ -169,17 +171,17 @@ def _named(target: str, draft: str | None, name: str | None) -> Names:
         return Names(name or target, target, draft)
     folder = Path(__file__).parents[1] / "examples" / "tiny_pair"
     own = str(kind_named(DEMO_KIND).demo_draft(folder))
-    return Names(name or DEMO, str(folder / "target"), draft or own)
+    return Names(name or DEMO, str(folder / "target"), draft or own, is_demo=True)
 
 
-def _template(file: Path | None, target: str) -> str | None:
+def _template(file: Path | None, is_demo: bool) -> str | None:
     """Return the chat template to use in place of the target's own; None for that.
 
     Raises:
         ValueError: the file cannot be read.
     """
     if file is None:
-        return DEMO_TEMPLATE if target == DEMO else None
+        return DEMO_TEMPLATE if is_demo else None
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeError) as error:
@@ -218,7 +220,7 @@ def _load(named: Names, revision: str | None, dtype: str, device: str | None) ->
     """Return the pair, on its device."""
     import torch
 
-    if named.name == DEMO:
+    if named.is_demo:
         torch.set_num_threads(1)  # more threads only slow models of this size down
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = load_target(named.target, dtype).to(chosen).eval()
@@ -265,7 +267,7 @@ def _example(service: "Service", url: str) -> str:
     body: dict[str, Any] = {"model": service.settings.name, "max_tokens": 64}
     if service.prompts.has_template:
         path = "chat/completions"
-        body["messages"] = [{"role": "user", "content": "def quicksort(items):"}]
+        body["messages"] = [{"role": "user", "content": "Write quicksort in Python."}]
     else:
         path = "completions"
         body["prompt"] = "def quicksort(items):"

@@ -254,5 +254,12 @@ class Worker(threading.Thread):
         self.waiting, self.decode = waiting, decode
 
     def run(self) -> None:
-        while batch := self.waiting.take():
+        while self._run_batch():
+            pass
+
+    def _run_batch(self) -> bool:
+        """Decode the next batch, which nothing holds afterwards; return False once there is none."""
+        batch = self.waiting.take()
+        if batch:
             self.decode(batch)
+        return bool(batch)
