@@ -47,7 +47,9 @@ class Form:
         reports_usage: whether a stream ends with the numbers of tokens, and then every piece has the field.
     """
 
-    prefix, kind, piece_kind = "", "", ""
+    prefix = ""
+    kind = ""
+    piece_kind = ""
 
     def __init__(
         self,
@@ -134,7 +136,9 @@ class Form:
 class ChatForm(Form):
     """Responses of /v1/chat/completions."""
 
-    prefix, kind, piece_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    prefix = "chatcmpl"
+    kind = "chat.completion"
+    piece_kind = "chat.completion.chunk"
 
     def opening(self, index: int) -> list[Body]:
         delta = {"role": "assistant", "content": ""}
@@ -165,7 +169,9 @@ class ChatForm(Form):
 class CompletionForm(Form):
     """Responses of /v1/completions."""
 
-    prefix, kind, piece_kind = "cmpl", "text_completion", "text_completion"
+    prefix = "cmpl"
+    kind = "text_completion"
+    piece_kind = "text_completion"
 
     def choice(self, index: int, text: str) -> Body:
         return {"index": index, "text": text}

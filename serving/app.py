@@ -61,6 +61,7 @@ def build_app(service: Service) -> FastAPI:
     app.add_exception_handler(ApiError, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _no_route)
+    app.add_exception_handler(Exception, _failed)
     app.add_middleware(Gate, service=service)
     return app
 
@@ -209,9 +210,10 @@ def _event(body: dict[str, Any]) -> str:
 # Errors --------------------------------------------------------------------------------------------------------------
 
 
-def response_of(error: ApiError) -> JSONResponse:
+def response_of(error: ApiError) -> Response:
     """Return the response that refuses a request."""
-    return JSONResponse(error.body, status_code=error.status, headers=error.headers)
+    body = json.dumps(error.body)  # in ASCII: what it quotes may be no text that can be encoded
+    return Response(body, error.status, error.headers, media_type="application/json")
 
 
 async def _refused(request: Request, error: Any) -> Response:
@@ -220,6 +222,11 @@ async def _refused(request: Request, error: Any) -> Response:
 
 async def _no_route(request: Request, error: Any) -> Response:
     return response_of(ApiError(error.status_code, str(error.detail)))
+
+
+async def _failed(request: Request, error: Any) -> Response:
+    """Answer where this program is at fault; the server logs the traceback."""
+    return response_of(ApiError(500, f"{type(error).__name__}: {error}"))
 
 
 async def _invalid(request: Request, error: Any) -> Response:

@@ -51,7 +51,8 @@ class Decoder:
     """A target, its draft and their tokenizer, which decode batches."""
 
     def __init__(self, target: Any, draft: Any, tokenizer: Any, proposing: Proposing | None = None):
-        self.target, self.draft, self.tokenizer = target, draft, tokenizer
+        self.target, self.draft = target, draft
+        self.tokenizer = tokenizer
         self.proposing = proposing or Proposing()
         self.ends = frozenset(stop_token_ids(target))
 

@@ -49,12 +49,22 @@ class Prompts:
         """
         found = []
         for prompt in asked.prompt:
-            if isinstance(prompt, str):
-                with self.turn:
-                    prompt = self.tokenizer(prompt).input_ids
-            self._check(prompt, "prompt")
-            found.append(list(prompt))
+            ids = self._ids(prompt) if isinstance(prompt, str) else list(prompt)
+            self._check(ids, "prompt")
+            found.append(ids)
         return found
+
+    def _ids(self, text: str) -> list[int]:
+        """Return the token ids of a text.
+
+        Raises:
+            ApiError: it is none that can be encoded, such as half of a pair of surrogates.
+        """
+        try:
+            with self.turn:
+                return list(self.tokenizer(text).input_ids)
+        except (TypeError, ValueError) as error:
+            raise ApiError(400, f"The prompt cannot be encoded: {error}", "prompt") from error
 
     def of_chat(self, asked: ChatRequest) -> list[int]:
         """Return the token ids of a conversation, up to where the answer begins.
@@ -123,10 +133,10 @@ class Prompts:
             return wanted or DEFAULT_LENGTH
         room = self.context - len(prompt)
         if room < 1 or (wanted or 1) > room:
-            new = "" if wanted is None else f", and {wanted:,} new ones are asked for"
+            new = "" if wanted is None else f"; new ones asked for: {wanted:,}"
             raise ApiError(
                 400,
-                f"The prompt has {len(prompt):,} tokens{new}, but prompt and text may have {self.context:,} here.",
+                f"Tokens of the prompt: {len(prompt):,}{new}. Prompt and text may have {self.context:,} here.",
                 "messages" if isinstance(asked, ChatRequest) else "prompt",
                 "context_length_exceeded",
             )

@@ -173,7 +173,7 @@ class Service:
 
     def _settings(self, prompts: list[list[int]], asked: Asked) -> list[tuple[int, Options, int]]:
         """Return for each choice its prompt's place, its options and its length."""
-        found = []
+        found: list[tuple[int, Options, int]] = []
         for place, prompt in enumerate(prompts):
             limit = self.prompts.length(prompt, asked)
             for _ in range(asked.n):
@@ -184,13 +184,13 @@ class Service:
     def form(self, asked: Asked) -> Form:
         """Return how the answers to a request look."""
         kind = ChatForm if isinstance(asked, ChatRequest) else CompletionForm
-        reports = asked.stream and asked.stream_options is not None
+        extras = asked.stream_options
         return kind(
             self.settings.name,
             self.decoder.tokenizer,
             self.decoder.draft.config.num_drafted,
             asked.alternatives is not None,
-            reports and asked.stream_options.include_usage,
+            asked.stream and extras is not None and extras.include_usage,
         )
 
     def count(self, run: Run) -> None:

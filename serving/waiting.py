@@ -24,7 +24,8 @@ class Waiting:
     """
 
     def __init__(self, most: int, batch: int, context: int | None):
-        self.most, self.batch, self.context = most, batch, context
+        self.most, self.batch = most, batch
+        self.context = context
         self.choices: list[Choice] = []
         self.running: list[Choice] = []
         self.closed = False
