@@ -7,12 +7,15 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache, partial
 
+import httpx
+import openai
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
 import tiny
-from dflash_hub import DFlashDraftModel
+from dflash_hub import DFlashDraftModel, cli
 from dflash_hub.serving.addresses import bound, names_of, url_of
 from dflash_hub.serving.choices import Choice, Options, options_of
 from dflash_hub.serving.decoding import Decoder, Proposing
@@ -22,10 +25,7 @@ from dflash_hub.serving.service import Service, Settings
 from dflash_hub.serving.text import Detokenizer, StopFinder
 from dflash_hub.serving.waiting import Waiting
 from paths import TINY
-from test_cli import run
 
-openai = pytest.importorskip("openai")
-httpx = pytest.importorskip("httpx")
 NAME = "org/target"
 JSON = {"content-type": "application/json"}
 TEMPLATE = (
@@ -547,6 +547,10 @@ def test_a_signal_lets_those_who_wait_have_their_answers_and_refuses_others(serv
     assert first.startswith("Serving demo at http://127.0.0.1:")
     assert last == "503 10 [200, 200, 200, 200, 200]"
     assert done.stderr == ""
+
+
+def run(*words: str):
+    return CliRunner().invoke(cli.app, list(words), catch_exceptions=False)
 
 
 def test_all_that_is_wrong_with_a_call_is_told_before_anything_is_loaded(monkeypatch):
