@@ -18,7 +18,7 @@ import tiny
 from dflash_hub import DFlashDraftModel, cli
 from dflash_hub.serving.addresses import bound, names_of, url_of
 from dflash_hub.serving.choices import Choice, Options, options_of
-from dflash_hub.serving.decoding import Decoder, Proposing
+from dflash_hub.serving.decoding import Decoder, Proposing, Worker
 from dflash_hub.serving.requests import ChatRequest, CompletionRequest
 from dflash_hub.serving.server import Server
 from dflash_hub.serving.service import Service, Settings
@@ -428,6 +428,26 @@ def test_a_decode_ends_once_all_clients_have_left(decoder):
     assert time.perf_counter() - started < 5  # 2,000 tokens take longer
     assert len(pieces) == 1
     assert tiny.as_found(decoder.target)
+
+
+def test_nothing_of_a_batch_is_held_after_it(decoder):
+    """Circles of references hold the keys and values of a decode."""
+
+    def held() -> int:
+        return sum(type(one).__name__ == "SlotCache" for one in gc.get_objects())
+
+    (choice, pieces), *_ = choices_of(decoder, PROMPTS[:1], [4])
+    waiting = Waiting(1, 1, None)
+    waiting.add([choice])
+    waiting.close()
+    worker = Worker(waiting, decoder.decode)
+    try:
+        worker.tidy()
+        worker.run()
+        assert held() == 0
+    finally:
+        gc.unfreeze()
+    assert pieces[-1].finish == "length"
 
 
 def test_an_error_while_decoding_is_told_and_the_server_goes_on(decoder, server, client, own, monkeypatch):
