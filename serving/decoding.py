@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 WARM_UP = 8
 """Tokens of the texts that are decoded before the first request."""
+LONG = 256
+"""Tokens of texts for which blocks are prepared then."""
 
 
 class AllEnded(Exception):
@@ -70,7 +72,8 @@ class Decoder:
 
     def decode(self, choices: list[Choice]) -> None:
         """Decode choices of equal options to their ends. What fails is told to those who wait."""
-        rows = Rows(self, choices)
+        mode = self.mode(max(choice.limit for choice in choices))
+        rows = Rows(self, choices, mode, self.proposing.proposal)
         try:
             rows.hand_over(self._generate(rows, choices))
         except AllEnded:
@@ -80,6 +83,11 @@ class Decoder:
             rows.fail(f"{type(error).__name__}: {error}")
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
+
+    def mode(self, new_tokens: int) -> str:
+        """Return how blocks of texts of so many tokens run."""
+        capture = self.proposing.capture
+        return resolve_mode(capture, self.target, is_recurrent(self.target), new_tokens)
 
     def warm_up(self, rows: int) -> None:
         """Decode short texts: the self-check runs, costs are measured, and blocks compiled, before anyone waits.
@@ -92,7 +100,7 @@ class Decoder:
         choice = Choice(prompt, Options((("do_sample", False),)), WARM_UP, (), pieces.append)
         choices = [replace(choice) for _ in range(rows)]
         with suppress(AllEnded):
-            self._generate(Rows(self, choices, proposal=self._measuring()), choices)
+            self._generate(Rows(self, choices, self.mode(LONG), self._measuring()), choices)
 
     def _measuring(self) -> str:
         """Return the kind of proposals that has costs measured in a text of any length, where they are needed."""
@@ -118,7 +126,7 @@ class Decoder:
             custom_generate=self.draft.speculate,
             proposer=rows.proposer,
             statistics=rows.statistics,
-            capture=self.proposing.capture,
+            capture=rows.mode,
         )
         return output[:, width:].tolist()
 
@@ -137,12 +145,13 @@ class Rows:
     """The rows of a batch while it is decoded. It proposes what another proposer does, and looks at them in each cycle.
 
     Args:
-        proposal: what a cycle verifies; by default what the decoder says.
+        mode: how blocks run.
+        proposal: what a cycle verifies.
     """
 
-    def __init__(self, decoder: Decoder, choices: list[Choice], proposal: str | None = None):
+    def __init__(self, decoder: Decoder, choices: list[Choice], mode: str, proposal: str):
         self.decoder, self.choices = decoder, choices
-        self.proposal = proposal or decoder.proposing.proposal
+        self.mode, self.proposal = mode, proposal
         self.statistics = CycleStatistics()
         self.record: LogprobRecord | None = None
         self.writers = [Writer(decoder.tokenizer, choice, decoder.ends) for choice in choices]
@@ -156,9 +165,8 @@ class Rows:
     def proposer(self, own: Proposer) -> "Rows":
         """Take the draft's own proposer, and return what `generate` asks in each cycle."""
         decoder = self.decoder
-        mode = resolve_mode(decoder.proposing.capture, decoder.target, is_recurrent(decoder.target))
         make = decoder.draft.speculate.proposer_factory(
-            decoder.target, mode, self.proposal, decoder.proposing.width
+            decoder.target, self.mode, self.proposal, decoder.proposing.width
         )
         self.own = make(own)
         return self
