@@ -104,8 +104,8 @@ def serve(
 ) -> None:
     """Answer OpenAI's API on this machine, for its user. Greedy text is the target's own, token for token.
 
-    One target, batches that begin together, no paged cache: for many users an engine serves better. `dflash-hub
-    serve-with vllm DRAFT` prints the lines that start one with the same draft.
+    One target, batches that begin together, no paged cache: for many users an engine serves better.
+    `dflash-hub serve-with vllm DRAFT` prints the lines that start one with the same draft.
     """
     problems = Problems()
     problems.check(_check_installed)
