@@ -164,11 +164,14 @@ def own_texts(args: argparse.Namespace, texts: list[str]) -> list[str]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     target = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
     found = []
+    started = time.perf_counter()
     for text in texts:
         inputs = tokenizer(text, return_tensors="pt")
         width = inputs["input_ids"].shape[1]
         output = target.generate(**inputs, max_new_tokens=args.new, do_sample=False)
         found.append(tokenizer.decode(output[0, width:], skip_special_tokens=True))
+    seconds = (time.perf_counter() - started) / len(texts)
+    print(json.dumps({"plain_seconds_per_text": round(seconds, 3)}), flush=True)
     return found
 
 
@@ -176,9 +179,7 @@ def main() -> None:
     args = parse()
     lines = PROMPTS.read_text(encoding="utf-8").splitlines()[: args.prompts]
     texts = [json.loads(line)["prompt"][:400] for line in lines]
-    started = time.perf_counter()
     expected = own_texts(args, texts)
-    print(json.dumps({"plain_seconds_per_text": (time.perf_counter() - started) / len(texts)}))
     words = [args.target, "--max-batch", str(args.batch), "--proposal", args.proposal]
     if args.draft:
         words += ["--draft", args.draft]
