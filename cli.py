@@ -22,6 +22,7 @@ from .commands.refresh import refresh
 from .commands.regenerate import regenerate
 from .commands.resolve import resolve
 from .commands.screen import Quiet, Verbose, errors, prose, set_level, with_levels
+from .commands.serve import serve
 from .commands.serve_with import serve_with
 from .commands.train import train
 from .commands.version import print_version, version
@@ -61,6 +62,7 @@ def every_command(
 
 _add(demo)
 _add(generate)
+_add(serve)
 _add(evaluate, "eval")
 _add(drafts)
 _add(resolve)

@@ -254,6 +254,12 @@ class Sequences:
         self.end_lengths = [len(tokens) for tokens in self.generated]
         self.row_ended = True
 
+    def end_row(self, row: int) -> None:
+        """End one row where it is; without end tokens it goes on, with tokens that are not part of its text."""
+        if self.end_lengths[row] is None:
+            self.end_lengths[row] = len(self.generated[row])
+            self.row_ended = True
+
     def text(self, row: int, tokens: torch.Tensor | None = None) -> torch.Tensor:
         """Return the ids of a row up to its last token, `[T]`; with `tokens [N]` after it, `[T + N]`.
 

@@ -15,7 +15,7 @@ FLOORS = (
     {"commands"},
     {"face"},
     {"checking"},
-    {"publishing", "training"},
+    {"publishing", "serving", "training"},
     {"evaluation"},
     {"registry"},
     {"travelling"},
@@ -36,7 +36,7 @@ ROOMS_OF_ROOT = {
     "catalogue": "registry",
     "versions": "registry",
 }
-PACKAGES = ("checking", "commands", "evaluation", "publishing", "training")
+PACKAGES = ("checking", "commands", "evaluation", "publishing", "serving", "training")
 FILES = [path for folder in (".", *PACKAGES) for path in sorted((ROOT / folder).glob("*.py"))]
 
 
