@@ -63,7 +63,7 @@ def main() -> None:
         "ours": Objective(draft.config, target, recipe, weighted_loss, timer.phase),
         "logits in full": Objective(draft.config, target, recipe, loss_in_full, timer.phase),
     }
-    draft.set_attn_implementation("flex_attention" if methods["ours"].flex(device) else "sdpa")
+    draft.set_attn_implementation(methods["ours"].attention(device))
     optimizer = torch.optim.AdamW(draft.parameters(), lr=1e-4)
     ids = torch.randint(options.vocab, (options.batch, options.length), device=device)
     batch = PackedBatch(ids, torch.ones_like(ids, dtype=torch.bool), torch.ones_like(ids))

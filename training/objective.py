@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from accelerate.utils import extract_model_from_parallel
 
+from ..compat_dflash import attention_name
 from ..drafter_dflash import layer_kinds
 from ..kinds import kind_of
 from ..taps_dflash import FeatureTaps
 from ..target_dflash import decoder_layers, embed_noise
+from .attention import GROUPED, GroupedMask
 from .blocks import Blocks, PackedBatch, default_gamma, draw_given
 from .heads import HEADS, BlockStates, HeadInputs, confidence_loss
 from .loss import Loss, LossInputs, weighted_loss
@@ -334,18 +336,29 @@ class Objective:
             noise_embeds `[B, A * Q, H]`: the embedded blocks.
             features `[B, S, F]`: the target's context features.
         """
-        flex = self.flex(blocks.anchors.device)
-        make_mask = blocks.flex_mask if flex else blocks.dense_mask
+        weights = next(draft.parameters())
+        make_mask = self._mask_maker(blocks, weights.dtype)
         masks = {}
         for name, kind in set(zip(self.config.layer_types, layer_kinds(self.config), strict=True)):
             masks[name, kind.causal] = make_mask(*kind)
-        weights = next(draft.parameters())
         return draft(
             noise_embeds=noise_embeds.to(weights.device, weights.dtype),
             context_hidden_states=features.to(weights.device, weights.dtype),
             attention_mask=masks,
             position_ids=torch.cat([blocks.batch.positions, blocks.positions], dim=1),
         ).last_hidden_state
+
+    def _mask_maker(self, blocks: Blocks, dtype: torch.dtype) -> Callable[..., Any]:
+        """Return the function that makes the mask of a kind of layer, in the form that the draft's attention takes."""
+        if self.flex(blocks.anchors.device):
+            return blocks.flex_mask
+        if attention_name(self.config) == GROUPED:
+            return partial(GroupedMask.of, blocks, dtype)
+        return blocks.dense_mask
+
+    def attention(self, device: torch.device) -> str:
+        """Return the name of the attention function that suits the draft on this device, for it to be set."""
+        return "flex_attention" if self.flex(device) else GROUPED
 
     def flex(self, device: torch.device) -> bool:
         """Return whether blocks are masked by a `BlockMask` on this device."""

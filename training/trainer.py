@@ -130,9 +130,7 @@ class DFlashTrainer(Trainer):
             target = target.to(args.device)
         self.target = target
         self.objective = Objective(model.config, target, args.recipe)
-        model.set_attn_implementation(
-            "flex_attention" if self.objective.flex(args.device) else "sdpa"
-        )
+        model.set_attn_implementation(self.objective.attention(args.device))
         if args.regenerate_every is not None:
             self.train_dataset = self._rounds(rows, processing_class)
         self._logged: tuple[Counts, LossSums] | None = None  # since the last line of the log
