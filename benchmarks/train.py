@@ -4,6 +4,7 @@
 
     python benchmarks/train.py                                      # a small body, the vocabulary of Qwen3
     python benchmarks/train.py --shape qwen3-8b --device cuda --length 3072 --anchors 512
+    python benchmarks/train.py --against speculators nemo --anchors 64      # other programs' steps, on a CPU
 
 Models have random weights. Times are medians over the steps, where the two methods take turns. Memory is the peak of
 a step beyond what was in use before it. The last line is JSON.
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from against import PROGRAMS, compare
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dflash_hub import DFlashDraftSpec
@@ -54,6 +56,9 @@ PARTS = ("target", "draft", "loss", "backward", "optimizer")
 def main() -> None:
     """Run the whole script."""
     options = arguments()
+    if options.against:
+        compare(options, SHAPES[options.shape])
+        return
     torch.manual_seed(0)
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
@@ -64,6 +69,8 @@ def main() -> None:
         "logits in full": Objective(draft.config, target, recipe, loss_in_full, timer.phase),
     }
     draft.set_attn_implementation(methods["ours"].attention(device))
+    if options.checkpointing:
+        draft.gradient_checkpointing_enable()
     optimizer = torch.optim.AdamW(draft.parameters(), lr=1e-4)
     ids = torch.randint(options.vocab, (options.batch, options.length), device=device)
     batch = PackedBatch(ids, torch.ones_like(ids, dtype=torch.bool), torch.ones_like(ids))
@@ -100,6 +107,15 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--checkpointing", action="store_true", help="compute the draft's layers again in the backward"
+    )
+    parser.add_argument(
+        "--against", nargs="+", default=[], choices=PROGRAMS, help="programs to compare with, on a CPU"
+    )
+    parser.add_argument(
+        "--their-attention", help="attention of the other programs, sdpa (the default) or eager"
+    )
     return parser.parse_args()
 
 

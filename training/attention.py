@@ -60,7 +60,7 @@ class GroupedMask:
             kind: of layer, as in `Blocks.mask_function`.
         """
         length, num_anchors = blocks.batch.input_ids.shape[1], blocks.anchors.shape[1]
-        size = -(-num_anchors // _GROUPS)
+        size = group_size(num_anchors)
         groups = []
         for first in range(0, num_anchors, size):
             anchors = blocks.anchors[:, first : first + size]
@@ -69,6 +69,11 @@ class GroupedMask:
             values = blocks.dense_mask(*kind, dtype=dtype, queries=queries, context=context)
             groups.append(GroupMask(queries, context, values))
         return cls(groups, length)
+
+
+def group_size(num_anchors: int) -> int:
+    """Return the number of blocks of a group."""
+    return -(-num_anchors // _GROUPS)
 
 
 def grouped_attention(
