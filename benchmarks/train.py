@@ -108,10 +108,16 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
-        "--checkpointing", action="store_true", help="compute the draft's layers again in the backward"
+        "--checkpointing",
+        action="store_true",
+        help="compute the draft's layers again in the backward",
     )
     parser.add_argument(
-        "--against", nargs="+", default=[], choices=PROGRAMS, help="programs to compare with, on a CPU"
+        "--against",
+        nargs="+",
+        default=[],
+        choices=PROGRAMS,
+        help="programs to compare with, on a CPU",
     )
     parser.add_argument(
         "--their-attention", help="attention of the other programs, sdpa (the default) or eager"

@@ -27,7 +27,7 @@ from ..training.trainer import (
     last_checkpoint,
     sole_trainer,
 )
-from .dry_run import dry_run
+from .dry_run import dry_run, tell_memory
 from .inspect_rows import inspect_rows
 from .loading import load_tokenizer
 from .preflight import (
@@ -157,6 +157,7 @@ def _unknown(name: str, known: list[str]) -> str:
 
 def _run(options: TrainOptions, args: DFlashTrainingArguments) -> None:
     """Set up the run, and train or make the dry run."""
+    expected = tell_memory(options, args) if options.dry_run else None
     hide_bars()
     notes.print(
         f"Loading {options.target} and {options.data}",
@@ -171,8 +172,8 @@ def _run(options: TrainOptions, args: DFlashTrainingArguments) -> None:
     if not options.streaming:
         print_data_reports(trainer)
     with shown(trainer):
-        if options.dry_run:
-            dry_run(trainer, Path(str(args.output_dir)))
+        if expected is not None:
+            dry_run(trainer, Path(str(args.output_dir)), expected)
             return
         try:
             trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)

@@ -31,8 +31,7 @@ from ..modeling_dflash import DFlashRMSNorm
 from .attention import GROUPED, GroupedMask, GroupMask, group_size
 from .heads import SelectorLossInputs
 from .loss import Correction, LossInputs, chunk_positions, weighted_loss
-from .mix import Mix
-from .objective import Recipe
+from .objective import Recipe, mix_of, needs_target
 from .weights import FixedWeights
 
 KERNEL = "memory_of_a_kernel"
@@ -52,6 +51,7 @@ class StepShape:
         mixed: whether the draft's forward is in bfloat16 mixed precision.
         checkpointing: whether the draft's layers are computed again in the backward.
         optim: the Trainer's name of the optimizer.
+        target_bits: of a weight of the target's linear layers; None where they are as loaded.
     """
 
     rows: int = 1
@@ -62,9 +62,10 @@ class StepShape:
     mixed: bool = False
     checkpointing: bool = False
     optim: str = "adamw_torch"
+    target_bits: float | None = None
 
     @classmethod
-    def of(cls, args: Any, device: torch.device) -> "StepShape":
+    def of(cls, args: Any, device: torch.device, target_bits: float | None = None) -> "StepShape":
         """Return that of a run with these training arguments."""
         optim = str(getattr(args.optim, "value", args.optim))
         return cls(
@@ -76,6 +77,7 @@ class StepShape:
             bool(args.bf16 or args.fp16),
             checkpoints(args),
             optim,
+            target_bits,
         )
 
     def chunk(self, vocab_size: int) -> int:
@@ -116,7 +118,8 @@ def memory_of_step(draft: Any, target: Any, shape: StepShape) -> Memory:
         draft, target: the models, which may be on the meta device.
     """
     weights, states = bytes_of(draft), _state_bytes(draft, shape.optim)
-    lasting = {"target, weights": bytes_of(target), "draft, weights": weights}
+    of_target = bytes_of(target) - _saved_bytes(target, shape.target_bits)
+    lasting = {"target, weights": of_target, "draft, weights": weights}
     lasting["optimizer, state"] = states
     text = target.config.get_text_config(decoder=True)
     kept, loss, backward = _simulated(draft, target, shape)
@@ -132,7 +135,23 @@ def memory_of_step(draft: Any, target: Any, shape: StepShape) -> Memory:
 def bytes_of(model: Any) -> int:
     """Return the bytes of a model's weights and buffers; those that two modules share count once."""
     tensors = {id(one): one for one in [*model.parameters(), *model.buffers()]}
-    return sum(one.numel() * one.element_size() for one in tensors.values())
+    return sum(_bytes_of_tensor(one) for one in tensors.values())
+
+
+def _bytes_of_tensor(tensor: torch.Tensor) -> int:
+    if hasattr(tensor, "__tensor_flatten__"):  # a quantised one holds others
+        names = tensor.__tensor_flatten__()[0]
+        return sum(_bytes_of_tensor(getattr(tensor, name)) for name in names)
+    return tensor.numel() * tensor.element_size()
+
+
+def _saved_bytes(target: Any, bits: float | None) -> int:
+    """Return the bytes that linear layers in so many bits take less than as they are."""
+    if bits is None:
+        return 0
+    layers = target.get_decoder().modules()
+    weights = [layer.weight for layer in layers if isinstance(layer, torch.nn.Linear)]
+    return int(sum(one.numel() * (one.element_size() - bits / 8) for one in weights))
 
 
 def _state_bytes(draft: Any, optim: str) -> int:
@@ -245,7 +264,12 @@ class _Kernel(torch.autograd.Function):
 
 
 def _attend(
-    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *args: Any,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attend as a kernel of a GPU would, in the dtype of the values."""
     output = _Kernel.apply(query.to(value.dtype), key.to(value.dtype), value)
@@ -335,11 +359,10 @@ def _loss(model: Any, states: torch.Tensor, head: torch.Tensor, shape: StepShape
     predicting = states.unflatten(1, (-1, size))[:, :, size - config.num_drafted :].flatten(0, 2)
     predicting = predicting + 0  # as rows are picked, they are copied
     count = len(predicting)
-    kind = kind_of(config)
-    mix = Mix.parse(kind.loss) if shape.recipe.mix is None else shape.recipe.mix
+    mix = mix_of(config, shape.recipe)
     has_confidence = getattr(config, "enable_confidence_head", False)
     target_logits = None
-    if mix.needs_target or has_confidence:
+    if needs_target(config, shape.recipe):
         final = torch.empty(count, head.shape[1], dtype=head.dtype)
         target_logits = lambda part: linear(final[part], head)  # noqa: E731
     inputs = LossInputs(
@@ -349,7 +372,7 @@ def _loss(model: Any, states: torch.Tensor, head: torch.Tensor, shape: StepShape
         mix=mix,
         target_logits=target_logits,
         wants_overlap=has_confidence,
-        **_head_inputs(model, kind.head, predicting),
+        **_head_inputs(model, kind_of(config).head, predicting),
     )
     found = weighted_loss(predicting, inputs, len(head))
     return found.total + found.head_total

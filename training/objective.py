@@ -7,7 +7,7 @@ draft and target, F taps * target hidden size, V vocabulary.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from accelerate.utils import extract_model_from_parallel
 
-from ..compat_dflash import attention_name
+from ..compat_dflash import attention_name, detours
 from ..drafter_dflash import layer_kinds
 from ..kinds import kind_of
 from ..taps_dflash import FeatureTaps
@@ -88,12 +88,21 @@ def check_trainable(config: Any) -> None:
             )
 
 
+class _LastTap(Exception):
+    """End a forward of which no more is needed."""
+
+
+def _stop(*args: Any) -> None:
+    raise _LastTap
+
+
 class FrozenTarget:
     """Run the target for training: tapped features, embedding and head. Nothing of it learns."""
 
     def __init__(self, model: Any, taps: list[int]):
         self.model = model.eval().requires_grad_(False)
         self.decoder = model.get_decoder()
+        self.is_compiled = any(name != "gradient_checkpointing" for _, name, _ in detours(model))
         text = model.config.get_text_config(decoder=True)
         self.taps = FeatureTaps(decoder_layers(model), tuple(taps), text.hidden_size)
         self.embed, self.head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -122,7 +131,7 @@ class FrozenTarget:
             tokens = _Tokens.of(group, batch.input_ids.device)
             ids = batch.input_ids[tokens.rows, tokens.columns].to(self.device)
             with self.taps.collecting():
-                output = self.decoder(input_ids=ids, use_cache=False)
+                output = self._forward(ids, whole=last_hidden_state)
                 tapped = self.taps.pop()
             if features is None:
                 features = tapped.new_zeros(*shape, tapped.shape[-1])
@@ -133,6 +142,17 @@ class FrozenTarget:
             if states is not None:
                 tokens.put(output[0], states)
         return TargetOutput(torch.empty(0) if features is None else features, states)
+
+    def _forward(self, ids: torch.Tensor, whole: bool) -> Any:
+        """Run the target's decoder on `ids [D, L]`; not `whole`, only up to its last tap, and return None."""
+        if whole or self.is_compiled:
+            return self.decoder(input_ids=ids, use_cache=False)
+        last = self.taps.layers[max(self.taps.ids)]
+        hook = last.register_forward_hook(_stop)  # runs after the hook that collects
+        with suppress(_LastTap):
+            self.decoder(input_ids=ids, use_cache=False)
+        hook.remove()
+        return None
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """Return the target's own logits `[n, V]` for its `states [n, H]`."""
@@ -189,6 +209,16 @@ def _group_by_length(spans: list[Span]) -> list[list[Span]]:
         else:
             groups.append([span])
     return groups
+
+
+def mix_of(config: Any, recipe: Recipe) -> Mix:
+    """Return the losses of a position, for a draft with this config."""
+    return Mix.parse(kind_of(config).loss) if recipe.mix is None else recipe.mix
+
+
+def needs_target(config: Any, recipe: Recipe) -> bool:
+    """Return whether the loss of a draft with this config needs the target's own distribution."""
+    return mix_of(config, recipe).needs_target or getattr(config, "enable_confidence_head", False)
 
 
 # The objective --------------------------------------------------------------------------------------------------
@@ -252,15 +282,14 @@ class Objective:
         self.loss, self.phase = loss, phase
         self.target = FrozenTarget(target, config.target_layer_ids)
         self.gamma = default_gamma(1 + config.num_drafted) if recipe.gamma is None else recipe.gamma
-        kind = kind_of(config)
-        self.mix = Mix.parse(kind.loss) if recipe.mix is None else recipe.mix
-        self.head = kind.head
+        self.mix = mix_of(config, recipe)
+        self.head = kind_of(config).head
         self.has_confidence = getattr(config, "enable_confidence_head", False)
 
     @property
     def needs_target(self) -> bool:
         """Whether the loss needs the target's own distribution."""
-        return self.mix.needs_target or self.has_confidence
+        return needs_target(self.config, self.recipe)
 
     def blocks(
         self, batch: PackedBatch, anchors: torch.Tensor, draw: tuple[int, int] = (0, 0)

@@ -5,7 +5,7 @@
 import re
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from ..kinds import KINDS, kind_named
 from ..registry import DFlashDraftSpec, check_folder, load_draft
 from .arguments import DFlashTrainingArguments
 from .data import documents_of_row
+from .loading import QUANTIZATIONS, add_absent_layers, cut_config, quantization_config
+from .objective import mix_of, needs_target
 from .reading import BadRow, load_rows, with_file
 from .trainer import DFlashTrainer, preprocess_config
 
@@ -118,6 +120,20 @@ class TrainOptions:
         default="auto",
         metadata={"help": "float32, bfloat16 ..., or auto: the dtype of the checkpoint."},
     )
+    target_quantization: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hold the target's linear layers in fewer bits: 8bit or 4bit (bitsandbytes), int8 (torchao).",
+            "choices": list(QUANTIZATIONS),
+        },
+    )
+    cut_target: bool = field(
+        default=False,
+        metadata={
+            "help": "Do not load the target's layers above the last tapped one; not for losses that need its "
+            "distribution, nor for decoding in evaluations."
+        },
+    )
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Allow remote code for the target and its tokenizer."}
     )
@@ -155,7 +171,9 @@ def build(
     Args:
         loaded: tokenizer and target, if they are loaded already.
     """
-    tokenizer, target = loaded or _load_target(options)
+    if options.cut_target:
+        check_cut(options, args)
+    tokenizer, target = loaded or _load_target(options, args)
     set_seed(args.seed)  # before the draft, whose fresh weights are random
     draft = make_draft(options, target, tokenizer)
     draft.card_metadata = draft.card_metadata | _known(options)
@@ -192,7 +210,7 @@ def inspect(
     options: TrainOptions, args: DFlashTrainingArguments
 ) -> tuple[Any, Iterator[tuple[str, list[tuple[list[int], list[int], str]]]]]:
     """Return the tokenizer, and the place and the documents of each row, in their order. No target is loaded."""
-    tokenizer, target = _load_target(options, with_weights=False)
+    tokenizer, target = _without_weights(options)
     with torch.device("meta") if options.draft is None else nullcontext():
         draft = make_draft(options, target, tokenizer)
     config = preprocess_config(tokenizer, target, draft.config, args)
@@ -200,23 +218,94 @@ def inspect(
     return tokenizer, (documents_of_row(row, number, config) for number, row in enumerate(rows))
 
 
-def _load_target(options: TrainOptions, with_weights: bool = True) -> tuple[Any, Any]:
-    """Load tokenizer and target, or a target on the meta device."""
+def models_without_weights(options: TrainOptions, args: DFlashTrainingArguments) -> tuple[Any, Any]:
+    """Return the draft and the target of a run on the meta device, the target in the dtype that it is loaded in."""
+    tokenizer, target = _without_weights(options)
+    with torch.device("meta") if options.draft is None else nullcontext():
+        draft = make_draft(options, target, tokenizer)
+    if options.cut_target:
+        target = _without_weights(options, 1 + max(draft.config.target_layer_ids))[1]
+    return draft, target
+
+
+def check_cut(options: TrainOptions, args: DFlashTrainingArguments) -> None:
+    """Refuse to cut a target of which more is needed.
+
+    Raises:
+        ValueError: says for what.
+    """
+    draft, _ = models_without_weights(replace(options, cut_target=False), args)
+    if args.eval_acceptance_prompts:
+        raise ValueError(
+            "cut_target is True, but eval_acceptance_prompts decodes with the whole target; leave one of them out."
+        )
+    if needs_target(draft.config, args.recipe):
+        raise ValueError(
+            f"cut_target is True, but the loss {mix_of(draft.config, args.recipe)} of a {draft.config.model_type} draft "
+            "needs the target's own distribution; train with --loss ce or leave cut_target out."
+        )
+
+
+def _load_target(options: TrainOptions, args: DFlashTrainingArguments) -> tuple[Any, Any]:
+    """Load tokenizer and target."""
+    trust = {"trust_remote_code": options.trust_remote_code}
+    layers = None
+    if options.cut_target:
+        draft, _ = models_without_weights(replace(options, cut_target=False), args)
+        layers = 1 + max(draft.config.target_layer_ids)
+    tokenizer, config = _tokenizer_and_config(options)
+    text = config.get_text_config(decoder=True)
+    whole = text.num_hidden_layers
+    quantized = quantization_config(options.target_quantization, _dtype(options, config))
+    with (
+        explained(f"The target {options.target} could not be loaded", LOADING),
+        nullcontext() if layers is None else cut_config(config, layers),
+    ):
+        target = AutoModelForCausalLM.from_pretrained(
+            options.target,
+            config=config,
+            dtype=options.target_dtype,
+            quantization_config=quantized,
+            **trust,
+        )
+    if layers is not None:
+        own = target.config.get_text_config(decoder=True)
+        for name, value in vars(text).items():
+            if name == "num_hidden_layers" or isinstance(value, list):
+                setattr(own, name, value)
+        add_absent_layers(target, layers, whole)
+    return tokenizer, target
+
+
+def _tokenizer_and_config(options: TrainOptions) -> tuple[Any, Any]:
     trust = {"trust_remote_code": options.trust_remote_code}
     check_path("target", options.target)
     check_folder(options.target)
     with explained(f"The target {options.target} could not be loaded", LOADING):
         tokenizer = AutoTokenizer.from_pretrained(options.target, **trust)
-        if with_weights:
-            return tokenizer, AutoModelForCausalLM.from_pretrained(
-                options.target, dtype=options.target_dtype, **trust
-            )
-        config = AutoConfig.from_pretrained(options.target, **trust)
-        with torch.device("meta"):
-            target = AutoModelForCausalLM.from_config(config, **trust)
-        with suppress(OSError):  # a target need not have one
-            target.generation_config = GenerationConfig.from_pretrained(options.target)
+        return tokenizer, AutoConfig.from_pretrained(options.target, **trust)
+
+
+def _without_weights(options: TrainOptions, layers: int | None = None) -> tuple[Any, Any]:
+    """Load the tokenizer, and make the target on the meta device, with its first `layers` or all of them."""
+    tokenizer, config = _tokenizer_and_config(options)
+    with (
+        torch.device("meta"),
+        nullcontext() if layers is None else cut_config(config, layers),
+    ):
+        target = AutoModelForCausalLM.from_config(
+            config, dtype=_dtype(options, config), trust_remote_code=options.trust_remote_code
+        )
+    with suppress(OSError):  # a target need not have one
+        target.generation_config = GenerationConfig.from_pretrained(options.target)
     return tokenizer, target
+
+
+def _dtype(options: TrainOptions, config: Any) -> torch.dtype:
+    """Return the dtype that the target's weights are loaded in."""
+    if options.target_dtype != "auto":
+        return getattr(torch, options.target_dtype)
+    return config.get_text_config(decoder=True).dtype or config.dtype or torch.float32
 
 
 def _split(options: TrainOptions, args: DFlashTrainingArguments) -> tuple[Any, Any]:
