@@ -29,6 +29,7 @@ from dflash_hub import DFlashDraftSpec
 from dflash_hub.generation_dflash import now
 from dflash_hub.training.blocks import Blocks, PackedBatch, draw_anchors
 from dflash_hub.training.loss import Loss, LossInputs, chunk_loss, weighted_loss
+from dflash_hub.training.memory import checkpoint_layers
 from dflash_hub.training.mix import Mix
 from dflash_hub.training.objective import Objective, Recipe
 
@@ -70,7 +71,7 @@ def main() -> None:
     }
     draft.set_attn_implementation(methods["ours"].attention(device))
     if options.checkpointing:
-        draft.gradient_checkpointing_enable()
+        checkpoint_layers(draft)
     optimizer = torch.optim.AdamW(draft.parameters(), lr=1e-4)
     ids = torch.randint(options.vocab, (options.batch, options.length), device=device)
     batch = PackedBatch(ids, torch.ones_like(ids, dtype=torch.bool), torch.ones_like(ids))

@@ -36,8 +36,8 @@ from .weights import FixedWeights
 
 KERNEL = "memory_of_a_kernel"
 """Name of an attention function that keeps what a kernel of a GPU keeps."""
-_STATE_BYTES = {"adafactor": 0.1, "sgd": 0, "adagrad": 4, "rmsprop": 4, "lomo": 0}
-"""Bytes of an optimizer's state for each weight, by the beginning of its name; Adam and others have two numbers."""
+_STATE_BYTES = {"adafactor": 0.1, "sgd": 0, "adagrad": 4, "rmsprop": 4, "lion": 4, "ademamix": 12}
+"""Bytes of an optimizer's state for each weight, by a part of its name; Adam and others have two numbers."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,14 @@ def checkpoints(args: Any) -> bool:
     return any(getattr(args, name, False) for name in names)
 
 
+def checkpoint_layers(draft: Any) -> None:
+    """Let a draft compute its layers again in the backward; the Trainer does it by an option."""
+    enable = getattr(draft, "activation_checkpointing_enable", None)  # from transformers 5.24 on
+    (enable or draft.gradient_checkpointing_enable)(
+        {"use_reentrant": False, "preserve_rng_state": False}
+    )
+
+
 @dataclass(frozen=True)
 class Memory:
     """Hold the bytes that a step needs.
@@ -142,7 +150,11 @@ def _bytes_of_tensor(tensor: torch.Tensor) -> int:
     if hasattr(tensor, "__tensor_flatten__"):  # a quantised one holds others
         names = tensor.__tensor_flatten__()[0]
         return sum(_bytes_of_tensor(getattr(tensor, name)) for name in names)
-    return tensor.numel() * tensor.element_size()
+    scales = getattr(
+        getattr(tensor, "quant_state", None), "absmax", None
+    )  # of bitsandbytes, in 4 bits
+    size = tensor.numel() * tensor.element_size()
+    return size if scales is None else size + _bytes_of_tensor(scales)
 
 
 def _saved_bytes(target: Any, bits: float | None) -> int:
@@ -156,7 +168,7 @@ def _saved_bytes(target: Any, bits: float | None) -> int:
 
 def _state_bytes(draft: Any, optim: str) -> int:
     count = sum(weight.numel() for weight in draft.parameters() if weight.requires_grad)
-    size = next((size for name, size in _STATE_BYTES.items() if optim.startswith(name)), 8.0)
+    size = next((size for name, size in _STATE_BYTES.items() if name in optim), 8.0)
     if "4bit" in optim:
         size /= 8
     elif "8bit" in optim:
@@ -288,8 +300,7 @@ def _simulated(draft: Any, target: Any, shape: StepShape) -> tuple[int, int, int
         if shape.on_gpu:
             _norms_of_a_kernel(model)
         if shape.checkpointing:
-            options = {"use_reentrant": False, "preserve_rng_state": False}
-            model.gradient_checkpointing_enable(options)
+            checkpoint_layers(model)
         head = _head_of(target)
         before = tracker.now
         tracker.restart()

@@ -241,8 +241,8 @@ def check_cut(options: TrainOptions, args: DFlashTrainingArguments) -> None:
         )
     if needs_target(draft.config, args.recipe):
         raise ValueError(
-            f"cut_target is True, but the loss {mix_of(draft.config, args.recipe)} of a {draft.config.model_type} draft "
-            "needs the target's own distribution; train with --loss ce or leave cut_target out."
+            f"cut_target is True, but the loss of this {draft.config.model_type} draft, "
+            f"{mix_of(draft.config, args.recipe)}, needs the target's own distribution; leave cut_target out."
         )
 
 

@@ -14,7 +14,8 @@ from transformers import Qwen3Config
 # Its folder of data sets imports readers of images and audio; the step needs none of them.
 NAME = "nemo_automodel.components.datasets.llm"
 spec = importlib.util.find_spec("nemo_automodel")
-assert spec is not None and spec.submodule_search_locations
+assert spec is not None
+assert spec.submodule_search_locations
 empty = types.ModuleType(NAME)
 empty.__path__ = [str(Path(spec.submodule_search_locations[0], "components", "datasets", "llm"))]
 sys.modules[NAME] = empty

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dflash_hub import DFlashDraftSpec
 from dflash_hub.training.blocks import PackedBatch, draw_anchors
+from dflash_hub.training.memory import checkpoint_layers
 from dflash_hub.training.mix import Mix
 from dflash_hub.training.objective import Objective, Recipe, TargetOutput
 
@@ -24,7 +25,7 @@ draft = DFlashDraftSpec("benchmark").build(
 )
 draft.train()
 if given.checkpointing:
-    draft.gradient_checkpointing_enable()
+    checkpoint_layers(draft)
 objective = Objective(draft.config, target, Recipe(mix=Mix.parse(given.loss)))
 draft.set_attn_implementation(objective.attention(torch.device("cpu")))
 drawn = stepping.inputs(given)
