@@ -1,14 +1,18 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""Load a target in less memory, for training: with fewer bits of a weight, or without the layers above its last tap."""
+"""Load a target in less memory, for training: in fewer bits, over several processes, without layers above its taps."""
 
+import copy
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import BitsAndBytesConfig, TorchAoConfig
 
 
@@ -70,6 +74,51 @@ def quantization_config(name: str | None, dtype: torch.dtype) -> Any:
         raise ValueError(
             f"target_quantization is {name!r}, which needs {chosen.library}: pip install {chosen.library}"
         ) from error
+
+
+# Several processes --------------------------------------------------------------------------------------------------
+
+
+def parallel_options() -> dict[str, Any]:
+    """Return the arguments of `from_pretrained` that spread a target over all processes.
+
+    Raises:
+        ValueError: there is one process.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        raise ValueError(
+            "tensor_parallel is True, but there is one process; start several with torchrun or accelerate launch."
+        )
+    try:
+        from transformers.distributed import DistributedConfig
+
+        return {"distributed_config": DistributedConfig(tp_plan="auto")}
+    except (ImportError, TypeError):  # before transformers 5.18
+        return {"tp_plan": "auto"}
+
+
+def is_parallel(target: Any) -> bool:
+    """Return whether the weights of a target are spread over several processes."""
+    return any(isinstance(weight, DTensor) for weight in target.parameters())
+
+
+def whole_module(module: Any) -> Any:
+    """Return an embedding or a head with its whole weight, of one whose weight is spread over processes.
+
+    What processes ask of it then need not be the same.
+    """
+    if not any(isinstance(weight, DTensor) for weight in module.parameters()):
+        return module
+    whole = copy.copy(module)
+    vars(whole).pop(
+        "forward", None
+    )  # which asks the other processes; older versions do so by hooks
+    whole._forward_hooks, whole._forward_pre_hooks = OrderedDict(), OrderedDict()
+    whole._parameters = dict(module._parameters)
+    for name, weight in module.named_parameters(recurse=False):
+        if isinstance(weight, DTensor):
+            whole._parameters[name] = nn.Parameter(weight.full_tensor(), requires_grad=False)
+    return whole
 
 
 # Layers above the last tap ---------------------------------------------------------------------------------------

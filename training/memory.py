@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -130,14 +130,14 @@ def memory_of_step(draft: Any, target: Any, shape: StepShape) -> Memory:
     lasting = {"target, weights": of_target, "draft, weights": weights}
     lasting["optimizer, state"] = states
     text = target.config.get_text_config(decoder=True)
-    kept, loss, backward = _simulated(draft, target, shape)
+    found = _simulated(draft, target, shape)
     phases = {
         "target, activations": _target_bytes(text, target.dtype, draft.config, shape),
-        "draft, activations, and the loss": max(kept, loss),
-        "backward, with gradients": backward,
+        "draft, activations, and the loss": found.forward,
+        "backward, with gradients": found.backward,
         "optimizer, with gradients": weights,
     }
-    return Memory(lasting, phases, kept)
+    return Memory(lasting, phases, found.kept)
 
 
 def bytes_of(model: Any) -> int:
@@ -291,8 +291,16 @@ def _attend(
 ALL_ATTENTION_FUNCTIONS.register(KERNEL, _attend)
 
 
-def _simulated(draft: Any, target: Any, shape: StepShape) -> tuple[int, int, int]:
-    """Return the bytes that the draft's forward keeps, and those at the peak of the loss and of the backward."""
+class _Simulated(NamedTuple):
+    """Hold the bytes that the draft's forward keeps, and those at the peaks of forward with loss, and of backward."""
+
+    kept: int
+    forward: int
+    backward: int
+
+
+def _simulated(draft: Any, target: Any, shape: StepShape) -> _Simulated:
+    """Run the draft's forward, the loss and the backward with tensors that have no memory."""
     config = draft.config
     with _simulation() as tracker:
         model = type(draft)(config).train()
@@ -307,10 +315,10 @@ def _simulated(draft: Any, target: Any, shape: StepShape) -> tuple[int, int, int
         states = _states(model, config, target.dtype, shape)
         kept = tracker.now - before
         loss = _loss(model, states, head, shape)
-        peak_of_loss = tracker.peak - before
+        forward = tracker.peak - before
         tracker.restart()
         loss.backward()
-        return kept, peak_of_loss, tracker.peak - before
+        return _Simulated(kept, forward, tracker.peak - before)
 
 
 @contextmanager

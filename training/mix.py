@@ -111,7 +111,8 @@ class _Mixed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, outer: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         """Return the gradient by the logits, given that by the losses, `outer [n]`."""
-        labels, exps, sums, chances = ctx.saved_tensors
+        labels, exps = ctx.saved_tensors[:2]
+        sums, chances = ctx.saved_tensors[2:]
         mix, outer = ctx.mix, outer[:, None]
         variation = None
         if chances is not None and mix.tv:

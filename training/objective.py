@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate.utils import extract_model_from_parallel
 
 from ..compat_dflash import attention_name, detours
@@ -23,6 +24,7 @@ from ..target_dflash import decoder_layers, embed_noise
 from .attention import GROUPED, GroupedMask
 from .blocks import Blocks, PackedBatch, default_gamma, draw_given
 from .heads import HEADS, BlockStates, HeadInputs, confidence_loss
+from .loading import is_parallel, whole_module
 from .loss import Loss, LossInputs, weighted_loss
 from .metrics import Counts, LossSums
 from .mix import Mix
@@ -105,7 +107,9 @@ class FrozenTarget:
         self.is_compiled = any(name != "gradient_checkpointing" for _, name, _ in detours(model))
         text = model.config.get_text_config(decoder=True)
         self.taps = FeatureTaps(decoder_layers(model), tuple(taps), text.hidden_size)
-        self.embed, self.head = model.get_input_embeddings(), model.get_output_embeddings()
+        self.is_parallel = is_parallel(model)
+        self.embed = whole_module(model.get_input_embeddings())
+        self.head = whole_module(model.get_output_embeddings())
         self.soft_cap, self.vocab_size = (
             getattr(text, "final_logit_softcapping", None),
             text.vocab_size,
@@ -117,13 +121,29 @@ class FrozenTarget:
 
     @torch.no_grad()
     def run(self, batch: PackedBatch, last_hidden_state: bool) -> TargetOutput:
+        """Run every document through the target; where it is spread over processes, those of all, one after the other.
+
+        Args:
+            last_hidden_state: whether to return the states that the head reads too.
+        """
+        if not self.is_parallel:
+            return self._run(batch, last_hidden_state)
+        batches: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(batches, (batch.input_ids.cpu(), batch.documents.cpu()))
+        own = None
+        for process, (ids, documents) in enumerate(batches):
+            given = PackedBatch(ids.to(self.device), documents > 0, documents)
+            found = self._run(given, last_hidden_state)
+            if process == dist.get_rank():
+                own = found
+        assert own is not None
+        return own
+
+    def _run(self, batch: PackedBatch, last_hidden_state: bool) -> TargetOutput:
         """Run every document through the target from its own first token, so that nothing crosses between documents.
 
         Documents of about the same length form a batch, whatever rows they are in. A document's padding comes after
         it, where a causal model does not look; so no mask is needed, whatever layers the target has.
-
-        Args:
-            last_hidden_state: whether to return the states that the head reads too.
         """
         shape = batch.input_ids.shape
         features = states = None

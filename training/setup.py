@@ -18,7 +18,14 @@ from ..kinds import KINDS, kind_named
 from ..registry import DFlashDraftSpec, check_folder, load_draft
 from .arguments import DFlashTrainingArguments
 from .data import documents_of_row
-from .loading import QUANTIZATIONS, add_absent_layers, cut_config, quantization_config
+from .loading import (
+    QUANTIZATIONS,
+    add_absent_layers,
+    cut_config,
+    is_parallel,
+    parallel_options,
+    quantization_config,
+)
 from .objective import mix_of, needs_target
 from .reading import BadRow, load_rows, with_file
 from .trainer import DFlashTrainer, preprocess_config
@@ -126,6 +133,10 @@ class TrainOptions:
             "help": "Hold the target's linear layers in fewer bits: 8bit or 4bit (bitsandbytes), int8 (torchao).",
             "choices": list(QUANTIZATIONS),
         },
+    )
+    tensor_parallel: bool = field(
+        default=False,
+        metadata={"help": "Spread the target over all processes (torchrun), by its plan."},
     )
     cut_target: bool = field(
         default=False,
@@ -257,6 +268,7 @@ def _load_target(options: TrainOptions, args: DFlashTrainingArguments) -> tuple[
     text = config.get_text_config(decoder=True)
     whole = text.num_hidden_layers
     quantized = quantization_config(options.target_quantization, _dtype(options, config))
+    spread = _spread(options)
     with (
         explained(f"The target {options.target} could not be loaded", LOADING),
         nullcontext() if layers is None else cut_config(config, layers),
@@ -266,7 +278,12 @@ def _load_target(options: TrainOptions, args: DFlashTrainingArguments) -> tuple[
             config=config,
             dtype=options.target_dtype,
             quantization_config=quantized,
+            **spread,
             **trust,
+        )
+    if options.tensor_parallel and not is_parallel(target):
+        raise ValueError(
+            f"tensor_parallel is True, but {type(target).__name__} has no plan to be spread by; leave it out."
         )
     if layers is not None:
         own = target.config.get_text_config(decoder=True)
@@ -275,6 +292,22 @@ def _load_target(options: TrainOptions, args: DFlashTrainingArguments) -> tuple[
                 setattr(own, name, value)
         add_absent_layers(target, layers, whole)
     return tokenizer, target
+
+
+def _spread(options: TrainOptions) -> dict[str, Any]:
+    """Return what `from_pretrained` needs to spread the target over processes, if the options say so.
+
+    Raises:
+        ValueError: with an option that is not implemented for such a target.
+    """
+    if not options.tensor_parallel:
+        return {}
+    for name in ("target_quantization", "dry_run"):
+        if getattr(options, name):
+            raise ValueError(
+                f"tensor_parallel is True, which {name} is not implemented with; leave one out."
+            )
+    return parallel_options()
 
 
 def _tokenizer_and_config(options: TrainOptions) -> tuple[Any, Any]:

@@ -45,6 +45,7 @@ from .arguments import DFlashTrainingArguments
 from .best import ACCEPTED_AT, DECODED, best_of, check_best, describe_best, describe_block
 from .blocks import Blocks, draw_anchors
 from .data import Collator, DropReport, PreprocessConfig, columns_of, packed_batch, prepare
+from .loading import is_parallel
 from .locks import sole_writer
 from .metrics import Counts, LossSums, Metrics
 from .objective import Objective, StepOutput, check_trainable
@@ -99,6 +100,10 @@ class DFlashTrainer(Trainer):
         if args.eval_acceptance_prompts and args.fsdp:
             raise ValueError(
                 "eval_acceptance_prompts needs a whole draft on each process; leave it out with FSDP."
+            )
+        if args.eval_acceptance_prompts and is_parallel(target):
+            raise ValueError(
+                "eval_acceptance_prompts decodes, which a target that is spread over processes does not; leave it out."
             )
         self.kind = kind_of(model.config)
         self.preprocess_config = preprocess_config(processing_class, target, model.config, args)
