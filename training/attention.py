@@ -52,12 +52,19 @@ class GroupedMask:
     length: int
 
     @classmethod
-    def of(cls, blocks: Blocks, dtype: torch.dtype, *kind: Any) -> "GroupedMask":
+    def of(
+        cls,
+        blocks: Blocks,
+        dtype: torch.dtype,
+        window: int | None,
+        causal: bool,
+        from_anchor: bool = False,
+    ) -> "GroupedMask":
         """Return the masks of `blocks`.
 
         Args:
             dtype: of the queries.
-            kind: of layer, as in `Blocks.mask_function`.
+            window, causal, from_anchor: the kind of layer, as in `Blocks.mask_function`.
         """
         length, num_anchors = blocks.batch.input_ids.shape[1], blocks.anchors.shape[1]
         size = group_size(num_anchors)
@@ -66,7 +73,7 @@ class GroupedMask:
             anchors = blocks.anchors[:, first : first + size]
             context = slice(0, max(0, int(anchors.max())))
             queries = slice(first * blocks.size, (first + anchors.shape[1]) * blocks.size)
-            values = blocks.dense_mask(*kind, dtype=dtype, queries=queries, context=context)
+            values = blocks.dense_mask(window, causal, from_anchor, dtype, queries, context)
             groups.append(GroupMask(queries, context, values))
         return cls(groups, length)
 

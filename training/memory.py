@@ -256,7 +256,7 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, outer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        states, weight, _ = ctx.saved_tensors
+        states, weight = ctx.saved_tensors[:2]
         return torch.empty_like(states), torch.empty_like(weight)
 
 

@@ -95,10 +95,8 @@ class _Mixed(torch.autograd.Function):
         sums = exps.sum(-1, keepdim=True)
         normaliser = top + sums.log()  # [n, 1]
         losses = mix.ce * (normaliser - logits.gather(1, labels[:, None]))[:, 0]
-        chances = None
-        if target is not None and mix.needs_target:
-            chances = target.exp()
-        if chances is not None and mix.kl:
+        chances = target.exp() if target is not None and mix.needs_target else None
+        if target is not None and chances is not None and mix.kl:
             ratios = (target - logits).add_(normaliser)  # log(p / q)
             losses = losses + mix.kl * _dot(chances, ratios)
         if chances is not None and mix.tv:

@@ -151,7 +151,7 @@ class TrainOptions:
     dry_run: bool = field(
         default=False,
         metadata={
-            "help": "Run two steps, save, reload and check, then estimate time and memory of the whole run."
+            "help": "Tell the memory of a step, run a few, save, reload and check; estimate the time of the whole run."
         },
     )
     tune: list[str] | None = field(
