@@ -157,7 +157,6 @@ def _unknown(name: str, known: list[str]) -> str:
 
 def _run(options: TrainOptions, args: DFlashTrainingArguments) -> None:
     """Set up the run, and train or make the dry run."""
-    expected = tell_memory(options, args) if options.dry_run else None
     hide_bars()
     notes.print(
         f"Loading {options.target} and {options.data}",
@@ -166,6 +165,7 @@ def _run(options: TrainOptions, args: DFlashTrainingArguments) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    expected = tell_memory(options, args) if options.dry_run else None
     trainer = build(options, args)
     if options.draft is None and not args.resume_from_checkpoint:
         _tell_choices(trainer)

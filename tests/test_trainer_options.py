@@ -112,7 +112,7 @@ def test_every_option_of_the_trainer_is_tried_refused_or_known():
     ("name", "library", "state"),
     [
         ("adamw_bnb_8bit", "bitsandbytes", torch.uint8),
-        ("paged_lion_8bit", "bitsandbytes", torch.uint8),
+        ("lion_8bit", "bitsandbytes", torch.uint8),
         ("adamw_torch_8bit", "torchao", torch.uint8),
         ("adamw_torch_4bit", "torchao", torch.uint8),
         ("adafactor", "transformers", torch.float32),
