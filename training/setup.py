@@ -212,7 +212,7 @@ def check_fresh_draft(options: TrainOptions) -> None:
     Raises:
         ValueError: there can be no such draft.
     """
-    tokenizer, target = _load_target(options, with_weights=False)
+    tokenizer, target = _without_weights(options)
     with torch.device("meta"):
         make_draft(options, target, tokenizer)
 
