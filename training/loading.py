@@ -110,9 +110,8 @@ def whole_module(module: Any) -> Any:
     if not any(isinstance(weight, DTensor) for weight in module.parameters()):
         return module
     whole = copy.copy(module)
-    vars(whole).pop(
-        "forward", None
-    )  # which asks the other processes; older versions do so by hooks
+    # What asks the other processes is a forward of its own, or hooks in older versions.
+    vars(whole).pop("forward", None)
     whole._forward_hooks, whole._forward_pre_hooks = OrderedDict(), OrderedDict()
     whole._parameters = dict(module._parameters)
     for name, weight in module.named_parameters(recurse=False):
