@@ -246,10 +246,11 @@ def check_cut(options: TrainOptions, args: DFlashTrainingArguments) -> None:
         ValueError: says for what.
     """
     draft, _ = models_without_weights(replace(options, cut_target=False), args)
-    if args.eval_acceptance_prompts:
-        raise ValueError(
-            "cut_target is True, but eval_acceptance_prompts decodes with the whole target; leave one of them out."
-        )
+    for name in ("eval_acceptance_prompts", "regenerate_every"):
+        if getattr(args, name):
+            raise ValueError(
+                f"cut_target is True, but {name} decodes with the whole target; leave one of them out."
+            )
     if needs_target(draft.config, args.recipe):
         raise ValueError(
             f"cut_target is True, but the loss of this {draft.config.model_type} draft, "

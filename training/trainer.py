@@ -101,9 +101,11 @@ class DFlashTrainer(Trainer):
             raise ValueError(
                 "eval_acceptance_prompts needs a whole draft on each process; leave it out with FSDP."
             )
-        if args.eval_acceptance_prompts and is_parallel(target):
+        decoding = args.eval_acceptance_prompts or args.regenerate_every
+        if decoding and is_parallel(target):
             raise ValueError(
-                "eval_acceptance_prompts decodes, which a target that is spread over processes does not; leave it out."
+                "eval_acceptance_prompts and regenerate_every decode, which a target that is spread over processes "
+                "does not; leave them out."
             )
         self.kind = kind_of(model.config)
         self.preprocess_config = preprocess_config(processing_class, target, model.config, args)
