@@ -101,11 +101,7 @@ class DFlashTrainer(Trainer):
             optimizers=optimizers,
         )
         model.config.use_cache = True  # Trainer turns it off, and it would be saved so
-        if getattr(target, "hf_device_map", None) is None and not getattr(
-            target, "is_quantized", False
-        ):
-            target = target.to(args.device)
-        self.target = target
+        self.target = target = placed(target, args.device)
         self.objective = Objective(model.config, target, args.recipe)
         model.set_attn_implementation(
             "flex_attention" if self.objective.flex(args.device) else "sdpa"
@@ -377,6 +373,12 @@ class DFlashTrainer(Trainer):
             greedy(self.target, ids, self.args.eval_acceptance_tokens, **generate_kwargs)
         draft.train(training)
         return statistics.acceptance_length
+
+
+def placed(target: Any, device: torch.device) -> Any:
+    """Return the target on a device, unless it is quantised or spread over several."""
+    spread = getattr(target, "hf_device_map", None) is not None
+    return target if spread or getattr(target, "is_quantized", False) else target.to(device)
 
 
 def enum_value(name: Any) -> str:
