@@ -28,7 +28,7 @@ def take_from_features(parser: argparse.ArgumentParser, argv: list[str]) -> None
 def _value_of(option: str, argv: list[str]) -> str | None:
     """Return the value of an option on a command line; None without it."""
     found = None
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+    for word, following in zip(argv, [*argv[1:], ""], strict=False):
         if word == option:
             found = following
         elif word.startswith(f"{option}="):

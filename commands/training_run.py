@@ -140,9 +140,7 @@ def _run(options: TrainOptions, args: DFlashTrainingArguments) -> None:
     """Set up the run, and train or make the dry run."""
     hide_bars()
     loaded = options.features or f"{options.target} and {options.data}"
-    notes.print(
-        f"Loading {loaded}", style="dim", markup=False, highlight=False, soft_wrap=True
-    )
+    notes.print(f"Loading {loaded}", style="dim", markup=False, highlight=False, soft_wrap=True)
     trainer = (build if options.features is None else build_from_features)(options, args)
     if options.draft is None and not args.resume_from_checkpoint:
         _tell_choices(trainer)
