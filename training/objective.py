@@ -20,6 +20,7 @@ from ..kinds import kind_of
 from ..taps_dflash import FeatureTaps
 from ..target_dflash import decoder_layers, embed_noise
 from .blocks import Blocks, PackedBatch, default_gamma, draw_given
+from .features import LACKS_STATES
 from .heads import HEADS, BlockStates, HeadInputs, confidence_loss
 from .loss import Loss, LossInputs, weighted_loss
 from .metrics import Counts, LossSums
@@ -86,6 +87,17 @@ def check_trainable(config: Any) -> None:
             )
 
 
+def mix_of(config: Any, recipe: Recipe) -> Mix:
+    """Return the losses of a position of a draft with this config."""
+    return Mix.parse(kind_of(config).loss) if recipe.mix is None else recipe.mix
+
+
+def needs_target(config: Any, recipe: Recipe) -> bool:
+    """Return whether the loss of a draft with this config needs the target's own distribution."""
+    has_confidence = getattr(config, "enable_confidence_head", False)
+    return mix_of(config, recipe).needs_target or has_confidence
+
+
 class FrozenTarget:
     """Run the target for training: tapped features, embedding and head. Nothing of it learns."""
 
@@ -111,9 +123,19 @@ class FrozenTarget:
         Documents of about the same length form a batch, whatever rows they are in. A document's padding comes after
         it, where a causal model does not look; so no mask is needed, whatever layers the target has.
 
+        Where the batch has features already, these are returned.
+
         Args:
             last_hidden_state: whether to return the states that the head reads too.
+
+        Raises:
+            ValueError: the batch has features, but not the states that are asked for.
         """
+        if batch.features is not None:
+            if last_hidden_state and batch.last_hidden_state is None:
+                raise ValueError(LACKS_STATES)
+            states = batch.last_hidden_state if last_hidden_state else None
+            return TargetOutput(batch.features, states)
         shape = batch.input_ids.shape
         features = states = None
         for group in _group_by_length(batch.spans()):
@@ -251,14 +273,14 @@ class Objective:
         self.target = FrozenTarget(target, config.target_layer_ids)
         self.gamma = default_gamma(1 + config.num_drafted) if recipe.gamma is None else recipe.gamma
         kind = kind_of(config)
-        self.mix = Mix.parse(kind.loss) if recipe.mix is None else recipe.mix
+        self.mix = mix_of(config, recipe)
         self.head = kind.head
         self.has_confidence = getattr(config, "enable_confidence_head", False)
 
     @property
     def needs_target(self) -> bool:
         """Whether the loss needs the target's own distribution."""
-        return self.mix.needs_target or self.has_confidence
+        return needs_target(self.config, self.recipe)
 
     def blocks(
         self, batch: PackedBatch, anchors: torch.Tensor, draw: tuple[int, int] = (0, 0)

@@ -44,6 +44,13 @@ class TrainOptions:
     streaming: bool = field(
         default=False, metadata={"help": "Stream the dataset; needs --max-steps."}
     )
+    features: str | None = field(
+        default=None,
+        metadata={
+            "help": "In place of --data: a folder that `dflash-hub features` wrote or writes, or a dataset repository "
+            "with one."
+        },
+    )
     eval_rows: int = field(
         default=0, metadata={"help": "Number of rows to hold out for evaluation."}
     )
@@ -155,18 +162,18 @@ def build(
     Args:
         loaded: tokenizer and target, if they are loaded already.
     """
-    tokenizer, target = loaded or _load_target(options)
+    tokenizer, target = loaded or load_target(options)
     set_seed(args.seed)  # before the draft, whose fresh weights are random
     draft = make_draft(options, target, tokenizer)
-    draft.card_metadata = draft.card_metadata | _known(options)
-    rows, held_out = _split(options, args)
+    draft.card_metadata = draft.card_metadata | known(options)
+    rows, held_out = split_rows(options, args)
     try:
         return DFlashTrainer(draft, target, args, rows, held_out, tokenizer)
     except BadRow as error:
         raise with_file(error, options.data) from error
 
 
-def _known(options: TrainOptions) -> dict[str, Any]:
+def known(options: TrainOptions) -> dict[str, Any]:
     """Return what the names of target and data tell the card, where they are names of the Hub."""
     found: dict[str, Any] = {}
     target = out_of_cache(options.target)
@@ -183,7 +190,7 @@ def check_fresh_draft(options: TrainOptions) -> None:
     Raises:
         ValueError: there can be no such draft.
     """
-    tokenizer, target = _load_target(options, with_weights=False)
+    tokenizer, target = load_target(options, with_weights=False)
     with torch.device("meta"):
         make_draft(options, target, tokenizer)
 
@@ -192,7 +199,7 @@ def inspect(
     options: TrainOptions, args: DFlashTrainingArguments
 ) -> tuple[Any, Iterator[tuple[str, list[tuple[list[int], list[int], str]]]]]:
     """Return the tokenizer, and the place and the documents of each row, in their order. No target is loaded."""
-    tokenizer, target = _load_target(options, with_weights=False)
+    tokenizer, target = load_target(options, with_weights=False)
     with torch.device("meta") if options.draft is None else nullcontext():
         draft = make_draft(options, target, tokenizer)
     config = preprocess_config(tokenizer, target, draft.config, args)
@@ -200,7 +207,7 @@ def inspect(
     return tokenizer, (documents_of_row(row, number, config) for number, row in enumerate(rows))
 
 
-def _load_target(options: TrainOptions, with_weights: bool = True) -> tuple[Any, Any]:
+def load_target(options: TrainOptions, with_weights: bool = True) -> tuple[Any, Any]:
     """Load tokenizer and target, or a target on the meta device."""
     trust = {"trust_remote_code": options.trust_remote_code}
     check_path("target", options.target)
@@ -219,7 +226,7 @@ def _load_target(options: TrainOptions, with_weights: bool = True) -> tuple[Any,
     return tokenizer, target
 
 
-def _split(options: TrainOptions, args: DFlashTrainingArguments) -> tuple[Any, Any]:
+def split_rows(options: TrainOptions, args: DFlashTrainingArguments) -> tuple[Any, Any]:
     """Return the rows to train on, and those held out or None."""
     rows = load_rows(options.data, options.data_name, options.data_split, options.streaming)
     if not options.eval_rows:
