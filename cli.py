@@ -16,6 +16,7 @@ from .commands.demo import demo
 from .commands.drafts import drafts
 from .commands.env import env
 from .commands.eval import evaluate
+from .commands.features import features
 from .commands.generate import generate
 from .commands.push import push
 from .commands.refresh import refresh
@@ -32,7 +33,7 @@ app = typer.Typer(
     name="dflash-hub", no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__
 )
 
-# `train` has its own parser, which also prints its help; see commands/training_run.py.
+# `train` and `features` have their own parser, which also prints their help; see commands/training_run.py.
 PASS_ALL_OPTIONS = {
     "allow_extra_args": True,
     "ignore_unknown_options": True,
@@ -69,6 +70,7 @@ _add(resolve)
 _add(check)
 _add(serve_with, "serve-with")
 _add(train, context_settings=PASS_ALL_OPTIONS, add_help_option=False)
+_add(features, context_settings=PASS_ALL_OPTIONS, add_help_option=False)
 _add(regenerate)
 _add(convert)
 _add(push)
@@ -96,6 +98,10 @@ def _options(words: list[str]) -> list[str]:
         from .commands.training_run import option_names
 
         return option_names()
+    if called == "features":
+        from .commands import features_run
+
+        return features_run.option_names()
     command = typer.main.get_command(app)
     found = getattr(command, "commands", {}).get(called)
     return [option.name for option in getattr(found, "params", ())]

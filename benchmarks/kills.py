@@ -30,6 +30,7 @@ sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
 ROWS = 60
+TARGET = Path(__file__).parents[1] / "examples" / "tiny_pair" / "target"
 
 
 class Regenerate:
@@ -86,6 +87,37 @@ class Train:
             expect("the draft that the killed run left", cls.result(folder) == whole)
 
 
+class Features:
+    """Features of the built-in target in shards of a row or two; the result is the files."""
+
+    @staticmethod
+    def run(folder: Path) -> None:
+        from dflash_hub.training.feature_setup import FeatureArguments, FeatureJob
+        from dflash_hub.training.feature_writer import write
+        from dflash_hub.training.setup import TrainOptions
+
+        data, out = folder.parent / "rows.jsonl", folder / "features"
+        rows = [{"input_ids": list(range(2, 40 + number))} for number in range(ROWS)]
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        shape = {"block_size": 8, "target_layer_ids": [1, 2, 4], "mask_token_id": 1}
+        options = TrainOptions(str(TARGET), str(data), **shape)
+        given = FeatureArguments(str(out), max_length=100, shard_size=2e-4, use_cpu=True)
+        job = FeatureJob(options, given)
+        write(out, job.plan, job.load, lambda shards, rows: None)
+
+    @staticmethod
+    def result(folder: Path) -> Any:
+        paths = (path for path in (folder / "features").rglob("*") if path.is_file())
+        return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+    @staticmethod
+    def check(folder: Path, whole: Any) -> None:
+        """Shards that are there are whole."""
+        for path, found in Features.result(folder).items():
+            if "-of-" in path:
+                expect(path, found == whole[path])
+
+
 class Push:
     """A push of both layouts; the result is the files of both branches, by their digests."""
 
@@ -107,7 +139,12 @@ class Push:
             expect(f"branch {name}", files in states)
 
 
-JOBS: dict[str, Any] = {"regenerate": Regenerate, "train": Train, "push": Push}
+JOBS: dict[str, Any] = {
+    "regenerate": Regenerate,
+    "features": Features,
+    "train": Train,
+    "push": Push,
+}
 
 
 def branch_files(repo: str, branch: str) -> dict[str, str]:

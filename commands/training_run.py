@@ -2,22 +2,21 @@
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
 """Run `dflash-hub train`: read the options, set up the run, train, save and publish."""
 
-import difflib
 import re
 import shlex
 import tempfile
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import typer
 from huggingface_hub import HfApi
-from transformers import HfArgumentParser
 
 from ..publishing import PublishOptions, publish
 from ..repository_dflash import check_destination
 from ..training import DFlashTrainer, DFlashTrainingArguments
+from ..training.feature_setup import build_from_features
 from ..training.progress import PLOT
 from ..training.setup import TrainOptions, build, check_fresh_draft
 from ..training.trainer import (
@@ -28,8 +27,10 @@ from ..training.trainer import (
     sole_trainer,
 )
 from .dry_run import dry_run, tell_memory
+from .feature_defaults import take_from_features
 from .inspect_rows import inspect_rows
 from .loading import load_tokenizer
+from .parsing import Parser, check_words
 from .preflight import (
     Problems,
     check_data,
@@ -45,13 +46,6 @@ from .train_display import shown
 from .tune import SHORT, tune
 
 
-class _Parser(HfArgumentParser):
-    """Raise errors of one line, because the usage text lists more than a hundred options."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}. `dflash-hub train --help` lists the options.")
-
-
 def train(argv: list[str]) -> None:
     """Run the command.
 
@@ -63,11 +57,12 @@ def train(argv: list[str]) -> None:
         OSError: something cannot be found or written.
         RuntimeError: the finished draft could not be pushed; it is saved on disk.
     """
-    parser = _Parser(
+    parser = Parser(
         (TrainOptions, DFlashTrainingArguments), prog="dflash-hub train", allow_abbrev=False
     )
+    take_from_features(parser, argv)
     options, args = _parse(parser, _expand_push_to_hub(argv))
-    if options.inspect is not None:
+    if options.inspect is not None and options.features is None:
         inspect_rows(options, args)
         return
     with tempfile.TemporaryDirectory() as scratch:
@@ -80,21 +75,14 @@ def train(argv: list[str]) -> None:
             _run(options, args)
 
 
-def _parse(parser: _Parser, argv: list[str]) -> tuple[TrainOptions, Any]:
+def _parse(parser: Parser, argv: list[str]) -> tuple[TrainOptions, Any]:
     """Return what the options say, ours and the Trainer's, once the names of target and draft are checked.
 
     Raises:
         ValueError: listing everything that is wrong.
     """
     problems = Problems()
-    known = [name for action in parser._actions for name in action.option_strings]
-    for word in argv:
-        name = word.partition("=")[0]
-        if name.startswith("--") and name not in known:
-            problems.add(_unknown(name, known))
-    if problems.found:
-        problems.check(parser.parse_known_args, argv)  # what is missing besides
-        problems.raise_all()
+    check_words(parser, argv, problems)
     options, args = parser.parse_args_into_dataclasses(argv)
     _check(options, args, problems)
     problems.raise_all()
@@ -104,10 +92,13 @@ def _parse(parser: _Parser, argv: list[str]) -> tuple[TrainOptions, Any]:
 def _check(options: TrainOptions, args: Any, problems: Problems) -> None:
     """Collect what is wrong with the options, before weights are loaded."""
     found = len(problems.found)
-    problems.check(check_target, options.target)
+    is_named = options.features is None or bool(options.target)
+    if is_named:
+        problems.check(check_target, options.target)
     problems.check(check_draft, options.draft, options.draft_revision)
     problems.check(check_dtype, options.target_dtype, "--target-dtype")
-    problems.check(check_data, options.data)
+    if options.features is None:
+        problems.check(check_data, options.data)
     if options.inspect is None and options.tune is None and not options.dry_run:
         problems.check(check_folder_to_write, str(args.output_dir), "--output-dir")
         problems.check(checkpoint_to_resume, args, args.resume_from_checkpoint)
@@ -115,9 +106,10 @@ def _check(options: TrainOptions, args: Any, problems: Problems) -> None:
             problems.check(_check_push, args)
     for problem in _contradictions(options, args):
         problems.add(problem)
-    if len(problems.found) == found:
+    if is_named and len(problems.found) == found:
         problems.check(load_tokenizer, options.target, options.trust_remote_code)
-    if len(problems.found) == found and options.draft is None:
+    is_fresh = options.draft is None and options.features is None
+    if is_fresh and len(problems.found) == found:
         problems.check(check_fresh_draft, options)
 
 
@@ -146,33 +138,21 @@ def _contradictions(options: TrainOptions, args: Any) -> Iterator[str]:
         yield "--draft-revision is given without --draft; pass both or none."
 
 
-def _unknown(name: str, known: list[str]) -> str:
-    """Return the message for an option that there is not, with the one that is spelt most like it."""
-    dashed = [one for one in known if one.startswith("--") and "_" not in one]
-    alike = difflib.get_close_matches(name.replace("_", "-"), dashed, n=1, cutoff=0.6)
-    alike = alike or [one for one in dashed if one.startswith(name)][:1]
-    meant = f"did you mean {alike[0]}?" if alike else "`dflash-hub train --help` lists the options."
-    return f"{name} is no option of train; {meant}"
-
-
 def _run(options: TrainOptions, args: DFlashTrainingArguments) -> None:
     """Set up the run, and train or make the dry run."""
     hide_bars()
-    notes.print(
-        f"Loading {options.target} and {options.data}",
-        style="dim",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
-    )
-    expected = tell_memory(options, args) if options.dry_run else None
-    trainer = build(options, args)
+    loaded = options.features or f"{options.target} and {options.data}"
+    notes.print(f"Loading {loaded}", style="dim", markup=False, highlight=False, soft_wrap=True)
+    expected = None
+    if options.dry_run and options.features is None:
+        expected = tell_memory(options, args)
+    trainer = (build if options.features is None else build_from_features)(options, args)
     if options.draft is None and not args.resume_from_checkpoint:
         _tell_choices(trainer)
     if not options.streaming:
         print_data_reports(trainer)
     with shown(trainer):
-        if expected is not None:
+        if options.dry_run:
             dry_run(trainer, Path(str(args.output_dir)), expected)
             return
         try:

@@ -5,7 +5,8 @@
 Random anchors, the block mask and the decaying weights follow DFlash (arXiv 2602.06036).
 
 Shapes: B rows, S tokens of a row, A anchors of a row, Q block positions, T of those that predict a token: Q, or Q - 1
-where the anchor's position does not. N positions with a loss. A column is an index into a row, 0 to S - 1.
+where the anchor's position does not. N positions with a loss, H target hidden size, F taps * H. A column is an index
+into a row, 0 to S - 1.
 """
 
 import hashlib
@@ -27,11 +28,15 @@ class PackedBatch:
         input_ids `[B, S]`: token ids.
         loss_mask `[B, S]`: True where the draft learns to predict the token.
         documents `[B, S]`: 1, 2 ... for the documents of a row, in order; 0 for the padding at its end.
+        features `[B, S, F]`, last_hidden_state `[B, S, H]`: what the target computed for these rows; None where it has
+            to be computed.
     """
 
     input_ids: torch.Tensor
     loss_mask: torch.Tensor
     documents: torch.Tensor
+    features: torch.Tensor | None = None
+    last_hidden_state: torch.Tensor | None = None
 
     @cached_property
     def positions(self) -> torch.Tensor:

@@ -18,6 +18,7 @@ import torch
 from ..configuration_dflash import __version__
 from .blocks import PackedBatch
 from .conversations import Segment, documents_of, renderer
+from .features import FEATURES, STATES
 from .formats import Conversation, Form, Text, Tokens, read_row
 from .messages import Message
 from .reading import BadRow, columns_of, row_of, rows_of_list
@@ -342,6 +343,8 @@ def pack(batch: dict[str, list], length: int) -> dict[str, list]:
 class Collator:
     """Turn packed rows into the tensors of a batch: `input_ids`, `supervised` and `documents`, each `[B, S]`.
 
+    What the target computed for the rows becomes `[B, S, ...]`, 0 at padding.
+
     Args:
         length: S; None for the length of the longest row.
     """
@@ -363,9 +366,23 @@ class Collator:
             batch["documents"][index, :size] = torch.arange(1, len(lengths) + 1).repeat_interleave(
                 lengths
             )
+        for name in (FEATURES, STATES):
+            if name in rows[0]:
+                batch[name] = _padded([row[name] for row in rows], width)
         return batch
+
+
+def _padded(rows: list[torch.Tensor], width: int) -> torch.Tensor:
+    """Return `[B, S, W]`: values of each row, `[n, W]`, with zeros after them."""
+    whole = rows[0].new_zeros(len(rows), width, rows[0].shape[-1])
+    for index, values in enumerate(rows):
+        whole[index, : len(values)] = values
+    return whole
 
 
 def packed_batch(tensors: dict[str, torch.Tensor]) -> PackedBatch:
     """Return the batch of the tensors that `Collator` made."""
-    return PackedBatch(tensors["input_ids"], tensors["supervised"].bool(), tensors["documents"])
+    computed = (tensors.get(name) for name in (FEATURES, STATES))
+    return PackedBatch(
+        tensors["input_ids"], tensors["supervised"].bool(), tensors["documents"], *computed
+    )

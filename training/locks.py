@@ -49,6 +49,19 @@ def sole_writer(output: Path, lock_file: Path, option: str) -> Iterator[None]:
         lock.release()
 
 
+def is_held(lock_file: Path) -> bool:
+    """Return whether a run holds `lock_file`."""
+    if not lock_file.exists():
+        return False
+    probe = FileLock(lock_file, timeout=0)
+    try:
+        probe.acquire()
+    except Timeout:
+        return True
+    probe.release()
+    return False
+
+
 def _this_process() -> str:
     """Return what the message says of this process."""
     since = datetime.now().astimezone().isoformat(" ", "seconds")

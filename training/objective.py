@@ -23,6 +23,7 @@ from ..taps_dflash import FeatureTaps
 from ..target_dflash import decoder_layers, embed_noise
 from .attention import GROUPED, GroupedMask
 from .blocks import Blocks, PackedBatch, default_gamma, draw_given
+from .features import LACKS_STATES
 from .heads import HEADS, BlockStates, HeadInputs, confidence_loss
 from .loading import is_parallel, whole_module
 from .loss import Loss, LossInputs, weighted_loss
@@ -98,6 +99,17 @@ def _stop(*args: Any) -> None:
     raise _LastTap
 
 
+def mix_of(config: Any, recipe: Recipe) -> Mix:
+    """Return the losses of a position of a draft with this config."""
+    return Mix.parse(kind_of(config).loss) if recipe.mix is None else recipe.mix
+
+
+def needs_target(config: Any, recipe: Recipe) -> bool:
+    """Return whether the loss of a draft with this config needs the target's own distribution."""
+    has_confidence = getattr(config, "enable_confidence_head", False)
+    return mix_of(config, recipe).needs_target or has_confidence
+
+
 class FrozenTarget:
     """Run the target for training: tapped features, embedding and head. Nothing of it learns."""
 
@@ -144,7 +156,17 @@ class FrozenTarget:
 
         Documents of about the same length form a batch, whatever rows they are in. A document's padding comes after
         it, where a causal model does not look; so no mask is needed, whatever layers the target has.
+
+        Where the batch has features already, these are returned.
+
+        Raises:
+            ValueError: the batch has features, but not the states that are asked for.
         """
+        if batch.features is not None:
+            if last_hidden_state and batch.last_hidden_state is None:
+                raise ValueError(LACKS_STATES)
+            states = batch.last_hidden_state if last_hidden_state else None
+            return TargetOutput(batch.features, states)
         shape = batch.input_ids.shape
         features = states = None
         for group in _group_by_length(batch.spans()):
@@ -229,16 +251,6 @@ def _group_by_length(spans: list[Span]) -> list[list[Span]]:
         else:
             groups.append([span])
     return groups
-
-
-def mix_of(config: Any, recipe: Recipe) -> Mix:
-    """Return the losses of a position, for a draft with this config."""
-    return Mix.parse(kind_of(config).loss) if recipe.mix is None else recipe.mix
-
-
-def needs_target(config: Any, recipe: Recipe) -> bool:
-    """Return whether the loss of a draft with this config needs the target's own distribution."""
-    return mix_of(config, recipe).needs_target or getattr(config, "enable_confidence_head", False)
 
 
 # The objective --------------------------------------------------------------------------------------------------

@@ -53,6 +53,13 @@ class TrainOptions:
     streaming: bool = field(
         default=False, metadata={"help": "Stream the dataset; needs --max-steps."}
     )
+    features: str | None = field(
+        default=None,
+        metadata={
+            "help": "In place of --data: a folder that `dflash-hub features` wrote or writes, or a dataset repository "
+            "with one."
+        },
+    )
     eval_rows: int = field(
         default=0, metadata={"help": "Number of rows to hold out for evaluation."}
     )
@@ -184,18 +191,18 @@ def build(
     """
     if options.cut_target:
         check_cut(options, args)
-    tokenizer, target = loaded or _load_target(options, args)
+    tokenizer, target = loaded or load_target(options)
     set_seed(args.seed)  # before the draft, whose fresh weights are random
     draft = make_draft(options, target, tokenizer)
-    draft.card_metadata = draft.card_metadata | _known(options)
-    rows, held_out = _split(options, args)
+    draft.card_metadata = draft.card_metadata | known(options)
+    rows, held_out = split_rows(options, args)
     try:
         return DFlashTrainer(draft, target, args, rows, held_out, tokenizer)
     except BadRow as error:
         raise with_file(error, options.data) from error
 
 
-def _known(options: TrainOptions) -> dict[str, Any]:
+def known(options: TrainOptions) -> dict[str, Any]:
     """Return what the names of target and data tell the card, where they are names of the Hub."""
     found: dict[str, Any] = {}
     target = out_of_cache(options.target)
@@ -229,7 +236,7 @@ def inspect(
     return tokenizer, (documents_of_row(row, number, config) for number, row in enumerate(rows))
 
 
-def models_without_weights(options: TrainOptions, args: DFlashTrainingArguments) -> tuple[Any, Any]:
+def models_without_weights(options: TrainOptions) -> tuple[Any, Any]:
     """Return the draft and the target of a run on the meta device, the target in the dtype that it is loaded in."""
     tokenizer, target = _without_weights(options)
     with torch.device("meta") if options.draft is None else nullcontext():
@@ -245,7 +252,7 @@ def check_cut(options: TrainOptions, args: DFlashTrainingArguments) -> None:
     Raises:
         ValueError: says for what.
     """
-    draft, _ = models_without_weights(replace(options, cut_target=False), args)
+    draft, _ = models_without_weights(replace(options, cut_target=False))
     for name in ("eval_acceptance_prompts", "regenerate_every"):
         if getattr(args, name):
             raise ValueError(
@@ -258,12 +265,14 @@ def check_cut(options: TrainOptions, args: DFlashTrainingArguments) -> None:
         )
 
 
-def _load_target(options: TrainOptions, args: DFlashTrainingArguments) -> tuple[Any, Any]:
-    """Load tokenizer and target."""
+def load_target(options: TrainOptions, with_weights: bool = True) -> tuple[Any, Any]:
+    """Load tokenizer and target, or a target on the meta device."""
+    if not with_weights:
+        return _without_weights(options)
     trust = {"trust_remote_code": options.trust_remote_code}
     layers = None
     if options.cut_target:
-        draft, _ = models_without_weights(replace(options, cut_target=False), args)
+        draft, _ = models_without_weights(replace(options, cut_target=False))
         layers = 1 + max(draft.config.target_layer_ids)
     tokenizer, config = _tokenizer_and_config(options)
     text = config.get_text_config(decoder=True)
@@ -342,7 +351,7 @@ def _dtype(options: TrainOptions, config: Any) -> torch.dtype:
     return config.get_text_config(decoder=True).dtype or config.dtype or torch.float32
 
 
-def _split(options: TrainOptions, args: DFlashTrainingArguments) -> tuple[Any, Any]:
+def split_rows(options: TrainOptions, args: DFlashTrainingArguments) -> tuple[Any, Any]:
     """Return the rows to train on, and those held out or None."""
     rows = load_rows(options.data, options.data_name, options.data_split, options.streaming)
     if not options.eval_rows:

@@ -131,11 +131,7 @@ class DFlashTrainer(Trainer):
             optimizers=optimizers,
         )
         model.config.use_cache = True  # Trainer turns it off, and it would be saved so
-        if getattr(target, "hf_device_map", None) is None and not getattr(
-            target, "is_quantized", False
-        ):
-            target = target.to(args.device)
-        self.target = target
+        self.target = target = placed(target, args.device)
         self.objective = Objective(model.config, target, args.recipe)
         model.set_attn_implementation(self.objective.attention(args.device))
         if args.regenerate_every is not None:
@@ -528,6 +524,12 @@ class DFlashTrainer(Trainer):
             lines.append(f"What is saved is {Path(self.state.best_model_checkpoint).name}.")
         block = describe_block(best, self.accelerator.unwrap_model(self.model).config)
         return [*lines, block] if block else lines
+
+
+def placed(target: Any, device: torch.device) -> Any:
+    """Return the target on a device, unless it is quantised or spread over several."""
+    spread = getattr(target, "hf_device_map", None) is not None
+    return target if spread or getattr(target, "is_quantized", False) else target.to(device)
 
 
 def enum_value(name: Any) -> str:

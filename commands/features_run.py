@@ -1,0 +1,136 @@
+# Copyright 2026 the dflash-hub authors.
+# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+"""Run `dflash-hub features`: read the options, prepare the rows, and write features or tell what they would cost."""
+
+import shutil
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from ..training.feature_setup import FeatureArguments, FeatureJob
+from ..training.feature_writer import write
+from ..training.setup import TrainOptions
+from .dry_run import duration
+from .loading import load_tokenizer
+from .parsing import Parser, check_words
+from .preflight import Problems, check_draft, check_dtype, check_target
+from .screen import console, hide_bars, notes
+
+
+def write_features(argv: list[str]) -> None:
+    """Run the command.
+
+    Args:
+        argv: the command line after `dflash-hub features`.
+
+    Raises:
+        ValueError: the options, the target or the data are invalid, or the folder holds something else.
+        OSError: something cannot be found or written.
+    """
+    options, given = _parse(argv)
+    folder = Path(given.output_dir)
+    if folder.is_file():
+        raise ValueError(f"--output-dir is the file {folder}; pass a folder.")
+    hide_bars()
+    job = FeatureJob(options, given)
+    for name, report in job.reports.items():
+        notes.print(f"{name} data: {report}", style="dim", highlight=False, soft_wrap=True)
+    if options.dry_run:
+        _show_cost(job, folder)
+        return
+    total = sum(1 for _ in job.plan.shards())
+    there = _write_with_progress(job, folder)
+    if there:
+        console.print(f"{there:,} of {total:,} shards were already there.", highlight=False)
+    console.print(
+        f"[bold]{folder}[/bold] holds the features of {_rows(job):,} rows in {total:,} shards, "
+        f"{_bytes(job) / 1e9:,.2f} GB. Train from them: dflash-hub train --features {folder}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _parse(argv: list[str]) -> tuple[TrainOptions, FeatureArguments]:
+    """Return what the options say, once the names of target and draft are checked.
+
+    Raises:
+        ValueError: listing everything that is wrong.
+    """
+    kinds: Any = (TrainOptions, FeatureArguments)
+    parser = Parser(kinds, prog="dflash-hub features", allow_abbrev=False)
+    problems = Problems()
+    check_words(parser, argv, problems)
+    options, given = parser.parse_args_into_dataclasses(argv)
+    problems.check(check_target, options.target)
+    problems.check(check_draft, options.draft, options.draft_revision)
+    problems.check(check_dtype, options.target_dtype, "--target-dtype")
+    if not problems.found:
+        problems.check(load_tokenizer, options.target, options.trust_remote_code)
+    problems.raise_all()
+    return options, given
+
+
+def option_names() -> list[str]:
+    """Return the names of all options."""
+    return [one.name for kind in (TrainOptions, FeatureArguments) for one in fields(kind)]
+
+
+def _rows(job: FeatureJob) -> int:
+    return sum(shard.rows for _, shard in job.plan.shards())
+
+
+def _bytes(job: FeatureJob) -> int:
+    return sum(job.plan.bytes_of(shard) for _, shard in job.plan.shards())
+
+
+def _write_with_progress(job: FeatureJob, folder: Path) -> int:
+    """Write with a progress bar; return how many shards were there before."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=notes, disable=not notes.is_interactive) as progress:
+        task = progress.add_task("rows", total=_rows(job))
+
+        def report(shards: int, rows: int) -> None:
+            progress.update(task, completed=rows, description=f"rows, {shards:,} shards")
+
+        return write(folder, job.plan, job.load, report)
+
+
+def _show_cost(job: FeatureJob, folder: Path) -> None:
+    """Print what the features cost in disk and time; nothing is written."""
+    origin, tokens = job.plan.origin, job.plan.tokens
+    rate = job.tokens_per_second()
+    shards = sum(1 for _ in job.plan.shards())
+    table = Table(show_header=False, box=None, padding=(0, 2))
+    table.add_row("rows", f"{_rows(job):,} of {tokens:,} tokens, prepared")
+    layers = ", ".join(map(str, origin.target_layer_ids))
+    table.add_row("of each token", f"{' and '.join(origin.holds)}, layers {layers}, {origin.dtype}")
+    table.add_row(
+        "disk",
+        f"{origin.bytes_per_token:,} bytes a token; {_bytes(job) / 1e9:,.2f} GB in {shards:,} shards",
+    )
+    table.add_row("room", f"{shutil.disk_usage(_existing(folder)).free / 1e9:,.1f} GB at {folder}")
+    table.add_row(
+        "time", f"{rate:,.0f} tokens/s on {job.target.device}; about {duration(tokens / rate)}"
+    )
+    console.print(table, highlight=False)
+
+
+def _existing(folder: Path) -> Path:
+    """Return the folder, or the nearest above it that exists."""
+    return next(one for one in (folder.absolute(), *folder.absolute().parents) if one.exists())
