@@ -4,6 +4,7 @@
 
     python benchmarks/train.py                                      # a small body, the vocabulary of Qwen3
     python benchmarks/train.py --shape qwen3-8b --device cuda --length 3072 --anchors 512
+    python benchmarks/train.py --against speculators nemo --anchors 64      # other programs' steps, on a CPU
 
 Models have random weights. Times are medians over the steps, where the two methods take turns. Memory is the peak of
 a step beyond what was in use before it. The last line is JSON.
@@ -21,12 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from against import PROGRAMS, compare
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dflash_hub import DFlashDraftSpec
 from dflash_hub.generation_dflash import now
 from dflash_hub.training.blocks import Blocks, PackedBatch, draw_anchors
 from dflash_hub.training.loss import Loss, LossInputs, chunk_loss, weighted_loss
+from dflash_hub.training.memory import checkpoint_layers
 from dflash_hub.training.mix import Mix
 from dflash_hub.training.objective import Objective, Recipe
 
@@ -54,6 +57,9 @@ PARTS = ("target", "draft", "loss", "backward", "optimizer")
 def main() -> None:
     """Run the whole script."""
     options = arguments()
+    if options.against:
+        compare(options, SHAPES[options.shape])
+        return
     torch.manual_seed(0)
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
@@ -63,7 +69,9 @@ def main() -> None:
         "ours": Objective(draft.config, target, recipe, weighted_loss, timer.phase),
         "logits in full": Objective(draft.config, target, recipe, loss_in_full, timer.phase),
     }
-    draft.set_attn_implementation("flex_attention" if methods["ours"].flex(device) else "sdpa")
+    draft.set_attn_implementation(methods["ours"].attention(device))
+    if options.checkpointing:
+        checkpoint_layers(draft)
     optimizer = torch.optim.AdamW(draft.parameters(), lr=1e-4)
     ids = torch.randint(options.vocab, (options.batch, options.length), device=device)
     batch = PackedBatch(ids, torch.ones_like(ids, dtype=torch.bool), torch.ones_like(ids))
@@ -100,6 +108,21 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--checkpointing",
+        action="store_true",
+        help="compute the draft's layers again in the backward",
+    )
+    parser.add_argument(
+        "--against",
+        nargs="+",
+        default=[],
+        choices=PROGRAMS,
+        help="programs to compare with, on a CPU",
+    )
+    parser.add_argument(
+        "--their-attention", help="attention of the other programs, sdpa (the default) or eager"
+    )
     return parser.parse_args()
 
 

@@ -1,7 +1,8 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""`dflash-hub train --dry-run`: run two steps and estimate the cost of the whole run."""
+"""`dflash-hub train --dry-run`: tell what memory is needed, run a few steps and estimate the cost of the whole run."""
 
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -16,29 +17,89 @@ from ..publishing.probe import digests
 from ..publishing.push import check_staged, stage
 from ..registry import load_draft
 from ..training.feature_target import has_layers
-from ..training.trainer import DFlashTrainer, prompt_of
+from ..training.loading import QUANTIZATIONS, is_cut
+from ..training.memory import Memory, StepShape, Tracker, bytes_of, memory_of_step
+from ..training.setup import TrainOptions, models_without_weights
+from ..training.trainer import DFlashTrainer, DFlashTrainingArguments, prompt_of
 from .shared import console
+
+_TIMED_STEPS = 5
+_ENOUGH_SECONDS = 60.0
 
 
 class _StepClock(TrainerCallback):
-    """Measure the seconds of the last step, since the first includes warm-up."""
+    """Measure the memory of the second step, and the seconds of those after it; the first includes warm-up.
 
-    def __init__(self) -> None:
-        self.started, self.seconds = 0.0, 0.0
+    After `_TIMED_STEPS` steps, or once they took `_ENOUGH_SECONDS`, training stops.
+    """
 
-    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.started = time.perf_counter()
+    def __init__(self, trainer: DFlashTrainer) -> None:
+        self.trainer = trainer
+        self.tracker = Tracker()
+        self.ended: list[float] = []
+        """When each step ended, from the second on."""
+        self.peak = 0
 
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        self.seconds = time.perf_counter() - self.started
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step != 1:
+            return
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            self.tracker.__enter__()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 2:
+            self.peak = self._measured()
+        if state.global_step >= 2:
+            self.ended.append(time.perf_counter())
+            if len(self.ended) > 1 and self.ended[-1] - self.ended[0] > _ENOUGH_SECONDS:
+                control.should_training_stop = True
+
+    def _measured(self) -> int:
+        """Return the bytes at the peak of the step that has ended."""
+        if torch.cuda.is_available():
+            return torch.cuda.max_memory_allocated()
+        self.tracker.__exit__(None, None, None)
+        lasting = bytes_of(self.trainer.target) + bytes_of(self.trainer.model)
+        states = self.trainer.optimizer.state.values()
+        numbers = [value for state in states for value in state.values()]
+        tensors = [value for value in numbers if isinstance(value, torch.Tensor)]
+        lasting += sum(one.numel() * one.element_size() for one in tensors)
+        return lasting + self.tracker.peak
+
+    @property
+    def seconds(self) -> float:
+        """The median time of a step."""
+        steps = zip(self.ended, self.ended[1:], strict=False)
+        return statistics.median(later - earlier for earlier, later in steps)
 
 
-def dry_run(trainer: DFlashTrainer, folder: Path) -> None:
-    """Run two steps; save, reload and check the draft; print the cost of the whole run."""
+def tell_memory(options: TrainOptions, args: DFlashTrainingArguments) -> Memory:
+    """Print what a step needs, from configs alone, before any weights are loaded."""
+    draft, target = models_without_weights(options)
+    bits = QUANTIZATIONS[options.target_quantization].bits if options.target_quantization else None
+    memory = memory_of_step(draft, target, StepShape.of(args, args.device, bits))
+    table = Table(show_header=False, box=None, padding=(0, 2))
+    for name, size in memory.lasting.items():
+        table.add_row(name, _gib(size))
+    for name, size in memory.phases.items():
+        table.add_row(f"at times: {name}", _gib(size))
+    table.add_row("expected peak", _gib(memory.peak))
+    console.print(table)
+    return memory
+
+
+def dry_run(trainer: DFlashTrainer, folder: Path, expected: Memory | None = None) -> None:
+    """Run a few steps; save, reload and check the draft; print the cost of the whole run.
+
+    Args:
+        expected: what `tell_memory` returned; None where it tells nothing.
+    """
     args, total_steps = trainer.args, _total_steps(trainer)
-    args.max_steps, args.save_strategy = 2, "no"
+    args.max_steps, args.save_strategy = 2 + _TIMED_STEPS, "no"
     args.logging_steps = 1
-    clock = _StepClock()
+    clock = _StepClock(trainer)
     trainer.add_callback(clock)
     trainer.train()
     checks = _check_reloaded(trainer, folder)
@@ -48,8 +109,11 @@ def dry_run(trainer: DFlashTrainer, folder: Path) -> None:
     table.add_row(
         "target", f"{trainer.target.num_parameters():,} parameters, {trainer.target.dtype}"
     )
-    where = "of GPU memory" if torch.cuda.is_available() else "resident"
-    table.add_row("peak memory", f"{_peak_gib():.2f} GiB {where}")
+    where = "on the GPU" if torch.cuda.is_available() else "of tensors"
+    measured = f"{_gib(clock.peak)} {where} in a step"
+    if expected is not None:
+        measured += f", {_gib(expected.peak)} expected"
+    table.add_row("peak memory", measured + _resident())
     whole_run = duration(clock.seconds * total_steps)
     table.add_row("time", f"{clock.seconds:.2f} s a step; {whole_run} for {total_steps:,} steps")
     for check in checks:
@@ -94,6 +158,8 @@ def _check_reloaded(trainer: DFlashTrainer, folder: Path) -> list[str]:
     )
     if not has_layers(trainer.target):
         return [reloads]
+    if is_cut(trainer.target):
+        return [reloads, "no decoding, since the target is cut"]
     ids = prompt_of(next(iter(trainer.train_dataset))).to(trainer.target.device)
     before = compare(draft, trainer.target, ids, max_new_tokens=32, proposal="chain")
     after = compare(reloaded, trainer.target, ids, max_new_tokens=32, proposal="chain")
@@ -110,14 +176,20 @@ def _check_reloaded(trainer: DFlashTrainer, folder: Path) -> list[str]:
     ]
 
 
-def _peak_gib() -> float:
-    """Return the peak memory so far, of the GPU or of this process."""
+def _gib(size: int) -> str:
+    if size < 2**29:
+        return f"{size / 2**20:.1f} MiB"
+    return f"{size / 2**30:.2f} GiB"
+
+
+def _resident() -> str:
+    """Return the peak of this process so far, as text; of no interest beside that of a GPU."""
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
+        return ""
     import resource  # not available on Windows
 
     unit = 1 if sys.platform == "darwin" else 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    return f"; {_gib(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)} resident"
 
 
 def duration(seconds: float) -> str:

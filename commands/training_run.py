@@ -26,7 +26,7 @@ from ..training.trainer import (
     last_checkpoint,
     sole_trainer,
 )
-from .dry_run import dry_run
+from .dry_run import dry_run, tell_memory
 from .feature_defaults import take_from_features
 from .inspect_rows import inspect_rows
 from .loading import load_tokenizer
@@ -143,6 +143,9 @@ def _run(options: TrainOptions, args: DFlashTrainingArguments) -> None:
     hide_bars()
     loaded = options.features or f"{options.target} and {options.data}"
     notes.print(f"Loading {loaded}", style="dim", markup=False, highlight=False, soft_wrap=True)
+    expected = None
+    if options.dry_run and options.features is None:
+        expected = tell_memory(options, args)
     trainer = (build if options.features is None else build_from_features)(options, args)
     if options.draft is None and not args.resume_from_checkpoint:
         _tell_choices(trainer)
@@ -150,7 +153,7 @@ def _run(options: TrainOptions, args: DFlashTrainingArguments) -> None:
         print_data_reports(trainer)
     with shown(trainer):
         if options.dry_run:
-            dry_run(trainer, Path(str(args.output_dir)))
+            dry_run(trainer, Path(str(args.output_dir)), expected)
             return
         try:
             trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)

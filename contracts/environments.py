@@ -47,6 +47,7 @@ READERS = {
     "speculators": Reader("speculators==0.9.0", ("*",), besides=("hs-connectors==0.9.0",)),
     "vllm": Reader("vllm==0.33.0", ("vllm/*.py", "*.dist-info/*")),
     "sglang": Reader("sglang==0.5.23", ("sglang/srt/*.py",)),
+    "nemo": Reader("nemo-automodel==0.7.0", ("nemo_automodel/*.py",)),
     "llama_cpp": Reader(
         "llama-cpp-python==0.3.36",
         (f"{_LLAMA_CPP}/conversion/*", f"{_LLAMA_CPP}/gguf-py/gguf/*", f"{_LLAMA_CPP}/convert_hf_to_gguf.py"),
@@ -54,7 +55,10 @@ READERS = {
         is_source=True,
     ),
 }
-"""The readers by the name of their environment, their file in `requirements` and their script in `readers`."""
+"""The readers by the name of their environment, their file in `requirements` and their script in `readers`.
+
+Of NeMo only training is compared, by `benchmarks/train.py --against nemo`.
+"""
 
 
 def python(name: str) -> Path | None:

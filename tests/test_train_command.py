@@ -123,7 +123,16 @@ def test_without_options_it_says_which_are_missing():
 
 def test_a_dry_run_checks_everything_leaves_nothing_and_tells_the_cost(data, tmp_path):
     output = train(data, tmp_path / "draft", *SHAPE, "--dry-run").output
-    for text in ("data: ", "parameters", "GiB", "s a step", "for 6 steps", "reloads bit-equal", "the target's own"):
+    for text in (
+        "expected peak",
+        "data: ",
+        "parameters",
+        "GiB",
+        "s a step",
+        "for 6 steps",
+        "reloads bit-equal",
+        "the target's own",
+    ):
         assert text in output
     assert not (tmp_path / "draft").exists()
 

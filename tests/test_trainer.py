@@ -18,6 +18,7 @@ from dflash_hub.evaluation import compare
 from dflash_hub.publishing.probe import digests
 from dflash_hub.training import DFlashTrainer, DFlashTrainingArguments
 from dflash_hub.training.best import describe_block
+from dflash_hub.training.loading import parallel_options
 from dflash_hub.training.trainer import last_checkpoint
 from paths import ROOT
 
@@ -78,6 +79,26 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path, train_apart):
         found = load_file(tmp_path / how / "draft" / "model.safetensors")
         for name, values in weights.items():
             torch.testing.assert_close(found[name], values, rtol=1e-3, atol=1e-4)
+
+
+def test_a_target_that_is_spread_over_two_processes_trains_as_a_whole_one(tmp_path, train_apart):
+    """Each process has rows of its own, and the loss needs the target's distribution."""
+    tiny.target("qwen3").save_pretrained(tmp_path / "target")
+    options = {"packing": False, "max_steps": 3, "loss": "ce=0.5,kl=0.5"}
+    one = training_run.trainer(tmp_path / "one", per_device_train_batch_size=4, **options)
+    one.train()
+    losses = [line["loss"] for line in one.state.log_history if "loss" in line]
+    options |= {"per_device_train_batch_size": 2, "ddp_backend": "gloo"}
+    two = train_apart(tmp_path / "two", "--spread", str(tmp_path / "target"), processes=2, **options)
+    assert list(two["losses"].values()) == pytest.approx(losses, rel=1e-4)
+    found = load_file(tmp_path / "two" / "draft" / "model.safetensors")
+    for name, values in one.model.state_dict().items():
+        torch.testing.assert_close(found[name], values, rtol=1e-3, atol=1e-4)
+
+
+def test_a_target_is_spread_over_several_processes_only():
+    with pytest.raises(ValueError, match="tensor_parallel is True, but there is one process"):
+        parallel_options()
 
 
 @pytest.mark.parametrize("weights", ["decay", "dpace"])

@@ -4,6 +4,7 @@ import gc
 from dataclasses import fields
 
 import pytest
+import torch
 from transformers import TrainingArguments
 
 import training_run
@@ -105,6 +106,36 @@ def test_every_option_of_the_trainer_is_tried_refused_or_known():
         known |= set(names.split(", "))
     assert {field.name for field in fields(TrainingArguments)} <= known
     assert set(WITHOUT_EFFECT) <= known
+
+
+@pytest.mark.parametrize(
+    ("name", "library", "state"),
+    [
+        ("adamw_bnb_8bit", "bitsandbytes", torch.uint8),
+        ("lion_8bit", "bitsandbytes", torch.uint8),
+        ("adamw_torch_8bit", "torchao", torch.uint8),
+        ("adamw_torch_4bit", "torchao", torch.uint8),
+        ("adafactor", "transformers", torch.float32),
+    ],
+)
+def test_optimizers_of_other_packages_train_a_draft(tmp_path, name, library, state):
+    """Tensors of less than 4,096 numbers keep a state in float32; those of this draft's MLP have more."""
+    pytest.importorskip(library, reason=f"{library} is not installed")
+    trainer = training_run.trainer(tmp_path, {"intermediate_size": 256}, optim=name, max_steps=2)
+    before = trainer.model.layers[0].mlp.up_proj.weight.clone()
+    with torch.compiler.set_stance("force_eager"):  # torchao compiles a step, for seconds
+        trainer.train()
+    weight = trainer.model.layers[0].mlp.up_proj.weight
+    assert not torch.equal(weight, before)
+    assert type(trainer.optimizer.optimizer).__module__.startswith(library)
+    values = [value for value in trainer.optimizer.state[weight].values() if isinstance(value, torch.Tensor)]
+    large = max(values, key=torch.Tensor.numel)
+    assert getattr(large, "codes", large).dtype == state
+
+
+def test_an_optimizer_whose_package_is_not_installed_is_refused_by_name(tmp_path):
+    with pytest.raises(ImportError, match="galore_torch"):
+        training_run.trainer(tmp_path, optim="galore_adamw_8bit", optim_target_modules=["mlp"]).train()
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -12,6 +12,7 @@ from dflash_hub.drafter_dflash import Drafter
 from dflash_hub.sequences_dflash import Prompt
 from dflash_hub.target_dflash import Target
 from dflash_hub.training import loss as loss_module
+from dflash_hub.training.attention import GroupedMask, grouped_attention
 from dflash_hub.training.blocks import Blocks, PackedBatch, default_gamma, draw_anchors, draw_given
 from dflash_hub.training.heads import HeadInputs
 from dflash_hub.training.loss import LossInputs, weighted_loss
@@ -123,7 +124,7 @@ def test_a_block_sees_its_own_document_before_its_anchor_and_itself():
 @pytest.mark.parametrize(
     "kind", [(None, False), (None, True), (4, False), (4, True), (3, False, True), (3, True, True)]
 )
-def test_flex_attention_and_the_dense_mask_give_the_same(kind):
+def test_flex_attention_the_dense_mask_and_its_groups_give_the_same(kind):
     from torch.nn.attention.flex_attention import flex_attention
 
     rows = packed((30, 14), (44,))
@@ -135,6 +136,8 @@ def test_flex_attention_and_the_dense_mask_give_the_same(kind):
     dense = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=blocks.dense_mask(*kind))
     flex = flex_attention(query, key, value, block_mask=blocks.flex_mask(*kind))
     torch.testing.assert_close(flex, dense)
+    grouped, _ = grouped_attention(None, query, key, value, GroupedMask.of(blocks, torch.float32, *kind))
+    torch.testing.assert_close(grouped.transpose(1, 2), dense)
 
 
 # The loss ------------------------------------------------------------------------------------------------------

@@ -7,11 +7,12 @@ import signal
 from pathlib import Path
 
 import torch
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 import tiny
 from dflash_hub.publishing.probe import digests
 from dflash_hub.training import DFlashTrainer, DFlashTrainingArguments
+from dflash_hub.training.loading import parallel_options
 
 SMALL = {
     "max_steps": 8,
@@ -35,10 +36,15 @@ def rows(count: int = 24) -> list[dict[str, list[int]]]:
     return [{"input_ids": known[torch.randint(len(known), (n,), generator=generator)].tolist()} for n in lengths]
 
 
-def trainer(folder: Path, fields: dict | None = None, eval_rows: int = 0, **args) -> DFlashTrainer:
+def trainer(
+    folder: Path, fields: dict | None = None, eval_rows: int = 0, spread: str | None = None, **args
+) -> DFlashTrainer:
+    """A trainer of a tiny draft; its target is spread over all processes if it is loaded from a folder, `spread`."""
     target = tiny.target("qwen3")
     draft = tiny.draft(target, **(fields or {}))
     given = DFlashTrainingArguments(str(folder), **(SMALL | args))
+    if spread:
+        target = AutoModelForCausalLM.from_pretrained(spread, dtype=torch.float32, **parallel_options())
     held_out = rows(eval_rows) if eval_rows else None
     return DFlashTrainer(draft, target, given, train_dataset=rows(), eval_dataset=held_out)
 
@@ -60,10 +66,11 @@ def main() -> None:
     parser.add_argument("--args", type=json.loads, default={})
     parser.add_argument("--kill-at", type=int)
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--spread", help="folder of a target that is spread over the processes")
     parser.add_argument("--fields", type=json.loads, help="of the draft's config")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    run = trainer(options.folder, options.fields, **options.args)
+    run = trainer(options.folder, options.fields, spread=options.spread, **options.args)
     if options.kill_at:
         run.add_callback(Killed(options.kill_at))
     run.train(resume_from_checkpoint=options.resume)

@@ -278,21 +278,24 @@ class Blocks:
         causal: bool,
         from_anchor: bool = False,
         dtype: torch.dtype | None = None,
+        queries: slice = slice(None),
+        context: slice = slice(None),
     ) -> torch.Tensor:
-        """Return the mask `[B, 1, A * Q, S + A * Q]`.
+        """Return the mask `[B, 1, A * Q, S + A * Q]`, or that of some queries and of the keys that they need.
 
         Args:
             window, causal, from_anchor: the kind of layer, as in `mask_function`.
             dtype: None for a boolean mask, True where visible, as `sdpa` takes it. With a dtype, 0 where visible and
                 its lowest number elsewhere, as `eager` attention takes it.
+            queries: positions of whole blocks among all A * Q. Their own positions are the last of the keys.
+            context: columns of the row that are the first of the keys.
         """
-        device = self.anchors.device
-        num_queries = self.anchors.shape[1] * self.size
-        keys = torch.arange(self.batch.input_ids.shape[1] + num_queries, device=device)
+        device, length = self.anchors.device, self.batch.input_ids.shape[1]
+        asked = torch.arange(self.anchors.shape[1] * self.size, device=device)[queries]
+        columns = torch.arange(length, device=device)[context]
         rows = torch.arange(len(self.anchors), device=device)[:, None, None]
-        queries = torch.arange(num_queries, device=device)[:, None]
         sees = self.mask_function(window, causal, from_anchor)
-        seen = sees(rows, None, queries, keys)[:, None]
+        seen = sees(rows, None, asked[:, None], torch.cat([columns, length + asked]))[:, None]
         if dtype is None:
             return seen
         return torch.zeros((), dtype=dtype, device=device).where(seen, torch.finfo(dtype).min)

@@ -22,7 +22,9 @@ from .mix import Mix, total_variation
 from .weights import PositionWeights
 
 CHUNK_LOGITS = 2**25
-"""Logits that exist at once: 128 MiB in float32, and their gradient."""
+"""Logits that exist at once: 128 MiB in float32, and as much again for their gradient."""
+CHUNK_LOGITS_ON_CPU = 2**23
+"""The same on a CPU, whose allocator uses the memory of one chunk again for the next up to this size."""
 
 
 @dataclass(frozen=True)
@@ -296,5 +298,13 @@ def weighted_loss(states: torch.Tensor, inputs: LossInputs, vocab_size: int) -> 
         states `[N, H]`: of the draft.
         vocab_size: V, from which the size of a chunk follows.
     """
-    size = max(1, CHUNK_LOGITS // vocab_size)
+    size = chunk_positions(vocab_size, states.device)
     return Loss(*_InChunks.apply(inputs, size, states, *inputs.head_tensors))
+
+
+def chunk_positions(vocab_size: int, device: torch.device) -> int:
+    """Return the number of positions whose logits exist at once."""
+    logits = CHUNK_LOGITS
+    if device.type == "cpu":
+        logits = min(CHUNK_LOGITS, CHUNK_LOGITS_ON_CPU)
+    return max(1, logits // vocab_size)

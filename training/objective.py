@@ -7,21 +7,25 @@ draft and target, F taps * target hidden size, V vocabulary.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate.utils import extract_model_from_parallel
 
+from ..compat_dflash import attention_name, detours
 from ..drafter_dflash import layer_kinds
 from ..kinds import kind_of
 from ..taps_dflash import FeatureTaps
 from ..target_dflash import decoder_layers, embed_noise
+from .attention import GROUPED, GroupedMask
 from .blocks import Blocks, PackedBatch, default_gamma, draw_given
 from .features import LACKS_STATES
 from .heads import HEADS, BlockStates, HeadInputs, confidence_loss
+from .loading import is_parallel, whole_module
 from .loss import Loss, LossInputs, weighted_loss
 from .metrics import Counts, LossSums
 from .mix import Mix
@@ -87,6 +91,14 @@ def check_trainable(config: Any) -> None:
             )
 
 
+class _LastTap(Exception):
+    """End a forward of which no more is needed."""
+
+
+def _stop(*args: Any) -> None:
+    raise _LastTap
+
+
 def mix_of(config: Any, recipe: Recipe) -> Mix:
     """Return the losses of a position of a draft with this config."""
     return Mix.parse(kind_of(config).loss) if recipe.mix is None else recipe.mix
@@ -104,9 +116,12 @@ class FrozenTarget:
     def __init__(self, model: Any, taps: list[int]):
         self.model = model.eval().requires_grad_(False)
         self.decoder = model.get_decoder()
+        self.is_compiled = any(name != "gradient_checkpointing" for _, name, _ in detours(model))
         text = model.config.get_text_config(decoder=True)
         self.taps = FeatureTaps(decoder_layers(model), tuple(taps), text.hidden_size)
-        self.embed, self.head = model.get_input_embeddings(), model.get_output_embeddings()
+        self.is_parallel = is_parallel(model)
+        self.embed = whole_module(model.get_input_embeddings())
+        self.head = whole_module(model.get_output_embeddings())
         self.soft_cap, self.vocab_size = (
             getattr(text, "final_logit_softcapping", None),
             text.vocab_size,
@@ -118,15 +133,31 @@ class FrozenTarget:
 
     @torch.no_grad()
     def run(self, batch: PackedBatch, last_hidden_state: bool) -> TargetOutput:
+        """Run every document through the target; where it is spread over processes, those of all, one after the other.
+
+        Args:
+            last_hidden_state: whether to return the states that the head reads too.
+        """
+        if not self.is_parallel:
+            return self._run(batch, last_hidden_state)
+        batches: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(batches, (batch.input_ids.cpu(), batch.documents.cpu()))
+        own = None
+        for process, (ids, documents) in enumerate(batches):
+            given = PackedBatch(ids.to(self.device), documents > 0, documents)
+            found = self._run(given, last_hidden_state)
+            if process == dist.get_rank():
+                own = found
+        assert own is not None
+        return own
+
+    def _run(self, batch: PackedBatch, last_hidden_state: bool) -> TargetOutput:
         """Run every document through the target from its own first token, so that nothing crosses between documents.
 
         Documents of about the same length form a batch, whatever rows they are in. A document's padding comes after
         it, where a causal model does not look; so no mask is needed, whatever layers the target has.
 
         Where the batch has features already, these are returned.
-
-        Args:
-            last_hidden_state: whether to return the states that the head reads too.
 
         Raises:
             ValueError: the batch has features, but not the states that are asked for.
@@ -142,7 +173,7 @@ class FrozenTarget:
             tokens = _Tokens.of(group, batch.input_ids.device)
             ids = batch.input_ids[tokens.rows, tokens.columns].to(self.device)
             with self.taps.collecting():
-                output = self.decoder(input_ids=ids, use_cache=False)
+                output = self._forward(ids, whole=last_hidden_state)
                 tapped = self.taps.pop()
             if features is None:
                 features = tapped.new_zeros(*shape, tapped.shape[-1])
@@ -153,6 +184,17 @@ class FrozenTarget:
             if states is not None:
                 tokens.put(output[0], states)
         return TargetOutput(torch.empty(0) if features is None else features, states)
+
+    def _forward(self, ids: torch.Tensor, whole: bool) -> Any:
+        """Run the target's decoder on `ids [D, L]`; not `whole`, only up to its last tap, and return None."""
+        if whole or self.is_compiled:
+            return self.decoder(input_ids=ids, use_cache=False)
+        last = self.taps.layers[max(self.taps.ids)]
+        hook = last.register_forward_hook(_stop)  # runs after the hook that collects
+        with suppress(_LastTap):
+            self.decoder(input_ids=ids, use_cache=False)
+        hook.remove()
+        return None
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """Return the target's own logits `[n, V]` for its `states [n, H]`."""
@@ -272,9 +314,8 @@ class Objective:
         self.loss, self.phase = loss, phase
         self.target = FrozenTarget(target, config.target_layer_ids)
         self.gamma = default_gamma(1 + config.num_drafted) if recipe.gamma is None else recipe.gamma
-        kind = kind_of(config)
         self.mix = mix_of(config, recipe)
-        self.head = kind.head
+        self.head = kind_of(config).head
         self.has_confidence = getattr(config, "enable_confidence_head", False)
 
     @property
@@ -356,18 +397,29 @@ class Objective:
             noise_embeds `[B, A * Q, H]`: the embedded blocks.
             features `[B, S, F]`: the target's context features.
         """
-        flex = self.flex(blocks.anchors.device)
-        make_mask = blocks.flex_mask if flex else blocks.dense_mask
+        weights = next(draft.parameters())
+        make_mask = self._mask_maker(blocks, weights.dtype)
         masks = {}
         for name, kind in set(zip(self.config.layer_types, layer_kinds(self.config), strict=True)):
             masks[name, kind.causal] = make_mask(*kind)
-        weights = next(draft.parameters())
         return draft(
             noise_embeds=noise_embeds.to(weights.device, weights.dtype),
             context_hidden_states=features.to(weights.device, weights.dtype),
             attention_mask=masks,
             position_ids=torch.cat([blocks.batch.positions, blocks.positions], dim=1),
         ).last_hidden_state
+
+    def _mask_maker(self, blocks: Blocks, dtype: torch.dtype) -> Callable[..., Any]:
+        """Return the function that makes the mask of a kind of layer, in the form that the draft's attention takes."""
+        if self.flex(blocks.anchors.device):
+            return blocks.flex_mask
+        if attention_name(self.config) == GROUPED:
+            return partial(GroupedMask.of, blocks, dtype)
+        return blocks.dense_mask
+
+    def attention(self, device: torch.device) -> str:
+        """Return the name of the attention function that suits the draft on this device, for it to be set."""
+        return "flex_attention" if self.flex(device) else GROUPED
 
     def flex(self, device: torch.device) -> bool:
         """Return whether blocks are masked by a `BlockMask` on this device."""

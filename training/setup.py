@@ -5,7 +5,7 @@
 import re
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,15 @@ from ..kinds import KINDS, kind_named
 from ..registry import DFlashDraftSpec, check_folder, load_draft
 from .arguments import DFlashTrainingArguments
 from .data import documents_of_row
+from .loading import (
+    QUANTIZATIONS,
+    add_absent_layers,
+    cut_config,
+    is_parallel,
+    parallel_options,
+    quantization_config,
+)
+from .objective import mix_of, needs_target
 from .reading import BadRow, load_rows, with_file
 from .trainer import DFlashTrainer, preprocess_config
 
@@ -125,13 +134,31 @@ class TrainOptions:
         default="auto",
         metadata={"help": "float32, bfloat16 ..., or auto: the dtype of the checkpoint."},
     )
+    target_quantization: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hold the target's linear layers in fewer bits: 8bit or 4bit (bitsandbytes), int8 (torchao).",
+            "choices": list(QUANTIZATIONS),
+        },
+    )
+    tensor_parallel: bool = field(
+        default=False,
+        metadata={"help": "Spread the target over all processes (torchrun), by its plan."},
+    )
+    cut_target: bool = field(
+        default=False,
+        metadata={
+            "help": "Do not load the target's layers above the last tapped one; not for losses that need its "
+            "distribution, nor for decoding in evaluations."
+        },
+    )
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Allow remote code for the target and its tokenizer."}
     )
     dry_run: bool = field(
         default=False,
         metadata={
-            "help": "Run two steps, save, reload and check, then estimate time and memory of the whole run."
+            "help": "Tell the memory of a step, run a few, save, reload and check; estimate the time of the whole run."
         },
     )
     tune: list[str] | None = field(
@@ -162,6 +189,8 @@ def build(
     Args:
         loaded: tokenizer and target, if they are loaded already.
     """
+    if options.cut_target:
+        check_cut(options, args)
     tokenizer, target = loaded or load_target(options)
     set_seed(args.seed)  # before the draft, whose fresh weights are random
     draft = make_draft(options, target, tokenizer)
@@ -190,7 +219,7 @@ def check_fresh_draft(options: TrainOptions) -> None:
     Raises:
         ValueError: there can be no such draft.
     """
-    tokenizer, target = load_target(options, with_weights=False)
+    tokenizer, target = _without_weights(options)
     with torch.device("meta"):
         make_draft(options, target, tokenizer)
 
@@ -199,7 +228,7 @@ def inspect(
     options: TrainOptions, args: DFlashTrainingArguments
 ) -> tuple[Any, Iterator[tuple[str, list[tuple[list[int], list[int], str]]]]]:
     """Return the tokenizer, and the place and the documents of each row, in their order. No target is loaded."""
-    tokenizer, target = load_target(options, with_weights=False)
+    tokenizer, target = _without_weights(options)
     with torch.device("meta") if options.draft is None else nullcontext():
         draft = make_draft(options, target, tokenizer)
     config = preprocess_config(tokenizer, target, draft.config, args)
@@ -207,23 +236,119 @@ def inspect(
     return tokenizer, (documents_of_row(row, number, config) for number, row in enumerate(rows))
 
 
+def models_without_weights(options: TrainOptions) -> tuple[Any, Any]:
+    """Return the draft and the target of a run on the meta device, the target in the dtype that it is loaded in."""
+    tokenizer, target = _without_weights(options)
+    with torch.device("meta") if options.draft is None else nullcontext():
+        draft = make_draft(options, target, tokenizer)
+    if options.cut_target:
+        target = _without_weights(options, 1 + max(draft.config.target_layer_ids))[1]
+    return draft, target
+
+
+def check_cut(options: TrainOptions, args: DFlashTrainingArguments) -> None:
+    """Refuse to cut a target of which more is needed.
+
+    Raises:
+        ValueError: says for what.
+    """
+    draft, _ = models_without_weights(replace(options, cut_target=False))
+    for name in ("eval_acceptance_prompts", "regenerate_every"):
+        if getattr(args, name):
+            raise ValueError(
+                f"cut_target is True, but {name} decodes with the whole target; leave one of them out."
+            )
+    if needs_target(draft.config, args.recipe):
+        raise ValueError(
+            f"cut_target is True, but the loss of this {draft.config.model_type} draft, "
+            f"{mix_of(draft.config, args.recipe)}, needs the target's own distribution; leave cut_target out."
+        )
+
+
 def load_target(options: TrainOptions, with_weights: bool = True) -> tuple[Any, Any]:
     """Load tokenizer and target, or a target on the meta device."""
+    if not with_weights:
+        return _without_weights(options)
+    trust = {"trust_remote_code": options.trust_remote_code}
+    layers = None
+    if options.cut_target:
+        draft, _ = models_without_weights(replace(options, cut_target=False))
+        layers = 1 + max(draft.config.target_layer_ids)
+    tokenizer, config = _tokenizer_and_config(options)
+    text = config.get_text_config(decoder=True)
+    whole = text.num_hidden_layers
+    quantized = quantization_config(options.target_quantization, _dtype(options, config))
+    spread = _spread(options)
+    with (
+        explained(f"The target {options.target} could not be loaded", LOADING),
+        nullcontext() if layers is None else cut_config(config, layers),
+    ):
+        target = AutoModelForCausalLM.from_pretrained(
+            options.target,
+            config=config,
+            dtype=options.target_dtype,
+            quantization_config=quantized,
+            **spread,
+            **trust,
+        )
+    if options.tensor_parallel and not is_parallel(target):
+        raise ValueError(
+            f"tensor_parallel is True, but {type(target).__name__} has no plan to be spread by; leave it out."
+        )
+    if layers is not None:
+        own = target.config.get_text_config(decoder=True)
+        for name, value in vars(text).items():
+            if name == "num_hidden_layers" or isinstance(value, list):
+                setattr(own, name, value)
+        add_absent_layers(target, layers, whole)
+    return tokenizer, target
+
+
+def _spread(options: TrainOptions) -> dict[str, Any]:
+    """Return what `from_pretrained` needs to spread the target over processes, if the options say so.
+
+    Raises:
+        ValueError: with an option that is not implemented for such a target.
+    """
+    if not options.tensor_parallel:
+        return {}
+    for name in ("target_quantization", "dry_run"):
+        if getattr(options, name):
+            raise ValueError(
+                f"tensor_parallel is True, which {name} is not implemented with; leave one out."
+            )
+    return parallel_options()
+
+
+def _tokenizer_and_config(options: TrainOptions) -> tuple[Any, Any]:
     trust = {"trust_remote_code": options.trust_remote_code}
     check_path("target", options.target)
     check_folder(options.target)
     with explained(f"The target {options.target} could not be loaded", LOADING):
         tokenizer = AutoTokenizer.from_pretrained(options.target, **trust)
-        if with_weights:
-            return tokenizer, AutoModelForCausalLM.from_pretrained(
-                options.target, dtype=options.target_dtype, **trust
-            )
-        config = AutoConfig.from_pretrained(options.target, **trust)
-        with torch.device("meta"):
-            target = AutoModelForCausalLM.from_config(config, **trust)
-        with suppress(OSError):  # a target need not have one
-            target.generation_config = GenerationConfig.from_pretrained(options.target)
+        return tokenizer, AutoConfig.from_pretrained(options.target, **trust)
+
+
+def _without_weights(options: TrainOptions, layers: int | None = None) -> tuple[Any, Any]:
+    """Load the tokenizer, and make the target on the meta device, with its first `layers` or all of them."""
+    tokenizer, config = _tokenizer_and_config(options)
+    with (
+        torch.device("meta"),
+        nullcontext() if layers is None else cut_config(config, layers),
+    ):
+        target = AutoModelForCausalLM.from_config(
+            config, dtype=_dtype(options, config), trust_remote_code=options.trust_remote_code
+        )
+    with suppress(OSError):  # a target need not have one
+        target.generation_config = GenerationConfig.from_pretrained(options.target)
     return tokenizer, target
+
+
+def _dtype(options: TrainOptions, config: Any) -> torch.dtype:
+    """Return the dtype that the target's weights are loaded in."""
+    if options.target_dtype != "auto":
+        return getattr(torch, options.target_dtype)
+    return config.get_text_config(decoder=True).dtype or config.dtype or torch.float32
 
 
 def split_rows(options: TrainOptions, args: DFlashTrainingArguments) -> tuple[Any, Any]:

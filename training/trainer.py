@@ -45,6 +45,7 @@ from .arguments import DFlashTrainingArguments
 from .best import ACCEPTED_AT, DECODED, best_of, check_best, describe_best, describe_block
 from .blocks import Blocks, draw_anchors
 from .data import Collator, DropReport, PreprocessConfig, columns_of, packed_batch, prepare
+from .loading import is_parallel
 from .locks import sole_writer
 from .metrics import Counts, LossSums, Metrics
 from .objective import Objective, StepOutput, check_trainable
@@ -100,6 +101,12 @@ class DFlashTrainer(Trainer):
             raise ValueError(
                 "eval_acceptance_prompts needs a whole draft on each process; leave it out with FSDP."
             )
+        decoding = args.eval_acceptance_prompts or args.regenerate_every
+        if decoding and is_parallel(target):
+            raise ValueError(
+                "eval_acceptance_prompts and regenerate_every decode, which a target that is spread over processes "
+                "does not; leave them out."
+            )
         self.kind = kind_of(model.config)
         self.preprocess_config = preprocess_config(processing_class, target, model.config, args)
         self.reports: dict[str, DropReport] = {}
@@ -126,9 +133,7 @@ class DFlashTrainer(Trainer):
         model.config.use_cache = True  # Trainer turns it off, and it would be saved so
         self.target = target = placed(target, args.device)
         self.objective = Objective(model.config, target, args.recipe)
-        model.set_attn_implementation(
-            "flex_attention" if self.objective.flex(args.device) else "sdpa"
-        )
+        model.set_attn_implementation(self.objective.attention(args.device))
         if args.regenerate_every is not None:
             self.train_dataset = self._rounds(rows, processing_class)
         self._logged: tuple[Counts, LossSums] | None = None  # since the last line of the log
