@@ -71,6 +71,8 @@ class Operations(TorchDispatchMode):
         self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if function.namespace != "aten":
+            raise RuntimeError(f"{function} is another library's, which may read values")
         if _needs_values(function) and not _picks_by_place(function, args):
             raise RuntimeError(f"{function} reads values, which differ from block to block")
         result = function(*args, **kwargs)
