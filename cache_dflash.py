@@ -11,6 +11,7 @@ Shapes: B rows, N new positions, Q block positions, M slots, S slots of a buffer
 H key and value heads, D head dim.
 """
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -44,7 +45,8 @@ class SlotLayer(CacheLayerMixin):
 
     def __init__(self, owner: "SlotCache", is_sliding: bool = False):
         super().__init__()
-        self.owner, self.is_sliding = owner, is_sliding
+        # In a circle of references, buffers would live until Python's collector finds them.
+        self.owner, self.is_sliding = weakref.proxy(owner), is_sliding
         self.num_written = 0
         """Slots that were written since `SlotCache.check_written`."""
 

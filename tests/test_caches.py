@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import gc
 import io
 import pickle
 
@@ -11,6 +12,7 @@ from transformers import DynamicCache, QuantizedCache, StaticCache, StoppingCrit
 
 import tiny
 from dflash_hub import DecodeStatistics, past_key_values_dflash
+from dflash_hub.cache_dflash import SlotCache
 from dflash_hub.compat_dflash import cache_in
 from dflash_hub.past_key_values_dflash import matching_rows
 
@@ -509,3 +511,17 @@ def test_a_quantized_cache_is_refused():
     super(QuantizedCache, cache).__init__(layers=[])
     with pytest.raises(ValueError, match="The cache is a QuantizedCache; with a draft only a DynamicCache or a Static"):
         turn(target, tiny.prompt(20), torch.ones(1, 20, dtype=torch.long), cache, tiny_pair("qwen3")[1])
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_next"])
+def test_keys_and_values_are_gone_when_a_decode_ends_before_any_collection(family):
+    target = tiny.target(family)
+    asked = tiny.batch(9, (0, 3)) | {"max_new_tokens": 12, "do_sample": False}
+    asked["custom_generate"] = tiny.draft(target).speculate
+    gc.collect()
+    gc.disable()
+    try:
+        target.generate(**asked)
+        assert not [one for one in gc.get_objects() if type(one) is SlotCache]
+    finally:
+        gc.enable()
