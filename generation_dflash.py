@@ -23,6 +23,9 @@ from .selfcheck_dflash import can_check_prompt, check_prompt
 from .sequences_dflash import Prompt, Sequences
 from .target_dflash import Target, TargetOutput, TargetState
 
+SHOWN_POSITIONS = 15
+"""Positions in the table of `DecodeStatistics`; a copy of earlier text may have 127."""
+
 
 @dataclass
 class DecodeStatistics:
@@ -114,8 +117,10 @@ class DecodeStatistics:
         length = f"{self.acceptance_length:.2f} tokens a cycle{per_row}"
         rows = {name: f"{length} ({tokens:,} tokens, {self.cycles:,} cycles)"}
         shares = []
-        for share in self.acceptance_by_position:
+        for share in self.acceptance_by_position[:SHOWN_POSITIONS]:
             shares.append(f"{share:.0%}")
+        if len(self.accepted_at) > SHOWN_POSITIONS:
+            shares.append("...")
         rows["accepted by position"] = " ".join(shares) or "nothing was drafted"
         if self.proposed:
             verified = []

@@ -73,6 +73,7 @@ class Answer:
         tokens: the new ones.
         seconds: from the call to its end, with all that is prepared once.
         stopped: whether Ctrl-C ended it.
+        is_sampled: whether its tokens were drawn.
     """
 
     tokens: tuple[int, ...]
@@ -80,6 +81,7 @@ class Answer:
     seconds: float
     statistics: DecodeStatistics
     stopped: bool = False
+    is_sampled: bool = False
 
     @property
     def decoding(self) -> float:
@@ -177,7 +179,8 @@ class Answerer:
             stopped = True
         seconds = now(row.device) - started
         text = self.tokenizer.decode(writer.tokens, skip_special_tokens=True)
-        return Answer(tuple(writer.tokens), text, seconds, statistics, stopped)
+        tokens, is_sampled = tuple(writer.tokens), self.sampling.draws
+        return Answer(tokens, text, seconds, statistics, stopped, is_sampled)
 
     def alone(self, row: Any, max_new_tokens: int) -> tuple[tuple[int, ...], float]:
         """Return the tokens of the target alone after `row [1, P]`, and its seconds."""
@@ -266,6 +269,11 @@ def _why_rejected(pair: Loaded, answer: Answer, length: float) -> str:
         return (
             f"the target thinks aloud in this answer, and the draft may not know that ({trained}). Turn thinking off "
             "in the prompt, if the target can, or take another draft."
+        )
+    if answer.is_sampled:
+        return (
+            "fewer of its tokens are accepted where text is sampled, the fewer the higher the temperature. Without "
+            "--temperature, --top-p and --top-k the likeliest tokens are taken."
         )
     if length < _UNTRAINED:
         return (

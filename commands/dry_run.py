@@ -193,6 +193,8 @@ def _resident() -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return a duration in hours and minutes, as text."""
+    """Return a duration in hours and minutes, or in seconds where it is short, as text."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
     hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes} min" if hours else f"{max(1, minutes)} min"
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"

@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import typer
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -24,7 +25,7 @@ from .dry_run import duration
 from .loading import load_tokenizer
 from .parsing import Parser, check_words
 from .preflight import Problems, check_draft, check_dtype, check_target
-from .screen import console, hide_bars, notes
+from .screen import console, hide_bars, note, notes
 
 
 def write_features(argv: list[str]) -> None:
@@ -49,7 +50,11 @@ def write_features(argv: list[str]) -> None:
         _show_cost(job, folder)
         return
     total = sum(1 for _ in job.plan.shards())
-    there = _write_with_progress(job, folder)
+    try:
+        there = _write_with_progress(job, folder)
+    except KeyboardInterrupt:
+        note(f"Stopped. The same command goes on from the shards that are in {folder}.")
+        raise typer.Exit(130) from None
     if there:
         console.print(f"{there:,} of {total:,} shards were already there.", highlight=False)
     console.print(

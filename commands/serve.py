@@ -234,7 +234,6 @@ def _warm_up(service: "Service") -> None:
     with doing("Warming up: the self-check, and what blocks cost here"):
         for rows in service.waiting.sizes:
             service.decoder.warm_up(rows)
-    service.worker.tidy()
 
 
 def _run(service: "Service", listener: Any) -> None:

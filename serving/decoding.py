@@ -8,7 +8,6 @@ Shapes: B rows, P prompt slots, N new positions, F taps * target hidden size.
 """
 
 import copy
-import gc
 import logging
 import threading
 from collections.abc import Callable
@@ -262,16 +261,6 @@ class Worker(threading.Thread):
     def __init__(self, waiting: Waiting, decode: Callable[[list[Choice]], None]):
         super().__init__(name="dflash-hub-decoding", daemon=True)
         self.waiting, self.decode = waiting, decode
-        self.tidies = False
-
-    def tidy(self) -> None:
-        """Collect garbage after each batch from now on; what is loaded by now is never looked at again.
-
-        A decode leaves its keys and values in circles of references, which Python would find much later.
-        """
-        gc.collect()
-        gc.freeze()
-        self.tidies = True
 
     def run(self) -> None:
         while self._run_batch():
@@ -282,6 +271,4 @@ class Worker(threading.Thread):
         batch = self.waiting.take()
         if batch:
             self.decode(batch)
-        if self.tidies:
-            gc.collect()
         return bool(batch)

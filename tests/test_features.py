@@ -456,7 +456,7 @@ def test_features_are_written_and_trained_from_at_the_terminal(data, folder, tmp
     words += ["--max-length", "40", "--shard-size", "0.0002", "--loss", ALL, "--use-cpu"]
     shown = run(*words, "--dry-run")
     assert re.search(r"disk +2,053 bytes a token; 0.00 GB in 8 shards", shown)
-    assert "tokens/s on cpu; about 1 min" in shown
+    assert re.search(r"tokens/s on cpu; about \d+ s", shown)
     assert not out.exists()
     assert "in 8 shards, 0.00 GB. Train from them: dflash-hub train --features" in run(*words)
     assert content(out) == content(folder)
