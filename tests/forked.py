@@ -6,6 +6,7 @@ for each test that needs a process of its own. It has never imported dflash_hub,
 
 import atexit
 import contextlib
+import gc
 import json
 import os
 import select
@@ -149,8 +150,11 @@ class Servers:
 
 def serve(address: str, modules: list[str]) -> None:
     """Import `modules`, then fork for each request until the test process has gone."""
+    gc.disable()
     for name in modules:
         import_module(name)
+    gc.freeze()  # what is forked need not look through it for garbage
+    gc.enable()
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
     listener = socket.socket(socket.AF_UNIX)
