@@ -19,7 +19,6 @@ from paths import ROOT, TINY
 if "huggingface_hub" in sys.modules:
     raise RuntimeError("huggingface_hub was imported before the tests could point it at their own server")
 
-gc.disable()  # until everything is imported: what imports leave is not garbage
 HUB = HubServer().start()
 HOME = tempfile.mkdtemp(prefix="dflash-hub-tests-")
 for key in [key for key in os.environ if key.startswith(("HF_", "HUGGING_FACE", "TRANSFORMERS_"))]:
@@ -46,6 +45,7 @@ class _NoPackages:
 def pytest_configure(config):
     config.pluginmanager.register(_NoPackages())
     if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
+        gc.disable()  # until everything is imported: what imports leave is no garbage
         import torch
 
         torch.set_num_threads(1)  # tiny models; more threads only wait for each other
