@@ -90,7 +90,7 @@ class Fault:
     kind: "status" answers with `status`. "reset" resets the connection before the request is served, "lost" after it.
     "refuse" reads half of an upload and answers 403. "redirect" names the same path on another host. "cut" breaks off
     in the middle of the body. "short" and "long" send a body of another length, with a Content-Length to match. "flip"
-    changes its last byte, and "trickle" sends it a few bytes at a time, in a thousand parts. "meanwhile" calls `meanwhile`, then serves.
+    changes its last byte, and "trickle" sends it in a thousand parts. "meanwhile" calls `meanwhile`, then serves.
     """
 
     kind: str = "status"

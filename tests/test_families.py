@@ -37,7 +37,7 @@ WHOLE = {
 
 @pytest.fixture
 def shorter(monkeypatch):
-    """The benchmark's rules with fewer blocks and shorter texts, of families whose own batches are known to be sound."""
+    """The benchmark's rules with fewer blocks and less text, of families whose own batches are known to be sound."""
     monkeypatch.setattr(families, "ROWS", ((1, 16), (40, 5)))
     monkeypatch.setattr(families, "BATCH_BLOCKS", (6,))
     monkeypatch.setattr(families, "batch_is_sound", lambda model, inputs: True)

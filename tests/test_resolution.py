@@ -1,8 +1,8 @@
 """Every way of loading a target, and every copy of one, leads to the draft that was made for it."""
 
+import copy
 import functools
 import json
-import copy
 import shutil
 from pathlib import Path
 
