@@ -1,5 +1,6 @@
 """A Hub of our own for the whole run: the variables are read when huggingface_hub is imported, so they come first."""
 
+import gc
 import json
 import os
 import re
@@ -44,9 +45,16 @@ class _NoPackages:
 def pytest_configure(config):
     config.pluginmanager.register(_NoPackages())
     if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
+        gc.disable()  # until everything is imported: what imports leave is no garbage
         import torch
 
         torch.set_num_threads(1)  # tiny models; more threads only wait for each other
+
+
+def pytest_collection_finish():
+    """Leave all that was imported out of later collections of garbage, each of which would look through it."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture
@@ -176,5 +184,6 @@ def tiny_draft():
 
 
 def pytest_sessionfinish(session, exitstatus):
+    gc.unfreeze()  # at the end of Python, nanobind asks what has been left
     HUB.stop()
     shutil.rmtree(HOME, ignore_errors=True)

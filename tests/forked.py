@@ -6,6 +6,7 @@ for each test that needs a process of its own. It has never imported dflash_hub,
 
 import atexit
 import contextlib
+import gc
 import json
 import os
 import select
@@ -136,7 +137,7 @@ class Servers:
     @cached_property
     def training(self) -> ForkServer:
         """It has imported dflash_hub and what trains a draft; it is offline."""
-        return self.torch.fork(TRAINING, HF_HUB_OFFLINE="1")
+        return self.models.fork(TRAINING, HF_HUB_OFFLINE="1")
 
     def stop(self) -> None:
         """End those that were started."""
@@ -149,8 +150,11 @@ class Servers:
 
 def serve(address: str, modules: list[str]) -> None:
     """Import `modules`, then fork for each request until the test process has gone."""
+    gc.disable()
     for name in modules:
         import_module(name)
+    gc.freeze()  # what is forked need not look through it for garbage
+    gc.enable()
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
     listener = socket.socket(socket.AF_UNIX)
@@ -180,6 +184,8 @@ def handle(connection: socket.socket) -> None:
     request = json.loads(b"".join(iter(lambda: connection.recv(65536), b"")))
     if "serve" in request:
         os.environ.update(request["env"])
+        if "HF_HUB_OFFLINE" in request["env"] and "huggingface_hub.constants" in sys.modules:
+            sys.modules["huggingface_hub.constants"].HF_HUB_OFFLINE = True  # it read the variable when it was imported
         connection.sendall(b"{}")
         connection.close()
         serve(request["serve"], request["modules"])

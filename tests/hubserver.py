@@ -90,7 +90,7 @@ class Fault:
     kind: "status" answers with `status`. "reset" resets the connection before the request is served, "lost" after it.
     "refuse" reads half of an upload and answers 403. "redirect" names the same path on another host. "cut" breaks off
     in the middle of the body. "short" and "long" send a body of another length, with a Content-Length to match. "flip"
-    changes its last byte, and "trickle" sends it a byte at a time. "meanwhile" calls `meanwhile`, then serves.
+    changes its last byte, and "trickle" sends it in a thousand parts. "meanwhile" calls `meanwhile`, then serves.
     """
 
     kind: str = "status"
@@ -168,8 +168,9 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(data[: len(data) // 2])
             self._reset()
         elif kind == "trickle":
-            for at in range(len(data)):
-                self.wfile.write(data[at : at + 1])
+            size = 1 + len(data) // 1000
+            for at in range(0, len(data), size):
+                self.wfile.write(data[at : at + size])
         else:
             self.wfile.write(data)
 

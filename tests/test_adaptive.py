@@ -56,7 +56,7 @@ def test_text_is_the_targets_own_whatever_is_chosen_in_every_cycle(family):
         inputs = tiny.batch(24, pads=(0, 9, 4)[:rows])
         inputs["input_ids"][:, 16:] = inputs["input_ids"][:, 8:16]
         knowing(draft, target, seconds, rows)
-        for kind, count in kinds(decoded(target, draft, inputs, 40)).items():
+        for kind, count in kinds(decoded(target, draft, inputs, 24)).items():
             chosen[kind] = chosen.get(kind, 0) + count
     assert len(chosen) > 1, chosen
 
@@ -80,9 +80,9 @@ def test_where_every_position_costs_much_nothing_is_proposed():
 
 def test_where_positions_cost_nothing_trees_are_proposed_and_accepted_more_than_chains(tiny_target, tiny_draft):
     inputs = {"input_ids": torch.arange(40, 60)[None], "attention_mask": torch.ones(1, 20, dtype=torch.long)}
-    chain = decoded(tiny_target, tiny_draft, inputs, 96, proposal="chain")
+    chain = decoded(tiny_target, tiny_draft, inputs, 64, proposal="chain")
     knowing(tiny_draft, tiny_target, [1.0, 1.0001])
-    auto = decoded(tiny_target, tiny_draft, inputs, 96)
+    auto = decoded(tiny_target, tiny_draft, inputs, 64)
     assert kinds(auto)["tree"] > 10
     assert auto.acceptance_length > chain.acceptance_length
     assert all("tokens expected in" in reason for reason in auto.reasons.values())
@@ -148,7 +148,7 @@ def test_a_draft_that_was_not_asked_for_a_while_still_sees_its_whole_context(lay
     window = {"layer_types": ["sliding_attention"] * 2, "sliding_window": 9, "is_causal": True}
     draft = tiny.draft(target, **(window if layers == "sliding" else {}))
     inputs, compared = tiny.batch(14, pads=(0, 5)), []
-    text = target.generate(**inputs, max_new_tokens=90, do_sample=False)
+    text = target.generate(**inputs, max_new_tokens=76, do_sample=False)
     embed = target.get_input_embeddings()
 
     @torch.no_grad()
@@ -164,7 +164,7 @@ def test_a_draft_that_was_not_asked_for_a_while_still_sees_its_whole_context(lay
                 compared.append(slot)
 
     more = {"proposer": lambda chain: Wandering(chain, text, compare), "capture": capture}
-    found = target.generate(**inputs, max_new_tokens=90, do_sample=False, custom_generate=draft.speculate, **more)
+    found = target.generate(**inputs, max_new_tokens=76, do_sample=False, custom_generate=draft.speculate, **more)
     assert torch.equal(found, text)
     assert len(set(compared)) > 8
 
@@ -175,7 +175,7 @@ def test_costs_are_measured_once_and_kept_for_other_processes(tmp_path, monkeypa
     draft, inputs = tiny.draft(target), tiny.batch(9, pads=(0,))
     decoded(target, draft, inputs, 20)
     assert not list(tmp_path.rglob("*.json")), "a short text is not worth the time"
-    decoded(target, draft, inputs, 130)
+    decoded(target, draft, inputs, 68)
     (file,) = tmp_path.rglob("*.json")
     table = json.loads(file.read_text())
     assert table["sizes"] == list(BLOCK_SIZES[: len(table["sizes"])])
@@ -188,7 +188,7 @@ def test_costs_are_measured_once_and_kept_for_other_processes(tmp_path, monkeypa
     assert file.stat().st_mtime_ns == stamp
     for damage in ("", "[]", '{"sizes": [1], "seconds": [1]}', '{"sizes": [1, 2], "seconds": [-1, 2]}'):
         file.write_text(damage)
-        decoded(target, tiny.draft(target), inputs, 130)
+        decoded(target, tiny.draft(target), inputs, 68)
         assert json.loads(file.read_text())["sizes"] == table["sizes"]
 
 
@@ -196,7 +196,7 @@ def test_a_cache_folder_that_takes_no_files_is_no_trouble(tmp_path, monkeypatch)
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "file"))
     target = tiny.target("qwen3_next")
-    decoded(target, tiny.draft(target), tiny.batch(9, pads=(0, 3)), 130)
+    decoded(target, tiny.draft(target), tiny.batch(9, pads=(0, 3)), 68)
 
 
 def test_costs_between_and_beyond_what_was_measured_lie_in_line():

@@ -30,6 +30,8 @@ from dflash_hub.registry import CATALOGUE, drafts_for
 from paths import TINY
 
 RUNNER = CliRunner()
+AS_MAIN = "import runpy; runpy.run_module('dflash_hub', run_name='__main__')"
+"""What `python -m dflash_hub` does; a process that was forked, and has imported torch and transformers, runs it."""
 
 
 def run(*words: str):
@@ -43,7 +45,7 @@ def wide(monkeypatch):
 
 def test_python_dash_m_runs_it_and_errors_have_no_traceback(servers):
     words = ("-m", "push", "no/such/folder", "me/draft")
-    done = servers.models.run(*words, code="import runpy; runpy.run_module('dflash_hub', run_name='__main__')")
+    done = servers.models.run(*words, code=AS_MAIN)
     assert done.returncode == 1
     assert "Error: no/such/folder is not a folder" in done.stderr
     assert "Traceback" not in done.stderr + done.stdout
@@ -127,12 +129,10 @@ def own_text(row, tokens: int, **options) -> str:
 
 
 @pytest.mark.quick
-def test_the_answer_alone_is_on_stdout_and_only_our_notes_are_on_stderr(tmp_path):
+def test_the_answer_alone_is_on_stdout_and_only_our_notes_are_on_stderr(tmp_path, servers):
     (tmp_path / "prompt.txt").write_text("def main(")
     words = ["generate", "--file", str(tmp_path / "prompt.txt"), *PAIR, "--max-new-tokens", "40"]
-    env = os.environ | {"NO_COLOR": "1"}
-    command = [sys.executable, "-m", "dflash_hub", *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    done = servers.models.run("-m", *words, code=AS_MAIN, NO_COLOR="1")
     assert done.returncode == 0, done.stderr
     assert done.stdout.rstrip("\n") == own_text("def main(", 40).rstrip("\n")
     loading, prompt, figures, *rest = done.stderr.splitlines()

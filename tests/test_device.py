@@ -18,17 +18,23 @@ RECORD = execution_dflash.record
 CAPTURED = ("qwen3", "gemma3_text", "mistral", "gemma4_text-shared")
 
 
-@pytest.mark.parametrize("family", DENSE)
+KINDS = {
+    "dflash": ({}, 1),
+    "dflash2": (tiny.SECOND, 3),
+    "dspark, reduced": (tiny.DSPARK | tiny.REDUCED, 3),
+    "dspark, rnn": (tiny.DSPARK | {"markov_head_type": "rnn"}, 1),
+    "domino": (tiny.DOMINO, 2),
+}
+"""Fields of a draft of each kind, and how many rows it drafts for."""
+
+
 @pytest.mark.parametrize(
-    ("second", "rows"),
+    ("family", "second", "rows"),
     [
-        ({}, 1),
-        (tiny.SECOND, 3),
-        (tiny.DSPARK | tiny.REDUCED, 3),
-        (tiny.DSPARK | {"markov_head_type": "rnn"}, 1),
-        (tiny.DOMINO, 2),
+        *(pytest.param(family, {}, 3, id=family) for family in DENSE),
+        *(pytest.param("qwen3", *kind, id=f"qwen3, {name}") for name, kind in KINDS.items()),
+        *(pytest.param("gemma3_text", *kind, id=f"gemma3_text, {name}") for name, kind in KINDS.items()),
     ],
-    ids=["dflash", "dflash2", "dspark, reduced", "dspark, rnn", "domino"],
 )
 def test_the_blocks_of_a_family_need_neither_the_data_nor_another_device(family, second, rows):
     model = tiny.target(family)
@@ -66,7 +72,7 @@ def test_the_blocks_of_a_family_need_neither_the_data_nor_another_device(family,
 def test_a_recording_that_is_replayed_without_python_gives_the_same_text(family, second, sampled, monkeypatch):
     target = tiny.target(family)
     draft, inputs = tiny.draft(target, **second), tiny.batch(20, pads=(0, 9, 3))
-    asked = inputs | {"max_new_tokens": 60, "do_sample": sampled, "custom_generate": draft.speculate}
+    asked = inputs | {"max_new_tokens": 36, "do_sample": sampled, "custom_generate": draft.speculate}
     torch.manual_seed(0)
     plain = target.generate(**asked)
     recorded, replayed = [], []
@@ -83,15 +89,20 @@ def test_a_recording_that_is_replayed_without_python_gives_the_same_text(family,
     assert min(replayed.count(run) for run in recorded) > 10  # the target's block and the draft's
 
 
-@pytest.mark.parametrize("family", ["qwen3", "qwen3_5_text"])
 @pytest.mark.parametrize(
-    "second",
-    [{}, tiny.SECOND, tiny.DSPARK | tiny.REDUCED, tiny.DOMINO],
-    ids=["dflash", "dflash2", "dspark, reduced", "domino"],
+    ("family", "second"),
+    [
+        ("qwen3", {}),
+        ("qwen3", tiny.SECOND),
+        ("qwen3", tiny.DSPARK | tiny.REDUCED),
+        ("qwen3", tiny.DOMINO),
+        ("qwen3_5_text", {}),
+    ],
+    ids=["dflash", "dflash2", "dspark, reduced", "domino", "qwen3_5_text"],
 )
 def test_the_default_device_of_torch_may_be_any_other(family, second):
     target, inputs = tiny.target(family), tiny.batch(20, pads=(0, 9, 3))
-    asked = inputs | {"max_new_tokens": 20, "do_sample": False}
+    asked = inputs | {"max_new_tokens": 12, "do_sample": False}
     expected = target.generate(**asked)
     draft = tiny.draft(target, **second)
     torch.set_default_device(META)  # where whatever names no device would be
@@ -112,7 +123,7 @@ def test_the_stored_ids_of_a_reduced_vocabulary_are_checked_whatever_the_default
 def test_blocks_are_recorded_again_where_buffers_grew_and_compared_once(monkeypatch):
     monkeypatch.setattr("dflash_hub.cache_dflash.BUCKET", 16)
     target, recorded, runs = tiny.target("gemma3_text"), [], []
-    inputs, asked = tiny.batch(20, pads=(0, 9, 3)), {"max_new_tokens": 100, "do_sample": False}
+    inputs, asked = tiny.batch(20, pads=(0, 9, 3)), {"max_new_tokens": 80, "do_sample": False}
     expected = target.generate(**inputs, **asked)
 
     def counted(run, device):
@@ -136,7 +147,7 @@ TREES = torch.tensor([[-1, 0, 0, 1, 2, 4], [-1, 0, 1, 2, 3, 4], [-1, 0, 0, 0, 3,
 def test_a_tree_that_changes_from_cycle_to_cycle_and_row_to_row_is_replayed_as_it_is_now(capture, monkeypatch):
     target = tiny.target("gemma3_text")
     inputs = tiny.batch(12, pads=(0, 5, 9, 2))
-    expected = target.generate(**inputs, max_new_tokens=60, do_sample=False)
+    expected = target.generate(**inputs, max_new_tokens=36, do_sample=False)
     turn = []
 
     def branch(proposal, state):
@@ -157,7 +168,7 @@ def test_a_tree_that_changes_from_cycle_to_cycle_and_row_to_row_is_replayed_as_i
     draft, statistics = tiny.draft(target, block_size=6), DecodeStatistics()
     more = {"custom_generate": draft.speculate, "statistics": statistics, "capture": capture}
     more["proposer"] = tiny.steered(branch)
-    assert torch.equal(target.generate(**inputs, max_new_tokens=60, do_sample=False, **more), expected)
+    assert torch.equal(target.generate(**inputs, max_new_tokens=36, do_sample=False, **more), expected)
     assert len(set(statistics.committed)) > 1
 
 
@@ -169,8 +180,8 @@ def test_a_tree_that_changes_from_cycle_to_cycle_and_row_to_row_is_replayed_as_i
 def test_a_cycle_brings_one_tensor_to_the_host(second, sampled, tree, monkeypatch):
     target, brought = tiny.target("qwen3"), []
     draft, inputs = tiny.draft(target, **second), tiny.batch(9, pads=(0, 3, 5))
-    asked = inputs | {"max_new_tokens": 40, "do_sample": sampled, "custom_generate": draft.speculate}
-    target.generate(**asked)  # checks itself
+    asked = inputs | {"max_new_tokens": 24, "do_sample": sampled, "custom_generate": draft.speculate}
+    target.generate(**asked | {"max_new_tokens": 2})  # checks itself
     tiny.record_transfers(monkeypatch, brought)
     per_cycle, parents = [], torch.tensor([[-1, 0, 0, 1, 2]] * 3)
 

@@ -146,7 +146,7 @@ def test_a_head_that_is_padded_beyond_the_vocabulary_is_no_trouble():
     target.resize_token_embeddings(tiny.VOCAB + 4)
     target.config.vocab_size = tiny.VOCAB  # as of targets whose rows are padded
     inputs = tiny.batch(9, pads=(0, 3))
-    asked = {"max_new_tokens": 30, "do_sample": False}
+    asked = {"max_new_tokens": 20, "do_sample": False}
     plain = target.generate(**inputs, **asked)
     assert torch.equal(target.generate(**inputs, **asked, custom_generate=draft.speculate), plain)
 
@@ -177,7 +177,7 @@ def test_text_is_the_targets_own_alone_and_in_padded_batches(family, block):
     target = tiny.target(family)
     draft = tiny.draft(target, block_size=block, **tiny.SECOND)
     inputs = tiny.batch(9, pads=(0, 3, 5, 1))
-    asked = {"max_new_tokens": 40, "do_sample": False}
+    asked = {"max_new_tokens": 24, "do_sample": False}
     plain = target.generate(**inputs, **asked)
     statistics = DecodeStatistics()
     ways = {"custom_generate": draft.speculate, "statistics": statistics}
@@ -217,7 +217,7 @@ def test_sampled_text_is_that_of_plain_sampling_with_the_same_noise(pair, settin
     inputs, texts = tiny.batch(9, pads=(0, 3)), []
     for way in (draft, tiny.draft(target, seed=9)):  # any other draft: the text is the target's
         torch.manual_seed(3)
-        asked = {"max_new_tokens": 40, "do_sample": True, "draft_sampling": draft_sampling, **setting}
+        asked = {"max_new_tokens": 24, "do_sample": True, "draft_sampling": draft_sampling, **setting}
         texts.append(target.generate(**inputs, **asked, custom_generate=way.speculate))
     assert torch.equal(*texts)
     assert len(set(texts[0][0, 9:].tolist())) > 4

@@ -64,9 +64,9 @@ def test_generation_settings_may_come_from_the_target_or_in_a_config(pair):
 def test_rows_end_at_different_times_and_are_padded(pair):
     ends = set()
     for stop in range(0, tiny.VOCAB, 2):
-        plain, ours = both(*pair, **PADDED, max_new_tokens=40, eos_token_id=stop, pad_token_id=11)
+        plain, ours = both(*pair, **PADDED, max_new_tokens=24, eos_token_id=stop, pad_token_id=11)
         assert torch.equal(plain, ours)
-        ends |= {row.index(stop) if stop in row else 40 for row in plain[:, 9:].tolist()}
+        ends |= {row.index(stop) if stop in row else 24 for row in plain[:, 9:].tolist()}
     assert len(ends) > 4
 
 
@@ -110,7 +110,7 @@ class Ends(StoppingCriteria):
 @pytest.mark.parametrize("eos", [None, 7])
 def test_a_stopping_criterion_of_ones_own_is_asked_at_every_token(pair, eos):
     target, draft = pair
-    asked = {"max_new_tokens": 40, "eos_token_id": eos, "pad_token_id": 0}
+    asked = {"max_new_tokens": 28, "eos_token_id": eos, "pad_token_id": 0}
     plain = target.generate(**PADDED, **asked, do_sample=False, stopping_criteria=StoppingCriteriaList([Ends()]))
     mine = Ends()
     ours = target.generate(
@@ -141,12 +141,12 @@ class Asks(StoppingCriteria):
 def test_a_stopping_criterion_may_call_the_target(family):
     target, ids = tiny.target(family), tiny.prompt(20)
     criterion, draft = Asks(target), tiny.draft(target)
-    asked = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 30, "do_sample": False}
+    asked = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 18, "do_sample": False}
     criteria = StoppingCriteriaList([criterion])
     ours = target.generate(ids, **asked, custom_generate=draft.speculate, stopping_criteria=criteria)
-    assert torch.equal(ours, tiny.greedy(target, ids, 30))
+    assert torch.equal(ours, tiny.greedy(target, ids, 18))
     assert criterion.wrong == 0
-    assert criterion.asked == 30
+    assert criterion.asked == 18
 
 
 def test_max_time_ends_a_text_soon(pair):
@@ -162,7 +162,7 @@ def conversation(target, cache, **extra) -> torch.Tensor:
     """Three turns with one cache; the text, with what was said after the last."""
     ids = tiny.prompt(20)
     for turn in range(3):
-        asked = {"max_new_tokens": 15, "do_sample": False, tiny.CACHE: cache}
+        asked = {"max_new_tokens": 9, "do_sample": False, tiny.CACHE: cache}
         ids = target.generate(ids, attention_mask=torch.ones_like(ids), **asked, **extra)
         assert cache.get_seq_length() == ids.shape[1] - 1
         ids = torch.cat([ids, tiny.prompt(6, seed=turn)], dim=1)
@@ -277,7 +277,7 @@ def test_traced_blocks_give_the_same_text_while_batches_change_and_buffers_grow(
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     target = tiny.target("gemma3 of two layers")
     draft = tiny.draft(target, target_layer_ids=[0, 1], num_hidden_layers=1)
-    for rows, length, new in ((3, 12, 20), (1, 300, 12)):
+    for rows, length, new in ((3, 12, 10), (1, 300, 6)):
         inputs = tiny.batch(length, pads=(0, 3, 5)[:rows])
         asked = inputs | {"max_new_tokens": new, "do_sample": False}
         plain = target.generate(**asked)
@@ -309,7 +309,7 @@ def test_targets_that_see_images_decode_with_and_without_one(family, image, rows
     target, inputs = tiny.seeing(family, image)
     if rows == 1:
         inputs = {name: value[: len(value) // 2] for name, value in inputs.items()}
-    plain, ours = both(target, tiny.draft(target), **inputs, max_new_tokens=30)
+    plain, ours = both(target, tiny.draft(target), **inputs, max_new_tokens=24)
     assert torch.equal(plain, ours)
     assert len(set(plain[0, inputs["input_ids"].shape[1] :].tolist())) > 4
 

@@ -43,7 +43,7 @@ def edit_config(folder, **fields):
 
 NUMBERS = [
     {"num_hidden_layers": 10**9},
-    {"num_hidden_layers": 1000, "layer_types": ["full_attention"] * 1000},
+    {"num_hidden_layers": 200, "layer_types": ["full_attention"] * 200},
     {"block_size": 10**9},
     {"vocab_size": 10**12},
     {"hidden_size": 10**9},

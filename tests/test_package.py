@@ -131,6 +131,7 @@ def test_the_wheel_installs_and_its_demo_runs_elsewhere(built, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(str(home))
     assert "identical" in done.stdout
+    assert not re.findall("(?i)warning|traceback", done.stderr), done.stderr
 
 
 def test_importing_it_costs_no_more_than_automodel_and_our_own_files(servers):

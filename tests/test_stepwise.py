@@ -19,7 +19,7 @@ import tiny
 from dflash_hub import DecodeStatistics
 from dflash_hub.proposals_dflash import Proposal
 
-NEW = 24
+NEW = 16
 KINDS = {"chain": {}, "second": tiny.SECOND}
 
 

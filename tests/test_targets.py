@@ -13,7 +13,7 @@ quantization = pytest.importorskip(
     "torchao.quantization", reason="torchao is not installed; pip install 'dflash-hub[int8]' runs these"
 )
 PROMPT = {"input_ids": tiny.prompt(12), "attention_mask": torch.ones(1, 12, dtype=torch.long)}
-ASKED = PROMPT | {"max_new_tokens": 40, "do_sample": False}
+ASKED = PROMPT | {"max_new_tokens": 20, "do_sample": False}
 
 
 def settings(modules: tuple[str, ...], **more):
@@ -35,7 +35,7 @@ def test_a_target_with_adapters_gives_its_own_text(seed):
     expected = target.generate(**ASKED)
     assert len(set(expected[0, 12:].tolist())) > 3
     assert torch.equal(target.generate(**ASKED, custom_generate=draft.speculate, statistics=statistics), expected)
-    assert torch.equal(draft.spec_generate(target, PROMPT["input_ids"], max_new_tokens=40), expected)
+    assert torch.equal(draft.spec_generate(target, PROMPT["input_ids"], max_new_tokens=20), expected)
     with target.disable_adapter():
         assert not torch.equal(target.generate(**ASKED), expected)
 

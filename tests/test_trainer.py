@@ -25,10 +25,10 @@ from paths import ROOT
 
 def test_a_run_killed_and_resumed_is_the_run_that_was_not(tmp_path, train_apart):
     """Killed by SIGKILL, two steps after its checkpoint: losses and weights are the same, bit by bit."""
-    options = {"save_strategy": "steps", "save_steps": 3, "max_steps": 7, "gradient_accumulation_steps": 2}
+    options = {"save_strategy": "steps", "save_steps": 4, "max_steps": 7, "gradient_accumulation_steps": 2}
     options |= {"per_device_train_batch_size": 2}
     whole = train_apart(tmp_path / "whole", **options)
-    train_apart(tmp_path / "killed", "--kill-at", "5", signal=9, **options)
+    train_apart(tmp_path / "killed", "--kill-at", "6", signal=9, **options)
     resumed = train_apart(tmp_path / "killed", "--resume", **options)
     assert resumed["losses"] == whole["losses"]
     assert resumed["weights"] == whole["weights"]
@@ -67,7 +67,7 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path, train_apart):
 
     Rows divide evenly among steps here; else processes repeat some at the end of an epoch, as always.
     """
-    options = {"packing": False, "max_steps": 5, "loss_weights": "dpace"}
+    options = {"packing": False, "max_steps": 3, "loss_weights": "dpace"}
     fields = ("--fields", json.dumps(tiny.SECOND))
     one = train_apart(tmp_path / "one", *fields, per_device_train_batch_size=4, **options)
     weights = load_file(tmp_path / "one" / "draft" / "model.safetensors")
@@ -106,7 +106,7 @@ def test_accumulated_gradients_are_those_of_the_larger_batch(tmp_path, weights):
     losses = []
     for rows, steps in ((4, 1), (2, 2), (1, 4)):
         options = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": steps}
-        trainer = training_run.trainer(tmp_path, loss_weights=weights, **options)
+        trainer = training_run.trainer(tmp_path, loss_weights=weights, max_steps=3, **options)
         trainer.train()
         losses.append([line["loss"] for line in trainer.state.log_history if "loss" in line])
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
@@ -116,7 +116,7 @@ def test_accumulated_gradients_are_those_of_the_larger_batch(tmp_path, weights):
 def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path):
     new = "activation_checkpointing" in DFlashTrainingArguments.__dataclass_fields__
     option = "activation_checkpointing" if new else "gradient_checkpointing"
-    plain, saving = (training_run.trainer(tmp_path, **{option: on}) for on in (False, True))
+    plain, saving = (training_run.trainer(tmp_path, max_steps=3, **{option: on}) for on in (False, True))
     for trainer in (plain, saving):
         trainer.train()
     for name, values in plain.model.state_dict().items():
@@ -139,13 +139,13 @@ def test_only_the_draft_learns_and_only_the_draft_is_saved(tmp_path):
 
 
 def test_the_trained_draft_reloads_bit_equal_and_accepts_as_before(tmp_path):
-    trainer = training_run.trainer(tmp_path, max_steps=30)
+    trainer = training_run.trainer(tmp_path)
     trainer.train()
     trainer.save_model(str(tmp_path / "saved"))
     again = DFlashDraftModel.from_pretrained(tmp_path / "saved").eval()
     assert digests(again) == digests(trainer.model)
     ids = tiny.prompt(20)
-    results = [compare(draft, trainer.target, ids, 40) for draft in (trainer.model.eval(), again)]
+    results = [compare(draft, trainer.target, ids, 24) for draft in (trainer.model.eval(), again)]
     assert results[0].committed == results[1].committed
     assert results[1].identical
 
@@ -173,8 +173,8 @@ def test_learning_shows_in_loss_and_acceptance_on_held_out_text(tmp_path, tiny_t
     args = DFlashTrainingArguments(
         str(tmp_path),
         **training_run.SMALL | {"max_steps": 50, "learning_rate": 1e-2, "max_length": 96, "num_anchors": 16},
-        eval_acceptance_prompts=4,
-        eval_acceptance_tokens=48,
+        eval_acceptance_prompts=2,
+        eval_acceptance_tokens=32,
     )
     trainer = DFlashTrainer(draft, tiny_target, args, rows[:56], rows[56:])
     before = trainer.evaluate()

@@ -164,17 +164,18 @@ def test_a_dspark_tree_scores_pairs_as_its_chain_does_and_knows_a_reduced_vocabu
 def test_text_is_the_targets_own_whatever_the_tree(family):
     """One row and a padded batch; a tree narrower and one wider than the block. Recurrent targets get the chain."""
     target = tiny.target(family)
-    draft, accepted = tiny.draft(target, block_size=6), 0
+    draft, accepted, tokens = tiny.draft(target, block_size=6), 0, set()
     for inputs, width in ((tiny.batch(30, pads=(0,)), 3), (tiny.batch(20, pads=(0, 19, 7, 13)), 20)):
-        asked = inputs | {"max_new_tokens": 30, "do_sample": False}
+        asked = inputs | {"max_new_tokens": 20, "do_sample": False}
         expected = target.generate(**asked)
-        assert len(set(expected[:, -30:].flatten().tolist())) > 4
+        tokens |= set(expected[:, -20:].flatten().tolist())
         statistics = DecodeStatistics()
         more = {"custom_generate": draft.speculate, "statistics": statistics, "proposal": "tree", "width": width}
         assert torch.equal(target.generate(**asked, **more), expected)
         kind = "chain of 5" if family in RECURRENT else f"tree of {width}"
         assert set(statistics.proposed) == {kind}
         accepted += sum(statistics.accepted_at)
+    assert len(tokens) > 5, "a text of a few tokens proves nothing"
     assert accepted, "nothing was accepted"
     assert min(statistics.committed) < 6, "nothing was rejected"
 
@@ -185,7 +186,7 @@ def test_trees_of_every_kind_write_what_its_chains_write(kind, sampled):
     """Sampled too: noise belongs to slots, so one seed gives one text."""
     target = tiny.target("gemma3_text")
     draft = tiny.draft(target, **KINDS[kind])
-    asked = tiny.batch(11, pads=(0, 4)) | {"max_new_tokens": 40, "custom_generate": draft.speculate}
+    asked = tiny.batch(11, pads=(0, 4)) | {"max_new_tokens": 24, "custom_generate": draft.speculate}
     asked |= {"do_sample": sampled, "temperature": 1.5 if sampled else None, "top_k": 8 if sampled else None}
     texts, committed = [], []
     for more in ({"proposal": "chain"}, {"proposal": "tree", "width": 16}, {"proposal": "plain"}):
@@ -205,7 +206,7 @@ def test_trees_of_every_kind_write_what_its_chains_write(kind, sampled):
 def test_processors_judge_the_nodes_of_a_tree_by_their_own_paths(option):
     target = tiny.target("qwen3")
     draft, statistics = tiny.draft(target), DecodeStatistics()
-    asked = tiny.batch(9, pads=(0, 3)) | option | {"max_new_tokens": 40, "do_sample": False}
+    asked = tiny.batch(9, pads=(0, 3)) | option | {"max_new_tokens": 24, "do_sample": False}
     more = {"custom_generate": draft.speculate, "proposal": "tree", "width": 14, "statistics": statistics}
     assert torch.equal(target.generate(**asked, **more), target.generate(**asked))
     assert statistics.acceptance_length > 1.05
@@ -254,7 +255,7 @@ def test_after_many_trees_the_caches_of_target_and_draft_are_those_of_the_text(f
             super().commit(features, slots)
             kept[:] = [self]
 
-    asked = {"max_new_tokens": 60, "do_sample": False, "return_dict_in_generate": True, "pad_token_id": 0}
+    asked = {"max_new_tokens": 36, "do_sample": False, "return_dict_in_generate": True, "pad_token_id": 0}
     ids = tiny.prompt(9)
     mask = torch.ones_like(ids)
     name = tiny.CACHE
@@ -278,7 +279,7 @@ def test_after_many_trees_the_caches_of_target_and_draft_are_those_of_the_text(f
 
 def test_a_chain_given_as_a_tree_is_the_chain():
     target = tiny.target("gemma3_text")
-    draft, asked = tiny.draft(target), tiny.batch(12, pads=(0, 5)) | {"max_new_tokens": 50, "do_sample": False}
+    draft, asked = tiny.draft(target), tiny.batch(12, pads=(0, 5)) | {"max_new_tokens": 30, "do_sample": False}
 
     def as_tree(proposal, state):
         parents = torch.arange(-1, proposal.size - 1).expand_as(proposal.tokens)
@@ -296,7 +297,7 @@ def test_a_chain_given_as_a_tree_is_the_chain():
 def test_trees_are_built_inside_a_recorded_block(kind):
     target = tiny.target("gemma3_text")
     draft = tiny.draft(target, **KINDS[kind])
-    asked = tiny.batch(12, pads=(0, 5, 9)) | {"max_new_tokens": 40, "do_sample": False}
+    asked = tiny.batch(12, pads=(0, 5, 9)) | {"max_new_tokens": 20, "do_sample": False}
     expected = target.generate(**asked)
     found = []
     for capture in ("eager", "graphs"):
@@ -309,7 +310,7 @@ def test_trees_are_built_inside_a_recorded_block(kind):
 
 def test_the_real_pair_accepts_more_from_a_tree_than_from_the_chain(tiny_target, tiny_draft):
     ids = torch.tensor([[40, 41, 42, 43, 44, 45, 46, 47]])
-    asked = {"max_new_tokens": 64, "do_sample": False, "eos_token_id": None, "attention_mask": torch.ones_like(ids)}
+    asked = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None, "attention_mask": torch.ones_like(ids)}
     lengths = []
     for more in ({"proposal": "chain"}, *({"proposal": "tree", "width": width} for width in (7, 31))):
         statistics = DecodeStatistics()
