@@ -381,6 +381,11 @@ def adapters_of_rows(model: Any) -> set[str]:
     return names
 
 
+def has_hooks(model: Any) -> bool:
+    """Tell whether a module of a model has a hook on its forward, of whoever."""
+    return any(one._forward_hooks or one._forward_pre_hooks for one in model.modules())
+
+
 def adapters_in_use(wrapper: Any) -> list[Any]:
     """Return the configs of the PEFT adapters that the next forward uses; none of a model without any.
 

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from .compat_dflash import configs_of, detours, is_offloaded
+from .compat_dflash import configs_of, detours, has_hooks, is_offloaded
 from .recording_dflash import record
 
 logger = logging.get_logger(__name__)
@@ -66,7 +66,7 @@ def _repays(model: Any, new_tokens: int) -> bool:
     if model.device.type != "cpu" or new_tokens < WORTH_RECORDING:
         return False
     # A hook of the user's may do something else in every forward.
-    return not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    return not has_hooks(model)
 
 
 _LOCKS: dict[int, "threading.RLock"] = {}

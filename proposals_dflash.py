@@ -243,6 +243,10 @@ class ChainProposer:
         if self.width is not None:
             drafted = drafted[:, : self.width]
             confidence = None if confidence is None else confidence[:, : self.width]
+        if confidence is not None:
+            confidence = (
+                confidence.clone()
+            )  # a recorded block writes it again, and proposals may be held
         tokens = torch.cat([state.anchor, drafted], dim=1)
         return Proposal(tokens, confidence=confidence)
 

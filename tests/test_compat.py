@@ -15,6 +15,8 @@ from paths import ROOT
 OURS = [path for folder in (".", "training") for path in sorted((ROOT / folder).glob("*.py"))]
 # Names that a library asks others to use, or hands out under an underscore.
 OF_OTHERS = {
+    "_schema": "torch: the arguments and results of an operation",
+    "_to_copy": "torch: the operation behind `to`",
     "_getframe": "sys",
     "_compile": "flex_attention: whether its mask is made by compiled code",
     "_internal_call": "Trainer.save_model: the Trainer's own way of saving, without a push",

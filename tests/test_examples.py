@@ -21,7 +21,8 @@ NEEDS = {"grammar": ("xgrammar", "grammar"), "lora": ("peft", "peft")}
 
 
 def test_every_example_is_run_here():
-    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == EXAMPLES.keys()
+    found = {path.stem for path in (ROOT / "examples").glob("*.py")}
+    assert found == EXAMPLES.keys() | {"warm_start"}, "that one trains for ten minutes, so it is run by hand"
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT reads it

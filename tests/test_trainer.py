@@ -336,7 +336,7 @@ def test_a_best_checkpoint_that_cannot_be_chosen_is_refused_by_name(tmp_path, ar
 
 def spoilt(folder, tiny_target, tiny_draft, **args):
     """A trained draft that a learning rate far too high makes worse from step to step."""
-    text = torch.tensor([tiny_target.generation_config.eos_token_id, *range(40, 100)])[None]
+    text = torch.tensor([0, *range(40, 100)])[None]
     text = tiny_target.generate(text, attention_mask=text * 0 + 1, max_new_tokens=60, eos_token_id=None)
     rows = [{"input_ids": text[0, n:].tolist()} for n in range(12)]
     options = training_run.SMALL | {"max_length": 128, "learning_rate": 0.03, "warmup_steps": 0, "max_steps": 9}
