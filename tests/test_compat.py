@@ -15,6 +15,10 @@ from paths import ROOT
 OURS = [path for folder in (".", "training") for path in sorted((ROOT / folder).glob("*.py"))]
 # Names that a library asks others to use, or hands out under an underscore.
 OF_OTHERS = {
+    "_parameters": "torch.nn.Module: its own parameters by name",
+    "_forward_hooks": "torch.nn.Module: what runs after its forward",
+    "_forward_pre_hooks": "torch.nn.Module: what runs before its forward",
+    "_buffers": "torch.nn.Module: its own buffers by name",
     "_schema": "torch: the arguments and results of an operation",
     "_to_copy": "torch: the operation behind `to`",
     "_getframe": "sys",
