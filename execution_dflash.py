@@ -165,6 +165,7 @@ class BlockRunner:
         # Over larger buffers, recordings are over, and make room.
         for other in [other for other in self.recordings if other[0] != buffers]:
             del self.recordings[other]
+            self.to_confirm.discard(other)
         if known or (shapes in self.shapes_recorded and self.mode == "graphs"):
             return self._capture_again(key, state, *inputs)
         if shapes not in self.shapes_seen:  # blocks of this size may not come again

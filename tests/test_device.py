@@ -194,3 +194,13 @@ def test_a_cycle_brings_one_tensor_to_the_host(second, sampled, tree, monkeypatc
     assert len(per_cycle) > 8
     settled = per_cycle[4:]  # on a GPU, blocks are recorded and compared before
     assert all(names == ["tolist"] for names in settled), settled[:3]
+
+
+def test_a_recording_that_made_room_before_it_was_compared_again_is_not_asked_for():
+    """Blocks read 1, 1, 2, 1 and 1 tensors long buffers: the second recording drops the first one."""
+    lengths, made = iter([1, 1, 2, 1, 1, 1]), torch.arange(4.0)
+    runner = execution_dflash.BlockRunner(lambda state, one: (one + made,), lambda state: state)
+    with runner.using("graphs"):
+        for length in lengths:
+            (result,) = runner(length, torch.full((4,), float(length)))
+            assert torch.equal(result, length + made)
