@@ -43,7 +43,7 @@ MEASURED_FROM = 64
 RECORDING_SECONDS = 0.15
 """What a size of blocks costs that is new to a decode, where blocks are recorded as CUDA graphs."""
 
-RECORDING_BLOCKS = 4
+RECORDING_BLOCKS = 16
 """The same in blocks, where operations are recorded."""
 
 NOT_REPLAYED = 3
@@ -110,15 +110,11 @@ class AutoProposer:
         if key not in self.experiences:
             limit = state.sequences.stop_conditions.max_length
             is_long = limit - state.sequences.prompt.shape[1] >= self.measured_from
-            costs = cost_table(state, self.mode) if is_long else self._known(state)
+            costs = cost_table(state, self.mode) if is_long else known_costs(state, self.mode)
             if costs is None:
                 return None
             self.experiences[key] = Experience(costs)
         return self.experiences[key]
-
-    def _known(self, state: Any) -> CostTable | None:
-        """Return known costs; recorded blocks, which long texts have, cost in the same proportions."""
-        return known_costs(state, self.mode) or known_costs(state, "graphs")
 
 
 class AdaptiveProposer(TreeProposer):

@@ -217,6 +217,11 @@ class Drafter:
             output: DraftOutput = self.runner(
                 state, anchor, context.features, context.slots, own_slots
             )
+        if state.num_nodes and output.tree is None:
+            walk = Walk(anchor.to(slots.device), self._embed)
+            scores = output.logits.to(slots.device)
+            tree = self._tree(scores, output.states, walk, state.num_nodes)
+            output = output._replace(tokens=tree.spine_tokens, tree=tree)
         return output._replace(
             logits=output.logits.to(slots.device), tokens=output.tokens.to(slots.device)
         )
@@ -302,7 +307,7 @@ class Drafter:
             logits = logits.index_fill(-1, self._beyond(logits), -torch.inf)
         walk = Walk(anchor.to(slots.device), self._embed)
         scores = logits.to(slots.device)
-        if state.num_nodes:
+        if state.num_nodes and not self._grows_on_host(scores):
             tree = self._tree(scores, states, walk, state.num_nodes)
             return DraftOutput(logits, states, tree.spine_tokens, tree=tree)
         return DraftOutput(logits, states, *self.draft.select_tokens(scores, states, walk))
@@ -310,8 +315,12 @@ class Drafter:
     def _tree(self, scores: torch.Tensor, states: torch.Tensor, walk: Walk, num_nodes: int) -> Tree:
         num_candidates = min(NUM_CANDIDATES, num_nodes)
         candidates = self.draft.candidates(scores, states, walk, num_candidates)
-        on_host = self.runner.mode == "eager" and scores.device.type == "cpu"
-        return (tree_on_host if on_host else best_tree)(candidates, num_nodes)
+        grow = tree_on_host if self._grows_on_host(scores) else best_tree
+        return grow(candidates, num_nodes)
+
+    def _grows_on_host(self, scores: torch.Tensor) -> bool:
+        """Tell whether trees are grown in Python, after the block, whose recording cannot hold it."""
+        return self.runner.mode != "compile" and scores.device.type == "cpu"
 
     def _beyond(self, logits: torch.Tensor) -> torch.Tensor:
         """Return the tokens of `logits [B, T, V]` that the target has no embedding of."""

@@ -38,7 +38,7 @@ def resolve_mode(capture: str, model: Any, recurrent: bool, new_tokens: int) -> 
     of an offloaded target are not in place between forwards.
 
     Args:
-        new_tokens: that a row may get at most.
+        new_tokens: that a row may get at most, in blocks of the same size.
     """
     asks = capture in ("graphs", "compile")
     offloaded = is_offloaded(model)

@@ -111,9 +111,9 @@ class SpeculativeGenerate:
     width: how many tokens of a chain, a tree or a look-up are verified, at most.
     draft_sampling: how the draft chooses tokens when text is sampled. "coupled": with the same noise as the target.
         "greedy": always the likeliest, which are accepted less often.
-    capture: how blocks run. "auto" records those of dense targets on a GPU, and on a CPU where the text is long enough;
-        elsewhere it is eager. "graphs" and "compile" (torch.compile, with a warm-up of about 30 s) ask for one; "eager"
-        is neither.
+    capture: how blocks run. "auto" records those of dense targets on a GPU. On a CPU it records where `proposal` is
+        "chain" or "plain", or `width` is given, and the text is long enough; elsewhere it is eager. "graphs" and
+        "compile" (torch.compile, with a warm-up of about 30 s) ask for one; "eager" is neither.
     strict: refuse a target whose family the tests do not decode. Otherwise its self-check decides.
     proposer: a function that is called with the draft's `ChainProposer` and returns the `Proposer` to decode with.
     """
@@ -224,7 +224,9 @@ class SpeculativeGenerate:
         acceptance, stop_conditions = choose_acceptance(
             sampler, stopping_criteria, input_ids, pad_token_id, names
         )
-        new_tokens = generation_config.max_length - input_ids.shape[1]
+        # Where sizes of blocks vary, a CPU would record each of them in every text, for longer than that saves.
+        repeats = proposer is None and (proposal in ("chain", "plain") or width is not None)
+        new_tokens = generation_config.max_length - input_ids.shape[1] if repeats else 0
         mode = resolve_mode(capture, model, is_recurrent(model), new_tokens)
         request = DecodeRequest(
             prompt,

@@ -259,7 +259,7 @@ def methods(target: Any, draft: Any, costs: CostTable, sampled: bool) -> dict[st
     if not is_recurrent(target):
         found[OWN] = {"assistant_model": draft, "speculation_type": "dflash"}
     found["look-ups without a draft"] = {"custom_generate": LookupGenerate()}
-    mode = resolve_mode("auto", target, is_recurrent(target), WORTH_RECORDING)
+    mode = resolve_mode("auto", target, is_recurrent(target), 0)
     # What was learnt stays with the function.
     for name, more in ours(sampled).items():
         found[name] = {"custom_generate": SpeculativeGenerate(draft)} | more

@@ -147,19 +147,10 @@ class Answerer:
         self.warm = True
         size = 2 * self.pair.draft.config.block_size if captures else 2
         options = self._with_draft(DecodeStatistics())
-        options["capture"] = self._mode(max_new_tokens)
         if measures:
             options["proposal"] = "tree"  # which has them measured in a text of any length
         for _ in range(3 if self.capture == "compile" else 1):
             self._generate(row[:, -_CONTEXT:], size, **options)
-
-    def _mode(self, max_new_tokens: int) -> str:
-        """Return how the blocks of a text of so many tokens will run."""
-        from ..execution_dflash import resolve_mode
-        from ..target_dflash import is_recurrent
-
-        target = self.pair.target
-        return resolve_mode(self.capture, target, is_recurrent(target), max_new_tokens)
 
     def answer(self, row: Any, max_new_tokens: int) -> Answer:
         """Decode after `row [1, P]` and write the text as it comes; Ctrl-C ends it."""

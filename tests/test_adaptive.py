@@ -174,16 +174,17 @@ def test_costs_are_measured_once_and_kept_for_other_processes(tmp_path, monkeypa
     target = tiny.target("qwen3")
     # While wide blocks are measured, buffers grow and recordings make room; then smaller ones are read again.
     draft, inputs = tiny.draft(target), tiny.batch(200, pads=(0,))
-    decoded(target, draft, inputs, 20)
+    recorded = {"capture": "graphs"}
+    decoded(target, draft, inputs, 20, **recorded)
     assert not list(tmp_path.rglob("*.json")), "a short text is not worth the time"
-    decoded(target, draft, inputs, 68)
+    decoded(target, draft, inputs, 68, **recorded)
     (file,) = tmp_path.rglob("*.json")
     table = json.loads(file.read_text())
     assert table["sizes"] == list(BLOCK_SIZES[: len(table["sizes"])])
     assert table["seconds"] == sorted(table["seconds"])
     stamp = file.stat().st_mtime_ns
     another = tiny.draft(target)
-    decoded(target, another, inputs, 20)
+    decoded(target, another, inputs, 20, **recorded)
     (experience,) = another.speculate.experiences[target].values()
     assert experience.costs.measured == table["seconds"]
     assert file.stat().st_mtime_ns == stamp

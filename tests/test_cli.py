@@ -173,7 +173,7 @@ def test_costs_of_a_long_answer_are_measured_before_it_is_timed(proposal, tokens
     answerer = answers.Answerer(Loaded(target, draft, ()), None, answers.Sampling())
     answerer.proposing = {"proposal": proposal}
     answerer.warm_up(tiny.prompt(9), tokens)
-    assert list(experiences.get(target, {})) == ([(1, "graphs")] if measured else [])
+    assert list(experiences.get(target, {})) == ([(1, "eager")] if measured else [])
 
 
 def test_sampled_answers_follow_the_seed_and_end_at_a_text(monkeypatch):
