@@ -190,7 +190,7 @@ def test_costs_are_measured_once_and_kept_for_other_processes(tmp_path, monkeypa
     assert file.stat().st_mtime_ns == stamp
     for damage in ("", "[]", '{"sizes": [1], "seconds": [1]}', '{"sizes": [1, 2], "seconds": [-1, 2]}'):
         file.write_text(damage)
-        decoded(target, tiny.draft(target), inputs, 68)
+        decoded(target, tiny.draft(target), inputs, 68, **recorded)
         assert json.loads(file.read_text())["sizes"] == table["sizes"]
 
 
