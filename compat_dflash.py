@@ -382,8 +382,15 @@ def adapters_of_rows(model: Any) -> set[str]:
 
 
 def has_hooks(model: Any) -> bool:
-    """Tell whether a module of a model has a hook on its forward, of whoever."""
-    return any(one._forward_hooks or one._forward_pre_hooks for one in model.modules())
+    """Tell whether a module of a model has a hook on its forward.
+
+    Those of transformers do not count: they collect outputs where outputs are asked for, and stay afterwards.
+    """
+    for module in model.modules():
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+            if not str(getattr(hook, "__module__", "")).startswith("transformers."):
+                return True
+    return False
 
 
 def adapters_in_use(wrapper: Any) -> list[Any]:
