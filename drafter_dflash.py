@@ -217,6 +217,7 @@ class Drafter:
             output: DraftOutput = self.runner(
                 state, anchor, context.features, context.slots, own_slots
             )
+        # Grown by Python, which a recorded block leaves out.
         if state.num_nodes and output.tree is None:
             walk = Walk(anchor.to(slots.device), self._embed)
             scores = output.logits.to(slots.device)
@@ -307,7 +308,8 @@ class Drafter:
             logits = logits.index_fill(-1, self._beyond(logits), -torch.inf)
         walk = Walk(anchor.to(slots.device), self._embed)
         scores = logits.to(slots.device)
-        if state.num_nodes and not self._grows_on_host(scores):
+        is_recorded = self.runner.mode == "graphs"
+        if state.num_nodes and not (is_recorded and self._grows_on_host(scores)):
             tree = self._tree(scores, states, walk, state.num_nodes)
             return DraftOutput(logits, states, tree.spine_tokens, tree=tree)
         return DraftOutput(logits, states, *self.draft.select_tokens(scores, states, walk))
@@ -319,7 +321,7 @@ class Drafter:
         return grow(candidates, num_nodes)
 
     def _grows_on_host(self, scores: torch.Tensor) -> bool:
-        """Tell whether trees are grown in Python, after the block, whose recording cannot hold it."""
+        """Tell whether trees are grown in Python, which no recording can hold."""
         return self.runner.mode != "compile" and scores.device.type == "cpu"
 
     def _beyond(self, logits: torch.Tensor) -> torch.Tensor:

@@ -51,7 +51,7 @@ def resolve_mode(capture: str, model: Any, recurrent: bool, new_tokens: int) -> 
         return "eager"
     if asks:
         return capture
-    is_recorded = capture == "auto" and _is_dense(model) and _repays(model, new_tokens)
+    is_recorded = capture == "auto" and _repays(model, new_tokens) and _is_dense(model)
     return "graphs" if is_recorded else "eager"
 
 

@@ -21,7 +21,7 @@ from ..training.loading import QUANTIZATIONS, is_cut
 from ..training.memory import Memory, StepShape, Tracker, bytes_of, memory_of_step
 from ..training.setup import TrainOptions, models_without_weights
 from ..training.trainer import DFlashTrainer, DFlashTrainingArguments, prompt_of
-from .shared import console
+from .screen import console, duration
 
 _TIMED_STEPS = 5
 _ENOUGH_SECONDS = 60.0
@@ -114,7 +114,7 @@ def dry_run(trainer: DFlashTrainer, folder: Path, expected: Memory | None = None
     if expected is not None:
         measured += f", {_gib(expected.peak)} expected"
     table.add_row("peak memory", measured + _resident())
-    whole_run = duration(clock.seconds * total_steps)
+    whole_run = duration(max(1, clock.seconds * total_steps))
     table.add_row("time", f"{clock.seconds:.2f} s a step; {whole_run} for {total_steps:,} steps")
     for check in checks:
         table.add_row("checked", check)
@@ -190,11 +190,3 @@ def _resident() -> str:
 
     unit = 1 if sys.platform == "darwin" else 2**10
     return f"; {_gib(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)} resident"
-
-
-def duration(seconds: float) -> str:
-    """Return a duration in hours and minutes, or in seconds where it is short, as text."""
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min"

@@ -8,24 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
 from ..training.feature_setup import FeatureArguments, FeatureJob
 from ..training.feature_writer import write
 from ..training.setup import TrainOptions
-from .dry_run import duration
 from .loading import load_tokenizer
 from .parsing import Parser, check_words
 from .preflight import Problems, check_draft, check_dtype, check_target
-from .screen import console, hide_bars, note, notes
+from .screen import console, duration, hide_bars, note, notes, rows_progress
 
 
 def write_features(argv: list[str]) -> None:
@@ -100,14 +91,7 @@ def _bytes(job: FeatureJob) -> int:
 
 def _write_with_progress(job: FeatureJob, folder: Path) -> int:
     """Write with a progress bar; return how many shards were there before."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=notes, disable=not notes.is_interactive) as progress:
+    with rows_progress() as progress:
         task = progress.add_task("rows", total=_rows(job))
 
         def report(shards: int, rows: int) -> None:
@@ -131,7 +115,8 @@ def _show_cost(job: FeatureJob, folder: Path) -> None:
     )
     table.add_row("room", f"{shutil.disk_usage(_existing(folder)).free / 1e9:,.1f} GB at {folder}")
     table.add_row(
-        "time", f"{rate:,.0f} tokens/s on {job.target.device}; about {duration(tokens / rate)}"
+        "time",
+        f"{rate:,.0f} tokens/s on {job.target.device}; about {duration(max(1, tokens / rate))}",
     )
     console.print(table, highlight=False)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .loading import load_pair, load_target, load_tokenizer
+from .loading import checked_tokenizer, load_pair, load_target
 from .preflight import (
     Problems,
     check_capture,
@@ -16,17 +16,18 @@ from .preflight import (
     check_draft,
     check_dtype,
     check_proposal,
-    check_target,
 )
 from .screen import note, notes, prose
 from .shared import (
     Capture,
     Device,
+    Draft,
+    DraftRevision,
     Dtype,
     NewTokens,
     Proposal,
     Target,
-    complete_draft,
+    Width,
     fail_differing,
 )
 
@@ -42,16 +43,8 @@ def generate(
     prompt: Annotated[
         str | None, typer.Argument(help="The prompt; - reads it from stdin.", show_default=False)
     ] = None,
-    draft: Annotated[
-        str | None,
-        typer.Option(
-            help="Hub id or folder of the draft (default: the known draft for the target).",
-            autocompletion=complete_draft,
-        ),
-    ] = None,
-    draft_revision: Annotated[
-        str | None, typer.Option(help="Commit, tag or branch of the draft.")
-    ] = None,
+    draft: Draft = None,
+    draft_revision: DraftRevision = None,
     file: Annotated[Path | None, typer.Option(help="A file with the prompt.")] = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     chat: Annotated[
@@ -85,10 +78,7 @@ def generate(
     device: Device = None,
     capture: Capture = "auto",
     proposal: Proposal = "auto",
-    width: Annotated[
-        int | None,
-        typer.Option(min=1, help="Tokens of a chain, a tree or a look-up to verify, at most."),
-    ] = None,
+    width: Width = None,
 ) -> None:
     """Answer a prompt and stream the text; the line below it says how fast, and how often the draft was right."""
     from .answers import Answerer, Sampling, encode
@@ -105,11 +95,7 @@ def generate(
     problems.check(check_capture, capture)
     problems.check(check_proposal, proposal, width)
     problems.check(check_draft, draft, draft_revision)
-    found = len(problems.found)
-    problems.check(check_target, target)
-    tokenizer = template = None
-    if len(problems.found) == found:
-        tokenizer = problems.check(load_tokenizer, target)
+    tokenizer, template = checked_tokenizer(problems, target), None
     if tokenizer is not None:
         template = problems.check(_template, tokenizer, chat_template, chat, system)
     problems.raise_all()

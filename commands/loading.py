@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..catalogue import check_folder, rows
-from .preflight import check_target
+from .preflight import Problems, check_target
 from .screen import hide_bars, note, notes, prose
 
 
@@ -64,6 +64,13 @@ def _with_all_weights(auto_class: Any, name: str, dtype: str) -> Any:
             "here, so the text is worth nothing."
         )
     return model
+
+
+def checked_tokenizer(problems: Problems, target: str, flag: str = "--target") -> Any:
+    """Check a target, and load its tokenizer if nothing is wrong with it; None where a problem was added."""
+    found = len(problems.found)
+    problems.check(check_target, target, flag)
+    return problems.check(load_tokenizer, target) if len(problems.found) == found else None
 
 
 def load_tokenizer(target: str, trust_remote_code: bool = False) -> Any:

@@ -7,18 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
-from .loading import load_target, load_tokenizer
-from .preflight import Problems, check_data, check_file_to_write, check_target
-from .screen import console, notes
+from .loading import checked_tokenizer, load_target
+from .preflight import Problems, check_data, check_file_to_write
+from .screen import console, notes, rows_progress
 from .shared import NewTokens, Target
 
 if TYPE_CHECKING:
@@ -69,11 +61,7 @@ def regenerate(
         problems.add(
             "--model names a model of a server, and there is no --server; pass both or none."
         )
-    found = len(problems.found)
-    problems.check(check_target, target)
-    tokenizer = None
-    if len(problems.found) == found:
-        tokenizer = problems.check(load_tokenizer, target)
+    tokenizer = checked_tokenizer(problems, target)
     problems.raise_all()
     settings = GenerationSettings(max_new_tokens, temperature, prompt_tokens)
     rows = load_rows(data, data_name, data_split, streaming)
@@ -115,15 +103,8 @@ def regenerate_with_progress(
     """Run `training.regenerate` with a progress bar; return the number of rows, and the errors of failed rows."""
     from ..training.regenerate import regenerate as run
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
     total = len(rows) if hasattr(rows, "__len__") else None
-    with Progress(*columns, console=notes, disable=not notes.is_interactive) as progress:
+    with rows_progress() as progress:
         task = progress.add_task("rows", total=total)
 
         def report(done: int, failed: int) -> None:

@@ -13,11 +13,14 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 
 def _screen(stderr: bool) -> Console:
@@ -46,6 +49,29 @@ _given = {"verbose": False, "quiet": False, "loud": False}
 """Whether each option stands before the name of the command, and whether libraries may write."""
 _set_here: set[str] = set()
 """Variables of the environment that are not the user's."""
+
+
+def duration(seconds: float) -> str:
+    """Return a duration in one or two units, as text."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def rows_progress() -> "Progress":
+    """Return a progress bar for rows: how many of how many, and the time."""
+    from rich import progress
+
+    columns = (
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeElapsedColumn(),
+        progress.TimeRemainingColumn(),
+    )
+    return progress.Progress(*columns, console=notes, disable=not notes.is_interactive)
 
 
 def variables() -> dict[str, str]:

@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from ..kinds import DEMO_KIND, kind_named
 from ..serving.addresses import bound, is_local, names_of, url_of
-from .loading import load_pair, load_target, load_tokenizer
+from .loading import checked_tokenizer, load_pair, load_target
 from .preflight import (
     Problems,
     check_capture,
@@ -21,10 +21,9 @@ from .preflight import (
     check_draft,
     check_dtype,
     check_proposal,
-    check_target,
 )
 from .screen import console, doing, notes
-from .shared import Capture, Device, Dtype, Proposal, complete_draft, complete_target
+from .shared import Capture, Device, Draft, DraftRevision, Dtype, Proposal, Width, complete_target
 
 if TYPE_CHECKING:
     from ..serving.service import Service
@@ -61,16 +60,8 @@ def serve(
             autocompletion=complete_target,
         ),
     ],
-    draft: Annotated[
-        str | None,
-        typer.Option(
-            help="Hub id or folder of the draft (default: the known draft for the target).",
-            autocompletion=complete_draft,
-        ),
-    ] = None,
-    draft_revision: Annotated[
-        str | None, typer.Option(help="Commit, tag or branch of the draft.")
-    ] = None,
+    draft: Draft = None,
+    draft_revision: DraftRevision = None,
     name: Annotated[
         str | None, typer.Option(help="The model's name for clients (default: TARGET).")
     ] = None,
@@ -97,10 +88,7 @@ def serve(
     device: Device = None,
     capture: Capture = "auto",
     proposal: Proposal = "auto",
-    width: Annotated[
-        int | None,
-        typer.Option(min=1, help="Tokens of a chain, a tree or a look-up to verify, at most."),
-    ] = None,
+    width: Width = None,
 ) -> None:
     """Answer OpenAI's API on this machine, for its user. Greedy text is the target's own, token for token.
 
@@ -117,11 +105,7 @@ def serve(
     template = problems.check(_template, chat_template, named.is_demo)
     problems.check(_check_key, api_key)
     problems.check(check_draft, named.draft, draft_revision)
-    found = len(problems.found)
-    problems.check(check_target, named.target, "TARGET")
-    tokenizer = None
-    if len(problems.found) == found:
-        tokenizer = problems.check(load_tokenizer, named.target)
+    tokenizer = checked_tokenizer(problems, named.target, "TARGET")
     problems.check(_check_host, host, api_key)
     listener = problems.check(bound, host, port)
     try:

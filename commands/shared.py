@@ -34,6 +34,18 @@ def complete_draft(incomplete: str) -> list[str]:
 Target = Annotated[
     str, typer.Option(help="Hub id or folder of the target.", autocompletion=complete_target)
 ]
+Draft = Annotated[
+    str | None,
+    typer.Option(
+        help="Hub id or folder of the draft (default: the known draft for the target).",
+        autocompletion=complete_draft,
+    ),
+]
+DraftRevision = Annotated[str | None, typer.Option(help="Commit, tag or branch of the draft.")]
+Width = Annotated[
+    int | None,
+    typer.Option(min=1, help="Tokens of a chain, a tree or a look-up to verify, at most."),
+]
 NewTokens = Annotated[int, typer.Option(min=1, help="Maximum number of new tokens.")]
 Token = Annotated[
     str | None, typer.Option(envvar="HF_TOKEN", help="A Hub token with write access.")

@@ -14,7 +14,7 @@ from rich.text import Text
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
 from ..training.progress import by_position
-from .screen import is_verbose, notes, prose
+from .screen import duration, is_verbose, notes, prose
 
 PARTS = 20
 """Lines of a whole run in a pipe, at least one a minute."""
@@ -187,12 +187,3 @@ def percents(shares: Sequence[float]) -> str:
     if not shares:
         return ""
     return " ".join(f"{100 * share:.0f}" for share in shares) + " %"
-
-
-def duration(seconds: float) -> str:
-    """Return a duration in one or two units, as text."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
