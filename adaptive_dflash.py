@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from .costs_dflash import BLOCK_SIZES, CostTable, cost_table, known_costs
+from .execution_dflash import BlockRunner
 from .experience_dflash import Estimate, Experience
 from .lookup_dflash import Lookup, Match, chain_of
 from .proposals_dflash import (
@@ -43,8 +44,11 @@ MEASURED_FROM = 64
 RECORDING_SECONDS = 0.15
 """What a size of blocks costs that is new to a decode, where blocks are recorded as CUDA graphs."""
 
-RECORDING_BLOCKS = 16
-"""The same in blocks, where operations are recorded."""
+RECORDING_BLOCKS = 4
+"""The same in eager blocks, where operations are recorded."""
+
+SAVED_PER_LAYER = 0.25e-3
+"""Seconds for each layer that recorded operations are held to save in a block, before one was recorded."""
 
 NOT_REPLAYED = 3
 """How many of the first blocks of a size run eagerly at most, where blocks are recorded: to record, and to compare."""
@@ -77,7 +81,8 @@ class AutoProposer:
         measured_from: int | None = None,
     ):
         self.chain, self.experiences = chain, experiences
-        self.mode = mode
+        self.mode = mode_of_costs(mode, chain.draft_state.noise_ids.device)
+        self.selects = self.mode != mode
         self.kinds = kinds
         self.measured_from = MEASURED_FROM if measured_from is None else measured_from
         self.proposer: Proposer = chain
@@ -100,10 +105,21 @@ class AutoProposer:
         kinds = self.kinds
         if state.target_state.recurrent.states:  # branches cannot share it
             kinds = tuple(kind for kind in kinds if kind not in ("tree", "branch"))
+        target, drafter = state.target, self.chain.drafter
+        if self.selects:
+            target.runner.asked, drafter.runner.asked = set(), set()
         experience = self._experience(state) if kinds else None
-        if experience is not None:
-            experience.pause = 0  # another text may suit the draft better
-            self.proposer = AdaptiveProposer(self.chain, experience, self.mode, kinds)
+        if experience is None:
+            target.runner.asked, drafter.runner.asked = None, None
+            return
+        experience.pause = 0  # another text may suit the draft better
+        proposer = AdaptiveProposer(self.chain, experience, self.mode, kinds)
+        if self.selects:
+            proposer.verified = Selection(target.runner)
+            proposer.drafted = Selection(drafter.runner)
+            experience.saved.first = SAVED_PER_LAYER * len(target.layers)
+            experience.saved_drafting.first = SAVED_PER_LAYER * len(drafter.draft.layers)
+        self.proposer = proposer
 
     def _experience(self, state: Any) -> Experience | None:
         key = (len(state.anchor), self.mode)
@@ -115,6 +131,50 @@ class AutoProposer:
                 return None
             self.experiences[key] = Experience(costs)
         return self.experiences[key]
+
+
+class Selection:
+    """Has blocks recorded, where recordings are of operations, if that saves more than it takes.
+
+    Args:
+        runner: of the blocks; None if none are to be selected.
+    """
+
+    def __init__(self, runner: BlockRunner | None = None):
+        self.runner = runner
+        self.blocks: Counter[int] = Counter()
+        """By positions, how many blocks came since their recording was asked for."""
+
+    def ask(self, size: int, expected: float, eager: float, recorded: float) -> None:
+        """Ask for recordings of blocks of a size, if `expected` more of them will repay it.
+
+        Args:
+            eager: seconds that an eager block takes.
+            recorded: seconds that a recorded one takes.
+        """
+        if self.runner is None or self.runner.asked is None:
+            return
+        if self.blocks[size] or expected * (eager - recorded) > RECORDING_BLOCKS * eager:
+            self.runner.asked.add(size)
+            self.blocks[size] += 1
+
+    def has(self, size: int) -> bool:
+        """Tell whether blocks of a size are recorded."""
+        return self.blocks[size] > 0
+
+    def is_usual(self, size: int) -> bool:
+        """Tell whether the last block of a size took the time that the next ones will take."""
+        return not 0 < self.blocks[size] <= NOT_REPLAYED
+
+    def seconds(self, eager: float, recorded: float, share: float) -> float:
+        """Return what blocks are to cost that are not recorded yet, if that is done where it pays.
+
+        Args:
+            share: of a recording that each of them has to repay.
+        """
+        if self.runner is None:
+            return eager
+        return min(eager, recorded + RECORDING_BLOCKS * eager * share)
 
 
 class AdaptiveProposer(TreeProposer):
@@ -142,6 +202,8 @@ class AdaptiveProposer(TreeProposer):
         self.uses: Counter[int] = Counter()
         """How often this decode has verified each size."""
         self.num_drafts = 0
+        self.verified, self.drafted = Selection(), Selection()
+        """Of the sizes of blocks to record."""
         self.is_on_cuda = chain.draft_state.noise_ids.is_cuda
         self.active: list[bool] = []
         self.tokens_left = 1
@@ -152,7 +214,8 @@ class AdaptiveProposer(TreeProposer):
             self.matches = self.lookup.find(state, SIZES[-1])
         estimates = self._without_draft(state)
         best = max(estimates, key=rate_of)
-        if self._drafts(best):
+        drafts = self._drafts(best)
+        if drafts:
             best, proposal = self._draft(state, estimates[0])
         elif best.kind == "plain":
             proposal = Proposal(state.anchor)
@@ -162,6 +225,7 @@ class AdaptiveProposer(TreeProposer):
         self.chosen = best
         self.lengths = [len(tokens) for tokens in state.sequences.generated]
         self.uses[best.size] += 1
+        self._select(best, drafts)
         self.started = time.perf_counter()
         return proposal
 
@@ -179,12 +243,14 @@ class AdaptiveProposer(TreeProposer):
         chosen, experience = self.chosen, self.experience
         if chosen is None:
             return
-        if self._is_usual(self.uses[chosen.size]):
+        size = chosen.size
+        if self._is_usual(self.uses[size]) and self.verified.is_usual(1 + size):
             elapsed = time.perf_counter() - self.started
-            experience.add_cycle(chosen.kind, chosen.size, elapsed)
+            experience.add_cycle(chosen.kind, size, elapsed, self.verified.has(1 + size))
         new_tokens = []
         for length, tokens in zip(self.lengths, state.sequences.generated, strict=True):
             new_tokens.append(tokens[length:])
+        experience.cycle_tokens.add(max(map(len, new_tokens)))
         for match, new in zip(self.matches, new_tokens, strict=bool(self.matches)):
             if match is not None and new:
                 right = common(match.tokens, new)
@@ -207,11 +273,45 @@ class AdaptiveProposer(TreeProposer):
         """
         rows = sum(self.active)
         tokens = min(rows + drafted, rows * self.tokens_left)
-        seconds = self.experience.cycle_seconds(kind, size) + more
+        seconds = self._cycle_seconds(kind, size, tokens / max(rows, 1)) + more
         if self.mode != "eager" and not self.uses[size]:
-            recording = RECORDING_SECONDS if self.is_on_cuda else RECORDING_BLOCKS * seconds
-            seconds += 3 * recording / self.tokens_left  # a cycle commits about three tokens
+            seconds += (
+                3 * RECORDING_SECONDS / self.tokens_left
+            )  # a cycle commits about three tokens
         return Estimate(kind, size, masses, tokens, seconds)
+
+    def _cycle_seconds(self, kind: str, size: int, tokens: float) -> float:
+        """Return what cycles cost that each bring `tokens` to a row, with recordings where those pay to the end."""
+        experience = self.experience
+        recorded = experience.cycle_seconds(kind, size, is_recorded=True)
+        if self.verified.has(1 + size):
+            return recorded
+        eager = experience.cycle_seconds(kind, size)
+        return self.verified.seconds(eager, recorded, tokens / self.tokens_left)
+
+    def _draft_seconds(self) -> float:
+        """Return what drafting costs in the same way; a cycle commits about three tokens."""
+        experience = self.experience
+        eager = experience.draft_seconds.mean
+        recorded = experience.recorded_seconds(eager, experience.saved_drafting)
+        if self.drafted.has(1):
+            return recorded
+        return self.drafted.seconds(eager, recorded, 3 / self.tokens_left)
+
+    def _select(self, chosen: Estimate, drafts: bool) -> None:
+        """Have blocks recorded that come often: of the chosen size, and of the draft."""
+        experience = self.experience
+        experience.add_size(chosen.size, drafts)
+        cycles = self.tokens_left / experience.cycle_tokens.mean
+        expected = cycles * experience.shares[chosen.size].mean
+        eager = experience.cycle_seconds(chosen.kind, chosen.size)
+        recorded = experience.cycle_seconds(chosen.kind, chosen.size, is_recorded=True)
+        self.verified.ask(1 + chosen.size, expected, eager, recorded)
+        if drafts:
+            expected = cycles * experience.draft_share.mean
+            eager = experience.draft_seconds.mean
+            recorded = experience.recorded_seconds(eager, experience.saved_drafting)
+            self.drafted.ask(1, expected, eager, recorded)
 
     def _is_usual(self, uses: int) -> bool:
         """Tell whether the last of so many blocks of a size took the time that the next ones will take."""
@@ -252,9 +352,8 @@ class AdaptiveProposer(TreeProposer):
         spine, by_size = self._masses(tree, state)
         experience = self.experience
         self.num_drafts += 1
-        if self._is_usual(self.num_drafts) or not experience.draft_seconds.weight:
-            experience.draft_seconds.add(time.perf_counter() - started)
-        seconds = experience.draft_seconds.mean
+        self._learn_drafting(time.perf_counter() - started)
+        seconds = self._draft_seconds()
         found = []
         if "chain" in self.kinds:
             for size in self._chain_sizes():
@@ -271,6 +370,15 @@ class AdaptiveProposer(TreeProposer):
             nothing = self._estimate("plain", 0, [], 0.0, seconds)
             best = max(best, nothing, key=rate_of)
         return best, self._made_of(tree, state, best)
+
+    def _learn_drafting(self, seconds: float) -> None:
+        """Learn what drafting cost."""
+        experience, known = self.experience, self.experience.draft_seconds
+        if self.drafted.has(1):
+            if self.drafted.is_usual(1):
+                experience.saved_drafting.add(known.mean - seconds)
+        elif self._is_usual(self.num_drafts) or not known.weight:
+            known.add(seconds)
 
     def _of_draft(self, kind: str, size: int, masses: list[float], seconds: float) -> Estimate:
         """Return an estimate of what the draft proposes, for `seconds` of drafting."""
@@ -334,6 +442,11 @@ class AdaptiveProposer(TreeProposer):
         parents = torch.cat([parents, before.expand_as(copied)], dim=1)
         tokens = torch.cat([tokens, copied], dim=1)
         return Proposal(tokens, parents, max_depth=max(self.drafter.num_drafted, 1 + size))
+
+
+def mode_of_costs(mode: str, device: torch.device) -> str:
+    """Return how most blocks run: recordings of operations take as long as several blocks, so sizes are selected."""
+    return "eager" if mode == "graphs" and device.type != "cuda" else mode
 
 
 def widest_tree(costs: CostTable) -> int:

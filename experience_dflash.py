@@ -24,6 +24,9 @@ EVIDENCE = 4.0
 UNTRIED = {"tree": 1.1, "branch": 1.1}
 """By kind, how much longer cycles are held to take than others before one was tried; other kinds a little less."""
 
+LEAST_SHARE = 0.4
+"""A recorded block is held to take at least this part of an eager one before it was tried."""
+
 DOUBT = 2.0
 """Accepted tokens, as many as expected, with which every count begins: few cycles prove little. They are forgotten."""
 
@@ -116,9 +119,20 @@ class Experience:
     costs: CostTable
     drift: Average = field(default_factory=lambda: Average(1.0))
     """How much longer cycles take now than verifying took then."""
-    overheads: dict[tuple[str, int], Average] = field(default_factory=dict)
-    """By kind and size, how much longer such cycles take than others."""
+    overheads: dict[tuple[str, int, bool], Average] = field(default_factory=dict)
+    """By kind, size, and whether such blocks are recorded, how much longer such cycles take than others."""
+    saved: Average = field(default_factory=lambda: Average(0.0))
+    """Seconds that a recording saves in a cycle beside the draft."""
+    saved_drafting: Average = field(default_factory=lambda: Average(0.0))
+    """The same in drafting."""
+    cycle_tokens: Average = field(default_factory=lambda: Average(2.0))
+    """Tokens that a row gets in a cycle."""
+    shares: dict[int, Average] = field(default_factory=dict)
+    """By size, in which part of all cycles it was verified."""
+    draft_share: Average = field(default_factory=lambda: Average(1.0))
+    """In which part of all cycles the draft was asked."""
     draft_seconds: Average = field(default_factory=lambda: Average(0.0))
+    """Of eager blocks of the draft, where only some are recorded."""
     draft_rate: Average = field(default_factory=lambda: Average(0.0, SHORT_MEMORY))
     """Tokens per second of cycles with the draft, as estimated."""
     odds: dict[str, Odds] = field(default_factory=lambda: defaultdict(Odds))
@@ -129,24 +143,44 @@ class Experience:
     """Cycles to come without the draft."""
     next_pause: int = FIRST_PAUSE
 
-    def cycle_seconds(self, kind: str, size: int) -> float:
+    def cycle_seconds(self, kind: str, size: int, is_recorded: bool = False) -> float:
         """Return what a cycle costs that verifies `size` positions after the anchor, without the draft."""
-        overhead = self._overhead(kind, size).mean
-        return self.costs.seconds(1 + size) * self.drift.mean * overhead
+        base = self.costs.seconds(1 + size) * self.drift.mean
+        own = self._overhead(kind, size, is_recorded)
+        if not is_recorded or own.weight:
+            return base * own.mean
+        eager = base * self._overhead(kind, size, False).mean
+        return self.recorded_seconds(eager, self.saved)
 
-    def add_cycle(self, kind: str, size: int, seconds: float) -> None:
+    def recorded_seconds(self, eager: float, saved: Average) -> float:
+        """Return what to expect of a recorded block, where the eager one takes `eager` seconds."""
+        return max(eager - saved.mean, LEAST_SHARE * eager)
+
+    def add_cycle(self, kind: str, size: int, seconds: float, is_recorded: bool = False) -> None:
         """Learn what a cycle cost without the draft."""
+        if is_recorded:
+            self.saved.add(self.cycle_seconds(kind, size) - seconds)
         ratio = seconds / self.costs.seconds(1 + size)
         ratio = min(max(ratio, 0.2), 5.0)  # the process may have slept
-        own = self._overhead(kind, size)
-        self.drift.add(ratio / own.mean)
+        own = self._overhead(kind, size, is_recorded)
+        if own.weight or not is_recorded:  # what a recording saves is no drift
+            self.drift.add(ratio / own.mean)
         own.add(ratio / self.drift.mean)
 
-    def _overhead(self, kind: str, size: int) -> Average:
-        key = (kind, size)
+    def _overhead(self, kind: str, size: int, is_recorded: bool) -> Average:
+        key = (kind, size, is_recorded)
         if key not in self.overheads:
             self.overheads[key] = Average(UNTRIED.get(kind, 0.95))
         return self.overheads[key]
+
+    def add_size(self, size: int, has_drafted: bool) -> None:
+        """Learn which sizes come, and how often the draft is asked."""
+        self.draft_share.add(float(has_drafted))
+        if size not in self.shares:
+            # It did not come in any of the cycles before.
+            self.shares[size] = Average(0.0, weight=self.draft_share.weight - 1)
+        for known, share in self.shares.items():
+            share.add(float(known == size))
 
     def add_accepted(self, kind: str, masses: list[float], accepted: list[int]) -> None:
         """Learn how many drafted tokens each row accepted, where the draft expected `masses`."""

@@ -33,7 +33,7 @@ from .acceptance_dflash import (
     StepwiseAcceptance,
     foreign_objects,
 )
-from .adaptive_dflash import AutoProposer
+from .adaptive_dflash import AutoProposer, mode_of_costs
 from .calls_dflash import Signature, also_for_users, check_ids, check_loaded
 from .compat_dflash import (
     arrangement,
@@ -111,8 +111,8 @@ class SpeculativeGenerate:
     width: how many tokens of a chain, a tree or a look-up are verified, at most.
     draft_sampling: how the draft chooses tokens when text is sampled. "coupled": with the same noise as the target.
         "greedy": always the likeliest, which are accepted less often.
-    capture: how blocks run. "auto" records those of dense targets on a GPU. On a CPU it records where `proposal` is
-        "chain" or "plain", or `width` is given, and the text is long enough; elsewhere it is eager. "graphs" and
+    capture: how blocks run. "auto" records those of dense targets on a GPU. On a CPU it records where the text is long
+        enough, with `proposal="auto"` those that come often; elsewhere it is eager. "graphs" and
         "compile" (torch.compile, with a warm-up of about 30 s) ask for one; "eager" is neither.
     strict: refuse a target whose family the tests do not decode. Otherwise its self-check decides.
     proposer: a function that is called with the draft's `ChainProposer` and returns the `Proposer` to decode with.
@@ -224,9 +224,8 @@ class SpeculativeGenerate:
         acceptance, stop_conditions = choose_acceptance(
             sampler, stopping_criteria, input_ids, pad_token_id, names
         )
-        # Where sizes of blocks vary, a CPU would record each of them in every text, for longer than that saves.
-        repeats = proposer is None and (proposal in ("chain", "plain") or width is not None)
-        new_tokens = generation_config.max_length - input_ids.shape[1] if repeats else 0
+        # Another's proposer may propose other sizes in every cycle, and a recording of each costs more than it saves.
+        new_tokens = 0 if proposer else generation_config.max_length - input_ids.shape[1]
         mode = resolve_mode(capture, model, is_recurrent(model), new_tokens)
         request = DecodeRequest(
             prompt,
@@ -241,7 +240,7 @@ class SpeculativeGenerate:
         self.statistics = DecodeStatistics() if statistics is None else statistics
         cache = session.decode(request, self.statistics, is_timing=statistics is not None)
         experiences = self.experiences.get(model, {})
-        known = experiences.get((len(input_ids), mode))
+        known = experiences.get((len(input_ids), mode_of_costs(mode, input_ids.device)))
         if known is not None:
             self.statistics.plain_seconds = known.cycle_seconds("plain", 0)
         if not generation_config.return_dict_in_generate:

@@ -9,10 +9,10 @@ between the operations.
 """
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -71,17 +71,17 @@ class Operations(TorchDispatchMode):
         self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        traits = _traits(function)
         if function.namespace != "aten":
             raise RuntimeError(f"{function} is another library's, which may read values")
-        if _needs_values(function) and not _picks_by_place(function, args):
+        if traits.needs_values and not _picks_by_place(function, args):
             raise RuntimeError(f"{function} reads values, which differ from block to block")
+        if traits.is_mutable and traits.makes_new:
+            raise RuntimeError(f"{function} both changes tensors and makes new ones")
         result = function(*args, **kwargs)
-        made = _memory_of([result]) - _memory_of([args, *kwargs.values()])
-        if function._schema.is_mutable:
-            if made:
-                raise RuntimeError(f"{function} both changes tensors and makes new ones")
+        if traits.is_mutable:
             self.calls.append(partial(function, *args, **kwargs))
-        elif made:  # a view needs no repetition: what it shows stays where it is
+        elif traits.makes_new:  # a view needs no repetition: what it shows stays where it is
             self.calls.append(_writer(function, args, kwargs, result))
         return result
 
@@ -91,11 +91,28 @@ class Operations(TorchDispatchMode):
             call()
 
 
+class Traits(NamedTuple):
+    """What an operation does, by its schema.
+
+    Args:
+        needs_values: values decide its result or its shape: `item`, `nonzero`, `unique` ...
+        makes_new: its results, or some of them, are in new memory.
+        is_mutable: it changes arguments.
+    """
+
+    needs_values: bool
+    makes_new: bool
+    is_mutable: bool
+
+
 @lru_cache(None)
-def _needs_values(function: Any) -> bool:
-    """Tell whether an operation's result or its shape is decided by values: `item`, `nonzero`, `unique` ..."""
+def _traits(function: Any) -> Traits:
     tags = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
-    return any(tag in function.tags for tag in tags)
+    needs_values = any(tag in function.tags for tag in tags)
+    makes_new = any(one.alias_info is None for one in function._schema.returns)
+    if function is torch.ops.aten._unsafe_view.default:  # the one view whose schema says otherwise
+        makes_new = False
+    return Traits(needs_values, makes_new, function._schema.is_mutable)
 
 
 def _picks_by_place(function: Any, args: tuple) -> bool:
@@ -103,18 +120,6 @@ def _picks_by_place(function: Any, args: tuple) -> bool:
     if function is not torch.ops.aten.index.Tensor:
         return False
     return not any(one.dtype in (torch.bool, torch.uint8) for one in args[1] if one is not None)
-
-
-def _memory_of(values: Iterable[Any]) -> set[int]:
-    """Return the addresses of the memory of all tensors in nested arguments or results."""
-    found = set()
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            if value.numel():
-                found.add(value.untyped_storage().data_ptr())
-        elif isinstance(value, list | tuple):
-            found |= _memory_of(value)
-    return found
 
 
 def _writer(function: Any, args: tuple, kwargs: dict, result: Any) -> Callable[[], Any]:
@@ -127,14 +132,24 @@ def _writer(function: Any, args: tuple, kwargs: dict, result: Any) -> Callable[[
         return partial(_run_and_copy, partial(function, *args, **kwargs), results)
     overload, names = writing
     outs = dict(zip(names, results, strict=True))
-    # The function in Python's namespace takes half of the overload's time, where there is one with these arguments.
+    key = (function, len(args), tuple(kwargs))
+    if key not in _WRITING_FUNCTIONS:
+        _WRITING_FUNCTIONS[key] = _writing_function(function, overload, args, kwargs | outs)
+    return partial(_WRITING_FUNCTIONS[key], *args, **kwargs, **outs)
+
+
+_WRITING_FUNCTIONS: dict[Any, Callable] = {}
+"""By operation and form of the call: what writes into given tensors."""
+
+
+def _writing_function(function: Any, overload: Any, args: tuple, kwargs: dict) -> Callable:
+    """Return the function in Python's namespace, which takes half of the overload's time, where it takes this call."""
     public = getattr(torch, function.overloadpacket.__name__, overload)
-    if names == ["out"] and torch.Tag.nondeterministic_seeded not in function.tags:
-        call = partial(public, *args, **kwargs, **outs)
+    if "out" in kwargs and torch.Tag.nondeterministic_seeded not in function.tags:
         with suppress(TypeError):
-            call()
-            return call
-    return partial(overload, *args, **kwargs, **outs)
+            public(*args, **kwargs)
+            return public
+    return overload
 
 
 @lru_cache(None)

@@ -37,7 +37,7 @@ from decode import TINY, let_it_count, number
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dflash_hub import DecodeStatistics, DFlashDraftSpec, load_draft
-from dflash_hub.adaptive_dflash import CHOICES, AutoProposer
+from dflash_hub.adaptive_dflash import CHOICES, AutoProposer, mode_of_costs
 from dflash_hub.costs_dflash import CostTable, measure_costs
 from dflash_hub.evaluation.prompts import load_prompts
 from dflash_hub.evaluation.run import environment
@@ -259,16 +259,17 @@ def methods(target: Any, draft: Any, costs: CostTable, sampled: bool) -> dict[st
     if not is_recurrent(target):
         found[OWN] = {"assistant_model": draft, "speculation_type": "dflash"}
     found["look-ups without a draft"] = {"custom_generate": LookupGenerate()}
-    mode = resolve_mode("auto", target, is_recurrent(target), 0)
+    mode = resolve_mode("auto", target, is_recurrent(target), WORTH_RECORDING)
+    key = (1, mode_of_costs(mode, target.device))
     # What was learnt stays with the function.
     for name, more in ours(sampled).items():
         found[name] = {"custom_generate": SpeculativeGenerate(draft)} | more
     learns = found["auto"]["custom_generate"]
-    learns.experiences[target] = {(1, mode): Experience(costs)}
+    learns.experiences[target] = {key: Experience(costs)}
     for name, without in ABLATIONS.items():
-        known = {(1, mode): Experience(costs)}
+        known = {key: Experience(costs)}
         kinds = tuple(kind for kind in CHOICES if kind not in without)
-        found[name] = {"custom_generate": SpeculativeGenerate(draft)}
+        found[name] = {"custom_generate": SpeculativeGenerate(draft), "capture": mode}
         found[name]["proposer"] = limited(known, mode, kinds)
     return found
 

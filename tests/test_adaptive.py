@@ -9,7 +9,9 @@ from huggingface_hub import constants
 
 import tiny
 from dflash_hub import DecodeStatistics
+from dflash_hub.adaptive_dflash import Selection
 from dflash_hub.costs_dflash import BLOCK_SIZES, CostTable
+from dflash_hub.execution_dflash import BlockRunner
 from dflash_hub.experience_dflash import FIRST_PAUSE, LONGEST_PAUSE, Average, Experience, Odds
 from dflash_hub.lookup_dflash import Match
 from dflash_hub.proposals_dflash import Proposal
@@ -172,7 +174,6 @@ def test_a_draft_that_was_not_asked_for_a_while_still_sees_its_whole_context(lay
 def test_costs_are_measured_once_and_kept_for_other_processes(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))
     target = tiny.target("qwen3")
-    # While wide blocks are measured, buffers grow and recordings make room; then smaller ones are read again.
     draft, inputs = tiny.draft(target), tiny.batch(200, pads=(0,))
     recorded = {"capture": "graphs"}
     decoded(target, draft, inputs, 20, **recorded)
@@ -199,6 +200,34 @@ def test_a_cache_folder_that_takes_no_files_is_no_trouble(tmp_path, monkeypatch)
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "file"))
     target = tiny.target("qwen3_next")
     decoded(target, tiny.draft(target), tiny.batch(9, pads=(0, 3)), 68)
+
+
+@pytest.mark.parametrize(("rows", "new", "recorded"), [(1, 90, True), (3, 90, True), (1, 40, False)])
+def test_blocks_that_come_often_in_a_text_are_recorded_on_a_cpu(rows, new, recorded):
+    target = tiny.target("qwen3")
+    draft, inputs = tiny.draft(target), tiny.batch(14, pads=(0, 5, 2)[:rows])
+    experience = knowing(draft, target, STEEP, rows)
+    decoded(target, draft, inputs, new)
+    found = {key[0] for key, overhead in experience.overheads.items() if key[2] and overhead.weight}
+    assert found == ({"plain"} if recorded else set())
+
+
+def test_a_recording_is_asked_for_where_the_blocks_to_come_repay_it():
+    runner = BlockRunner(lambda state: None, lambda state: None)
+    with runner.using("graphs"):
+        selection = Selection(runner)
+        runner.asked = set()
+        for size, expected, eager, recorded in (
+            (1, 9, 4.0, 2.0),
+            (8, 7, 4.0, 2.0),
+            (16, 99, 4.0, 3.9),
+            (32, 5, 4.0, 0.5),
+        ):
+            selection.ask(size, expected, eager, recorded)
+        assert runner.asked == {1, 32}
+        selection.ask(1, 0, 4.0, 2.0)  # what is recorded stays so to the end
+        assert [selection.has(size) for size in (1, 8)] == [True, False]
+    assert runner.asked is None, "the next decode begins anew"
 
 
 def test_costs_between_and_beyond_what_was_measured_lie_in_line():

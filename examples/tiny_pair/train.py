@@ -10,8 +10,10 @@ skipped, so an interrupted run resumes. The stages:
 
 1. tokenizer: byte-level BPE of 512 tokens, on the sources of the standard library, without the held-out files;
 2. target: Qwen3 with 6 layers of 128, on the same sources;
-3. text: the target's own greedy continuations of passages from those sources;
-4. drafts: DFlash and DFlash 2 (draft, draft2), trained with `DFlashTrainer` on that text;
+3. text: the target's own greedy continuations of passages from those sources, and of passages from the library's
+   tests, which it has not seen;
+4. drafts, trained with `DFlashTrainer`: DFlash (draft) on the first text with the published decay, then DFlash 2
+   (draft2), which starts from the weights of the first, on both texts;
 5. acceptance length of each draft over the held-out prompts, one line of JSON for each.
 """
 
@@ -23,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from tokenizers import ByteLevelBPETokenizer
 from torch.utils.data import Dataset
 from transformers import (
@@ -38,7 +41,6 @@ from transformers import (
 
 from dflash_hub import DFlashDraftSpec, load_draft
 from dflash_hub.evaluation import compare
-from dflash_hub.kinds import KINDS
 from dflash_hub.training import DFlashTrainer, DFlashTrainingArguments
 from dflash_hub.training.trainer import last_checkpoint
 
@@ -47,7 +49,7 @@ PROMPTS = [
     json.loads(line) for line in (HERE / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
 ]
 WIDTH, PROMPT = 256, 150
-SKIPPED = {"site-packages", "test", "tests", "idlelib"}
+TESTS = {"test", "tests", "idlelib"}
 SHAPE = {"block_size": 8, "num_hidden_layers": 2, "target_layer_ids": [1, 2, 4], "mask_token_id": 1}
 HEAD_SHAPE = {
     "dflash2": {"selector_rank": 32, "selector_top_k": 8},
@@ -89,16 +91,16 @@ def main() -> None:
     tokenizer = make_tokenizer(options.output_dir)
     target = make_target(options, tokenizer)
     rows = write_text(options, target, tokenizer)
+    new_rows = write_text(options, target, tokenizer, tests=True)
     if options.compare:
-        compare_kinds(options, target, tokenizer, rows)
+        compare_kinds(options, target, tokenizer, rows + new_rows)
         return
-    for kind in KINDS.values():
-        if kind.demo_folder is not None:
-            steps = options.second_draft_steps if kind.head else options.draft_steps
-            training = Training(kind.demo_folder, kind.name, steps, options.seed)
-            draft = make_draft(options.output_dir, target, rows, training)
-            result = {"draft": training.name} | measure(draft, target, tokenizer)
-            print(json.dumps(result), flush=True)
+    first = Training("draft", "dflash", options.draft_steps, options.seed, {"loss_gamma": 4.0})
+    second = Training("draft2", "dflash2", options.second_draft_steps, options.seed, start="draft")
+    for training, learnt in ((first, rows), (second, rows + new_rows)):
+        draft = make_draft(options.output_dir, target, learnt, training)
+        result = {"draft": training.name} | measure(draft, target, tokenizer)
+        print(json.dumps(result), flush=True)
 
 
 def arguments() -> argparse.Namespace:
@@ -112,6 +114,9 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--texts", type=int, default=12288, help="passages that the target continues"
+    )
+    parser.add_argument(
+        "--new-texts", type=int, default=6144, help="likewise, passages that it has not seen"
     )
     parser.add_argument(
         "--draft-steps",
@@ -143,18 +148,17 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def sources() -> list[str]:
-    """Return the standard library's modules, without tests and without the files of the held-out prompts."""
+def sources(tests: bool = False) -> list[str]:
+    """Return the standard library's modules, or its tests, without the files of the held-out prompts."""
     held_out = {prompt["source"] for prompt in PROMPTS}
     root = Path(sysconfig.get_paths()["stdlib"])
-    files = sorted(
-        path for path in root.rglob("*.py") if not {*path.relative_to(root).parts[:-1]} & SKIPPED
-    )
-    return [
-        path.read_text(encoding="utf-8", errors="ignore")
-        for path in files
-        if path.name not in held_out
-    ]
+    texts = []
+    for path in sorted(root.rglob("*.py")):
+        folders = {*path.relative_to(root).parts[:-1]}
+        left_out = "site-packages" in folders or path.name in held_out
+        if not left_out and bool(folders & TESTS) == tests:
+            texts.append(path.read_text(encoding="utf-8", errors="ignore"))
+    return texts
 
 
 def make_tokenizer(folder: Path) -> Any:
@@ -190,9 +194,9 @@ class Windows(Dataset):
         return {"input_ids": window, "labels": window}
 
 
-def tokens_of(tokenizer: Any) -> torch.Tensor:
-    """Return the tokens of all sources, `[N]`, with an end token after each."""
-    encoded = tokenizer(sources()).input_ids
+def tokens_of(tokenizer: Any, tests: bool = False) -> torch.Tensor:
+    """Return the tokens of all modules, or of their tests, `[N]`, with an end token after each."""
+    encoded = tokenizer(sources(tests)).input_ids
     return torch.tensor([token for ids in encoded for token in [*ids, tokenizer.eos_token_id]])
 
 
@@ -242,12 +246,15 @@ def make_target(options: argparse.Namespace, tokenizer: Any) -> Any:
 
 @torch.no_grad()
 def write_text(
-    options: argparse.Namespace, target: Any, tokenizer: Any
+    options: argparse.Namespace, target: Any, tokenizer: Any, tests: bool = False
 ) -> list[dict[str, list[int]]]:
-    """Return rows of 256 tokens: 150 of a source, then the target's continuation, which alone is supervised."""
-    file = options.output_dir / "runs" / "text.pt"
+    """Return rows of 256 tokens: 150 of a module or test, then the target's continuation, which alone is supervised."""
+    name, count, seed = "text.pt", options.texts, options.seed + 1
+    if tests:
+        name, count, seed = "new_text.pt", options.new_texts, options.seed + 7
+    file = options.output_dir / "runs" / name
     if not file.exists():
-        windows = Windows(tokens_of(tokenizer), PROMPT, options.texts, options.seed + 1)
+        windows = Windows(tokens_of(tokenizer, tests), PROMPT, count, seed)
         passages = [window["input_ids"] for window in windows]
         texts = []
         for part in torch.stack(passages).split(128):
@@ -267,13 +274,18 @@ def write_text(
 
 @dataclass(frozen=True)
 class Training:
-    """Hold the settings of a draft's training: folder, kind, steps, seed of its weights and anchors, and options."""
+    """Hold the settings of a draft's training: folder, kind, steps, seed of its weights and anchors, and options.
+
+    Args:
+        start: folder of a trained draft, of this kind or a simpler one, whose weights the draft starts from.
+    """
 
     name: str
     variant: str
     steps: int
     seed: int
     options: dict[str, Any] = field(default_factory=dict)
+    start: str | None = None
 
 
 def fresh_draft(target: Any, variant: str) -> Any:
@@ -297,6 +309,9 @@ def make_draft(
             **given,
         )
         draft = fresh_draft(target, training.variant)
+        if training.start is not None:
+            start = load_file(output_dir / training.start / "model.safetensors")
+            draft.load_state_dict(start, strict=False)  # a further head has parts of its own
         trainer = DFlashTrainer(draft, target, args, train_dataset=rows)
         trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir) is not None)
         trainer.save_model(folder)
