@@ -209,6 +209,11 @@ def check_folder(name: Any) -> None:
     )
 
 
+def is_path(name: str) -> bool:
+    """Return whether a name stands for a path: of a folder that there is, or with a beginning that only paths have."""
+    return Path(name).is_dir() or name.startswith((".", "/", "~"))
+
+
 def _is_hub_id(name: str) -> bool:
     """Return whether a name can be that of a repository on the Hub; anything else can only be a path."""
     is_named = re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]*[A-Za-z0-9_])?", name)

@@ -13,6 +13,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+from ..files import write_whole
 from .charts import (
     SETTINGS,
     Chart,
@@ -25,7 +26,7 @@ from .charts import (
     times,
 )
 from .reading import Reading, Way, entries, entry, number, read, visible, words
-from .report import FORMAT, VERSION, write_whole
+from .report import FORMAT, VERSION
 from .svg import WIDTH, Drawing, draw
 from .texts import MOST_ROWS, divergences, outcomes, texts
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import yaml
 
+from ..files import write_whole
 from ..layouts_dflash import shown
-from .card import measured_on, template_words
+from .card import drafts_of, measured_on, template_words
 from .prompts import BENCHMARKS, BUILT_IN
-from .report import write_whole
 from .ways import DFLASH
 
 FOLDER = ".eval_results"
@@ -90,8 +90,7 @@ def write_scores(report: dict[str, Any], score: Score) -> list[Path]:
         ValueError: a draft has no such figure; or the file is no list of scores.
     """
     found = []
-    drafts = [way["draft"] for way in report["ways"] if way["method"] == DFLASH]
-    for draft in dict.fromkeys(drafts):
+    for draft in drafts_of(report):
         path = Path(draft) / FOLDER / f"{score.dataset.rpartition('/')[2]}.yaml"
         entries = [one for one in read_scores(path) if not is_of(one, score)]
         entries.append(entry_of(report, draft, score))

@@ -39,7 +39,7 @@ PICKLES = ("pytorch_model.bin", "mask_embedding.pt")
 
 
 @dataclass
-class StoredDraft:
+class OpenedDraft:
     """A draft as it lies on disk.
 
     Args:
@@ -100,7 +100,7 @@ class ConvertOptions:
 
 
 @contextmanager
-def opened(source: Any, options: ConvertOptions) -> Iterator[StoredDraft]:
+def opened(source: Any, options: ConvertOptions) -> Iterator[OpenedDraft]:
     """Read the config of a draft, and map its weights into memory inside the context.
 
     Pickles of weights, or of a mask embedding, are copied as safetensors first. No code in them runs.
@@ -147,7 +147,7 @@ def _folder_with_pickles(source: Any, where: dict[str, Any]) -> Path | None:
     return folder if pickles_in(folder) else None
 
 
-def _open(source: Any, where: dict[str, Any], target: str | None) -> StoredDraft:
+def _open(source: Any, where: dict[str, Any], target: str | None) -> OpenedDraft:
     """Return the draft of a folder or repository without pickles."""
     content, _ = DFlashConfig.get_config_dict(source, **where)
     model_class: Any = KINDS[variant_of(content)].model_class
@@ -179,7 +179,7 @@ def _open(source: Any, where: dict[str, Any], target: str | None) -> StoredDraft
     model.card_source = (source, where)
     if (named := target_named(content)) is not None:
         model.card_known = {"base_model": named}
-    return StoredDraft(str(source), model, tensors, layout_of(content), stored_names, left_out)
+    return OpenedDraft(str(source), model, tensors, layout_name(content), stored_names, left_out)
 
 
 def convert(
@@ -268,7 +268,7 @@ def _target_parts(target: str) -> dict[str, torch.Tensor]:
     return found
 
 
-def _plan(stored: StoredDraft, layout: str, options: ConvertOptions) -> Conversion:
+def _plan(stored: OpenedDraft, layout: str, options: ConvertOptions) -> Conversion:
     """Check that the layout can hold the draft, and return what would change."""
     base_model = options.base_model
     if base_model is None and options.target is not None and not Path(options.target).exists():
@@ -301,7 +301,7 @@ def _plan(stored: StoredDraft, layout: str, options: ConvertOptions) -> Conversi
     )
 
 
-def layout_of(content: dict[str, Any]) -> str:
+def layout_name(content: dict[str, Any]) -> str:
     """Return the name of the layout of a config.json, or of who writes such files."""
     if content.get("speculators_model_type"):
         return "speculators"

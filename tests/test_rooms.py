@@ -29,6 +29,7 @@ ROOMS_OF_ROOT = {
     "published": "registry",
     "registry": "registry",
     "families": "registry",
+    "files": "registry",
     "checkpoints": "registry",
     "layouts": "registry",
     "qwen3_configs": "registry",

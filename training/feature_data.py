@@ -16,6 +16,7 @@ from huggingface_hub import HfApi, hf_hub_download
 from safetensors import SafetensorError, safe_open
 from torch.utils.data import Dataset
 
+from ..catalogue import is_path
 from ..findings_dflash import LOADING, explained
 from .feature_target import load_ends
 from .features import (
@@ -265,13 +266,9 @@ def open_features(name: str) -> Features:
     Raises:
         ValueError, OSError: it holds none, they are incomplete, or another version wrote them.
     """
-    shards: Shards = LocalShards(Path(name)) if is_local(name) else HubShards(name)
+    is_local = is_path(name) or "/" not in name
+    shards: Shards = LocalShards(Path(name)) if is_local else HubShards(name)
     path = shards.file(INDEX)
     index = Index.loads(path.read_text(encoding="utf-8"), name)
     shards.check(index)
     return Features(index, shards)
-
-
-def is_local(name: str) -> bool:
-    """Return whether a name is that of a folder here, and not of a repository."""
-    return Path(name).is_dir() or name.startswith((".", "/", "~")) or "/" not in name
