@@ -26,7 +26,7 @@ from .target_dflash import gather_path
 
 @dataclass
 class Accepted:
-    """What a cycle added to the text.
+    """Hold what a cycle added to the text.
 
     Args:
         tokens `[B, Q]`: the target's own, along the path.
@@ -59,7 +59,7 @@ class Accepted:
 
 
 class Acceptance(Protocol):
-    """How a verified block becomes text."""
+    """Make text of a verified block."""
 
     sampler: Sampler
     reasons: list[str]

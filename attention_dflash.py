@@ -28,7 +28,7 @@ from .compat_dflash import (
 
 
 class LayerKind(NamedTuple):
-    """What a layer lets a query see; the arguments of `visible`.
+    """Hold what a layer lets a query see; the arguments of `visible`.
 
     Args:
         window: None for none.
@@ -74,7 +74,7 @@ def visible(
 
 
 class MaskKind(NamedTuple):
-    """What makes the mask of one layer differ from that of another."""
+    """Hold what makes the mask of one layer differ from that of another."""
 
     window: int | None
     causal: bool
@@ -92,7 +92,7 @@ def additive(seen: torch.Tensor, kind: MaskKind) -> torch.Tensor:
 
 
 class BlockMasks:
-    """The additive masks of a block, updated as its rows move on.
+    """Hold the additive masks of a block, updated as its rows move on.
 
     Between two cycles a row moves by a block or little more. So a mask changes only near the block and, where a window
     slides, near the far end of the window. Only those slots are written again.
@@ -392,7 +392,7 @@ class BlockAttention:
 
 @dataclass
 class BlockState:
-    """What a model holds of one decode, for its blocks: made before the prefill, dropped at the end.
+    """Hold what a model has of one decode, for its blocks: made before the prefill, dropped at the end.
 
     Args:
         cache: keys and values of its text.

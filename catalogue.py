@@ -77,7 +77,7 @@ class Published:
 
 @dataclass(frozen=True)
 class DraftRow(Published):
-    """A draft of the catalogue. The fields are those of a `DFlashDraftSpec`."""
+    """Hold a draft of the catalogue. The fields are those of a `DFlashDraftSpec`."""
 
     repo_id: str
     variant: str

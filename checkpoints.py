@@ -54,7 +54,7 @@ _CHANGED = {
 
 
 class CatalogueRow(Protocol):
-    """What a row of the catalogue holds of the targets of a draft; a `DFlashDraftSpec` is one."""
+    """Hold what a row of the catalogue has of the targets of a draft; a `DFlashDraftSpec` is one."""
 
     @property
     def targets(self) -> tuple[str, ...]: ...
@@ -68,7 +68,7 @@ class CatalogueRow(Protocol):
 
 @dataclass
 class TargetInfo:
-    """A target: the Hub id or folder that it was loaded from, and its config if the caller has loaded it."""
+    """Describe a target: the Hub id or folder that it was loaded from, and its config if the caller has loaded it."""
 
     name: str | None
     loaded_config: PretrainedConfig | None = None
@@ -87,7 +87,7 @@ class TargetInfo:
 
 @dataclass(frozen=True)
 class Origin:
-    """The checkpoint of the catalogue that a target comes from.
+    """Name the checkpoint of the catalogue that a target comes from.
 
     Args:
         name: its Hub id.
@@ -102,7 +102,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class Card:
-    """The bases that a model card names, and the relation of the target to them."""
+    """Hold the bases that a model card names, and the relation of the target to them."""
 
     bases: tuple[str, ...]
     relation: str | None

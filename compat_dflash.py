@@ -367,7 +367,7 @@ def loaded(module: Any) -> Iterator[None]:
 def adapter_layers(model: Any) -> list[Any]:
     """Return the modules by which PEFT replaced layers of a model.
 
-    Checked with peft 0.18 to 0.21; delete when transformers tells how a model's adapters are set.
+    Checked with peft 0.18 to 0.21; delete when transformers has a public function for it.
     """
     return [module for module in model.modules() if "merged_adapters" in vars(module)]
 

@@ -297,26 +297,17 @@ class DFlashConfig(PretrainedConfig):
             what = f"is_causal has {len(causal)} entries, {shown(causal)}, but num_hidden_layers is {layers}"
             yield must(what, causal, "one bool per layer, or be a single bool for all", "hold")
 
-    def check_fits(
+    def fit_findings(
         self, hidden_size: int, num_layers: int, vocab_size: int, embedding_rows: int
-    ) -> None:
-        """Refuse a target that this draft was not made for: it would draft nonsense, or fail far from the cause.
+    ) -> Iterator[Finding]:
+        """Yield every misfit with a target: with one, this draft would draft nonsense, or fail far from the cause.
 
         Args:
             hidden_size: width of the target's embeddings and hidden states.
             num_layers: decoder layers of the target.
             vocab_size: the target's `vocab_size`.
             embedding_rows: rows of the target's embedding, which may be padded beyond `vocab_size`.
-
-        Raises:
-            ValueError: with the draft's number and the target's, for the first misfit.
         """
-        raise_first(self.fit_findings(hidden_size, num_layers, vocab_size, embedding_rows))
-
-    def fit_findings(
-        self, hidden_size: int, num_layers: int, vocab_size: int, embedding_rows: int
-    ) -> Iterator[Finding]:
-        """Yield every misfit with a target, whose numbers are those of `check_fits`."""
         tap, mask = self.target_layer_ids[-1], self.mask_token_id
         own_fc = self.fc_width
         fc_width = hidden_size * len(self.target_layer_ids)

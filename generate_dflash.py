@@ -1,6 +1,6 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""The callable that a target's `generate` takes: `target.generate(..., custom_generate=draft.speculate)`.
+"""Make the callable that a target's `generate` takes: `target.generate(..., custom_generate=draft.speculate)`.
 
 This file travels with every pushed draft. `generate` prepares everything as for plain decoding. Options that have no
 meaning with a draft are refused (`support_dflash`).
@@ -134,7 +134,7 @@ class SpeculateOptions:
 
 
 class SpeculativeGenerate:
-    """A draft, as the decoding function of its target's `generate`.
+    """Make a draft the decoding function of its target's `generate`.
 
     Besides all that `generate` takes, it takes seven keywords, none of which changes the text:
 
@@ -369,7 +369,7 @@ def _step_outputs(model: Any, names: tuple[str, ...], rows: int) -> StepOutputs:
 
 @dataclass
 class DecodeRequest:
-    """One decode, as it was asked for.
+    """Hold one decode, as it was asked for.
 
     Args:
         mode: "eager", "graphs" or "compile".
@@ -417,7 +417,7 @@ class DecodeRequest:
 
 
 class DecoderSession:
-    """A target and a draft that decode together; or a target alone, whose tokens are looked up.
+    """Hold a target and a draft that decode together; or a target alone, whose tokens are looked up.
 
     Args:
         draft: None for none.

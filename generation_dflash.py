@@ -1,6 +1,6 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""The decode loop: draft, verify, accept, commit. The text is exactly the target's; only the time falls.
+"""Decode in a loop: draft, verify, accept, commit. The text is exactly the target's; only the time falls.
 
 This file travels with every pushed draft. After DFlash (arXiv 2602.06036) and z-lab/dflash. `DecoderSession.decode`
 (`generate_dflash`) calls `prefill` and then `decode`, with everything prepared.
@@ -197,7 +197,7 @@ def now(device: torch.device) -> float:
 
 
 class DecodeState:
-    """A batch while it is decoded. `prefill` makes it ready for the first cycle.
+    """Hold a batch while it is decoded. `prefill` makes it ready for the first cycle.
 
     Args:
         target_state: what the target holds of this decode.

@@ -568,7 +568,7 @@ class _LayoutReader:
         advice = (
             "Supply it: load_draft(..., sample_from_anchor=False) if a block drafts block_size - 1 tokens, as in "
             "speculators before July 2026; sample_from_anchor=True if it drafts block_size. The wrong one decodes the "
-            "same text, but hardly any draft is accepted; dflash-hub check DRAFT --target TARGET tells by a run"
+            "same text, but hardly any draft is accepted; dflash-hub check DRAFT --target TARGET finds it by a run"
         )
         yield Finding(what, None, "True or False", advice)
 

@@ -29,7 +29,7 @@ TRUSTED = 8
 
 @dataclass
 class Match:
-    """An earlier occurrence of the last tokens of a text.
+    """Hold an earlier occurrence of the last tokens of a text.
 
     Args:
         length: how many tokens are the same, counted back from the end of the text.
@@ -41,7 +41,7 @@ class Match:
 
 
 class SuffixIndex:
-    """One text, and where its short runs of tokens occurred before.
+    """Hold one text, and where its short runs of tokens occurred before.
 
     The hash of each run of `shortest` tokens leads to its last occurrence, and each occurrence to the one before. So a
     token costs one entry. What is found is compared token by token, backwards.
@@ -102,7 +102,7 @@ class SuffixIndex:
 
 
 class Lookup:
-    """The texts of a decode's rows, indexed as far as they go. The prompt is indexed when first asked for."""
+    """Hold the texts of a decode's rows, indexed as far as they go. The prompt is indexed when first asked for."""
 
     def __init__(self, shortest: int = SHORTEST, longest: int = LONGEST):
         self.shortest, self.longest = shortest, longest

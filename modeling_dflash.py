@@ -175,7 +175,7 @@ class DFlashPreTrainedModel(RepositoryMixin, Qwen3PreTrainedModel):
 
 
 class DFlashDraftModel(DFlashPreTrainedModel):
-    """The DFlash 1 draft. Unless the config says otherwise, its embedding and its head are the target's."""
+    """Draft as DFlash 1 does. Unless the config says otherwise, its embedding and its head are the target's."""
 
     spec_generate = spec_generate
     layer_class = DFlashDecoderLayer

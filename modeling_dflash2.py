@@ -134,7 +134,7 @@ class DFlash2DecoderLayer(DFlashDecoderLayer):
 
 
 class DFlash2DraftModel(DFlashDraftModel):
-    """The DFlash 2 draft. A fresh one drafts as a DFlash 1 draft with the same weights would."""
+    """Draft as DFlash 2 does. A fresh draft drafts as a DFlash 1 draft with the same weights would."""
 
     config_class = DFlash2Config
     layer_class = DFlash2DecoderLayer

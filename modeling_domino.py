@@ -57,7 +57,7 @@ class PrefixGRU(nn.Module):
 
 
 class DominoDraftModel(DFlashDraftModel):
-    """The Domino draft: it chooses the tokens of a block one after another."""
+    """Draft as Domino does: choose the tokens of a block one after another."""
 
     config_class = DominoConfig
     engines_files = ("dflash.py", "domino.py")

@@ -133,7 +133,7 @@ class ConfidenceHead(nn.Module):
 
 
 class DSparkDraftModel(DFlashDraftModel):
-    """The DSpark draft. A fresh one has no bias yet: it drafts as its body does."""
+    """Draft as DSpark does. A fresh draft has no bias yet: it drafts as its body does."""
 
     config_class = DSparkConfig
     engines_files = ("dflash.py", "dspark.py")

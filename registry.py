@@ -28,7 +28,7 @@ from .checkpoints import Origin, TargetInfo, base_of_adapter, origin_of
 from .compat_dflash import checkpoint_name, device_of, pinned
 from .configuration_dflash import DFlashConfig, same_vocabulary
 from .families import FAMILIES, siblings_of
-from .findings_dflash import LOADING, explained, explained_for
+from .findings_dflash import LOADING, explained, explained_for, raise_first
 from .generate_dflash import SpeculativeGenerate
 from .kinds import KINDS, SECOND_KIND, kind_named, kind_of
 from .layouts import variant_of
@@ -47,7 +47,7 @@ _DRAFT_CLASSES: dict[str, type[DFlashDraftModel]] = {
 
 @dataclass(frozen=True)
 class DFlashDraftSpec(Published):
-    """A draft and the target it was made for; or, without a repository, how to build one. Unknown fields are None.
+    """Describe a draft and its target; or, without a repository, how to build one. Unknown fields are None.
 
     Repository and class come first, in either order: `DFlashDraftSpec("org/draft")` names a published draft, and
     `DFlashDraftSpec(Qwen3DFlashDraftModel)` the class of one that is yet to be built.
@@ -207,9 +207,8 @@ class DFlashDraftSpec(Published):
                 "rope_theta": overrides.pop("rope_theta"),
             }
         config = config_cls(**(shape | overrides))
-        config.check_fits(
-            text.hidden_size, text.num_hidden_layers, text.vocab_size, text.vocab_size
-        )
+        size = text.vocab_size
+        raise_first(config.fit_findings(text.hidden_size, text.num_hidden_layers, size, size))
         draft = draft_cls(config).to(config.dtype)
         name = _name_of(target_config)
         draft.card_known = {} if name is None or Path(name).exists() else {"base_model": name}
@@ -582,7 +581,7 @@ def load_draft(name: str | Path, **from_pretrained_kwargs: Any) -> DFlashDraftMo
 
 
 class _Resolved(SpeculativeGenerate):
-    """A decoding function that finds and loads the draft of each target once.
+    """Find and load the draft of each target once, and decode with it.
 
     Args:
         draft: the draft to decode with; None for each target's own.

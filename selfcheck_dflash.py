@@ -128,7 +128,7 @@ def probe_ids(model: Any, length: int) -> torch.Tensor:
 
 @dataclass
 class Probe:
-    """A text whose end runs as a block, and the target's own outputs for it.
+    """Hold a text whose end runs as a block, and the target's own outputs for it.
 
     Args:
         state: of the target, for this text.

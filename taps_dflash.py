@@ -1,6 +1,6 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""The outputs of the target's layers that a draft is conditioned on, and checks that they are the right ones.
+"""Read the outputs of the target's layers that a draft is conditioned on; check that they are the right ones.
 
 This file travels with every pushed draft. A tap is the output of a decoder layer: the input of the next layer, before
 any norm. Features that are something else change no text, but the draft was not trained on them.

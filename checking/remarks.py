@@ -17,7 +17,7 @@ STATUS = {ERROR: 2, WARNING: 1, NOTE: 0}
 
 @dataclass(frozen=True)
 class Remark:
-    """A finding about a draft.
+    """Hold a finding about a draft.
 
     Args:
         section: of the report: config, tensors, repository, pair or run.

@@ -20,7 +20,7 @@ from .stored import StoredDraft, stored_draft
 
 @dataclass(frozen=True)
 class Launch:
-    """What a launch line is made of.
+    """Hold what a launch line is made of.
 
     Args:
         draft, target: Hub ids or folders.
@@ -37,7 +37,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Serving:
-    """How to serve a draft, and what the engine would do with it.
+    """Say how to serve a draft, and what the engine would do with it.
 
     Args:
         lines: to copy into a shell.

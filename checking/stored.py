@@ -49,7 +49,7 @@ def architecture_in(config: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class StoredDraft:
-    """A draft as its files are.
+    """Describe a draft as its files are.
 
     Args:
         config: the content of config.json.

@@ -52,7 +52,7 @@ _FAULTS = {
 
 @dataclass(frozen=True)
 class TensorValues:
-    """What the values of one tensor are.
+    """Describe the values of one tensor.
 
     Args:
         finite: whether none is NaN or infinite; the figures below are of finite values alone.

@@ -91,7 +91,7 @@ def _entry(row: DraftRow, counts: dict[str, int]) -> dict[str, Any]:
 
 
 def _downloads(found: Sequence[DraftRow]) -> dict[str, int]:
-    """Return the downloads of each draft that the Hub tells of, by its repository."""
+    """Return the downloads of each draft that the Hub counts, by its repository."""
     from concurrent.futures import ThreadPoolExecutor
 
     from huggingface_hub import HfApi

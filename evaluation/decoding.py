@@ -34,7 +34,7 @@ LONGEST_ERROR = 2000
 
 @dataclass
 class Models:
-    """The loaded models of an evaluation.
+    """Hold the loaded models of an evaluation.
 
     Args:
         drafts: by name and block size.
@@ -60,7 +60,7 @@ class Models:
 
 @dataclass(frozen=True)
 class Job:
-    """A batch of prompts to decode.
+    """Hold a batch of prompts to decode.
 
     Args:
         rows: the token ids of each prompt.
@@ -82,7 +82,7 @@ class Job:
 
 @dataclass
 class Cycle:
-    """What a cycle did to one row: tokens drafted, of them accepted, and tokens committed."""
+    """Hold what a cycle did to one row: tokens drafted, of them accepted, and tokens committed."""
 
     drafted: int
     accepted: int

@@ -1,6 +1,6 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""The report of an evaluation: written whole after every batch, read again to go on with it."""
+"""Keep the report of an evaluation: written whole after every batch, read again to go on with it."""
 
 import json
 import time
@@ -26,7 +26,7 @@ Record = dict[str, Any]
 
 
 class Report:
-    """A report and its file.
+    """Hold a report and its file.
 
     Args:
         folder: where `report.json` lies.

@@ -30,7 +30,7 @@ _LINK = "a link, and what it points to is not part of this folder"
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A file of the folder that is not published, and why."""
+    """Name a file of the folder that is not published, and why."""
 
     name: str
     reason: str
@@ -41,7 +41,7 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Contents:
-    """What is published of a folder besides config, weights and code."""
+    """Hold what is published of a folder besides config, weights and code."""
 
     pictures: tuple[Path, ...]
     card: ModelCard | None

@@ -40,7 +40,7 @@ PICKLES = ("pytorch_model.bin", "mask_embedding.pt")
 
 @dataclass
 class OpenedDraft:
-    """A draft as it lies on disk.
+    """Hold a draft as it lies on disk.
 
     Args:
         name: Hub id or folder.
@@ -61,7 +61,7 @@ class OpenedDraft:
 
 @dataclass(frozen=True)
 class Conversion:
-    """What a conversion changes.
+    """Hold what a conversion changes.
 
     Args:
         title: of the kind of draft.
@@ -219,7 +219,7 @@ def plan_conversion(
 
 
 def complete(config: DFlashConfig, target: str) -> None:
-    """Set the fields of a draft's config that only its target tells, where they are None.
+    """Set the fields of a draft's config that only its target has, where they are None.
 
     Raises:
         ValueError: the draft does not fit the target.
@@ -232,7 +232,7 @@ def complete(config: DFlashConfig, target: str) -> None:
     if config.vocab_size is None:
         config.vocab_size = text.vocab_size
     size = text.vocab_size
-    config.check_fits(text.hidden_size, text.num_hidden_layers, size, size)
+    raise_first(config.fit_findings(text.hidden_size, text.num_hidden_layers, size, size))
 
 
 def drop_copies(config: Any, tensors: dict[str, torch.Tensor], target: str) -> list[str]:
@@ -288,7 +288,7 @@ def _plan(stored: OpenedDraft, layout: str, options: ConvertOptions) -> Conversi
     elif layout == "engines" and None in (config.num_target_layers, config.vocab_size):
         raise ValueError(
             "The engines layout needs num_target_layers and vocab_size, and this draft's config.json does not say "
-            "both: pass target=, a Hub id or folder, which tells them."
+            "both: pass target=, a Hub id or folder, which has them."
         )
     elif layout == "engines":
         content, remarks = engines_layout(config), engines_remarks(config)

@@ -50,7 +50,7 @@ _MUSE = (
 
 @dataclass(frozen=True)
 class OtherLayout:
-    """A layout of another project.
+    """Describe a layout of another project.
 
     Args:
         kinds: of drafts that it can hold.

@@ -45,7 +45,7 @@ _OF_TARGET = ("config.json", "generation_config.json", "model.safetensors")
 
 
 class Shards(Protocol):
-    """Where the files of a folder of features are."""
+    """Find the files of a folder of features."""
 
     name: str
 
@@ -67,7 +67,7 @@ class Shards(Protocol):
 
 
 class LocalShards:
-    """The files of a folder. Where `dflash-hub features` is still writing it, a shard is waited for."""
+    """Find the files of a folder. Where `dflash-hub features` is still writing it, a shard is waited for."""
 
     def __init__(self, folder: Path):
         self.folder, self.name = folder, str(folder)
@@ -121,7 +121,7 @@ class LocalShards:
 
 
 class HubShards:
-    """The files of a dataset repository on the Hub, or of a folder in it; each is downloaded when it is needed.
+    """Find the files of a dataset repository on the Hub, or of a folder in it; each is downloaded when it is needed.
 
     Args:
         name: such as "org/features" or "org/features/folder".
@@ -183,7 +183,7 @@ class FeatureRows(Dataset):
 
     @property
     def digest(self) -> str:
-        """What tells these rows and their features from others."""
+        """A text by which these rows and their features differ from others."""
         return f"{len(self):,} rows ({self.origin.rows}, {self.origin.dtype})"
 
     def __len__(self) -> int:

@@ -155,7 +155,7 @@ class FeatureJob:
             weights = weights_digest(name, download=True)
         if weights is None:
             raise ValueError(
-                f"{name} has no weights in safetensors or pytorch_model.bin, so features could not be told from those "
+                f"{name} has no weights in safetensors or pytorch_model.bin, so features could not be distinguished from those "
                 "of another target. Save it with save_pretrained, and pass that folder."
             )
         holds = [FEATURES, STATES] if needs_target(self.config, self.args.recipe) else [FEATURES]

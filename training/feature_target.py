@@ -1,6 +1,6 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""What training from features needs of the target: its config, embedding and head.
+"""Write and load what training from features needs of the target: its config, embedding and head.
 
 The last hidden state is stored as the head reads it, after the final norm. So no layer and no norm is needed.
 """

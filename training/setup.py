@@ -427,7 +427,7 @@ def unused_token(target: Any, tokenizer: Any) -> int:
             return found
     raise ValueError(
         f"Every one of the {rows} rows of the target's embedding belongs to a token, so --mask-token-id must be "
-        "given: a token that does not occur in text. `tokenizer.convert_tokens_to_ids(TOKEN)` tells its number."
+        "given: a token that does not occur in text. `tokenizer.convert_tokens_to_ids(TOKEN)` returns its number."
     )
 
 
