@@ -54,8 +54,8 @@ def visible(
     For a query at position 5 with a window of 3, a causal layer shows 3, 4, 5; any other layer shows 3 to 7.
 
     With an anchor, the window is the W keys before it, for every query of its block, and hides no key of the block.
-    For the block 4, 5, 6, 7 and a window of 3, the query at 5 sees 1, 2, 3 and 4, 5 in a causal layer; in any other
-    layer it sees 1 to 7, as 4, 6 and 7 do.
+    Take the block 4, 5, 6, 7 and a window of 3. In a causal layer the query at 5 sees 1 to 5. In any other layer it
+    sees 1 to 7, as 4, 6 and 7 do.
 
     Args:
         query, key: positions, in shapes that broadcast.
@@ -228,8 +228,8 @@ class BlockMasks:
     ) -> torch.Tensor:
         """Tell which of the slots `where [B, M]` each position of the block sees: `[B, Q, M]`.
 
-        With the block at slot 8, a chain of 3: its second position sees slots 0 to 9 if causal, and 0 to 10 if not.
-        Of a tree, a causal position sees its ancestors and not its siblings.
+        Take a chain of 3 at slot 8: its second position sees slots 0 to 9 if causal, else 0 to 10. Of a tree, a causal
+        position sees its ancestors and not its siblings.
         """
         # [B, M]; below 0 is the context, from Q on nothing is written yet.
         offset = where - self.slots[:, None]

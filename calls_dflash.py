@@ -105,8 +105,8 @@ class Signature:
     Workaround: `generate` pops `tokenizer` before it reads the signature and then discards it, so stop strings would
     fail. While it reads, `tokenizer` is put back among its arguments.
 
-    There is no other moment: reading the signature is all that `generate` does with this object before it has dropped
-    the tokenizer and made its criteria, where stop strings without one are an error. Anything else would have to
+    There is no other moment: all that `generate` does with this object before is to read the signature. Then it drops
+    the tokenizer and makes its criteria, where stop strings without one are an error. Anything else would have to
     change the target's methods, or ask users for another call than `generate(..., tokenizer=...)`.
 
     Args:

@@ -148,8 +148,8 @@ def rows() -> tuple[DraftRow, ...]:
 def made_for(target: str, published: Iterable[_Row]) -> list[_Row]:
     """Return the drafts made for a checkpoint, by its Hub id: the preferred one first.
 
-    Supported ones come first. Among them, those in plain floats do, then those whose config.json has been seen, then
-    those that are not of the community, then the later kind.
+    Supported ones come first. Among them the order is: plain floats, a config.json that has been seen, not of the
+    community, the later kind.
     """
     name = target.casefold()
     found = [row for row in published if name in map(str.casefold, row.targets)]

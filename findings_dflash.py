@@ -121,7 +121,7 @@ def explained_for(
 
 
 def reason(error: BaseException) -> str:
-    """Return the message of an error, and after how many seconds the Hub takes the next request, where it names them."""
+    """Return the message of an error, and after how many seconds to ask the Hub again, where it names them."""
     message = str(error) or type(error).__name__
     cause: BaseException | None = error
     while cause is not None:

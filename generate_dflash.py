@@ -139,9 +139,9 @@ class SpeculativeGenerate:
     Besides all that `generate` takes, it takes seven keywords, none of which changes the text:
 
     statistics: a `DecodeStatistics` to fill.
-    proposal: what a cycle verifies. "auto" chooses in every cycle what brings the most tokens per second: a tree, the
-        chain or a part of it, what followed the same tokens before, or nothing. "chain", "tree", "lookup" and "plain"
-        ask for one of these.
+    proposal: what a cycle verifies. "auto" chooses in every cycle what brings the most tokens per second. That is a
+        tree, the chain or a part of it, what followed the same tokens before, or nothing. "chain", "tree", "lookup" and
+        "plain" ask for one of these.
     width: how many tokens of a chain, a tree or a look-up are verified, at most.
     draft_sampling: how the draft chooses tokens when text is sampled. "coupled": with the same noise as the target.
         "greedy": always the likeliest, which are accepted less often.
@@ -342,9 +342,9 @@ def choose_acceptance(
 ) -> tuple[Acceptance, StopConditions]:
     """Return how tokens are accepted, and what else ends a row.
 
-    Tokens are accepted by block, or step by step where an object or an output needs it; then all criteria are asked
-    there, and only the length is left. Outputs of several rows need it: those of a row that has ended are the outputs
-    of its padding.
+    Tokens are accepted by block, or step by step where an object or an output needs it. Then all criteria are asked in
+    these steps, and of the stop conditions the length alone is left. Outputs of several rows need it: those of a row
+    that has ended are the outputs of its padding.
 
     Args:
         input_ids `[B, P]`.

@@ -46,9 +46,9 @@ class DecodeStatistics:
     rollback_seconds: float = 0.0
     """Of the rest, taking rejected tokens back from recurrent layers."""
     stepwise: list[str] = field(default_factory=list)
-    """Why tokens were accepted one by one: class names of processors and criteria that are not transformers' own
-    functions of text and scores, and outputs that a batch returns for every step. All rows of a batch then commit
-    equally many tokens in a cycle, so it takes longer. Empty if there was no such reason.
+    """Why tokens were accepted one by one: class names of foreign processors and criteria, and outputs that a batch
+    returns for every step. All rows of a batch then commit equally many tokens in a cycle, so it takes longer. Empty if
+    there was no such reason.
     """
 
     proposed: dict[str, int] = field(default_factory=dict)

@@ -3,8 +3,8 @@
 """Read every published layout of a draft's config.json into the fields of a config.
 
 This is the only file that knows the names other projects use. A field may have several keys in a config.json: equal
-copies are fine, contradicting ones are refused with both keys named. Layouts read: z-lab (flat and nested),
-NVIDIA Model Optimizer and NeMo AutoModel, SpecForge, speculators, the Muse assistant of transformers, and this
+copies are fine, contradicting ones are refused with both keys named. Layouts read: z-lab (flat and nested), NVIDIA
+Model Optimizer and NeMo AutoModel, SpecForge, speculators. So are the Muse assistant of transformers, and this
 package's hub and engines layouts. Importing `dflash_hub` makes `DFlashConfig.from_dict` read them all.
 """
 

@@ -144,10 +144,10 @@ class Lookup:
 class LookupProposer:
     """Proposes as a chain what followed the last tokens of each row's text before.
 
-    A block is as wide as the row with a match that asks for most. A row asks for twice as much after all that it asked
-    for was accepted, for half after less than half of it was, and for twice the length of its match at most. After
-    every two proposals of which nothing was accepted its match must be one token longer. Without any match the block is
-    the anchor alone, a step of plain decoding.
+    A block is as wide as the row with a match that asks for most. After all that a row asked for was accepted, it asks
+    for twice as much; after less than half was, for half. It never asks for more than twice the length of its match.
+    After every two proposals of which nothing was accepted its match must be one token longer. Without any match the
+    block is the anchor alone, a step of plain decoding.
 
     Args:
         width: tokens that are proposed at most; None for as many as `WIDTHS` allow.

@@ -2,8 +2,8 @@
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
 """Compute the hidden states of a block from context features and the embeddings of the block, the "noise".
 
-The model is a Qwen3 decoder stack (`transformers.models.qwen3`) with one difference: queries come from the block alone,
-keys and values from the target's tapped hidden states ("context features") and the block. One forward predicts all
+The model is a Qwen3 decoder stack (`transformers.models.qwen3`) with one difference. Queries come from the block alone,
+keys and values from the block and the target's tapped hidden states ("context features"). One forward predicts all
 positions of the block. After DFlash (arXiv 2602.06036) and its reference implementation, z-lab/dflash.
 
 Shapes: B batch, C context tokens new in this call, Q block positions, K all keys a layer sees (past + C + Q).
@@ -296,8 +296,8 @@ class DFlashDraftModel(DFlashPreTrainedModel):
 
         Args:
             noise_embeds `[B, Q, hidden_size]`: the target's embeddings of the anchor and of `Q - 1` mask tokens.
-            context_hidden_states `[B, C, taps * target_hidden_size]`: the tapped outputs of the target's layers for
-                the committed tokens that the cache does not hold yet, concatenated in the order of `target_layer_ids`.
+            context_hidden_states `[B, C, taps * target_hidden_size]`: the tapped outputs of the target's layers,
+                concatenated in the order of `target_layer_ids`, for the committed tokens that the cache lacks.
             attention_mask: None; or `[B, past + C + Q]`, 0 at padding; or a 4D mask `[B, 1, Q, K]` in the form of the
                 attention implementation; or a dict of 4D masks by layer type, or by layer type and causality, such as
                 `("full_attention", False)`.

@@ -330,8 +330,8 @@ def _default_for(architecture: str) -> DFlashDraftSpec:
 def drafts_for(target: str) -> list[DFlashDraftSpec]:
     """Return the drafts made for a checkpoint, by its Hub id: the preferred one first.
 
-    Supported ones come first. Among them, those in plain floats do, then those whose config.json has been seen, then
-    those that are not of the community, then the later kind.
+    Supported ones come first. Among them the order is: plain floats, a config.json that has been seen, not of the
+    community, the later kind.
     """
     if not isinstance(target, str):
         raise ValueError(
@@ -502,7 +502,7 @@ def _by_shape(
 
     The vocabulary nearest in size comes first. Among equals, a draft of the checkpoint that the target was trained from
     does, then the architecture's default. A default without a repository was registered to build drafts, which fit
-    every shape; one of unknown shape is compared with the target when it is loaded.
+    every shape. One of unknown shape is compared with the target when it is loaded.
     """
     default = _spec_of(architecture)
     if default.repo_id is None or default.hidden_size is None:

@@ -694,7 +694,7 @@ def own_config(config_class: Any, config: Any) -> Any:
     """Return the config of a draft that a model is built with: `config`, or what a Qwen3 config describes.
 
     Raises:
-        ValueError: the config is of another model than a draft, or lacks a field; or it is a Qwen3 config, and this is
+        ValueError: the config is of another model than a draft, or lacks a field. Or it is a Qwen3 config, and this is
             a copy of the code in a repository.
     """
     is_own = isinstance(config, config_class) or (
@@ -716,8 +716,8 @@ def own_config(config_class: Any, config: Any) -> Any:
 def _own_config(config_class: Any, config: Any, name: Any, kwargs: dict[str, Any]) -> Any:
     """Return the config of the draft `name`, with the fields among `kwargs`, which are removed from there.
 
-    Where an Auto class read the engines layout as a Qwen3 config, the file is read again, since Qwen3's defaults fill
-    the fields that it lacks. Keywords that the Auto class consumed are values that differ from the file's, or from the
+    Where an Auto class read the engines layout as a Qwen3 config, Qwen3's defaults fill the fields that it lacks. So
+    the file is read again. Keywords that the Auto class consumed are values that differ from the file's, or from the
     default where the file has none.
     """
     own_type = config_class.model_type

@@ -216,8 +216,8 @@ def check_alone(target: Target, size: int, like: Prompt) -> None:
         like: the prompt that comes next; the short text has its batch and padding.
 
     Raises:
-        ValueError: naming the position or layer, the difference, and the versions; or the prompt's device, where that
-            is another than the target's and its forward fails.
+        ValueError: naming the position or layer, the difference, and the versions. Or the prompt's device, where the
+            forward fails because the target's is another.
     """
     try:
         compare(target, size, like)
@@ -289,8 +289,8 @@ def random_states(model: Any) -> list[torch.Tensor]:
 def check_recurrence(probe: Probe, cache: Any) -> None:
     """Run the block, roll it back to its first token, then to its first half; compare what follows.
 
-    The target's own forwards are those of one token each: models may compute one token in another way than several,
-    and plain `generate` always runs one.
+    The target's own forwards are those of one token each, as plain `generate` runs them. Models may compute one token
+    in another way than several.
 
     Args:
         cache: with the states that the whole text left.

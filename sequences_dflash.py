@@ -2,7 +2,7 @@
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
 """Hold the sequences of a batch: the prompt, committed tokens, stop conditions, streaming.
 
-This file travels with every pushed draft. Everything is counted by slot, never by the value of a token: a token that
+This file travels with every pushed draft. Everything is counted by slot, never by the value of a token. One that
 happens to be the mask or the padding token is a token like any other.
 
 Shapes: B rows, P prompt slots, Q block positions, T slots so far, V vocabulary.

@@ -3,7 +3,7 @@
 """Check the weights of a draft: their files, names, shapes, types and values.
 
 This file travels with every pushed draft. A draft with wrong weights loads, and drafts nonsense. Names and shapes are
-compared with the config before a tensor is read, so that no config makes a model of a size that no file fills.
+compared with the config before a tensor is read. So no config makes a model of a size that no file fills.
 """
 
 import copy

@@ -10,8 +10,8 @@
 
 Sets of prompts: `held-out` are the pair's, Python code that neither model saw; `tables` are the two of them whose text
 stands in other files too; `code` are the others; `prose` are the built-in prompts of an evaluation that are no code.
-With `copy` the text to come stands in the prompt already, and the target copies it as far as it does; with `count` the
-target, of the same shape, writes after token n the token n + 1, so it copies all of it. The draft `untrained` has the
+With `copy` the text to come stands in the prompt already, and the target copies it as far as it does. With `count` the
+target, of the same shape, writes the token n + 1 after token n, so it copies all of it. The draft `untrained` has the
 shape of `draft` and random weights.
 
 The methods take turns over the prompts, after a round that does not count. Figures are medians over the runs; ratios

@@ -2,8 +2,8 @@
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
 """Write a report as one page, for people who look rather than read.
 
-Everything of a report is hostile input. The template escapes every text, the script of the page only ever sets text,
-and the page's policy forbids the browser to load anything or to run another script.
+Everything of a report is hostile input. The template escapes every text, and the script of the page only ever sets
+text. The page's policy forbids the browser to load anything, or to run another script.
 """
 
 import base64

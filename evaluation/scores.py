@@ -25,8 +25,8 @@ FIGURES = {
     "tokens_per_second": "tokens per second",
 }
 NOTHING_WRITTEN = (
-    f"Nothing is written into {FOLDER}: the Hub shows it as a score in a benchmark's leaderboard, and none that is "
-    "known here ranks the speed of drafts. --eval-results names one that does."
+    f"Nothing is written into {FOLDER}: the Hub shows it as a score in a benchmark's leaderboard. None that is known "
+    "here ranks the speed of drafts; --eval-results names one that does."
 )
 _RANK_ANSWERS = ("gsm8k", "math500", "humaneval", "mbpp")
 """Benchmarks whose score is the share of right answers, which are the target's own."""

@@ -155,8 +155,8 @@ class FeatureJob:
             weights = weights_digest(name, download=True)
         if weights is None:
             raise ValueError(
-                f"{name} has no weights in safetensors or pytorch_model.bin, so features could not be distinguished from those "
-                "of another target. Save it with save_pretrained, and pass that folder."
+                f"{name} has no weights in safetensors or pytorch_model.bin, so its features could not "
+                "be distinguished from those of another target. Save it with save_pretrained, and pass that folder."
             )
         holds = [FEATURES, STATES] if needs_target(self.config, self.args.recipe) else [FEATURES]
         return Origin(

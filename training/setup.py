@@ -411,8 +411,8 @@ def _fresh_fields(options: TrainOptions, layers: int) -> dict[str, Any]:
 def unused_token(target: Any, tokenizer: Any) -> int:
     """Return the first unused row of the target's embedding, which published drafts use as the mask token.
 
-    Where every row belongs to a token, return the first that its tokenizer reserves or names a mask; then a byte that
-    no text has; then the padding, if it ends no text.
+    Where every row belongs to a token, return the first that its tokenizer reserves or names a mask. Failing that, a
+    byte that no text has, or the padding if it ends no text.
 
     Raises:
         ValueError: there is none.
