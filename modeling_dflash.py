@@ -32,12 +32,7 @@ from transformers.models.qwen3.modeling_qwen3 import (
 from .attention_dflash import LayerKind, visible
 from .cache_dflash import rewindable_cache
 from .calls_dflash import Signature, of_a_draft
-from .compat_dflash import (
-    attention_name,
-    cache_field,
-    cache_name,
-    read_by_assisted_generation,
-)
+from .compat_dflash import attention_name, cache_field, cache_name, read_by_assisted_generation
 from .configuration_dflash import SLIDING, DFlashConfig
 from .drafter_dflash import Choice, Walk
 from .generate_dflash import SpeculativeGenerate, spec_generate
@@ -494,11 +489,7 @@ class DFlashDraftModel(DFlashPreTrainedModel):
         return attention_mask.bool()
 
     def _mask(
-        self,
-        block: torch.Tensor,
-        length: int,
-        kind: LayerKind,
-        padding: torch.Tensor | None,
+        self, block: torch.Tensor, length: int, kind: LayerKind, padding: torch.Tensor | None
     ) -> torch.Tensor | None:
         """Return the mask for `length` keys in the form of the attention implementation; None if nothing is hidden.
 

@@ -255,10 +255,7 @@ def _rope_findings(text: Any) -> Iterator[Finding]:
 
 
 def check_options(
-    model: Any,
-    config: GenerationConfig,
-    input_ids: torch.Tensor,
-    inputs: dict[str, Any],
+    model: Any, config: GenerationConfig, input_ids: torch.Tensor, inputs: dict[str, Any]
 ) -> None:
     """Refuse options that have no meaning with a draft for this target.
 

@@ -97,7 +97,7 @@ def check_stored(model_class: Any, config: Any, name: Any, where: dict[str, Any]
         )
         config = copy.deepcopy(config)
         del config.quantization_config
-    _compare(stored, expected_shapes(model_class, config), name)
+    _refuse(name, misfits(stored, expected_shapes(model_class, config)))
     check_vocabulary(files, config, name)
     return config
 
@@ -213,11 +213,6 @@ def expected_shapes(model_class: Any, config: Any) -> dict[str, tuple[int, ...]]
     return {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
 
 
-def _compare(stored: dict[str, Header], expected: dict[str, tuple[int, ...]], name: Any) -> None:
-    """Refuse stored tensors that are not those of the model, by name, shape or type."""
-    _refuse(name, misfits(stored, expected))
-
-
 def are_quantised(stored: dict[str, Header]) -> bool:
     """Tell whether any of the stored tensors, but for the tables of ids, are no floats."""
     types = {dtype for key, (dtype, _) in stored.items() if own_name(key) not in (_IDS, _KNOWN)}
@@ -295,13 +290,6 @@ def _read(files: list[Path], names: tuple[str, ...]) -> dict[str, torch.Tensor]:
                 if short in names:
                     found[short] = file.get_tensor(key)
     return found
-
-
-def _refuse_misfits(
-    name: Any, wrong_shapes: list[str], missing: Iterable[str], unknown: set[str]
-) -> None:
-    """Refuse tensors that are not those of the model, by shape or by name."""
-    _refuse(name, {WRONG_SHAPES: wrong_shapes, MISSING: missing, UNKNOWN: unknown})
 
 
 def _refuse(name: Any, faults: dict[str, Any]) -> None:
@@ -394,8 +382,8 @@ def check_tensors(info: dict[str, Any], name: Any) -> None:
     wrong_shapes = []
     for key, stored, ours in info["mismatched_keys"]:
         wrong_shapes.append(f"{key}: {tuple(stored)} in the file, {tuple(ours)} here")
-    unknown = _unknown(info["unexpected_keys"])
-    _refuse_misfits(name, wrong_shapes, info["missing_keys"], unknown)
+    unknown, missing = _unknown(info["unexpected_keys"]), info["missing_keys"]
+    _refuse(name, {WRONG_SHAPES: wrong_shapes, MISSING: missing, UNKNOWN: unknown})
 
 
 def is_zero_when_fresh(key: str) -> bool:

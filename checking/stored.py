@@ -83,9 +83,9 @@ class StoredDraft:
         inner = self.inner(key)
         return self.top(key) if inner is None else inner
 
-    def uses(self, key: str, unused: tuple[Any, ...] = _OFF) -> bool:
+    def uses(self, key: str) -> bool:
         """Tell whether a feature is on, in either place."""
-        return not is_among(self.either(key), unused)
+        return not is_among(self.either(key), _OFF)
 
     @property
     def model_type(self) -> Any:
