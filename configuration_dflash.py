@@ -424,10 +424,7 @@ class DFlashConfig(PretrainedConfig):
                 raise ValueError(
                     "A config alone is not pushed in the engines layout; push the draft: draft.push_to_hub()."
                 )
-            content = engines_layout(self)
-            Path(save_directory).mkdir(parents=True, exist_ok=True)
-            text = json.dumps(content, indent=2, sort_keys=True) + "\n"
-            (Path(save_directory) / "config.json").write_text(text, encoding="utf-8")
+            write_config(Path(save_directory), engines_layout(self))
         else:
             super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
@@ -435,6 +432,13 @@ class DFlashConfig(PretrainedConfig):
         """Return whether two configs describe the same draft, wherever each was read from."""
         same_kind = getattr(other, "model_type", None) == self.model_type
         return same_kind and _content(self) == _content(other)
+
+
+def write_config(folder: Path, content: dict[str, Any]) -> None:
+    """Write a config.json as transformers writes one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(content, indent=2, sort_keys=True) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
 
 
 def _check_no_key_twice(json_file: Any) -> None:
