@@ -439,40 +439,18 @@ def refusal(feature: str, key: str, value: Any, unused: tuple[Any, ...] = ()) ->
 
 # Fields that every file must have; all others have a default that is the same in every layout.
 REQUIRED = (
-    "block_size",
-    "mask_token_id",
-    "target_layer_ids",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "rms_norm_eps",
-    "max_position_embeddings",
+    *("block_size", "mask_token_id", "target_layer_ids", "hidden_size", "intermediate_size"),
+    *("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
+    *("rms_norm_eps", "max_position_embeddings"),
 )
 _USUAL = (
-    "num_target_layers",
-    "vocab_size",
-    "hidden_act",
-    "initializer_range",
-    "attention_bias",
-    "attention_dropout",
-    "use_cache",
+    *("num_target_layers", "vocab_size", "hidden_act", "initializer_range", "attention_bias"),
+    *("attention_dropout", "use_cache"),
 )
 _RARE = (
-    "target_hidden_size",
-    "is_causal",
-    "window_from_anchor",
-    "sample_from_anchor",
-    "draft_vocab_size",
-    "has_own_embed_tokens",
-    "has_own_lm_head",
-    "unscaled_embeddings",
-    "has_own_mask_embedding",
-    "final_logit_softcapping",
-    "dtype",
-    "quantization_config",
+    *("target_hidden_size", "is_causal", "window_from_anchor", "sample_from_anchor"),
+    *("draft_vocab_size", "has_own_embed_tokens", "has_own_lm_head", "unscaled_embeddings"),
+    *("has_own_mask_embedding", "final_logit_softcapping", "dtype", "quantization_config"),
 )
 DEFAULTED = (*_USUAL, *_RARE)
 # Key inside dflash_config of the engines layout -> the key at the top that holds the same value.
