@@ -45,9 +45,9 @@ def difference(fault: str) -> ValueError:
     """Return the error for a model that runs in another way than expected: the `fault`, and how to proceed."""
     oldest, newest = (Version(version) for version in CHECKED)
     advice = (
-        f"This version of dflash-hub was checked with transformers {oldest} to {newest}: upgrade it (pip install "
-        "--upgrade dflash-hub; for a draft whose code came from the Hub, its owner runs `dflash-hub refresh`), or "
-        "install one of those."
+        f"This version of dflash-hub was checked with transformers {oldest} to {newest}: install one of those, or "
+        "upgrade it (pip install --upgrade dflash-hub). Where the draft's code came from the Hub, its owner runs "
+        "`dflash-hub refresh`."
     )
     if oldest <= Version(transformers.__version__) <= newest:
         advice = (

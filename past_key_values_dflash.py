@@ -77,8 +77,8 @@ def lay_out(input_ids: torch.Tensor, inputs: dict[str, Any], config: Any) -> dic
     fed = _num_fed(length, cached) if covered == length else length
     if fed < 1:
         raise ValueError(
-            f"The cache holds {cached} slots, more than the prompt of {length} tokens, so nothing is left to feed, and "
-            "plain `generate` cannot go on from it either. Take the cache back (cache.crop), or pass new tokens with "
+            f"The cache holds {cached} slots, more than the prompt of {length} tokens, so nothing is left to feed. "
+            "Plain `generate` cannot go on from it either. Take the cache back (cache.crop), or pass new tokens with "
             "an attention_mask that covers the cached slots too."
         )
     width, laid_out = cached + fed, dict(inputs)

@@ -185,8 +185,8 @@ class DFlashDraftSpec(Published):
         """
         if "mask_token_id" not in overrides:
             raise ValueError(
-                "mask_token_id must be given: the id of a token that has a row in the target's embedding and does not "
-                "occur in its text, such as 151669 for Qwen3."
+                "mask_token_id must be given, such as 151669 for Qwen3: the id of a token that has a row in the "
+                "target's embedding and does not occur in its text."
             )
         if not isinstance(target_config, PretrainedConfig):
             raise ValueError(
@@ -515,7 +515,7 @@ def _by_shape(
     if not usable:
         raise ValueError(
             f"The catalogue does not know {name}, and no draft for {architecture} fits its shape (hidden_size "
-            f"{text.hidden_size}, {text.num_hidden_layers} layers, vocab_size {text.vocab_size}); the default, "
+            f"{text.hidden_size}, {text.num_hidden_layers} layers, vocab_size {text.vocab_size}). The default, "
             f"{default.repo_id}, was made for {default.target} (hidden_size {default.hidden_size}, "
             f"{default.num_target_layers} layers, vocab_size {default.vocab_size}). Train one with spec.build(), or "
             "name a draft yourself."

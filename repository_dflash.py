@@ -627,7 +627,7 @@ def _branch_after_failure(
         head = _heads(api, repo_id).get(branch)
         if start is not None and head not in (None, start):
             return (
-                f"The branch {branch} moved meanwhile and is at commit {head}: somebody else pushed to it or edited "
+                f"The branch {branch} moved meanwhile and is at commit {head}. Somebody else pushed to it or edited "
                 "its card, or the answer to this push was lost."
             )
         if is_new and head is not None:

@@ -125,7 +125,7 @@ def check_target(name: str, flag: str = "--target") -> None:
 
 
 def check_served(name: str) -> None:
-    """Refuse the target of a line for a server, if it is a path without anything or a draft; a Hub id is not asked for.
+    """Refuse the target of a line for a server, if it is a path without anything or a draft. The Hub is not asked.
 
     Raises:
         ValueError, OSError: naming it.

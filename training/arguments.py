@@ -70,8 +70,8 @@ class DFlashTrainingArguments(TrainingArguments):
     base_loss_until: float = field(
         default=1.0,
         metadata={
-            "help": "For a draft that corrects its logits by all tokens before: the part of the run over which the "
-            "share of uncorrected logits in the loss falls from 1 to 0. 0 for none."
+            "help": "For a draft that corrects its logits by all tokens before. The share of uncorrected logits in "
+            "the loss falls from 1 to 0 over this part of the run. 0 for none."
         },
     )
     max_length: int = field(

@@ -426,7 +426,7 @@ def unused_token(target: Any, tokenizer: Any) -> int:
         if found is not None:
             return found
     raise ValueError(
-        f"Every one of the {rows} rows of the target's embedding belongs to a token, so --mask-token-id must be "
+        f"Every one of the {rows} rows of the target's embedding belongs to a token. So --mask-token-id must be "
         "given: a token that does not occur in text. `tokenizer.convert_tokens_to_ids(TOKEN)` returns its number."
     )
 
