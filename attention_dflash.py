@@ -1,6 +1,6 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""Attention over the slots of a cache: one visibility rule, its masks, and the attention function that uses them.
+"""Attend over the slots of a cache: one visibility rule, its masks, and the attention function that uses them.
 
 This file travels with every pushed draft.
 
@@ -260,7 +260,7 @@ def pad_to(padding_mask: torch.Tensor, num_slots: int) -> torch.Tensor:
 
 
 class BlockAttention:
-    """Attention over slots of a cache under `BlockMasks`, in place of a model's own attention function.
+    """Attend over slots of a cache under `BlockMasks`, in place of a model's own attention function.
 
     A model that runs `sdpa` gets it with its query heads packed by key head, so that keys are never repeated. A model
     that runs `eager` keeps its own function, since only that one knows its sinks or soft caps.

@@ -1,6 +1,6 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""State that can be taken back: keys and values in fixed slots, and snapshots of recurrent state.
+"""Hold state that can be taken back: keys and values in fixed slots, and snapshots of recurrent state.
 
 This file travels with every pushed draft. The prompt takes the slots of `input_ids`, padding included. Every new token
 takes the next slot of its own row. Nothing is concatenated or cropped: a block overwrites what the block before it left
@@ -41,7 +41,7 @@ def bucket(num_slots: int) -> int:
 
 
 class SlotLayer(CacheLayerMixin):
-    """Keys and values of one layer, `[B, S, H, D]` each. A sliding layer keeps every slot too."""
+    """Hold keys and values of one layer, `[B, S, H, D]` each. A sliding layer keeps every slot too."""
 
     def __init__(self, owner: "SlotCache", is_sliding: bool = False):
         super().__init__()

@@ -53,7 +53,7 @@ from .layouts_dflash import (  # noqa: E402
 
 @dataclass
 class Extensions:
-    """Functions that importing dflash_hub replaces; the copies of this code in repositories use the defaults.
+    """Hold functions that importing dflash_hub replaces; the copies of this code in repositories use the defaults.
 
     Args:
         read_layout: reads a config.json. The default reads the hub and the engines layout, the package's any layout.
@@ -83,7 +83,7 @@ def same_vocabulary(known: int, found: int) -> bool:
 
 
 class DFlashConfig(PretrainedConfig):
-    """Configuration of a DFlash draft model.
+    """Configure a DFlash draft model.
 
     Args:
         block_size: positions in a block, the anchor included; `num_drafted` tokens are drafted per cycle.

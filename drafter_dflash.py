@@ -70,7 +70,7 @@ class DraftOutput(NamedTuple):
 
 @dataclass
 class PendingContext:
-    """Context features that reach the draft with its next block.
+    """Hold context features that reach the draft with its next block.
 
     Args:
         features `[B, N, F]`: of committed tokens in the order of the text; those of rejected ones may follow.

@@ -82,7 +82,7 @@ class Average:
 
 
 class Odds:
-    """By depth, how often a drafted token was accepted, beside how often the draft expected it."""
+    """Count by depth how often a drafted token was accepted, beside how often the draft expected it."""
 
     def __init__(self) -> None:
         self.accepted: list[float] = []

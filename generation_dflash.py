@@ -29,7 +29,7 @@ SHOWN_POSITIONS = 15
 
 @dataclass
 class DecodeStatistics:
-    """Counts and times of a decode. Filled if passed to `generate(..., statistics=...)`; several decodes add up."""
+    """Hold counts and times of a decode, filled by `generate(..., statistics=...)`; several decodes add up."""
 
     cycles: int = 0
     """Draft and verify forwards, each over the whole batch."""
@@ -150,7 +150,7 @@ class DecodeStatistics:
 
 
 class Recorder:
-    """Counts the cycles of a decode in `DecodeStatistics`, and times its phases where that is asked for."""
+    """Count the cycles of a decode in `DecodeStatistics`, and time its phases where that is asked for."""
 
     def __init__(self, statistics: DecodeStatistics, device: torch.device, is_timing: bool):
         self.statistics, self.device = statistics, device

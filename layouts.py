@@ -307,7 +307,7 @@ def _one_of(field: str, values: dict[str, Any], meanings: dict[str, Any] | None 
 
 
 class _LayoutReader:
-    """Reads fields from one config.json by their keys."""
+    """Read fields from one config.json by their keys."""
 
     def __init__(self, config: dict[str, Any], overrides: dict[str, Any], variant: str):
         self.config = config

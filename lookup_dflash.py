@@ -1,6 +1,6 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""Look-ups: proposals that copy what followed the same tokens before, in the prompt or in the text since.
+"""Look up proposals: they copy what followed the same tokens before, in the prompt or in the text since.
 
 This file travels with every pushed draft. Look-ups need no draft, and their proposals are chains, which every target
 takes. Texts are plain lists of ids on the host.
@@ -142,7 +142,7 @@ class Lookup:
 
 
 class LookupProposer:
-    """Proposes as a chain what followed the last tokens of each row's text before.
+    """Propose as a chain what followed the last tokens of each row's text before.
 
     A block is as wide as the row with a match that asks for most. After all that a row asked for was accepted, it asks
     for twice as much; after less than half was, for half. It never asks for more than twice the length of its match.

@@ -44,7 +44,7 @@ from .weights_dflash import UNUSED
 
 
 class DFlashRMSNorm(Qwen3RMSNorm):
-    """Qwen3's, as one operation of torch, which is one kernel on a GPU; it rounds once, after the weight."""
+    """Normalise as Qwen3 does, by one operation of torch, one kernel on a GPU; it rounds once, after the weight."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Return `hidden_states [..., width]` normalised over the width."""
@@ -55,7 +55,7 @@ class DFlashRMSNorm(Qwen3RMSNorm):
 
 
 class DFlashRotaryEmbedding(Qwen3RotaryEmbedding):
-    """Qwen3's, whose frequencies stay float32: in bfloat16, rounding lowers acceptance, more at later positions."""
+    """Rotate as Qwen3 does, with frequencies in float32: in bfloat16, rounding lowers acceptance at later positions."""
 
     def forward(
         self, x: torch.Tensor, position_ids: torch.Tensor
@@ -87,7 +87,7 @@ def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
 
 
 class DFlashAttention(Qwen3Attention):
-    """Qwen3's, with keys and values from the context features too; the config defines whether it is causal."""
+    """Attend as Qwen3 does, with keys and values from the context features too; the config says whether causally."""
 
     def __init__(self, config: DFlashConfig, layer_idx: int):
         super().__init__(config, layer_idx)
@@ -151,7 +151,7 @@ class DFlashAttention(Qwen3Attention):
 
 
 class DFlashDecoderLayer(Qwen3DecoderLayer):
-    """Qwen3's, with DFlash attention, which receives `context_hidden_states` as a keyword."""
+    """Compute Qwen3's layer with DFlash attention, which receives `context_hidden_states` as a keyword."""
 
     def __init__(self, config: DFlashConfig, layer_idx: int):
         super().__init__(config, layer_idx)

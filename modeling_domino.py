@@ -28,7 +28,7 @@ import .domino
 
 
 class PrefixGRU(nn.Module):
-    """`torch.nn.GRU` of one layer without biases, a step at a time, because a step decides on the next token."""
+    """Run a `torch.nn.GRU` of one layer without biases, a step at a time, because a step decides on the next token."""
 
     def __init__(self, config: DominoConfig):
         super().__init__()

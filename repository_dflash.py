@@ -79,7 +79,7 @@ STALE = ["*.safetensors", "*.safetensors.index.json", "pytorch_model*"]
 
 
 class RepositoryMixin:
-    """`from_pretrained`, `save_pretrained` and `push_to_hub` of a draft; comes before `PreTrainedModel`."""
+    """Give a draft `from_pretrained`, `save_pretrained` and `push_to_hub`; comes before `PreTrainedModel`."""
 
     # The files that the engines layout needs besides those of the draft; the last is the one that `auto_map` names.
     engines_files: tuple[str, ...] = ("dflash.py",)

@@ -64,7 +64,7 @@ def is_pure_processor(processor: Any) -> bool:
 
 
 class PositionNoise:
-    """Gumbel noise: a vector of V for each row and slot of the text, from one seed."""
+    """Make Gumbel noise: a vector of V for each row and slot of the text, from one seed."""
 
     def __init__(self, seed: int | None = None):
         # `torch.manual_seed` governs it.
@@ -89,7 +89,7 @@ class PositionNoise:
 
 
 class Sampler:
-    """Draws the target's own tokens.
+    """Draw the target's own tokens.
 
     Args:
         processors: what `generate` applies to scores, warpers included.

@@ -1,6 +1,6 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""Before the first token: does a block over our cache give what the target's own forward gives?
+"""Check before the first token that a block over our cache gives what the target's own forward gives.
 
 This file travels with every pushed draft. A release of transformers may change what decoding relies on, and code in a
 pushed repository is frozen. So the block path is compared with the target itself, once for a session, in two ways:

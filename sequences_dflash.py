@@ -129,7 +129,7 @@ class Prompt:
 
 @dataclass
 class StopConditions:
-    """When a row ends."""
+    """Say when a row ends."""
 
     max_length: int = UNLIMITED
     """Slots at most, the prompt's included."""

@@ -1,6 +1,6 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""Support as data: the families of targets, and checks of targets and options that yield findings.
+"""Hold support as data: the families of targets, and checks of targets and options that yield findings.
 
 This file travels with every pushed draft. Decoding raises the first finding as a ValueError.
 """

@@ -19,7 +19,7 @@ from .compat_dflash import difference, loaded
 
 
 class FeatureTaps:
-    """Outputs of the tapped layers in one target forward.
+    """Hold outputs of the tapped layers in one target forward.
 
     Args:
         layers: of the target's decoder.
@@ -88,7 +88,7 @@ class FeatureTaps:
 
 
 class TapWatch:
-    """Collects what surrounds the tapped layers in one forward: the input of the next layer, and outputs of norms."""
+    """Collect what surrounds the tapped layers in one forward: the input of the next layer, and outputs of norms."""
 
     def __init__(self, taps: FeatureTaps):
         self.taps = taps

@@ -1,6 +1,6 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""Trees of the likeliest texts after an anchor, built on the device in fixed shapes.
+"""Build trees of the likeliest texts after an anchor, on the device in fixed shapes.
 
 This file travels with every pushed draft. One forward of a draft scores every position of a block. The weight of a path
 is the product of the scores of its tokens. The N heaviest paths are a tree, since no path outweighs its beginning. So
@@ -145,7 +145,7 @@ class _Node(NamedTuple):
 
 
 class _Heap:
-    """Grows the tree of one row, the heaviest path first.
+    """Grow the tree of one row, the heaviest path first.
 
     Args:
         log_probs: `[T, A, K]` as lists, see `Candidates`.

@@ -58,7 +58,7 @@ def as_json(value: Any) -> Any:
 
 
 class Section:
-    """Makes the remarks of one section of a report."""
+    """Make the remarks of one section of a report."""
 
     def __init__(self, name: str):
         self.name = name

@@ -91,7 +91,7 @@ class Cycle:
 
 @dataclass
 class CycleStatistics(DecodeStatistics):
-    """Statistics that also hold every cycle of every row."""
+    """Count as `DecodeStatistics` does, and hold every cycle of every row."""
 
     rows: list[list[Cycle]] = field(default_factory=list)
 
@@ -104,7 +104,7 @@ class CycleStatistics(DecodeStatistics):
 
 
 class ForwardWatch:
-    """Notes when the target's first forward ends; and the ids of each forward, if `with_ids`, without reading them.
+    """Note when the target's first forward ends; and the ids of each forward, if `with_ids`, without reading them.
 
     Where transformers compiles the forward, hooks would break its graph, so the compiled call is watched from outside.
     """

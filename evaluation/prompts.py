@@ -45,7 +45,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts and where they are from."""
+    """Hold prompts and where they are from."""
 
     name: str
     license: str

@@ -112,7 +112,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Batch:
-    """Prompts that are decoded together under one condition.
+    """Hold prompts that are decoded together under one condition.
 
     Args:
         number: of the batch among those of its condition.
@@ -126,7 +126,7 @@ class Batch:
 
 
 class Evaluation:
-    """Decodes every prompt in every way.
+    """Decode every prompt in every way.
 
     Args:
         models: the loaded models.

@@ -1,6 +1,6 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""Which files of a folder are published with a draft: pictures, card and scores of its own, and nothing behind a link.
+"""Decide which files of a folder are published with a draft: its own pictures, card and scores, no links.
 
 Config, weights and code are written anew from the loaded draft. Everything else in the folder stays at home.
 """

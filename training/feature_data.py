@@ -170,7 +170,7 @@ class HubShards:
 
 
 class FeatureRows(Dataset):
-    """Prepared rows with their features, read when they are asked for.
+    """Hold prepared rows with their features, read when they are asked for.
 
     Each is a dict: `input_ids`, `supervised` and `lengths` as `prepare` makes them, then `features [S, F]` and perhaps
     `last_hidden_state [S, H]`, in the target's dtype.
@@ -222,7 +222,7 @@ class FeatureRows(Dataset):
 
 @dataclass(frozen=True)
 class Features:
-    """Features that were opened: what they are of, and where their files are."""
+    """Hold features that were opened: what they are of, and where their files are."""
 
     index: Index
     shards: Shards

@@ -61,7 +61,7 @@ class Plan:
 
 
 class Answers:
-    """Holds the answers of every round in files.
+    """Hold the answers of every round in files.
 
     Args:
         rows: of the data; they must have prompts.
@@ -145,7 +145,7 @@ class Answers:
 
 
 class Rounds(Dataset):
-    """Holds the packed rows of all steps of a run, in their order; those of a round are made when it begins.
+    """Hold the packed rows of all steps of a run, in their order; those of a round are made when it begins.
 
     Args:
         first: packed rows of the first round.
