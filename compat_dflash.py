@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import transformers
@@ -535,12 +535,24 @@ def _check_small(path: Path, name: Any, started: float) -> None:
         hashlib.sha1(head + data, usedforsecurity=False).hexdigest()
         for head in (b"blob %d\0" % len(data), b"")
     )
-    if blob.name in (git, plain):
-        return
+    if blob.name not in (git, plain):
+        remove_damaged(path, name, f"hash of git is {git}")
+
+
+def remove_damaged(path: Path, name: Any, found: str) -> NoReturn:
+    """Remove a damaged file of the repository `name` from the Hub's cache, so that the next load downloads it again.
+
+    Args:
+        found: its hash; the published one is its name in the cache.
+
+    Raises:
+        OSError: always, with both hashes.
+    """
+    blob = path.resolve()
     blob.unlink()
     path.unlink(missing_ok=True)
     raise OSError(
-        f"{path.name} of {name} arrived damaged: its hash of git is {git}, the published one {blob.name}. "
+        f"{path.name} of {name} arrived damaged: its {found}, the published one {blob.name}. "
         "The damaged file was removed; load again to download it again."
     )
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import transformers
 from safetensors import safe_open
 from transformers.utils import logging
 
-from .compat_dflash import dequantises, find_file, reads_weights
+from .compat_dflash import dequantises, find_file, reads_weights, remove_damaged
 from .layouts_dflash import shown
 
 logger = logging.get_logger(__name__)
@@ -195,14 +195,20 @@ def shards_in(index: Path) -> list[str]:
     return shards
 
 
-def headers(files: Iterable[Path]) -> dict[str, Header]:
-    """Return the type and the shape of every tensor in these files, from their headers."""
-    found = {}
+def stored_tensors(files: Iterable[Path]) -> Iterator[tuple[str, Any]]:
+    """Yield the name of every tensor in these files, and the file that holds it, which is open until the next one."""
     for path in files:
         with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 (no mapping)
-                tensor = file.get_slice(key)
-                found[key] = (tensor.get_dtype(), tuple(tensor.get_shape()))
+                yield key, file
+
+
+def headers(files: Iterable[Path]) -> dict[str, Header]:
+    """Return the type and the shape of every tensor in these files, from their headers."""
+    found = {}
+    for key, file in stored_tensors(files):
+        tensor = file.get_slice(key)
+        found[key] = (tensor.get_dtype(), tuple(tensor.get_shape()))
     return found
 
 
@@ -283,12 +289,10 @@ def check_vocabulary(files: list[Path], config: Any, name: Any) -> None:
 def _read(files: list[Path], names: tuple[str, ...]) -> dict[str, torch.Tensor]:
     """Return those of these tensors that the files hold."""
     found = {}
-    for path in files:
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 (no mapping)
-                short = key.removeprefix("model.")
-                if short in names:
-                    found[short] = file.get_tensor(key)
+    for key, file in stored_tensors(files):
+        short = key.removeprefix("model.")
+        if short in names:
+            found[short] = file.get_tensor(key)
     return found
 
 
@@ -336,12 +340,7 @@ def verify_downloads(name: Any, where: dict[str, Any], started: float) -> None:
             continue
         actual = _sha256(blob)
         if actual != blob.name:
-            blob.unlink()
-            path.unlink(missing_ok=True)
-            raise OSError(
-                f"{path.name} of {name} arrived damaged: its SHA-256 is {actual}, the published one {blob.name}. "
-                "The damaged file was removed; load again to download it again."
-            )
+            remove_damaged(path, name, f"SHA-256 is {actual}")
 
 
 def _sha256(path: Path) -> str:
