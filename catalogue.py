@@ -202,7 +202,7 @@ def check_folder(name: Any) -> None:
     Raises:
         OSError: naming it.
     """
-    if _is_hub_id(str(name)) or Path(name).exists():
+    if is_hub_id(str(name)) or Path(name).exists():
         return
     raise OSError(
         f"There is no folder {name}. Pass a folder that exists, or a Hub id such as org/name."
@@ -214,7 +214,12 @@ def is_path(name: str) -> bool:
     return Path(name).is_dir() or name.startswith((".", "/", "~"))
 
 
-def _is_hub_id(name: str) -> bool:
-    """Return whether a name can be that of a repository on the Hub; anything else can only be a path."""
-    is_named = re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]*[A-Za-z0-9_])?", name)
-    return bool(is_named) and not re.search(r"--|\.\.", name) and len(name) <= 96
+def is_hub_id(name: Any) -> bool:
+    """Return whether a name can be that of a repository, by the Hub's own rule; any other text can only be a path.
+
+    The rule is written out, since it takes long to import huggingface_hub.
+    """
+    if not isinstance(name, str):
+        return False
+    is_named = re.fullmatch(r"(\b[\w.-]{1,96}\b/)?\b[\w.-]{1,96}\b", name, re.ASCII)
+    return bool(is_named) and not re.search(r"--|\.\.|\.git$", name)

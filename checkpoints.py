@@ -22,11 +22,10 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import cached_file
 from yaml import YAMLError
 
-from .catalogue import out_of_cache
+from .catalogue import is_hub_id, out_of_cache
 from .compat_dflash import is_unreachable
 from .configuration_dflash import same_vocabulary
 from .findings_dflash import reason
-from .repository_dflash import check_repo_id
 
 _QUANTISED = (
     r"awq|gptq(?:v2)?|gguf|hqq|eetq|aqlm|vptq|spqr|exl[23]|mlx|dwq|bnb|bitsandbytes|torchao|auto-?round|marlin|nf4"
@@ -253,17 +252,9 @@ def read_card(name: str, online: bool) -> Card | None:
         return None
     named = data.get("base_model")
     named = named if isinstance(named, list) else [named]
-    bases = tuple(base for base in named if _is_hub_id(base))
+    # anything else would stand in our messages
+    bases = tuple(base for base in named if is_hub_id(base))
     return Card(bases, _relation(data, bases)) if bases else None
-
-
-def _is_hub_id(name: Any) -> bool:
-    """Tell whether a card's entry can be the name of a repository; anything else would stand in our messages."""
-    try:
-        check_repo_id(name)
-    except ValueError:
-        return False
-    return True
 
 
 def _relation(data: dict[str, Any], bases: tuple[str, ...]) -> str | None:
