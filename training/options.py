@@ -1,6 +1,6 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""List options of Trainer that would do nothing for a draft, or break its evaluation, with what they may be and why."""
+"""Options of Trainer that would do nothing for a draft, or break its evaluation, with what they may be and why."""
 
 from typing import Any
 
