@@ -1,6 +1,6 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""Acceptance: which tokens of a verified block become text, by processors and stopping criteria.
+"""Decide which tokens of a verified block become text, by processors and stopping criteria.
 
 This file travels with every pushed draft. There are two ways to the same text:
 
@@ -26,7 +26,7 @@ from .target_dflash import gather_path
 
 @dataclass
 class Accepted:
-    """What a cycle added to the text.
+    """Hold what a cycle added to the text.
 
     Args:
         tokens `[B, Q]`: the target's own, along the path.
@@ -59,7 +59,7 @@ class Accepted:
 
 
 class Acceptance(Protocol):
-    """How a verified block becomes text."""
+    """Make text of a verified block."""
 
     sampler: Sampler
     reasons: list[str]
@@ -81,7 +81,7 @@ class Acceptance(Protocol):
 
 
 class BlockAcceptance:
-    """Accepts the longest path that matches, after all positions were processed and sampled at once."""
+    """Accept the longest path that matches, after all positions were processed and sampled at once."""
 
     def __init__(self, sampler: Sampler):
         self.sampler = sampler
@@ -126,7 +126,7 @@ class BlockAcceptance:
 
 
 class StepwiseAcceptance:
-    """Accepts one token of every row after the other, up to the first that some row's proposal does not have.
+    """Accept one token of every row after the other, up to the first that some row's proposal does not have.
 
     So in a batch all rows commit equally many tokens in a cycle. A row that has ended goes on with padding, as in plain
     `generate`, since the scores of its padding are among what processors see.

@@ -1,6 +1,6 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""Attention over the slots of a cache: one visibility rule, its masks, and the attention function that uses them.
+"""Attend over the slots of a cache: one visibility rule, its masks, and the attention function that uses them.
 
 This file travels with every pushed draft.
 
@@ -28,7 +28,7 @@ from .compat_dflash import (
 
 
 class LayerKind(NamedTuple):
-    """What a layer lets a query see; the arguments of `visible`.
+    """Hold what a layer lets a query see; the arguments of `visible`.
 
     Args:
         window: None for none.
@@ -54,8 +54,8 @@ def visible(
     For a query at position 5 with a window of 3, a causal layer shows 3, 4, 5; any other layer shows 3 to 7.
 
     With an anchor, the window is the W keys before it, for every query of its block, and hides no key of the block.
-    For the block 4, 5, 6, 7 and a window of 3, the query at 5 sees 1, 2, 3 and 4, 5 in a causal layer; in any other
-    layer it sees 1 to 7, as 4, 6 and 7 do.
+    Take the block 4, 5, 6, 7 and a window of 3. In a causal layer the query at 5 sees 1 to 5. In any other layer it
+    sees 1 to 7, as 4, 6 and 7 do.
 
     Args:
         query, key: positions, in shapes that broadcast.
@@ -74,7 +74,7 @@ def visible(
 
 
 class MaskKind(NamedTuple):
-    """What makes the mask of one layer differ from that of another."""
+    """Hold what makes the mask of one layer differ from that of another."""
 
     window: int | None
     causal: bool
@@ -92,7 +92,7 @@ def additive(seen: torch.Tensor, kind: MaskKind) -> torch.Tensor:
 
 
 class BlockMasks:
-    """The additive masks of a block, updated as its rows move on.
+    """Hold the additive masks of a block, updated as its rows move on.
 
     Between two cycles a row moves by a block or little more. So a mask changes only near the block and, where a window
     slides, near the far end of the window. Only those slots are written again.
@@ -228,8 +228,8 @@ class BlockMasks:
     ) -> torch.Tensor:
         """Tell which of the slots `where [B, M]` each position of the block sees: `[B, Q, M]`.
 
-        With the block at slot 8, a chain of 3: its second position sees slots 0 to 9 if causal, and 0 to 10 if not.
-        Of a tree, a causal position sees its ancestors and not its siblings.
+        Take a chain of 3 at slot 8: its second position sees slots 0 to 9 if causal, else 0 to 10. Of a tree, a causal
+        position sees its ancestors and not its siblings.
         """
         # [B, M]; below 0 is the context, from Q on nothing is written yet.
         offset = where - self.slots[:, None]
@@ -260,7 +260,7 @@ def pad_to(padding_mask: torch.Tensor, num_slots: int) -> torch.Tensor:
 
 
 class BlockAttention:
-    """Attention over slots of a cache under `BlockMasks`, in place of a model's own attention function.
+    """Attend over slots of a cache under `BlockMasks`, in place of a model's own attention function.
 
     A model that runs `sdpa` gets it with its query heads packed by key head, so that keys are never repeated. A model
     that runs `eager` keeps its own function, since only that one knows its sinks or soft caps.
@@ -392,7 +392,7 @@ class BlockAttention:
 
 @dataclass
 class BlockState:
-    """What a model holds of one decode, for its blocks: made before the prefill, dropped at the end.
+    """Hold what a model has of one decode, for its blocks: made before the prefill, dropped at the end.
 
     Args:
         cache: keys and values of its text.

@@ -1,6 +1,6 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""State that can be taken back: keys and values in fixed slots, and snapshots of recurrent state.
+"""Hold state that can be taken back: keys and values in fixed slots, and snapshots of recurrent state.
 
 This file travels with every pushed draft. The prompt takes the slots of `input_ids`, padding included. Every new token
 takes the next slot of its own row. Nothing is concatenated or cropped: a block overwrites what the block before it left
@@ -41,7 +41,7 @@ def bucket(num_slots: int) -> int:
 
 
 class SlotLayer(CacheLayerMixin):
-    """Keys and values of one layer, `[B, S, H, D]` each. A sliding layer keeps every slot too."""
+    """Hold keys and values of one layer, `[B, S, H, D]` each. A sliding layer keeps every slot too."""
 
     def __init__(self, owner: "SlotCache", is_sliding: bool = False):
         super().__init__()
@@ -128,7 +128,7 @@ class SlotLayer(CacheLayerMixin):
 
 
 class HybridSlotLayer(LinearAttentionLayer, SlotLayer):
-    """A layer with both keys and values in slots and recurrent state."""
+    """Hold a layer with both keys and values in slots and recurrent state."""
 
     def __init__(self, owner: "SlotCache", is_sliding: bool, number_of_states: int):
         SlotLayer.__init__(self, owner, is_sliding)
@@ -153,7 +153,7 @@ def write_flat(states: torch.Tensor, flat_slots: torch.Tensor, new: torch.Tensor
 
 
 class SlotView(Cache):
-    """A `SlotCache` as one forward sees it: the slots that it writes, and how many it reads.
+    """Show a `SlotCache` as one forward sees it: the slots that it writes, and how many it reads.
 
     Args:
         parts: flat slots `[B * n]` of each part of the new positions; None at the beginning of a text, where attention
@@ -185,7 +185,7 @@ class SlotView(Cache):
 
 
 class SlotCache:
-    """The buffers of every layer of a model.
+    """Hold the buffers of every layer of a model.
 
     Args:
         template: a new `DynamicCache` of the model's config. Layers without keys and values are used as they are.
@@ -288,7 +288,7 @@ MixerInputs = dict[int, tuple[tuple, dict[str, Any]]]
 
 @dataclass
 class Snapshot:
-    """What takes a block back from the recurrent layers."""
+    """Hold what takes a block back from the recurrent layers."""
 
     states: dict[int, list[dict[int, torch.Tensor]]]
     """For each layer, its convolutional and its recurrent states before the block."""
@@ -296,7 +296,7 @@ class Snapshot:
 
 
 class RecurrentLayers:
-    """The recurrent layers of a model: their states, and the mixers that change them.
+    """Hold the recurrent layers of a model: their states, and the mixers that change them.
 
     Args:
         cache_layers: of the cache.

@@ -1,6 +1,6 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""How a decoding function is called: by a target's `generate`, or by users.
+"""Call a decoding function: by a target's `generate`, or by users.
 
 This file travels with every pushed draft. `generate` reads the signature of a callable to learn which keywords it may
 pass, and then calls it with what it has prepared.
@@ -80,7 +80,7 @@ def check_loaded(name: str, target: Any) -> None:
 
 
 class of_a_draft(functools.cached_property):
-    """An attribute of a draft. That of its class would be ignored by `generate`, so it is refused when called."""
+    """Make an attribute of a draft. That of its class would be ignored by `generate`, so it is refused when called."""
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         if instance is not None:
@@ -100,13 +100,13 @@ def _refuse_class(*args: Any, **options: Any) -> None:
 
 
 class Signature:
-    """The `__signature__` of a decoding function: what `generate` may pass to it. Others read that of its class.
+    """Give a decoding function its `__signature__`: what `generate` may pass to it. Others read that of its class.
 
     Workaround: `generate` pops `tokenizer` before it reads the signature and then discards it, so stop strings would
     fail. While it reads, `tokenizer` is put back among its arguments.
 
-    There is no other moment: reading the signature is all that `generate` does with this object before it has dropped
-    the tokenizer and made its criteria, where stop strings without one are an error. Anything else would have to
+    There is no other moment: all that `generate` does with this object before is to read the signature. Then it drops
+    the tokenizer and makes its criteria, where stop strings without one are an error. Anything else would have to
     change the target's methods, or ask users for another call than `generate(..., tokenizer=...)`.
 
     Args:

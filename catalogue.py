@@ -77,7 +77,7 @@ class Published:
 
 @dataclass(frozen=True)
 class DraftRow(Published):
-    """A draft of the catalogue. The fields are those of a `DFlashDraftSpec`."""
+    """Hold a draft of the catalogue. The fields are those of a `DFlashDraftSpec`."""
 
     repo_id: str
     variant: str
@@ -148,8 +148,8 @@ def rows() -> tuple[DraftRow, ...]:
 def made_for(target: str, published: Iterable[_Row]) -> list[_Row]:
     """Return the drafts made for a checkpoint, by its Hub id: the preferred one first.
 
-    Supported ones come first. Among them, those in plain floats do, then those whose config.json has been seen, then
-    those that are not of the community, then the later kind.
+    Supported ones come first. Among them the order is: plain floats, a config.json that has been seen, not of the
+    community, the later kind.
     """
     name = target.casefold()
     found = [row for row in published if name in map(str.casefold, row.targets)]
@@ -202,14 +202,24 @@ def check_folder(name: Any) -> None:
     Raises:
         OSError: naming it.
     """
-    if _is_hub_id(str(name)) or Path(name).exists():
+    if is_hub_id(str(name)) or Path(name).exists():
         return
     raise OSError(
         f"There is no folder {name}. Pass a folder that exists, or a Hub id such as org/name."
     )
 
 
-def _is_hub_id(name: str) -> bool:
-    """Return whether a name can be that of a repository on the Hub; anything else can only be a path."""
-    is_named = re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]*[A-Za-z0-9_])?", name)
-    return bool(is_named) and not re.search(r"--|\.\.", name) and len(name) <= 96
+def is_path(name: str) -> bool:
+    """Return whether a name stands for a path: of a folder that there is, or with a beginning that only paths have."""
+    return Path(name).is_dir() or name.startswith((".", "/", "~"))
+
+
+def is_hub_id(name: Any) -> bool:
+    """Return whether a name can be that of a repository, by the Hub's own rule; any other text can only be a path.
+
+    The rule is written out, since it takes long to import huggingface_hub.
+    """
+    if not isinstance(name, str):
+        return False
+    is_named = re.fullmatch(r"(\b[\w.-]{1,96}\b/)?\b[\w.-]{1,96}\b", name, re.ASCII)
+    return bool(is_named) and not re.search(r"--|\.\.|\.git$", name)

@@ -22,11 +22,10 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import cached_file
 from yaml import YAMLError
 
-from .catalogue import out_of_cache
+from .catalogue import is_hub_id, out_of_cache
 from .compat_dflash import is_unreachable
 from .configuration_dflash import same_vocabulary
 from .findings_dflash import reason
-from .repository_dflash import check_repo_id
 
 _QUANTISED = (
     r"awq|gptq(?:v2)?|gguf|hqq|eetq|aqlm|vptq|spqr|exl[23]|mlx|dwq|bnb|bitsandbytes|torchao|auto-?round|marlin|nf4"
@@ -54,7 +53,7 @@ _CHANGED = {
 
 
 class CatalogueRow(Protocol):
-    """What a row of the catalogue holds of the targets of a draft; a `DFlashDraftSpec` is one."""
+    """Hold what a row of the catalogue has of the targets of a draft; a `DFlashDraftSpec` is one."""
 
     @property
     def targets(self) -> tuple[str, ...]: ...
@@ -68,7 +67,7 @@ class CatalogueRow(Protocol):
 
 @dataclass
 class TargetInfo:
-    """A target: the Hub id or folder that it was loaded from, and its config if the caller has loaded it."""
+    """Describe a target: the Hub id or folder that it was loaded from, and its config if the caller has loaded it."""
 
     name: str | None
     loaded_config: PretrainedConfig | None = None
@@ -87,7 +86,7 @@ class TargetInfo:
 
 @dataclass(frozen=True)
 class Origin:
-    """The checkpoint of the catalogue that a target comes from.
+    """Name the checkpoint of the catalogue that a target comes from.
 
     Args:
         name: its Hub id.
@@ -102,7 +101,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class Card:
-    """The bases that a model card names, and the relation of the target to them."""
+    """Hold the bases that a model card names, and the relation of the target to them."""
 
     bases: tuple[str, ...]
     relation: str | None
@@ -253,17 +252,9 @@ def read_card(name: str, online: bool) -> Card | None:
         return None
     named = data.get("base_model")
     named = named if isinstance(named, list) else [named]
-    bases = tuple(base for base in named if _is_hub_id(base))
+    # anything else would stand in our messages
+    bases = tuple(base for base in named if is_hub_id(base))
     return Card(bases, _relation(data, bases)) if bases else None
-
-
-def _is_hub_id(name: Any) -> bool:
-    """Tell whether a card's entry can be the name of a repository; anything else would stand in our messages."""
-    try:
-        check_repo_id(name)
-    except ValueError:
-        return False
-    return True
 
 
 def _relation(data: dict[str, Any], bases: tuple[str, ...]) -> str | None:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import transformers
@@ -45,9 +45,9 @@ def difference(fault: str) -> ValueError:
     """Return the error for a model that runs in another way than expected: the `fault`, and how to proceed."""
     oldest, newest = (Version(version) for version in CHECKED)
     advice = (
-        f"This version of dflash-hub was checked with transformers {oldest} to {newest}: upgrade it (pip install "
-        "--upgrade dflash-hub; for a draft whose code came from the Hub, its owner runs `dflash-hub refresh`), or "
-        "install one of those."
+        f"This version of dflash-hub was checked with transformers {oldest} to {newest}: install one of those, or "
+        "upgrade it (pip install --upgrade dflash-hub). Where the draft's code came from the Hub, its owner runs "
+        "`dflash-hub refresh`."
     )
     if oldest <= Version(transformers.__version__) <= newest:
         advice = (
@@ -367,7 +367,7 @@ def loaded(module: Any) -> Iterator[None]:
 def adapter_layers(model: Any) -> list[Any]:
     """Return the modules by which PEFT replaced layers of a model.
 
-    Checked with peft 0.18 to 0.21; delete when transformers tells how a model's adapters are set.
+    Checked with peft 0.18 to 0.21; delete when transformers has a public function for it.
     """
     return [module for module in model.modules() if "merged_adapters" in vars(module)]
 
@@ -535,12 +535,24 @@ def _check_small(path: Path, name: Any, started: float) -> None:
         hashlib.sha1(head + data, usedforsecurity=False).hexdigest()
         for head in (b"blob %d\0" % len(data), b"")
     )
-    if blob.name in (git, plain):
-        return
+    if blob.name not in (git, plain):
+        remove_damaged(path, name, f"hash of git is {git}")
+
+
+def remove_damaged(path: Path, name: Any, found: str) -> NoReturn:
+    """Remove a damaged file of the repository `name` from the Hub's cache, so that the next load downloads it again.
+
+    Args:
+        found: its hash; the published one is its name in the cache.
+
+    Raises:
+        OSError: always, with both hashes.
+    """
+    blob = path.resolve()
     blob.unlink()
     path.unlink(missing_ok=True)
     raise OSError(
-        f"{path.name} of {name} arrived damaged: its hash of git is {git}, the published one {blob.name}. "
+        f"{path.name} of {name} arrived damaged: its {found}, the published one {blob.name}. "
         "The damaged file was removed; load again to download it again."
     )
 

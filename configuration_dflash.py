@@ -53,7 +53,7 @@ from .layouts_dflash import (  # noqa: E402
 
 @dataclass
 class Extensions:
-    """Functions that importing dflash_hub replaces; the copies of this code in repositories use the defaults.
+    """Hold functions that importing dflash_hub replaces; the copies of this code in repositories use the defaults.
 
     Args:
         read_layout: reads a config.json. The default reads the hub and the engines layout, the package's any layout.
@@ -83,7 +83,7 @@ def same_vocabulary(known: int, found: int) -> bool:
 
 
 class DFlashConfig(PretrainedConfig):
-    """Configuration of a DFlash draft model.
+    """Configure a DFlash draft model.
 
     Args:
         block_size: positions in a block, the anchor included; `num_drafted` tokens are drafted per cycle.
@@ -297,26 +297,17 @@ class DFlashConfig(PretrainedConfig):
             what = f"is_causal has {len(causal)} entries, {shown(causal)}, but num_hidden_layers is {layers}"
             yield must(what, causal, "one bool per layer, or be a single bool for all", "hold")
 
-    def check_fits(
+    def fit_findings(
         self, hidden_size: int, num_layers: int, vocab_size: int, embedding_rows: int
-    ) -> None:
-        """Refuse a target that this draft was not made for: it would draft nonsense, or fail far from the cause.
+    ) -> Iterator[Finding]:
+        """Yield every misfit with a target: with one, this draft would draft nonsense, or fail far from the cause.
 
         Args:
             hidden_size: width of the target's embeddings and hidden states.
             num_layers: decoder layers of the target.
             vocab_size: the target's `vocab_size`.
             embedding_rows: rows of the target's embedding, which may be padded beyond `vocab_size`.
-
-        Raises:
-            ValueError: with the draft's number and the target's, for the first misfit.
         """
-        raise_first(self.fit_findings(hidden_size, num_layers, vocab_size, embedding_rows))
-
-    def fit_findings(
-        self, hidden_size: int, num_layers: int, vocab_size: int, embedding_rows: int
-    ) -> Iterator[Finding]:
-        """Yield every misfit with a target, whose numbers are those of `check_fits`."""
         tap, mask = self.target_layer_ids[-1], self.mask_token_id
         own_fc = self.fc_width
         fc_width = hidden_size * len(self.target_layer_ids)
@@ -433,10 +424,7 @@ class DFlashConfig(PretrainedConfig):
                 raise ValueError(
                     "A config alone is not pushed in the engines layout; push the draft: draft.push_to_hub()."
                 )
-            content = engines_layout(self)
-            Path(save_directory).mkdir(parents=True, exist_ok=True)
-            text = json.dumps(content, indent=2, sort_keys=True) + "\n"
-            (Path(save_directory) / "config.json").write_text(text, encoding="utf-8")
+            write_config(Path(save_directory), engines_layout(self))
         else:
             super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
@@ -444,6 +432,13 @@ class DFlashConfig(PretrainedConfig):
         """Return whether two configs describe the same draft, wherever each was read from."""
         same_kind = getattr(other, "model_type", None) == self.model_type
         return same_kind and _content(self) == _content(other)
+
+
+def write_config(folder: Path, content: dict[str, Any]) -> None:
+    """Write a config.json as transformers writes one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(content, indent=2, sort_keys=True) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
 
 
 def _check_no_key_twice(json_file: Any) -> None:

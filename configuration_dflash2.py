@@ -12,7 +12,7 @@ from .findings_dflash import Finding, must
 
 
 class DFlash2Config(DFlashConfig):
-    """Configuration of a DFlash 2 draft model. It requires `vocab_size`, and adds these fields to `DFlashConfig`.
+    """Configure a DFlash 2 draft model. It requires `vocab_size`, and adds these fields to `DFlashConfig`.
 
     Args:
         conv_kernel_size: positions of the block that a convolution reads: the position itself and those before it.

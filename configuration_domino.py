@@ -12,7 +12,7 @@ from .findings_dflash import Finding, must
 
 
 class DominoConfig(DFlashConfig):
-    """Configuration of a Domino draft model. It requires `vocab_size`, and adds these fields to `DFlashConfig`.
+    """Configure a Domino draft model. It requires `vocab_size`, and adds these fields to `DFlashConfig`.
 
     Args:
         emb_dim: width between the two matrices of the correction.

@@ -14,7 +14,7 @@ from .findings_dflash import Finding, must
 
 
 class DSparkConfig(DFlashConfig):
-    """Configuration of a DSpark draft model. It adds these fields to `DFlashConfig`.
+    """Configure a DSpark draft model. It adds these fields to `DFlashConfig`.
 
     Args:
         sample_from_anchor: as in `DFlashConfig`, but True by default: position k predicts the token at anchor + k + 1.

@@ -14,7 +14,7 @@ from .modeling_dflash import DFlashDraftModel as Draft
 
 
 class DFlashDraftModel:
-    """Loads the draft of `modeling_dflash`. It is no model, so that AutoModel does not use it for Qwen3 configs."""
+    """Load the draft of `modeling_dflash`. It is no model, so that AutoModel does not use it for Qwen3 configs."""
 
     config_class = Qwen3Config
     draft: Any = Draft

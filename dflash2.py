@@ -10,6 +10,6 @@ from .modeling_dflash2 import DFlash2DraftModel as Draft
 
 
 class DFlash2DraftModel(Entry):
-    """Loads the draft of `modeling_dflash2`."""
+    """Load the draft of `modeling_dflash2`."""
 
     draft = Draft

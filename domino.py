@@ -10,6 +10,6 @@ from .modeling_domino import DominoDraftModel as Draft
 
 
 class DominoDraftModel(Entry):
-    """Loads the draft of `modeling_domino`."""
+    """Load the draft of `modeling_domino`."""
 
     draft = Draft

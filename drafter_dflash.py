@@ -1,6 +1,6 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""The draft's side of a decode: its context in slots of a cache, and its forward over a block.
+"""Run the draft's side of a decode: its context in slots of a cache, and its forward over a block.
 
 This file travels with every pushed draft.
 
@@ -26,7 +26,7 @@ from .trees_dflash import NUM_CANDIDATES, Tree, best_tree, tree_on_host
 
 
 class Walk(NamedTuple):
-    """What a draft needs to choose tokens that depend on each other.
+    """Hold what a draft needs to choose tokens that depend on each other.
 
     Args:
         anchor `[B, 1]`: the token before the first.
@@ -41,7 +41,7 @@ class Walk(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """The tokens that a draft chose, `[B, T]`.
+    """Hold the tokens that a draft chose, `[B, T]`.
 
     `confidence [B, T]` is the chance that each is accepted if those before it are; None if the draft estimates none.
     """
@@ -51,7 +51,7 @@ class Choice(NamedTuple):
 
 
 class DraftOutput(NamedTuple):
-    """What a draft returned for the positions of a block that predict a token.
+    """Hold what a draft returned for the positions of a block that predict a token.
 
     Args:
         logits `[B, T, V]`: on the device of the target's tokens.
@@ -70,7 +70,7 @@ class DraftOutput(NamedTuple):
 
 @dataclass
 class PendingContext:
-    """Context features that reach the draft with its next block.
+    """Hold context features that reach the draft with its next block.
 
     Args:
         features `[B, N, F]`: of committed tokens in the order of the text; those of rejected ones may follow.
@@ -83,7 +83,7 @@ class PendingContext:
 
 @dataclass
 class DraftState(BlockState):
-    """What a draft holds of one decode.
+    """Hold what a draft has of one decode.
 
     Args:
         position_offset `[B, 1]`: position minus slot.
@@ -113,7 +113,7 @@ class DraftState(BlockState):
 
 
 class Drafter:
-    """A draft's forwards while it proposes blocks. Reused across decodes; holds no tensors of a decode in between.
+    """Run a draft's forwards while it proposes blocks. It holds no tensors between decodes.
 
     Args:
         draft: the draft model.

@@ -10,6 +10,6 @@ from .modeling_dspark import DSparkDraftModel as Draft
 
 
 class DSparkDraftModel(Entry):
-    """Loads the draft of `modeling_dspark`."""
+    """Load the draft of `modeling_dspark`."""
 
     draft = Draft

@@ -1,6 +1,6 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""What decoding has shown so far: what cycles cost, how many drafted tokens are accepted, whether drafting pays.
+"""Remember what decoding has shown: what cycles cost, how many drafted tokens are accepted, whether drafting pays.
 
 This file travels with every pushed draft. All means forget, since texts change and machines are busy.
 """
@@ -35,7 +35,7 @@ FIRST_PAUSE, LONGEST_PAUSE = 4, 256
 
 
 class Estimate(NamedTuple):
-    """What a cycle may verify, what that is expected to bring, and what it costs.
+    """Hold what a cycle may verify, what that is expected to bring, and what it costs.
 
     Args:
         kind: "plain", "chain", "tree", "lookup" or "branch", which is a look-up beside a tree.
@@ -62,7 +62,7 @@ class Estimate(NamedTuple):
 
 @dataclass
 class Average:
-    """A mean that forgets.
+    """Hold a mean that forgets.
 
     Args:
         first: the mean before anything was added.
@@ -85,7 +85,7 @@ class Average:
 
 
 class Odds:
-    """By depth, how often a drafted token was accepted, beside how often the draft expected it."""
+    """Count by depth how often a drafted token was accepted, beside how often the draft expected it."""
 
     def __init__(self) -> None:
         self.accepted: list[float] = []
@@ -110,7 +110,7 @@ class Odds:
 
 @dataclass
 class Experience:
-    """What decoding some number of rows with one target and draft has shown; it is kept from text to text.
+    """Hold what decoding some number of rows with one target and draft has shown, from text to text.
 
     Args:
         costs: seconds of verifying, as they were measured.

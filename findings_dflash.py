@@ -24,7 +24,7 @@ ONE_SENTENCE = "{what}; {advice}."
 
 @dataclass(frozen=True)
 class Finding:
-    """One reason why something is not supported. As a string it is the message of an error.
+    """Hold one reason why something is not supported. As a string it is the message of an error.
 
     Args:
         form: the message, with a place for `what` and one for `advice`.
@@ -121,16 +121,16 @@ def explained_for(
 
 
 def reason(error: BaseException) -> str:
-    """Return what an error says, and after how many seconds the Hub takes the next request, if it said so."""
-    said = str(error) or type(error).__name__
+    """Return the message of an error, and after how many seconds to ask the Hub again, where it names them."""
+    message = str(error) or type(error).__name__
     cause: BaseException | None = error
     while cause is not None:
         headers = getattr(getattr(cause, "response", None), "headers", {})
         seconds = str(headers.get("Retry-After", ""))
         if seconds.isdigit():
-            return f"{said}\nThe Hub asks to wait {seconds} seconds."
+            return f"{message}\nThe Hub asks to wait {seconds} seconds."
         cause = cause.__cause__
-    return said
+    return message
 
 
 def advice_on(error: BaseException, advice: str) -> str:

@@ -1,6 +1,6 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""The callable that a target's `generate` takes: `target.generate(..., custom_generate=draft.speculate)`.
+"""Make the callable that a target's `generate` takes: `target.generate(..., custom_generate=draft.speculate)`.
 
 This file travels with every pushed draft. `generate` prepares everything as for plain decoding. Options that have no
 meaning with a draft are refused (`support_dflash`).
@@ -99,15 +99,48 @@ def own_proposer(own: Proposer) -> Proposer:
     return own
 
 
+@dataclass(frozen=True)
+class SpeculateOptions:
+    """Hold what a call asks of the draft; `SpeculativeGenerate` explains the names."""
+
+    draft_sampling: str
+    capture: str
+    proposal: str
+    width: int | None
+    proposer: ProposerFactory | None
+
+    def check(self) -> None:
+        """Refuse values that keywords of these names cannot have, and those that contradict each other.
+
+        Raises:
+            ValueError: naming the keyword.
+        """
+        _check_choice("draft_sampling", self.draft_sampling, DRAFT_SAMPLING)
+        _check_choice("capture", self.capture, CAPTURE)
+        _check_function("proposer", self.proposer, "a function of the draft's proposer")
+        _check_proposal(self.proposal, self.width, self.proposer)
+
+    def sampler(self, processors: LogitsProcessorList, config: GenerationConfig) -> Sampler:
+        """Return what chooses the target's tokens, and the draft's."""
+        noise = PositionNoise() if config.do_sample else None
+        return Sampler(processors, noise, coupled=self.draft_sampling == "coupled")
+
+    def mode(self, model: Any, new_tokens: int) -> str:
+        """Return how the blocks of a text of at most so many new tokens run."""
+        # Another's proposer may propose other sizes in every cycle, and a recording of each costs more than it saves.
+        repeated = 0 if self.proposer else new_tokens
+        return resolve_mode(self.capture, model, is_recurrent(model), repeated)
+
+
 class SpeculativeGenerate:
-    """A draft, as the decoding function of its target's `generate`.
+    """Make a draft the decoding function of its target's `generate`.
 
     Besides all that `generate` takes, it takes seven keywords, none of which changes the text:
 
     statistics: a `DecodeStatistics` to fill.
-    proposal: what a cycle verifies. "auto" chooses in every cycle what brings the most tokens per second: a tree, the
-        chain or a part of it, what followed the same tokens before, or nothing. "chain", "tree", "lookup" and "plain"
-        ask for one of these.
+    proposal: what a cycle verifies. "auto" chooses in every cycle what brings the most tokens per second. That is a
+        tree, the chain or a part of it, what followed the same tokens before, or nothing. "chain", "tree", "lookup" and
+        "plain" ask for one of these.
     width: how many tokens of a chain, a tree or a look-up are verified, at most.
     draft_sampling: how the draft chooses tokens when text is sampled. "coupled": with the same noise as the target.
         "greedy": always the likeliest, which are accepted less often.
@@ -205,49 +238,66 @@ class SpeculativeGenerate:
                 meaning with a draft.
         """
         frame = sys._getframe(1)
-        streamer = streamer or local_of_generate("streamer", frame)
+        config = generation_config
+        options = SpeculateOptions(draft_sampling, capture, proposal, width, proposer)
         _check_choice("strict", strict, (True, False))
         self.check_target(model, strict)
-        asked = {name: local_of_generate(name, frame) for name in IGNORED}
-        check_arguments(self.draft, asked, local_of_generate("kwargs", frame) or {})
-        check_options(model, generation_config, input_ids, inputs)
-        _check_keywords(draft_sampling, capture, statistics, proposer)
-        _check_proposal(proposal, width, proposer)
-        names = _requested_outputs(generation_config)
-        layer_outputs = tuple(name for name in names if name in LAYER_OUTPUTS)
-        inputs = lay_out(input_ids, inputs, generation_config)
-        prompt = Prompt(input_ids, inputs, generation_config.return_dict_in_generate, layer_outputs)
-        warn_of_length(model, prompt.width + generation_config.max_length - input_ids.shape[1])
-        noise = PositionNoise() if generation_config.do_sample else None
-        sampler = Sampler(logits_processor, noise, coupled=draft_sampling == "coupled")
-        pad_token_id = padding_token(generation_config)
-        acceptance, stop_conditions = choose_acceptance(
-            sampler, stopping_criteria, input_ids, pad_token_id, names
-        )
-        # Another's proposer may propose other sizes in every cycle, and a recording of each costs more than it saves.
-        new_tokens = 0 if proposer else generation_config.max_length - input_ids.shape[1]
-        mode = resolve_mode(capture, model, is_recurrent(model), new_tokens)
+        self._check_call(frame, model, input_ids, config, inputs)
+        _check_object("statistics", statistics, STATISTICS, "a DecodeStatistics()")
+        options.check()
+        names = _requested_outputs(config)
+        prompt = _laid_out(model, input_ids, inputs, config)
+        sampler = options.sampler(logits_processor, config)
+        padding = padding_token(config)
+        found = choose_acceptance(sampler, stopping_criteria, input_ids, padding, names)
+        acceptance, stop_conditions = found
+        streamer = streamer or local_of_generate("streamer", frame)
+        mode = options.mode(model, config.max_length - input_ids.shape[1])
         request = DecodeRequest(
             prompt,
-            Sequences(input_ids, stop_conditions, pad_token_id, streamer),
+            Sequences(input_ids, stop_conditions, padding, streamer),
             acceptance,
             _step_outputs(model, names, len(input_ids)),
             mode,
             proposer or self.proposer_factory(model, mode, proposal, width),
         )
+        cache = self._decode(model, request, statistics)
+        return request.output(cache) if config.return_dict_in_generate else request.output_ids()
+
+    __signature__ = Signature(__call__)
+
+    def _check_call(
+        self,
+        frame: Any,
+        model: Any,
+        input_ids: torch.Tensor,
+        config: GenerationConfig,
+        inputs: dict[str, Any],
+    ) -> None:
+        """Refuse what a call asks of `generate` that has no meaning with a draft.
+
+        Args:
+            frame: of the caller, that of `generate`.
+            input_ids `[B, P]`.
+        """
+        asked = {name: local_of_generate(name, frame) for name in IGNORED}
+        check_arguments(self.draft, asked, local_of_generate("kwargs", frame) or {})
+        check_options(model, config, input_ids, inputs)
+
+    def _decode(
+        self, model: Any, request: "DecodeRequest", statistics: DecodeStatistics | None
+    ) -> Cache | None:
+        """Decode in a session of this target, and fill the statistics; return the cache, if one was asked for."""
         session = self.session(model)
         self.compiled_session = session if request.mode == "compile" else None
         self.statistics = DecodeStatistics() if statistics is None else statistics
         cache = session.decode(request, self.statistics, is_timing=statistics is not None)
         experiences = self.experiences.get(model, {})
-        known = experiences.get((len(input_ids), mode_of_costs(mode, input_ids.device)))
+        mode = mode_of_costs(request.mode, request.prompt.device)
+        known = experiences.get((len(request.prompt.input_ids), mode))
         if known is not None:
             self.statistics.plain_seconds = known.cycle_seconds("plain", 0)
-        if not generation_config.return_dict_in_generate:
-            return request.output_ids()
-        return request.output(cache)
-
-    __signature__ = Signature(__call__)
+        return cache
 
 
 class LookupGenerate(SpeculativeGenerate):
@@ -292,9 +342,9 @@ def choose_acceptance(
 ) -> tuple[Acceptance, StopConditions]:
     """Return how tokens are accepted, and what else ends a row.
 
-    Tokens are accepted by block, or step by step where an object or an output needs it; then all criteria are asked
-    there, and only the length is left. Outputs of several rows need it: those of a row that has ended are the outputs
-    of its padding.
+    Tokens are accepted by block, or step by step where an object or an output needs it. Then all criteria are asked in
+    these steps, and of the stop conditions the length alone is left. Outputs of several rows need it: those of a row
+    that has ended are the outputs of its padding.
 
     Args:
         input_ids `[B, P]`.
@@ -319,7 +369,7 @@ def _step_outputs(model: Any, names: tuple[str, ...], rows: int) -> StepOutputs:
 
 @dataclass
 class DecodeRequest:
-    """One decode, as it was asked for.
+    """Hold one decode, as it was asked for.
 
     Args:
         mode: "eager", "graphs" or "compile".
@@ -367,7 +417,7 @@ class DecodeRequest:
 
 
 class DecoderSession:
-    """A target and a draft that decode together; or a target alone, whose tokens are looked up.
+    """Hold a target and a draft that decode together; or a target alone, whose tokens are looked up.
 
     Args:
         draft: None for none.
@@ -479,14 +529,6 @@ def _present(*models: Any) -> list[Any]:
     return [model for model in models if model is not None]
 
 
-def _check_keywords(draft_sampling: Any, capture: Any, statistics: Any, proposer: Any) -> None:
-    """Refuse values that the keywords of these names cannot have."""
-    _check_choice("draft_sampling", draft_sampling, DRAFT_SAMPLING)
-    _check_choice("capture", capture, CAPTURE)
-    _check_object("statistics", statistics, STATISTICS, "a DecodeStatistics()")
-    _check_function("proposer", proposer, "a function of the draft's proposer")
-
-
 def _check_proposal(proposal: Any, width: Any, proposer: Any) -> None:
     """Refuse a kind of proposals that is not known, and a width or a proposer that has no meaning beside it."""
     _check_choice("proposal", proposal, PROPOSALS)
@@ -525,6 +567,17 @@ def _check_object(name: str, value: Any, members: tuple[str, ...], expected: str
 def _check_function(name: str, value: Any, expected: str) -> None:
     if value is not None and not callable(value):
         raise ValueError(f"{name} is {shown(value)}; it must be {expected}.")
+
+
+def _laid_out(
+    model: Any, input_ids: torch.Tensor, inputs: dict[str, Any], config: GenerationConfig
+) -> Prompt:
+    """Return the prompt `input_ids [B, P]` by slot; warn of a text that may become too long for the target."""
+    layer_outputs = tuple(name for name in _requested_outputs(config) if name in LAYER_OUTPUTS)
+    inputs = lay_out(input_ids, inputs, config)
+    prompt = Prompt(input_ids, inputs, config.return_dict_in_generate, layer_outputs)
+    warn_of_length(model, prompt.width + config.max_length - input_ids.shape[1])
+    return prompt
 
 
 def _requested_outputs(config: GenerationConfig) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""The decode loop: draft, verify, accept, commit. The text is exactly the target's; only the time falls.
+"""Decode in a loop: draft, verify, accept, commit. The text is exactly the target's; only the time falls.
 
 This file travels with every pushed draft. After DFlash (arXiv 2602.06036) and z-lab/dflash. `DecoderSession.decode`
 (`generate_dflash`) calls `prefill` and then `decode`, with everything prepared.
@@ -29,7 +29,7 @@ SHOWN_POSITIONS = 15
 
 @dataclass
 class DecodeStatistics:
-    """Counts and times of a decode. Filled if passed to `generate(..., statistics=...)`; several decodes add up."""
+    """Hold counts and times of a decode, filled by `generate(..., statistics=...)`; several decodes add up."""
 
     cycles: int = 0
     """Draft and verify forwards, each over the whole batch."""
@@ -46,9 +46,9 @@ class DecodeStatistics:
     rollback_seconds: float = 0.0
     """Of the rest, taking rejected tokens back from recurrent layers."""
     stepwise: list[str] = field(default_factory=list)
-    """Why tokens were accepted one by one: class names of processors and criteria that are not transformers' own
-    functions of text and scores, and outputs that a batch returns for every step. All rows of a batch then commit
-    equally many tokens in a cycle, so it takes longer. Empty if there was no such reason.
+    """Why tokens were accepted one by one: class names of foreign processors and criteria, and outputs that a batch
+    returns for every step. All rows of a batch then commit equally many tokens in a cycle, so it takes longer. Empty if
+    there was no such reason.
     """
 
     proposed: dict[str, int] = field(default_factory=dict)
@@ -150,7 +150,7 @@ class DecodeStatistics:
 
 
 class Recorder:
-    """Counts the cycles of a decode in `DecodeStatistics`, and times its phases where that is asked for."""
+    """Count the cycles of a decode in `DecodeStatistics`, and time its phases where that is asked for."""
 
     def __init__(self, statistics: DecodeStatistics, device: torch.device, is_timing: bool):
         self.statistics, self.device = statistics, device
@@ -197,7 +197,7 @@ def now(device: torch.device) -> float:
 
 
 class DecodeState:
-    """A batch while it is decoded. `prefill` makes it ready for the first cycle.
+    """Hold a batch while it is decoded. `prefill` makes it ready for the first cycle.
 
     Args:
         target_state: what the target holds of this decode.

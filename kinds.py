@@ -34,7 +34,7 @@ FURTHER_LOSSES = ("selector_loss", "confidence_loss")
 
 @dataclass(frozen=True)
 class SpeculatorsDefaults:
-    """What a config.json in the speculators layout means where it lacks a key.
+    """Hold what a config.json in the speculators layout means where it lacks a key.
 
     Args:
         sample_from_anchor: None where older files mean False and newer ones True.

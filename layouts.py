@@ -3,8 +3,8 @@
 """Read every published layout of a draft's config.json into the fields of a config.
 
 This is the only file that knows the names other projects use. A field may have several keys in a config.json: equal
-copies are fine, contradicting ones are refused with both keys named. Layouts read: z-lab (flat and nested),
-NVIDIA Model Optimizer and NeMo AutoModel, SpecForge, speculators, the Muse assistant of transformers, and this
+copies are fine, contradicting ones are refused with both keys named. Layouts read: z-lab (flat and nested), NVIDIA
+Model Optimizer and NeMo AutoModel, SpecForge, speculators. So are the Muse assistant of transformers, and this
 package's hub and engines layouts. Importing `dflash_hub` makes `DFlashConfig.from_dict` read them all.
 """
 
@@ -307,7 +307,7 @@ def _one_of(field: str, values: dict[str, Any], meanings: dict[str, Any] | None 
 
 
 class _LayoutReader:
-    """Reads fields from one config.json by their keys."""
+    """Read fields from one config.json by their keys."""
 
     def __init__(self, config: dict[str, Any], overrides: dict[str, Any], variant: str):
         self.config = config
@@ -568,7 +568,7 @@ class _LayoutReader:
         advice = (
             "Supply it: load_draft(..., sample_from_anchor=False) if a block drafts block_size - 1 tokens, as in "
             "speculators before July 2026; sample_from_anchor=True if it drafts block_size. The wrong one decodes the "
-            "same text, but hardly any draft is accepted; dflash-hub check DRAFT --target TARGET tells by a run"
+            "same text, but hardly any draft is accepted; dflash-hub check DRAFT --target TARGET finds it by a run"
         )
         yield Finding(what, None, "True or False", advice)
 

@@ -439,40 +439,18 @@ def refusal(feature: str, key: str, value: Any, unused: tuple[Any, ...] = ()) ->
 
 # Fields that every file must have; all others have a default that is the same in every layout.
 REQUIRED = (
-    "block_size",
-    "mask_token_id",
-    "target_layer_ids",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "rms_norm_eps",
-    "max_position_embeddings",
+    *("block_size", "mask_token_id", "target_layer_ids", "hidden_size", "intermediate_size"),
+    *("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
+    *("rms_norm_eps", "max_position_embeddings"),
 )
 _USUAL = (
-    "num_target_layers",
-    "vocab_size",
-    "hidden_act",
-    "initializer_range",
-    "attention_bias",
-    "attention_dropout",
-    "use_cache",
+    *("num_target_layers", "vocab_size", "hidden_act", "initializer_range", "attention_bias"),
+    *("attention_dropout", "use_cache"),
 )
 _RARE = (
-    "target_hidden_size",
-    "is_causal",
-    "window_from_anchor",
-    "sample_from_anchor",
-    "draft_vocab_size",
-    "has_own_embed_tokens",
-    "has_own_lm_head",
-    "unscaled_embeddings",
-    "has_own_mask_embedding",
-    "final_logit_softcapping",
-    "dtype",
-    "quantization_config",
+    *("target_hidden_size", "is_causal", "window_from_anchor", "sample_from_anchor"),
+    *("draft_vocab_size", "has_own_embed_tokens", "has_own_lm_head", "unscaled_embeddings"),
+    *("has_own_mask_embedding", "final_logit_softcapping", "dtype", "quantization_config"),
 )
 DEFAULTED = (*_USUAL, *_RARE)
 # Key inside dflash_config of the engines layout -> the key at the top that holds the same value.
@@ -646,7 +624,7 @@ def engines_remarks(config: Any) -> list[str]:
     scale = getattr(config, "input_embedding_scale", 1)
     if scale != 1:
         remarks.append(
-            f"input_embedding_scale is {scale:g}, which SGLang (0.5.23) does not read: it runs this draft on unscaled "
+            f"input_embedding_scale is {scale:g}, which SGLang (0.5.23) does not read. It runs this draft on unscaled "
             "embeddings, so it accepts fewer tokens there. vLLM and llama.cpp read it."
         )
     if config.draft_vocab_size is not None:
@@ -656,7 +634,7 @@ def engines_remarks(config: Any) -> list[str]:
         )
     elif config.has_own_embed_tokens or config.has_own_lm_head:
         remarks.append(
-            "The draft has an embedding or a head of its own, which SGLang (0.5.23) and TensorRT-LLM do not read: if "
+            "The draft has an embedding or a head of its own, which SGLang (0.5.23) and TensorRT-LLM do not read. If "
             "it differs from the target's, they accept fewer tokens. vLLM and llama.cpp read it."
         )
     return remarks + _mixed_remarks(config)
@@ -718,7 +696,7 @@ def _engines_causality(config: Any) -> bool | None:
         return config.is_causal
     if config.is_causal != [layer_type == SLIDING for layer_type in config.layer_types]:
         raise ValueError(
-            f"is_causal is {config.is_causal} for layers {config.layer_types}: the engines layout stores one value "
+            f"is_causal is {config.is_causal} for layers {config.layer_types}. The engines layout stores one value "
             "for all layers, or none, which makes sliding layers causal and full layers bidirectional."
         )
     return None

@@ -1,6 +1,6 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""Look-ups: proposals that copy what followed the same tokens before, in the prompt or in the text since.
+"""Look up proposals: they copy what followed the same tokens before, in the prompt or in the text since.
 
 This file travels with every pushed draft. Look-ups need no draft, and their proposals are chains, which every target
 takes. Texts are plain lists of ids on the host.
@@ -29,7 +29,7 @@ TRUSTED = 8
 
 @dataclass
 class Match:
-    """An earlier occurrence of the last tokens of a text.
+    """Hold an earlier occurrence of the last tokens of a text.
 
     Args:
         length: how many tokens are the same, counted back from the end of the text.
@@ -41,7 +41,7 @@ class Match:
 
 
 class SuffixIndex:
-    """One text, and where its short runs of tokens occurred before.
+    """Hold one text, and where its short runs of tokens occurred before.
 
     The hash of each run of `shortest` tokens leads to its last occurrence, and each occurrence to the one before. So a
     token costs one entry. What is found is compared token by token, backwards.
@@ -102,7 +102,7 @@ class SuffixIndex:
 
 
 class Lookup:
-    """The texts of a decode's rows, indexed as far as they go. The prompt is indexed when first asked for."""
+    """Hold the texts of a decode's rows, indexed as far as they go. The prompt is indexed when first asked for."""
 
     def __init__(self, shortest: int = SHORTEST, longest: int = LONGEST):
         self.shortest, self.longest = shortest, longest
@@ -142,12 +142,12 @@ class Lookup:
 
 
 class LookupProposer:
-    """Proposes as a chain what followed the last tokens of each row's text before.
+    """Propose as a chain what followed the last tokens of each row's text before.
 
-    A block is as wide as the row with a match that asks for most. A row asks for twice as much after all that it asked
-    for was accepted, for half after less than half of it was, and for twice the length of its match at most. After
-    every two proposals of which nothing was accepted its match must be one token longer. Without any match the block is
-    the anchor alone, a step of plain decoding.
+    A block is as wide as the row with a match that asks for most. After all that a row asked for was accepted, it asks
+    for twice as much; after less than half was, for half. It never asks for more than twice the length of its match.
+    After every two proposals of which nothing was accepted its match must be one token longer. Without any match the
+    block is the anchor alone, a step of plain decoding.
 
     Args:
         width: tokens that are proposed at most; None for as many as `WIDTHS` allow.
@@ -168,6 +168,9 @@ class LookupProposer:
     def propose(self, state: Any) -> Proposal:
         """Return each row's anchor and what followed the match before; rows without a match repeat their anchor."""
         slots = state.last_slots
+        if not self.proposed and not state.slots.is_cuda:
+            # To record operations takes as long as several blocks, and no size but one is sure to come again.
+            state.target.runner.asked = {1}
         self._learn(slots)
         matches = self.lookup.find(state)
         wanted = [self._width(row, match, state) for row, match in enumerate(matches)]

@@ -2,8 +2,8 @@
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
 """Compute the hidden states of a block from context features and the embeddings of the block, the "noise".
 
-The model is a Qwen3 decoder stack (`transformers.models.qwen3`) with one difference: queries come from the block alone,
-keys and values from the target's tapped hidden states ("context features") and the block. One forward predicts all
+The model is a Qwen3 decoder stack (`transformers.models.qwen3`) with one difference. Queries come from the block alone,
+keys and values from the block and the target's tapped hidden states ("context features"). One forward predicts all
 positions of the block. After DFlash (arXiv 2602.06036) and its reference implementation, z-lab/dflash.
 
 Shapes: B batch, C context tokens new in this call, Q block positions, K all keys a layer sees (past + C + Q).
@@ -32,12 +32,7 @@ from transformers.models.qwen3.modeling_qwen3 import (
 from .attention_dflash import LayerKind, visible
 from .cache_dflash import rewindable_cache
 from .calls_dflash import Signature, of_a_draft
-from .compat_dflash import (
-    attention_name,
-    cache_field,
-    cache_name,
-    read_by_assisted_generation,
-)
+from .compat_dflash import attention_name, cache_field, cache_name, read_by_assisted_generation
 from .configuration_dflash import SLIDING, DFlashConfig
 from .drafter_dflash import Choice, Walk
 from .generate_dflash import SpeculativeGenerate, spec_generate
@@ -49,7 +44,7 @@ from .weights_dflash import UNUSED
 
 
 class DFlashRMSNorm(Qwen3RMSNorm):
-    """Qwen3's, as one operation of torch, which is one kernel on a GPU; it rounds once, after the weight."""
+    """Normalise as Qwen3 does, by one operation of torch, one kernel on a GPU; it rounds once, after the weight."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Return `hidden_states [..., width]` normalised over the width."""
@@ -60,7 +55,7 @@ class DFlashRMSNorm(Qwen3RMSNorm):
 
 
 class DFlashRotaryEmbedding(Qwen3RotaryEmbedding):
-    """Qwen3's, whose frequencies stay float32: in bfloat16, rounding lowers acceptance, more at later positions."""
+    """Rotate as Qwen3 does, with frequencies in float32: in bfloat16, rounding lowers acceptance at later positions."""
 
     def forward(
         self, x: torch.Tensor, position_ids: torch.Tensor
@@ -92,7 +87,7 @@ def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
 
 
 class DFlashAttention(Qwen3Attention):
-    """Qwen3's, with keys and values from the context features too; the config defines whether it is causal."""
+    """Attend as Qwen3 does, with keys and values from the context features too; the config says whether causally."""
 
     def __init__(self, config: DFlashConfig, layer_idx: int):
         super().__init__(config, layer_idx)
@@ -156,7 +151,7 @@ class DFlashAttention(Qwen3Attention):
 
 
 class DFlashDecoderLayer(Qwen3DecoderLayer):
-    """Qwen3's, with DFlash attention, which receives `context_hidden_states` as a keyword."""
+    """Compute Qwen3's layer with DFlash attention, which receives `context_hidden_states` as a keyword."""
 
     def __init__(self, config: DFlashConfig, layer_idx: int):
         super().__init__(config, layer_idx)
@@ -175,7 +170,7 @@ class DFlashPreTrainedModel(RepositoryMixin, Qwen3PreTrainedModel):
 
 
 class DFlashDraftModel(DFlashPreTrainedModel):
-    """The DFlash 1 draft. Unless the config says otherwise, its embedding and its head are the target's."""
+    """Draft as DFlash 1 does. Unless the config says otherwise, its embedding and its head are the target's."""
 
     spec_generate = spec_generate
     layer_class = DFlashDecoderLayer
@@ -296,8 +291,8 @@ class DFlashDraftModel(DFlashPreTrainedModel):
 
         Args:
             noise_embeds `[B, Q, hidden_size]`: the target's embeddings of the anchor and of `Q - 1` mask tokens.
-            context_hidden_states `[B, C, taps * target_hidden_size]`: the tapped outputs of the target's layers for
-                the committed tokens that the cache does not hold yet, concatenated in the order of `target_layer_ids`.
+            context_hidden_states `[B, C, taps * target_hidden_size]`: the tapped outputs of the target's layers,
+                concatenated in the order of `target_layer_ids`, for the committed tokens that the cache lacks.
             attention_mask: None; or `[B, past + C + Q]`, 0 at padding; or a 4D mask `[B, 1, Q, K]` in the form of the
                 attention implementation; or a dict of 4D masks by layer type, or by layer type and causality, such as
                 `("full_attention", False)`.
@@ -494,11 +489,7 @@ class DFlashDraftModel(DFlashPreTrainedModel):
         return attention_mask.bool()
 
     def _mask(
-        self,
-        block: torch.Tensor,
-        length: int,
-        kind: LayerKind,
-        padding: torch.Tensor | None,
+        self, block: torch.Tensor, length: int, kind: LayerKind, padding: torch.Tensor | None
     ) -> torch.Tensor | None:
         """Return the mask for `length` keys in the form of the attention implementation; None if nothing is hidden.
 

@@ -28,7 +28,7 @@ import .dflash2
 
 
 class DynamicConv(nn.Module):
-    """Two convolutions over the positions of a block, one before a sublayer and one after it.
+    """Apply two convolutions over the positions of a block, one before a sublayer and one after it.
 
     conv(x)_t = sum over i of k_{t,i} x_{t-i}, channel by channel; positions before the block are zero. A kernel is a
     learned one plus a correction. The correction is predicted from the sublayer's input, and shared by a group of
@@ -68,7 +68,7 @@ class DynamicConv(nn.Module):
 
 
 class CandidateSelector(nn.Module):
-    """Scores pairs of adjacent candidates: S_t(a, b) = U_t(b) + <A(a) * H(h_t), B(b)>."""
+    """Score pairs of adjacent candidates: S_t(a, b) = U_t(b) + <A(a) * H(h_t), B(b)>."""
 
     def __init__(self, config: DFlash2Config):
         super().__init__()
@@ -118,7 +118,7 @@ class CandidateSelector(nn.Module):
 
 
 class DFlash2DecoderLayer(DFlashDecoderLayer):
-    """DFlash 1's, with a convolution before and after attention and MLP."""
+    """Compute DFlash 1's layer, with a convolution before and after attention and MLP."""
 
     def __init__(self, config: DFlash2Config, layer_idx: int):
         super().__init__(config, layer_idx)
@@ -134,7 +134,7 @@ class DFlash2DecoderLayer(DFlashDecoderLayer):
 
 
 class DFlash2DraftModel(DFlashDraftModel):
-    """The DFlash 2 draft. A fresh one drafts as a DFlash 1 draft with the same weights would."""
+    """Draft as DFlash 2 does. A fresh draft drafts as a DFlash 1 draft with the same weights would."""
 
     config_class = DFlash2Config
     layer_class = DFlash2DecoderLayer

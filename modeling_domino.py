@@ -28,7 +28,7 @@ import .domino
 
 
 class PrefixGRU(nn.Module):
-    """`torch.nn.GRU` of one layer without biases, a step at a time, because a step decides on the next token."""
+    """Run a `torch.nn.GRU` of one layer without biases, a step at a time, because a step decides on the next token."""
 
     def __init__(self, config: DominoConfig):
         super().__init__()
@@ -57,7 +57,7 @@ class PrefixGRU(nn.Module):
 
 
 class DominoDraftModel(DFlashDraftModel):
-    """The Domino draft: it chooses the tokens of a block one after another."""
+    """Draft as Domino does: choose the tokens of a block one after another."""
 
     config_class = DominoConfig
     engines_files = ("dflash.py", "domino.py")

@@ -29,11 +29,11 @@ import .dspark
 
 
 class BiasProjection(nn.Linear):
-    """W2, which is 0 in a fresh draft."""
+    """Project by W2, which is 0 in a fresh draft."""
 
 
 class MarkovHead(nn.Module):
-    """Biases by the token before, W2 W1[token]; the subclasses read the hidden states too.
+    """Compute biases by the token before, W2 W1[token]; the subclasses read the hidden states too.
 
     W1 is indexed by the target's tokens, W2 gives the draft's.
     """
@@ -72,7 +72,7 @@ class MarkovHead(nn.Module):
 
 
 class GatedMarkovHead(MarkovHead):
-    """Multiplies W1[token] by a gate, which reads the hidden state too."""
+    """Multiply W1[token] by a gate, which reads the hidden state too."""
 
     def __init__(self, config: DSparkConfig):
         super().__init__(config)
@@ -87,7 +87,7 @@ class GatedMarkovHead(MarkovHead):
 
 
 class RecurrentMarkovHead(MarkovHead):
-    """Remembers the tokens of the block: a gate mixes each into a memory, which the next position reads."""
+    """Remember the tokens of the block: a gate mixes each into a memory, which the next position reads."""
 
     def __init__(self, config: DSparkConfig):
         super().__init__(config)
@@ -121,7 +121,7 @@ MARKOV_HEADS = {"vanilla": MarkovHead, "gated": GatedMarkovHead, "rnn": Recurren
 
 
 class ConfidenceHead(nn.Module):
-    """Estimates, as a logit, the chance that a token is accepted if those before it are."""
+    """Estimate, as a logit, the chance that a token is accepted if those before it are."""
 
     def __init__(self, config: DSparkConfig):
         super().__init__()
@@ -133,7 +133,7 @@ class ConfidenceHead(nn.Module):
 
 
 class DSparkDraftModel(DFlashDraftModel):
-    """The DSpark draft. A fresh one has no bias yet: it drafts as its body does."""
+    """Draft as DSpark does. A fresh draft has no bias yet: it drafts as its body does."""
 
     config_class = DSparkConfig
     engines_files = ("dflash.py", "dspark.py")

@@ -1,6 +1,6 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""What `generate` returns besides the text: scores, logits, hidden states and attentions of every step.
+"""Collect what `generate` returns besides the text: scores, logits, hidden states and attentions of every step.
 
 This file travels with every pushed draft. Hidden states and attentions come from the forwards of blocks. They are cut
 into the steps of plain `generate`: one for the prompt, then one for each committed token but the last.
@@ -19,7 +19,7 @@ LayerValues = tuple[torch.Tensor, ...]
 
 
 class StepOutputs:
-    """What the dict of `generate` holds for every committed token, for those who asked for it.
+    """Collect what the dict of `generate` holds for every committed token, for those who asked for it.
 
     Args:
         names: of "scores", "logits" and `LAYER_OUTPUTS`, those to collect.

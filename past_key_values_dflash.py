@@ -1,6 +1,6 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""A user's cache: imported before a decode, and exported after it as plain `generate` would leave it.
+"""Import a user's cache before a decode, and export it afterwards as plain `generate` would leave it.
 
 This file travels with every pushed draft. The draft's context is stored on the cache, as its attribute `dflash`. So the
 second turn of a conversation accepts as many tokens as the first. Plain code may have changed the cache in between.
@@ -77,8 +77,8 @@ def lay_out(input_ids: torch.Tensor, inputs: dict[str, Any], config: Any) -> dic
     fed = _num_fed(length, cached) if covered == length else length
     if fed < 1:
         raise ValueError(
-            f"The cache holds {cached} slots, more than the prompt of {length} tokens, so nothing is left to feed, and "
-            "plain `generate` cannot go on from it either. Take the cache back (cache.crop), or pass new tokens with "
+            f"The cache holds {cached} slots, more than the prompt of {length} tokens, so nothing is left to feed. "
+            "Plain `generate` cannot go on from it either. Take the cache back (cache.crop), or pass new tokens with "
             "an attention_mask that covers the cached slots too."
         )
     width, laid_out = cached + fed, dict(inputs)
@@ -213,7 +213,7 @@ def _room(cache: Cache, target: Target) -> int:
 
 @dataclass
 class DraftContext:
-    """A draft's context for the slots of a target's cache. It does not outlive a process: a pickle of it is None.
+    """Hold a draft's context for the slots of a target's cache. It does not outlive a process: a pickle of it is None.
 
     Args:
         marks `[B, T, 8 or less]`: a part of the target's deepest keys, by which each row finds its context again.
@@ -400,7 +400,7 @@ def _context(state: DecodeState, chain: ChainProposer, slots: int) -> DraftConte
 
 
 def _has_context(draft_state: DraftState) -> bool:
-    """Tell whether the draft was given context; a proposer of one's own may have kept it."""
+    """Return whether the draft has context; a proposer of one's own may not have passed it on."""
     return all(layer.is_initialized for layer in draft_state.cache.slot_layers.values())
 
 

@@ -10,7 +10,7 @@ from .kinds import KINDS, DraftKind
 
 SPECULATORS = "speculators"
 LAYOUTS = ("z-lab", "muse", SPECULATORS, "deepspec", "specforge", "laguna")
-"""Layouts of published config.json files. `KINDS` tells for which kind of draft each is read."""
+"""Layouts of published config.json files. `KINDS` names the kind of draft for which each is read."""
 
 UNREADABLE_WEIGHTS: dict[str, str] = {
     "modelopt NVFP4": "transformers has no loader for that format",

@@ -25,7 +25,7 @@ def when_imported(name: str, then: Callable[[], None]) -> None:
 
 
 class _Watch(MetaPathFinder):
-    """Finds one module as the other finders do, and calls a function after its first import."""
+    """Find one module as the other finders do, and call a function after its first import."""
 
     def __init__(self, name: str, then: Callable[[], None]):
         self.name, self.then = name, then

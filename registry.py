@@ -28,7 +28,7 @@ from .checkpoints import Origin, TargetInfo, base_of_adapter, origin_of
 from .compat_dflash import checkpoint_name, device_of, pinned
 from .configuration_dflash import DFlashConfig, same_vocabulary
 from .families import FAMILIES, siblings_of
-from .findings_dflash import LOADING, explained, explained_for
+from .findings_dflash import LOADING, explained, explained_for, raise_first
 from .generate_dflash import SpeculativeGenerate
 from .kinds import KINDS, SECOND_KIND, kind_named, kind_of
 from .layouts import variant_of
@@ -47,7 +47,7 @@ _DRAFT_CLASSES: dict[str, type[DFlashDraftModel]] = {
 
 @dataclass(frozen=True)
 class DFlashDraftSpec(Published):
-    """A draft and the target it was made for; or, without a repository, how to build one. Unknown fields are None.
+    """Describe a draft and its target; or, without a repository, how to build one. Unknown fields are None.
 
     Repository and class come first, in either order: `DFlashDraftSpec("org/draft")` names a published draft, and
     `DFlashDraftSpec(Qwen3DFlashDraftModel)` the class of one that is yet to be built.
@@ -185,8 +185,8 @@ class DFlashDraftSpec(Published):
         """
         if "mask_token_id" not in overrides:
             raise ValueError(
-                "mask_token_id must be given: the id of a token that has a row in the target's embedding and does not "
-                "occur in its text, such as 151669 for Qwen3."
+                "mask_token_id must be given, such as 151669 for Qwen3: the id of a token that has a row in the "
+                "target's embedding and does not occur in its text."
             )
         if not isinstance(target_config, PretrainedConfig):
             raise ValueError(
@@ -207,9 +207,8 @@ class DFlashDraftSpec(Published):
                 "rope_theta": overrides.pop("rope_theta"),
             }
         config = config_cls(**(shape | overrides))
-        config.check_fits(
-            text.hidden_size, text.num_hidden_layers, text.vocab_size, text.vocab_size
-        )
+        size = text.vocab_size
+        raise_first(config.fit_findings(text.hidden_size, text.num_hidden_layers, size, size))
         draft = draft_cls(config).to(config.dtype)
         name = _name_of(target_config)
         draft.card_known = {} if name is None or Path(name).exists() else {"base_model": name}
@@ -331,8 +330,8 @@ def _default_for(architecture: str) -> DFlashDraftSpec:
 def drafts_for(target: str) -> list[DFlashDraftSpec]:
     """Return the drafts made for a checkpoint, by its Hub id: the preferred one first.
 
-    Supported ones come first. Among them, those in plain floats do, then those whose config.json has been seen, then
-    those that are not of the community, then the later kind.
+    Supported ones come first. Among them the order is: plain floats, a config.json that has been seen, not of the
+    community, the later kind.
     """
     if not isinstance(target, str):
         raise ValueError(
@@ -503,7 +502,7 @@ def _by_shape(
 
     The vocabulary nearest in size comes first. Among equals, a draft of the checkpoint that the target was trained from
     does, then the architecture's default. A default without a repository was registered to build drafts, which fit
-    every shape; one of unknown shape is compared with the target when it is loaded.
+    every shape. One of unknown shape is compared with the target when it is loaded.
     """
     default = _spec_of(architecture)
     if default.repo_id is None or default.hidden_size is None:
@@ -516,7 +515,7 @@ def _by_shape(
     if not usable:
         raise ValueError(
             f"The catalogue does not know {name}, and no draft for {architecture} fits its shape (hidden_size "
-            f"{text.hidden_size}, {text.num_hidden_layers} layers, vocab_size {text.vocab_size}); the default, "
+            f"{text.hidden_size}, {text.num_hidden_layers} layers, vocab_size {text.vocab_size}). The default, "
             f"{default.repo_id}, was made for {default.target} (hidden_size {default.hidden_size}, "
             f"{default.num_target_layers} layers, vocab_size {default.vocab_size}). Train one with spec.build(), or "
             "name a draft yourself."
@@ -582,7 +581,7 @@ def load_draft(name: str | Path, **from_pretrained_kwargs: Any) -> DFlashDraftMo
 
 
 class _Resolved(SpeculativeGenerate):
-    """A decoding function that finds and loads the draft of each target once.
+    """Find and load the draft of each target once, and decode with it.
 
     Args:
         draft: the draft to decode with; None for each target's own.

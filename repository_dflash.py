@@ -79,7 +79,7 @@ STALE = ["*.safetensors", "*.safetensors.index.json", "pytorch_model*"]
 
 
 class RepositoryMixin:
-    """`from_pretrained`, `save_pretrained` and `push_to_hub` of a draft; comes before `PreTrainedModel`."""
+    """Give a draft `from_pretrained`, `save_pretrained` and `push_to_hub`; comes before `PreTrainedModel`."""
 
     # The files that the engines layout needs besides those of the draft; the last is the one that `auto_map` names.
     engines_files: tuple[str, ...] = ("dflash.py",)
@@ -627,7 +627,7 @@ def _branch_after_failure(
         head = _heads(api, repo_id).get(branch)
         if start is not None and head not in (None, start):
             return (
-                f"The branch {branch} moved meanwhile and is at commit {head}: somebody else pushed to it or edited "
+                f"The branch {branch} moved meanwhile and is at commit {head}. Somebody else pushed to it or edited "
                 "its card, or the answer to this push was lost."
             )
         if is_new and head is not None:
@@ -694,7 +694,7 @@ def own_config(config_class: Any, config: Any) -> Any:
     """Return the config of a draft that a model is built with: `config`, or what a Qwen3 config describes.
 
     Raises:
-        ValueError: the config is of another model than a draft, or lacks a field; or it is a Qwen3 config, and this is
+        ValueError: the config is of another model than a draft, or lacks a field. Or it is a Qwen3 config, and this is
             a copy of the code in a repository.
     """
     is_own = isinstance(config, config_class) or (
@@ -716,8 +716,8 @@ def own_config(config_class: Any, config: Any) -> Any:
 def _own_config(config_class: Any, config: Any, name: Any, kwargs: dict[str, Any]) -> Any:
     """Return the config of the draft `name`, with the fields among `kwargs`, which are removed from there.
 
-    Where an Auto class read the engines layout as a Qwen3 config, the file is read again, since Qwen3's defaults fill
-    the fields that it lacks. Keywords that the Auto class consumed are values that differ from the file's, or from the
+    Where an Auto class read the engines layout as a Qwen3 config, Qwen3's defaults fill the fields that it lacks. So
+    the file is read again. Keywords that the Auto class consumed are values that differ from the file's, or from the
     default where the file has none.
     """
     own_type = config_class.model_type

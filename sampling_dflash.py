@@ -1,11 +1,11 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""Sampling: the target's own token at each position, drawn from its processed distribution.
+"""Sample the target's own token at each position, from its processed distribution.
 
 This file travels with every pushed draft. A draw is Gumbel-max with noise keyed by row and slot: argmax(scores + noise)
-samples softmax(scores) exactly, and a text is the same however its positions were grouped into blocks. Greedy decoding
-is the same without noise. Acceptance is by *match*, as in DDTree (arXiv 2604.12989): a drafted token stays if
-it equals this draw, so any proposal and any processor is exact.
+samples softmax(scores) exactly. So a text is the same however its positions were grouped into blocks. Greedy decoding
+is the same without noise. Acceptance is by *match*, as in DDTree (arXiv 2604.12989): a drafted token stays if it equals
+this draw. So any proposal and any processor is exact.
 
 Shapes: B rows, Q block positions, V vocabulary.
 """
@@ -64,7 +64,7 @@ def is_pure_processor(processor: Any) -> bool:
 
 
 class PositionNoise:
-    """Gumbel noise: a vector of V for each row and slot of the text, from one seed."""
+    """Make Gumbel noise: a vector of V for each row and slot of the text, from one seed."""
 
     def __init__(self, seed: int | None = None):
         # `torch.manual_seed` governs it.
@@ -89,7 +89,7 @@ class PositionNoise:
 
 
 class Sampler:
-    """Draws the target's own tokens.
+    """Draw the target's own tokens.
 
     Args:
         processors: what `generate` applies to scores, warpers included.

@@ -1,6 +1,6 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""Before the first token: does a block over our cache give what the target's own forward gives?
+"""Check before the first token that a block over our cache gives what the target's own forward gives.
 
 This file travels with every pushed draft. A release of transformers may change what decoding relies on, and code in a
 pushed repository is frozen. So the block path is compared with the target itself, once for a session, in two ways:
@@ -128,7 +128,7 @@ def probe_ids(model: Any, length: int) -> torch.Tensor:
 
 @dataclass
 class Probe:
-    """A text whose end runs as a block, and the target's own outputs for it.
+    """Hold a text whose end runs as a block, and the target's own outputs for it.
 
     Args:
         state: of the target, for this text.
@@ -216,8 +216,8 @@ def check_alone(target: Target, size: int, like: Prompt) -> None:
         like: the prompt that comes next; the short text has its batch and padding.
 
     Raises:
-        ValueError: naming the position or layer, the difference, and the versions; or the prompt's device, where that
-            is another than the target's and its forward fails.
+        ValueError: naming the position or layer, the difference, and the versions. Or the prompt's device, where the
+            forward fails because the target's is another.
     """
     try:
         compare(target, size, like)
@@ -289,8 +289,8 @@ def random_states(model: Any) -> list[torch.Tensor]:
 def check_recurrence(probe: Probe, cache: Any) -> None:
     """Run the block, roll it back to its first token, then to its first half; compare what follows.
 
-    The target's own forwards are those of one token each: models may compute one token in another way than several,
-    and plain `generate` always runs one.
+    The target's own forwards are those of one token each, as plain `generate` runs them. Models may compute one token
+    in another way than several.
 
     Args:
         cache: with the states that the whole text left.

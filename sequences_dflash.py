@@ -1,8 +1,8 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""The sequences of a batch: the prompt, committed tokens, stop conditions, streaming.
+"""Hold the sequences of a batch: the prompt, committed tokens, stop conditions, streaming.
 
-This file travels with every pushed draft. Everything is counted by slot, never by the value of a token: a token that
+This file travels with every pushed draft. Everything is counted by slot, never by the value of a token. One that
 happens to be the mask or the padding token is a token like any other.
 
 Shapes: B rows, P prompt slots, Q block positions, T slots so far, V vocabulary.
@@ -34,7 +34,7 @@ _ANY_TEXT = torch.zeros(1, 1, dtype=torch.long, device="cpu")
 
 
 class Prompt:
-    """A prompt laid out by slot, with what `generate` prepared for the target.
+    """Hold a prompt laid out by slot, with what `generate` prepared for the target.
 
     Args:
         input_ids `[B, P]`: the prompt, or the part of it that follows what the cache holds.
@@ -129,7 +129,7 @@ class Prompt:
 
 @dataclass
 class StopConditions:
-    """When a row ends."""
+    """Say when a row ends."""
 
     max_length: int = UNLIMITED
     """Slots at most, the prompt's included."""
@@ -165,7 +165,7 @@ def is_pure_criterion(criterion: Any) -> bool:
 
 
 class Sequences:
-    """The sequences of B rows, prompt included.
+    """Hold the sequences of B rows, prompt included.
 
     Args:
         input_ids `[B, P]`: the prompt.

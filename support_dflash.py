@@ -1,6 +1,6 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""Support as data: the families of targets, and checks of targets and options that yield findings.
+"""Hold support as data: the families of targets, and checks of targets and options that yield findings.
 
 This file travels with every pushed draft. Decoding raises the first finding as a ValueError.
 """
@@ -181,7 +181,7 @@ def _adapter_findings(target: Any) -> Iterator[Finding]:
         invocation = getattr(config, "alora_invocation_tokens", None)
         if invocation is not None:
             what = (
-                "The target has an activated LoRA adapter (alora_invocation_tokens), which sees the tokens of each "
+                "The target has an activated LoRA adapter (alora_invocation_tokens). It looks at the tokens of each "
                 "forward, so a block does not get the weights that plain decoding gets"
             )
             yield Finding(what, invocation, "adapters that are always on", "Leave out that adapter")
@@ -193,8 +193,8 @@ def _offload_findings(target: Any) -> Iterator[Finding]:
     for part, module in parts.items():
         if is_offloaded(module) and loader_of(module) is None:
             what = (
-                f"The {part} of {type(target).__name__} is on the meta device, and only a larger part of the model "
-                "loads its weights, if any does; but a draft uses it alone"
+                f"The {part} of {type(target).__name__} is on the meta device. If anything loads its weights, a "
+                "larger part of the model does, but a draft uses it alone"
             )
             expected = "weights, or a hook of its own that brings them"
             advice = "Load the target with its embedding and head on a device, by device_map"
@@ -255,10 +255,7 @@ def _rope_findings(text: Any) -> Iterator[Finding]:
 
 
 def check_options(
-    model: Any,
-    config: GenerationConfig,
-    input_ids: torch.Tensor,
-    inputs: dict[str, Any],
+    model: Any, config: GenerationConfig, input_ids: torch.Tensor, inputs: dict[str, Any]
 ) -> None:
     """Refuse options that have no meaning with a draft for this target.
 

@@ -1,6 +1,6 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""The outputs of the target's layers that a draft is conditioned on, and checks that they are the right ones.
+"""Read the outputs of the target's layers that a draft is conditioned on; check that they are the right ones.
 
 This file travels with every pushed draft. A tap is the output of a decoder layer: the input of the next layer, before
 any norm. Features that are something else change no text, but the draft was not trained on them.
@@ -19,7 +19,7 @@ from .compat_dflash import difference, loaded
 
 
 class FeatureTaps:
-    """Outputs of the tapped layers in one target forward.
+    """Hold outputs of the tapped layers in one target forward.
 
     Args:
         layers: of the target's decoder.
@@ -88,7 +88,7 @@ class FeatureTaps:
 
 
 class TapWatch:
-    """Collects what surrounds the tapped layers in one forward: the input of the next layer, and outputs of norms."""
+    """Collect what surrounds the tapped layers in one forward: the input of the next layer, and outputs of norms."""
 
     def __init__(self, taps: FeatureTaps):
         self.taps = taps

@@ -1,6 +1,6 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""The target's side of a decode: prefill, the verify forward over a block, and what is tapped from both.
+"""Run the target's side of a decode: prefill, the verify forward over a block, and what is tapped from both.
 
 This file travels with every pushed draft. The beginning of a prompt goes through the target exactly as in plain
 `generate`: its own attention, its own masks. Later forwards read slots of a cache under masks of our own. Afterwards
@@ -34,7 +34,7 @@ LAYER_OUTPUTS = ("hidden_states", "attentions")
 
 @dataclass
 class TargetOutput:
-    """What a forward of the target returned for some positions.
+    """Hold what a forward of the target returned for some positions.
 
     Args:
         logits `[B, N, V]`.
@@ -56,7 +56,7 @@ class TargetOutput:
 
 @dataclass
 class Verified(TargetOutput):
-    """What the verify forward returned for a block, `[B, Q, ...]`.
+    """Hold what the verify forward returned for a block, `[B, Q, ...]`.
 
     Args:
         snapshot: what takes the block back from recurrent layers.
@@ -67,7 +67,7 @@ class Verified(TargetOutput):
 
 @dataclass
 class TargetState(BlockState):
-    """What a target holds of one decode.
+    """Hold what a target has of one decode.
 
     Args:
         position_offset `[B, 1]` or `[3, B, 1]`: position minus slot, for the slots after the prompt.
@@ -101,7 +101,7 @@ class TargetState(BlockState):
 
 
 class Target:
-    """A target's forwards while a draft speeds it up. Reused across decodes; holds no tensors in between."""
+    """Run a target's forwards while a draft speeds it up. It holds no tensors between decodes."""
 
     def __init__(self, model: Any, taps: tuple[int, ...]):
         text = model.config.get_text_config(decoder=True)

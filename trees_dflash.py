@@ -1,6 +1,6 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""Trees of the likeliest texts after an anchor, built on the device in fixed shapes.
+"""Build trees of the likeliest texts after an anchor, on the device in fixed shapes.
 
 This file travels with every pushed draft. One forward of a draft scores every position of a block. The weight of a path
 is the product of the scores of its tokens. The N heaviest paths are a tree, since no path outweighs its beginning. So
@@ -28,7 +28,7 @@ among the first 3 d nodes: a tree of N nodes holds N / 3 tokens of the chain at 
 
 
 class Candidates(NamedTuple):
-    """The likeliest tokens of every position.
+    """Hold the likeliest tokens of every position.
 
     Args:
         tokens `[B, T, K]`.
@@ -53,7 +53,7 @@ class Candidates(NamedTuple):
 
 
 class Tree(NamedTuple):
-    """The nodes of a tree, without its root. The first n of them are a tree too, the best of that size.
+    """Hold the nodes of a tree, without its root. The first n of them are a tree too, the best of that size.
 
     Args:
         tokens `[B, N]`.
@@ -136,7 +136,7 @@ def best_tree(candidates: Candidates, num_nodes: int) -> Tree:
 
 
 class _Node(NamedTuple):
-    """A node of one row: its parent as in `Tree`, its depth, its last candidate, the logarithm of its weight."""
+    """Hold a node of one row: its parent as in `Tree`, its depth, its last candidate, the logarithm of its weight."""
 
     parent: int
     depth: int
@@ -145,7 +145,7 @@ class _Node(NamedTuple):
 
 
 class _Heap:
-    """Grows the tree of one row, the heaviest path first.
+    """Grow the tree of one row, the heaviest path first.
 
     Args:
         log_probs: `[T, A, K]` as lists, see `Candidates`.
@@ -263,7 +263,7 @@ def tree_on_host(candidates: Candidates, num_nodes: int) -> Tree:
 
 
 class _Layout(NamedTuple):
-    """Where the paths of every length lie among all M, the shortest first. These are constants.
+    """Say where the paths of every length lie among all M, the shortest first. These are constants.
 
     Args:
         firsts `[T]`: the first path of each length.
@@ -314,7 +314,7 @@ def _layout(widths: tuple[int, ...], count: int, device: torch.device) -> _Layou
 
 
 class _Level(NamedTuple):
-    """The heaviest paths of one length.
+    """Hold the heaviest paths of one length.
 
     Args:
         weights `[B, W]`: their logarithms.

@@ -3,7 +3,7 @@
 """Check the weights of a draft: their files, names, shapes, types and values.
 
 This file travels with every pushed draft. A draft with wrong weights loads, and drafts nonsense. Names and shapes are
-compared with the config before a tensor is read, so that no config makes a model of a size that no file fills.
+compared with the config before a tensor is read. So no config makes a model of a size that no file fills.
 """
 
 import copy
@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import transformers
 from safetensors import safe_open
 from transformers.utils import logging
 
-from .compat_dflash import dequantises, find_file, reads_weights
+from .compat_dflash import dequantises, find_file, reads_weights, remove_damaged
 from .layouts_dflash import shown
 
 logger = logging.get_logger(__name__)
@@ -97,7 +97,7 @@ def check_stored(model_class: Any, config: Any, name: Any, where: dict[str, Any]
         )
         config = copy.deepcopy(config)
         del config.quantization_config
-    _compare(stored, expected_shapes(model_class, config), name)
+    _refuse(name, misfits(stored, expected_shapes(model_class, config)))
     check_vocabulary(files, config, name)
     return config
 
@@ -195,14 +195,20 @@ def shards_in(index: Path) -> list[str]:
     return shards
 
 
-def headers(files: Iterable[Path]) -> dict[str, Header]:
-    """Return the type and the shape of every tensor in these files, from their headers."""
-    found = {}
+def stored_tensors(files: Iterable[Path]) -> Iterator[tuple[str, Any]]:
+    """Yield the name of every tensor in these files, and the file that holds it, which is open until the next one."""
     for path in files:
         with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 (no mapping)
-                tensor = file.get_slice(key)
-                found[key] = (tensor.get_dtype(), tuple(tensor.get_shape()))
+                yield key, file
+
+
+def headers(files: Iterable[Path]) -> dict[str, Header]:
+    """Return the type and the shape of every tensor in these files, from their headers."""
+    found = {}
+    for key, file in stored_tensors(files):
+        tensor = file.get_slice(key)
+        found[key] = (tensor.get_dtype(), tuple(tensor.get_shape()))
     return found
 
 
@@ -211,11 +217,6 @@ def expected_shapes(model_class: Any, config: Any) -> dict[str, tuple[int, ...]]
     with torch.device("meta"):
         model = model_class(copy.deepcopy(config))
     return {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-
-
-def _compare(stored: dict[str, Header], expected: dict[str, tuple[int, ...]], name: Any) -> None:
-    """Refuse stored tensors that are not those of the model, by name, shape or type."""
-    _refuse(name, misfits(stored, expected))
 
 
 def are_quantised(stored: dict[str, Header]) -> bool:
@@ -288,20 +289,11 @@ def check_vocabulary(files: list[Path], config: Any, name: Any) -> None:
 def _read(files: list[Path], names: tuple[str, ...]) -> dict[str, torch.Tensor]:
     """Return those of these tensors that the files hold."""
     found = {}
-    for path in files:
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 (no mapping)
-                short = key.removeprefix("model.")
-                if short in names:
-                    found[short] = file.get_tensor(key)
+    for key, file in stored_tensors(files):
+        short = key.removeprefix("model.")
+        if short in names:
+            found[short] = file.get_tensor(key)
     return found
-
-
-def _refuse_misfits(
-    name: Any, wrong_shapes: list[str], missing: Iterable[str], unknown: set[str]
-) -> None:
-    """Refuse tensors that are not those of the model, by shape or by name."""
-    _refuse(name, {WRONG_SHAPES: wrong_shapes, MISSING: missing, UNKNOWN: unknown})
 
 
 def _refuse(name: Any, faults: dict[str, Any]) -> None:
@@ -348,12 +340,7 @@ def verify_downloads(name: Any, where: dict[str, Any], started: float) -> None:
             continue
         actual = _sha256(blob)
         if actual != blob.name:
-            blob.unlink()
-            path.unlink(missing_ok=True)
-            raise OSError(
-                f"{path.name} of {name} arrived damaged: its SHA-256 is {actual}, the published one {blob.name}. "
-                "The damaged file was removed; load again to download it again."
-            )
+            remove_damaged(path, name, f"SHA-256 is {actual}")
 
 
 def _sha256(path: Path) -> str:
@@ -394,8 +381,8 @@ def check_tensors(info: dict[str, Any], name: Any) -> None:
     wrong_shapes = []
     for key, stored, ours in info["mismatched_keys"]:
         wrong_shapes.append(f"{key}: {tuple(stored)} in the file, {tuple(ours)} here")
-    unknown = _unknown(info["unexpected_keys"])
-    _refuse_misfits(name, wrong_shapes, info["missing_keys"], unknown)
+    unknown, missing = _unknown(info["unexpected_keys"]), info["missing_keys"]
+    _refuse(name, {WRONG_SHAPES: wrong_shapes, MISSING: missing, UNKNOWN: unknown})
 
 
 def is_zero_when_fresh(key: str) -> bool:

@@ -147,16 +147,16 @@ def build(options: argparse.Namespace) -> tuple[Any, Any, list[dict[str, Any]]]:
     load = load_tiny_pair if options.shape == "tiny-pair" else build_random_pair
     target, draft, rows = load(options, dtype)
     if options.copy:
-        rows = [holding_its_text(target, row, options) for row in rows]
+        rows = [holding_its_text(target, row, options.new, options.context) for row in rows]
     prompts = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in rows]
     return target, draft, prompts
 
 
-def holding_its_text(target: Any, row: torch.Tensor, options: argparse.Namespace) -> torch.Tensor:
+def holding_its_text(target: Any, row: torch.Tensor, new: int, context: int) -> torch.Tensor:
     """Return the prompt `row [B, P]`, its greedy text, and its end again, which the same text is to follow."""
-    asked = {"max_new_tokens": options.new, "do_sample": False, "eos_token_id": None}
+    asked = {"max_new_tokens": new, "do_sample": False, "eos_token_id": None}
     text = target.generate(row, attention_mask=torch.ones_like(row), **asked)
-    return torch.cat([text, row[:, -options.context // 2 :]], dim=1)
+    return torch.cat([text, row[:, -context // 2 :]], dim=1)
 
 
 def load_tiny_pair(options: argparse.Namespace, dtype: torch.dtype) -> tuple[Any, Any, list[Any]]:

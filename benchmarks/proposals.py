@@ -10,8 +10,8 @@
 
 Sets of prompts: `held-out` are the pair's, Python code that neither model saw; `tables` are the two of them whose text
 stands in other files too; `code` are the others; `prose` are the built-in prompts of an evaluation that are no code.
-With `copy` the text to come stands in the prompt already, and the target copies it as far as it does; with `count` the
-target, of the same shape, writes after token n the token n + 1, so it copies all of it. The draft `untrained` has the
+With `copy` the text to come stands in the prompt already, and the target copies it as far as it does. With `count` the
+target, of the same shape, writes the token n + 1 after token n, so it copies all of it. The draft `untrained` has the
 shape of `draft` and random weights.
 
 The methods take turns over the prompts, after a round that does not count. Figures are medians over the runs; ratios
@@ -33,7 +33,7 @@ from itertools import product
 from typing import Any
 
 import torch
-from decode import TINY, let_it_count, number
+from decode import TINY, holding_its_text, let_it_count, number
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dflash_hub import DecodeStatistics, DFlashDraftSpec, load_draft
@@ -194,19 +194,12 @@ def load_prompts_of(target: Any, name: str, options: argparse.Namespace) -> list
     for text in texts_of(name)[: options.prompts]:
         row = tokenizer(text, return_tensors="pt").input_ids[:, -CONTEXT:].to(target.device)
         if name in ("copy", "count"):
-            row = holding_its_text(target, row)
+            row = holding_its_text(target, row, COPIED, CONTEXT)
         found.append({"input_ids": row, "attention_mask": torch.ones_like(row)})
     new = COPIED if name in ("copy", "count") else options.new
     for inputs in found:
         inputs |= {"max_new_tokens": new, "eos_token_id": None}
     return found
-
-
-def holding_its_text(target: Any, row: torch.Tensor) -> torch.Tensor:
-    """Return the prompt `row [1, P]`, its greedy text, and its end again, which the same text is to follow."""
-    asked = {"max_new_tokens": COPIED, "do_sample": False, "eos_token_id": None}
-    text = target.generate(row, attention_mask=torch.ones_like(row), **asked)
-    return torch.cat([text, row[:, -CONTEXT // 2 :]], dim=1)
 
 
 # Costs

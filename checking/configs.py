@@ -14,20 +14,10 @@ from ..kinds import KINDS, MUSE
 from ..layouts import layout_findings, read_layout, variant_of
 from ..layouts_dflash import DRAFT_LAYOUTS, FIELDS, SLIDING, shown
 from .remarks import Remark, Section
+from .stored import architecture_in, nested_in
 
 _SECTION = Section("config")
 _KEYS = {*FIELDS, "sliding_window", "dflash_config", "auto_map", "use_sliding_window"}
-
-
-def _nested(config: dict[str, Any]) -> dict[str, Any]:
-    nested = config.get("dflash_config")
-    return nested if isinstance(nested, dict) else {}
-
-
-def _architecture(config: dict[str, Any]) -> str:
-    names = config.get("architectures")
-    first = names[0] if isinstance(names, list) and names else ""
-    return first if isinstance(first, str) else ""
 
 
 def _is_hub(config: dict[str, Any]) -> bool:
@@ -36,12 +26,12 @@ def _is_hub(config: dict[str, Any]) -> bool:
 
 def _is_engines(config: dict[str, Any]) -> bool:
     own = {"block_size", "mask_token_id", "target_layer_ids", "num_target_layers"}
-    both = own <= config.keys() and own <= _nested(config).keys()
+    both = own <= config.keys() and own <= nested_in(config).keys()
     return both and {"rope_theta", "rope_parameters", "max_window_layers"} <= config.keys()
 
 
 def _is_model_optimizer(config: dict[str, Any]) -> bool:
-    own = {"causal", "use_swa", "swa_window_size"} & _nested(config).keys()
+    own = {"causal", "use_swa", "swa_window_size"} & nested_in(config).keys()
     return bool(own) and "auto_map" not in config
 
 
@@ -52,19 +42,19 @@ LAYOUTS: dict[str, Callable[[dict[str, Any]], bool]] = {
         {"speculators_model_type", "speculators_config"} & config.keys()
     ),
     "the Muse assistant of transformers": lambda config: (
-        config.get("model_type") == "muse_glimmer_assistant" or _architecture(config) == MUSE
+        config.get("model_type") == "muse_glimmer_assistant" or architecture_in(config) == MUSE
     ),
     "JetSpec": lambda config: bool(
-        {"causal_head", "hidden_dim_adapter"} & {*_nested(config), *config}
+        {"causal_head", "hidden_dim_adapter"} & {*nested_in(config), *config}
     ),
     "NVIDIA, served": lambda config: "eagle_aux_hidden_state_layer_ids" in config,
     "the engines layout of dflash-hub": _is_engines,
-    "NVIDIA NeMo AutoModel": lambda config: _architecture(config).startswith("Qwen3DFlash"),
+    "NVIDIA NeMo AutoModel": lambda config: architecture_in(config).startswith("Qwen3DFlash"),
     "SpecForge (DSpark)": lambda config: (
-        "DSpark" in _architecture(config) and "dflash_config" in config
+        "DSpark" in architecture_in(config) and "dflash_config" in config
     ),
-    "DeepSpec (DSpark)": lambda config: "DSpark" in _architecture(config),
-    "Domino": lambda config: "gru_hidden_dim" in {*_nested(config), *config},
+    "DeepSpec (DSpark)": lambda config: "DSpark" in architecture_in(config),
+    "Domino": lambda config: "gru_hidden_dim" in {*nested_in(config), *config},
     "NVIDIA Model Optimizer": _is_model_optimizer,
     "SpecForge": lambda config: {"rope_theta", "rope_parameters", "dflash_config"} <= config.keys(),
     "z-lab, older": lambda config: {"rope_theta", "dflash_config"} <= config.keys(),
@@ -136,7 +126,7 @@ def _model_type_remarks(config: dict[str, Any]) -> Iterator[Remark]:
 
 def _window_remarks(config: dict[str, Any]) -> Iterator[Remark]:
     """Warn of windows that some readers see and others do not."""
-    nested, types = _nested(config), config.get("layer_types") or []
+    nested, types = nested_in(config), config.get("layer_types") or []
     slides = isinstance(types, list) and SLIDING in types
     is_qwen3 = config.get("model_type") == "qwen3"
     if slides and is_qwen3 and config.get("use_sliding_window") is not True:

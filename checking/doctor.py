@@ -46,7 +46,7 @@ class CheckOptions:
 
 @dataclass(frozen=True)
 class DraftReport:
-    """What a check found.
+    """Hold what a check found.
 
     Args:
         draft: Hub id or folder.

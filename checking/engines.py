@@ -21,7 +21,7 @@ WRONG = "loads, and is wrong"
 
 @dataclass(frozen=True)
 class Rule:
-    """One way in which an engine does not serve a draft as it was trained.
+    """Describe one way in which an engine does not serve a draft as it was trained.
 
     Args:
         name: the same in every release; for machines.
@@ -38,7 +38,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Engine:
-    """An engine, at the release whose code was read.
+    """Describe an engine, at the release whose code was read.
 
     Args:
         name: for options and machines.
@@ -52,7 +52,7 @@ class Engine:
 
 @dataclass(frozen=True)
 class Reason:
-    """A rule that applies to a draft, and what it found."""
+    """Hold a rule that applies to a draft, and what it found."""
 
     rule: Rule
     finding: Finding
@@ -60,7 +60,7 @@ class Reason:
 
 @dataclass(frozen=True)
 class EngineVerdict:
-    """What an engine would do with a draft, and why."""
+    """Hold what an engine would do with a draft, and why."""
 
     engine: Engine
     reasons: tuple[Reason, ...] = field(default=())

@@ -28,7 +28,7 @@ _SGLANG_MASK = "<|MASK|>"  # what it looks up where dflash_config names no mask_
 
 @dataclass(frozen=True)
 class Target:
-    """A target to check against.
+    """Hold a target to check against.
 
     Args:
         name: Hub id or folder; "" if unknown.

@@ -17,7 +17,7 @@ STATUS = {ERROR: 2, WARNING: 1, NOTE: 0}
 
 @dataclass(frozen=True)
 class Remark:
-    """A finding about a draft.
+    """Hold a finding about a draft.
 
     Args:
         section: of the report: config, tensors, repository, pair or run.
@@ -58,7 +58,7 @@ def as_json(value: Any) -> Any:
 
 
 class Section:
-    """Makes the remarks of one section of a report."""
+    """Make the remarks of one section of a report."""
 
     def __init__(self, name: str):
         self.name = name

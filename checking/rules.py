@@ -459,7 +459,7 @@ def needs_both_windows(draft: StoredDraft) -> Finding | None:
         return None
     what = (
         "A layer slides only if dflash_config.use_swa is on and its entry of layer_types is "
-        f"{SLIDING!r}; one of the two is missing, so all attention is full"
+        f"{SLIDING!r}. One of the two is missing, so all attention is full"
     )
     return Finding(what, draft.layer_types, [SLIDING], WINDOW)
 

@@ -45,7 +45,7 @@ PROMPTS = (
 
 @dataclass(frozen=True)
 class Acceptance:
-    """How well a draft predicts the target's texts, with every token of them as the anchor once.
+    """Measure how well a draft predicts the target's texts, with every token of them as the anchor once.
 
     All drafts of a run are asked at the same anchors, so two of them can be compared anchor by anchor.
 
@@ -90,7 +90,7 @@ class Acceptance:
 
 @dataclass(frozen=True)
 class RunReport:
-    """What a run showed.
+    """Hold what a run showed.
 
     Args:
         exact: whether every text was the target's own.
@@ -208,7 +208,7 @@ def write(
 
 
 class _EveryAnchor:
-    """A proposer that notes how many tokens of each proposal agree with a text, and lets none of them be accepted.
+    """Note how many tokens of each proposal agree with a text, and let none of them be accepted.
 
     So every cycle commits one token, and every token becomes the anchor once.
 

@@ -20,7 +20,7 @@ from .stored import StoredDraft, stored_draft
 
 @dataclass(frozen=True)
 class Launch:
-    """What a launch line is made of.
+    """Hold what a launch line is made of.
 
     Args:
         draft, target: Hub ids or folders.
@@ -37,7 +37,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Serving:
-    """How to serve a draft, and what the engine would do with it.
+    """Say how to serve a draft, and what the engine would do with it.
 
     Args:
         lines: to copy into a shell.
@@ -102,6 +102,12 @@ def _local(name: str, folder: str, revision: str | None = None) -> list[str]:
     return [f"hf download {shlex.quote(name)}{pin} --local-dir {folder}"]
 
 
+def _draft_folder(launch: Launch) -> tuple[list[str], str]:
+    """Return the line that downloads the draft, or none; and its folder as a shell reads it."""
+    lines = _local(launch.draft, "draft", launch.revision)
+    return lines, "draft" if lines else shlex.quote(launch.draft)
+
+
 def _tensorrt(launch: Launch) -> list[str]:
     lines = _local(launch.draft, "draft", launch.revision)
     folder = "draft" if lines else launch.draft
@@ -116,9 +122,8 @@ def _tensorrt(launch: Launch) -> list[str]:
 
 
 def _llamacpp(launch: Launch) -> list[str]:
-    draft_lines = _local(launch.draft, "draft", launch.revision)
+    draft_lines, draft = _draft_folder(launch)
     target_lines = _local(launch.target, "target")
-    draft = "draft" if draft_lines else shlex.quote(launch.draft)
     target = "target" if target_lines else shlex.quote(launch.target)
     kind = "draft-dspark" if launch.stored.head == "dspark" else "draft-dflash"
     return [
@@ -132,14 +137,12 @@ def _llamacpp(launch: Launch) -> list[str]:
 
 
 def _dflash_mlx(launch: Launch) -> list[str]:
-    lines = _local(launch.draft, "draft", launch.revision)
-    draft = "draft" if lines else shlex.quote(launch.draft)
+    lines, draft = _draft_folder(launch)
     return [*lines, f"dflash serve --model {shlex.quote(launch.target)} --draft {draft}"]
 
 
 def _mlx_vlm(launch: Launch) -> list[str]:
-    lines = _local(launch.draft, "draft", launch.revision)
-    draft = "draft" if lines else shlex.quote(launch.draft)
+    lines, draft = _draft_folder(launch)
     return [
         *lines,
         f"mlx_vlm.server --model {shlex.quote(launch.target)} --draft-model {draft} --draft-kind dflash",

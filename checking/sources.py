@@ -27,7 +27,7 @@ _BRANCHES = ("main", "engines")
 
 @dataclass
 class DraftFiles:
-    """The files of a draft, of one commit.
+    """Hold the files of a draft, of one commit.
 
     Args:
         name: Hub id or folder.

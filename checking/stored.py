@@ -34,9 +34,22 @@ _LINEAR = (
 _MUSE_BODY = ("encoder.fc.weight", "encoder.output_norm_enc.weight")
 
 
+def nested_in(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the dflash_config of a config.json; {} without one."""
+    nested = config.get("dflash_config")
+    return nested if isinstance(nested, dict) else {}
+
+
+def architecture_in(config: dict[str, Any]) -> str:
+    """Return the first of `architectures` of a config.json; "" without one."""
+    names = config.get("architectures")
+    first = names[0] if isinstance(names, list) and names else ""
+    return first if isinstance(first, str) else ""
+
+
 @dataclass(frozen=True)
 class StoredDraft:
-    """A draft as its files are.
+    """Describe a draft as its files are.
 
     Args:
         config: the content of config.json.
@@ -55,8 +68,7 @@ class StoredDraft:
 
     @property
     def nested(self) -> dict[str, Any]:
-        nested = self.config.get("dflash_config")
-        return nested if isinstance(nested, dict) else {}
+        return nested_in(self.config)
 
     def top(self, key: str) -> Any:
         """Return the value at the top; None without one."""
@@ -71,9 +83,9 @@ class StoredDraft:
         inner = self.inner(key)
         return self.top(key) if inner is None else inner
 
-    def uses(self, key: str, unused: tuple[Any, ...] = _OFF) -> bool:
+    def uses(self, key: str) -> bool:
         """Tell whether a feature is on, in either place."""
-        return not is_among(self.either(key), unused)
+        return not is_among(self.either(key), _OFF)
 
     @property
     def model_type(self) -> Any:
@@ -81,10 +93,7 @@ class StoredDraft:
 
     @property
     def architecture(self) -> str:
-        """The first of `architectures`; "" without one."""
-        names = self.top("architectures")
-        first = names[0] if isinstance(names, list) and names else ""
-        return first if isinstance(first, str) else ""
+        return architecture_in(self.config)
 
     @property
     def auto_map(self) -> dict[str, Any]:

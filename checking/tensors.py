@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from ..kinds import kind_of
 from ..weights_dflash import (
@@ -30,6 +29,7 @@ from ..weights_dflash import (
     is_zero_when_fresh,
     misfits,
     own_name,
+    stored_tensors,
     with_own_parts,
 )
 from .remarks import Remark, Section, listed
@@ -52,7 +52,7 @@ _FAULTS = {
 
 @dataclass(frozen=True)
 class TensorValues:
-    """What the values of one tensor are.
+    """Describe the values of one tensor.
 
     Args:
         finite: whether none is NaN or infinite; the figures below are of finite values alone.
@@ -199,12 +199,10 @@ def _dtype_remarks(dtypes: set[str]) -> Iterator[Remark]:
 
 def tensor_values(files: Iterable[Path]) -> Iterator[TensorValues]:
     """Yield what the values of every floating point tensor in these files are."""
-    for path in files:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (no mapping)
-                tensor = file.get_tensor(name)
-                if tensor.is_floating_point() and tensor.numel():
-                    yield _measure(own_name(name), tensor)
+    for name, file in stored_tensors(files):
+        tensor = file.get_tensor(name)
+        if tensor.is_floating_point() and tensor.numel():
+            yield _measure(own_name(name), tensor)
 
 
 @torch.no_grad()

@@ -45,8 +45,8 @@ def drafts(
 ) -> None:
     """List the known published drafts: target, repository, kind, and whether each runs here.
 
-    In a pipe, each is a line of columns between tabs: target, repository, kind, yes or no, why not, folder, and what
-    further options ask for.
+    In a pipe, each is a line of columns between tabs. They are target, repository, kind, yes or no, why not, folder,
+    and what further options ask for.
     """
     found = matching(target, rows()) if target else rows()
     found = [row for row in found if architecture is None or row.serves(architecture)]
@@ -91,7 +91,7 @@ def _entry(row: DraftRow, counts: dict[str, int]) -> dict[str, Any]:
 
 
 def _downloads(found: Sequence[DraftRow]) -> dict[str, int]:
-    """Return the downloads of each draft that the Hub tells of, by its repository."""
+    """Return the downloads of each draft that the Hub counts, by its repository."""
     from concurrent.futures import ThreadPoolExecutor
 
     from huggingface_hub import HfApi

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..catalogue import check_folder
+from ..catalogue import check_folder, is_path
 from ..kinds import KINDS
 
 _SIGNS = ("dflash_config", "speculators_model_type")
@@ -125,7 +125,7 @@ def check_target(name: str, flag: str = "--target") -> None:
 
 
 def check_served(name: str) -> None:
-    """Refuse the target of a line for a server, if it is a path without anything or a draft; a Hub id is not asked for.
+    """Refuse the target of a line for a server, if it is a path without anything or a draft. The Hub is not asked.
 
     Raises:
         ValueError, OSError: naming it.
@@ -227,8 +227,8 @@ def check_data(data: str, flag: str = "--data") -> None:
     Raises:
         ValueError: naming the flag.
     """
-    is_path = Path(data).suffix in _DATA or data.startswith((".", "/", "~")) or data.count("/") > 1
-    if is_path and not Path(data).exists():
+    is_no_dataset = Path(data).suffix in _DATA or is_path(data) or data.count("/") > 1
+    if is_no_dataset and not Path(data).exists():
         raise ValueError(
             f"{flag} is {data}: there is no such file or folder; pass one, or a dataset of the Hub."
         )
@@ -258,7 +258,7 @@ def check_repository(name: str, argument: str) -> None:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
-    if Path(name).is_dir() or name.startswith((".", "/", "~")):
+    if is_path(name):
         raise ValueError(
             f"{argument} is {name}, which is a path; pass the name of a repository, such as me/draft."
         )

@@ -5,8 +5,8 @@
 from pathlib import Path
 from typing import Any
 
+from ..files import write_whole
 from .recommendation import shown_speedup
-from .report import write_whole
 from .ways import DFLASH
 
 FILE = "README.md"
@@ -39,13 +39,18 @@ def update_cards(report: dict[str, Any]) -> list[Path]:
         The cards.
     """
     found = []
-    ways = [way["draft"] for way in report["ways"] if way["method"] == DFLASH]
-    for draft in dict.fromkeys(ways):
+    for draft in drafts_of(report):
         path = Path(draft) / FILE
         text = with_section(path.read_text(encoding="utf-8"), section(report, draft))
         write_whole(path, text.encode())
         found.append(path)
     return found
+
+
+def drafts_of(report: dict[str, Any]) -> list[str]:
+    """Return every draft of a report once, in its order."""
+    drafts = [way["draft"] for way in report["ways"] if way["method"] == DFLASH]
+    return list(dict.fromkeys(drafts))
 
 
 def with_section(card: str, text: str) -> str:

@@ -19,7 +19,7 @@ PARTS = ("prefill", "draft", "verify", "rest")
 _NO_SETTINGS = ("name", "baseline", "bytes_per_step")
 TIMES = "\u00d7"
 MOST_LINES = 4
-"""Lines that one chart can hold and still be told apart."""
+"""Lines that one chart can hold and readers can still distinguish."""
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ LONGEST_ERROR = 2000
 
 @dataclass
 class Models:
-    """The loaded models of an evaluation.
+    """Hold the loaded models of an evaluation.
 
     Args:
         drafts: by name and block size.
@@ -60,7 +60,7 @@ class Models:
 
 @dataclass(frozen=True)
 class Job:
-    """A batch of prompts to decode.
+    """Hold a batch of prompts to decode.
 
     Args:
         rows: the token ids of each prompt.
@@ -82,7 +82,7 @@ class Job:
 
 @dataclass
 class Cycle:
-    """What a cycle did to one row: tokens drafted, of them accepted, and tokens committed."""
+    """Hold what a cycle did to one row: tokens drafted, of them accepted, and tokens committed."""
 
     drafted: int
     accepted: int
@@ -91,7 +91,7 @@ class Cycle:
 
 @dataclass
 class CycleStatistics(DecodeStatistics):
-    """Statistics that also hold every cycle of every row."""
+    """Count as `DecodeStatistics` does, and hold every cycle of every row."""
 
     rows: list[list[Cycle]] = field(default_factory=list)
 
@@ -104,7 +104,7 @@ class CycleStatistics(DecodeStatistics):
 
 
 class ForwardWatch:
-    """Notes when the target's first forward ends; and the ids of each forward, if `with_ids`, without reading them.
+    """Note when the target's first forward ends; and the ids of each forward, if `with_ids`, without reading them.
 
     Where transformers compiles the forward, hooks would break its graph, so the compiled call is watched from outside.
     """

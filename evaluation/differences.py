@@ -20,8 +20,8 @@ def differences(first: dict[str, Any], second: dict[str, Any]) -> list[dict[str,
     these two are compared, whatever their names.
 
     Returns:
-        For each pair: the names, `prompts` (how many both decoded), `speed` (times as many tokens per second) and
-        `acceptance_length` (difference), each with `low` and `high`; and `same_texts`, how many texts are equal.
+        For each pair the names, `prompts` (how many both decoded) and `same_texts` (how many texts are equal). Then
+        `speed` (times as many tokens per second) and `acceptance_length` (difference), each with `low` and `high`.
 
     Raises:
         ValueError: the reports have no way or no prompt in common.

@@ -24,7 +24,7 @@ Divergence = dict[str, Any]
 
 
 class _LogitsAt(LogitsProcessor):
-    """Notes the logits `[B, V]` of one step of plain decoding, and changes nothing."""
+    """Note the logits `[B, V]` of one step of plain decoding, and change nothing."""
 
     def __init__(self, length: int):
         self.length = length

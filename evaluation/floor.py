@@ -15,7 +15,7 @@ EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 @dataclass(frozen=True)
 class BytesRead:
-    """The bytes that a step reads at least.
+    """Count the bytes that a step reads at least.
 
     Args:
         fixed: weights.

@@ -2,8 +2,8 @@
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
 """Write a report as one page, for people who look rather than read.
 
-Everything of a report is hostile input. The template escapes every text, the script of the page only ever sets text,
-and the page's policy forbids the browser to load anything or to run another script.
+Everything of a report is hostile input. The template escapes every text, and the script of the page only ever sets
+text. The page's policy forbids the browser to load anything, or to run another script.
 """
 
 import base64
@@ -13,6 +13,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+from ..files import write_whole
 from .charts import (
     SETTINGS,
     Chart,
@@ -25,7 +26,7 @@ from .charts import (
     times,
 )
 from .reading import Reading, Way, entries, entry, number, read, visible, words
-from .report import FORMAT, VERSION, write_whole
+from .report import FORMAT, VERSION
 from .svg import WIDTH, Drawing, draw
 from .texts import MOST_ROWS, divergences, outcomes, texts
 

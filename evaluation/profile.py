@@ -12,7 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from .report import write_whole
+from ..files import write_whole
 from .results import accepted_counts, by_position
 from .ways import DFLASH
 

@@ -23,7 +23,7 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt of a set, as text or as a conversation that ends before the answer."""
+    """Hold one prompt of a set, as text or as a conversation that ends before the answer."""
 
     id: str
     category: str
@@ -45,7 +45,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts and where they are from."""
+    """Hold prompts and where they are from."""
 
     name: str
     license: str
@@ -56,7 +56,7 @@ class PromptSet:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A dataset on the Hub.
+    """Describe a dataset on the Hub.
 
     Args:
         repository: its id.

@@ -1,14 +1,14 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""The report of an evaluation: written whole after every batch, read again to go on with it."""
+"""Keep the report of an evaluation: written whole after every batch, read again to go on with it."""
 
 import json
-import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..files import write_whole
 from .recommendation import recommendations
 from .results import results_of
 
@@ -26,7 +26,7 @@ Record = dict[str, Any]
 
 
 class Report:
-    """A report and its file.
+    """Hold a report and its file.
 
     Args:
         folder: where `report.json` lies.
@@ -110,13 +110,6 @@ class Report:
 def encoded(value: dict[str, Any]) -> bytes:
     """Return a part of the report as JSON."""
     return json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Replace a file by one with this content. Whoever reads it sees the old one or the new one, whole."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
 
 
 def read_report(path: Path) -> dict[str, Any]:

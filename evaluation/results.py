@@ -1,6 +1,6 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""Figures of an evaluation: speed, acceptance, and how sure they are."""
+"""Compute the figures of an evaluation: speed, acceptance, and how sure they are."""
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ ACCEPTANCE_BY_POSITION = (
 
 
 class Totals:
-    """Sums over records of one way."""
+    """Sum over records of one way."""
 
     def __init__(self, records: Sequence[Record]):
         self.records = [record for record in records if not record["error"]]

@@ -60,7 +60,7 @@ SHOWN = 2000
 
 @dataclass(frozen=True)
 class Settings:
-    """What is evaluated and how, as the report says it.
+    """Hold what is evaluated and how, as the report says it.
 
     Args:
         target: name of the target.
@@ -96,7 +96,7 @@ class Settings:
 
 @dataclass
 class Progress:
-    """How far an evaluation is.
+    """Say how far an evaluation is.
 
     Args:
         done: decodes, one for each prompt, way and repeat.
@@ -112,7 +112,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Batch:
-    """Prompts that are decoded together under one condition.
+    """Hold prompts that are decoded together under one condition.
 
     Args:
         number: of the batch among those of its condition.
@@ -126,7 +126,7 @@ class Batch:
 
 
 class Evaluation:
-    """Decodes every prompt in every way.
+    """Decode every prompt in every way.
 
     Args:
         models: the loaded models.
@@ -270,7 +270,7 @@ class Evaluation:
             return found and found | {"margin_error": str(error)}
 
     def _check_all(self, watch: Callable[[Progress], None]) -> None:
-        """Decode again in float32 whatever differs, so that rounding and bugs are told apart."""
+        """Decode again in float32 whatever differs, which distinguishes rounding from bugs."""
         open_cases = [
             index
             for index, record in enumerate(self.report.records)

@@ -12,10 +12,10 @@ from typing import Any
 
 import yaml
 
+from ..files import write_whole
 from ..layouts_dflash import shown
-from .card import measured_on, template_words
+from .card import drafts_of, measured_on, template_words
 from .prompts import BENCHMARKS, BUILT_IN
-from .report import write_whole
 from .ways import DFLASH
 
 FOLDER = ".eval_results"
@@ -25,8 +25,8 @@ FIGURES = {
     "tokens_per_second": "tokens per second",
 }
 NOTHING_WRITTEN = (
-    f"Nothing is written into {FOLDER}: the Hub shows it as a score in a benchmark's leaderboard, and none that is "
-    "known here ranks the speed of drafts. --eval-results names one that does."
+    f"Nothing is written into {FOLDER}: the Hub shows it as a score in a benchmark's leaderboard. None that is known "
+    "here ranks the speed of drafts; --eval-results names one that does."
 )
 _RANK_ANSWERS = ("gsm8k", "math500", "humaneval", "mbpp")
 """Benchmarks whose score is the share of right answers, which are the target's own."""
@@ -90,8 +90,7 @@ def write_scores(report: dict[str, Any], score: Score) -> list[Path]:
         ValueError: a draft has no such figure; or the file is no list of scores.
     """
     found = []
-    drafts = [way["draft"] for way in report["ways"] if way["method"] == DFLASH]
-    for draft in dict.fromkeys(drafts):
+    for draft in drafts_of(report):
         path = Path(draft) / FOLDER / f"{score.dataset.rpartition('/')[2]}.yaml"
         entries = [one for one in read_scores(path) if not is_of(one, score)]
         entries.append(entry_of(report, draft, score))

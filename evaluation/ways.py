@@ -1,6 +1,6 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""The ways to decode that an evaluation compares: plain, with each draft, and by other methods."""
+"""List the ways to decode that an evaluation compares: plain, with each draft, and by other methods."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ LOOKUP_TOKENS = 10
 
 @dataclass(frozen=True)
 class Condition:
-    """What all ways that are compared with each other have in common.
+    """Hold what all ways that are compared with each other have in common.
 
     Args:
         context: tokens of each prompt; None for the prompts as they are.
@@ -48,7 +48,7 @@ class Condition:
 
 @dataclass(frozen=True)
 class Drafting:
-    """What proposes tokens.
+    """Name what proposes tokens.
 
     Args:
         method: one of `METHODS`.
@@ -80,7 +80,7 @@ class Drafting:
 
 @dataclass(frozen=True)
 class Way:
-    """One way to decode: what proposes tokens, and under which condition."""
+    """Describe one way to decode: what proposes tokens, and under which condition."""
 
     drafting: Drafting
     condition: Condition

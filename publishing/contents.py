@@ -1,6 +1,6 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""Which files of a folder are published with a draft: pictures, card and scores of its own, and nothing behind a link.
+"""Decide which files of a folder are published with a draft: its own pictures, card and scores, no links.
 
 Config, weights and code are written anew from the loaded draft. Everything else in the folder stays at home.
 """
@@ -30,7 +30,7 @@ _LINK = "a link, and what it points to is not part of this folder"
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A file of the folder that is not published, and why."""
+    """Name a file of the folder that is not published, and why."""
 
     name: str
     reason: str
@@ -41,7 +41,7 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Contents:
-    """What is published of a folder besides config, weights and code."""
+    """Hold what is published of a folder besides config, weights and code."""
 
     pictures: tuple[Path, ...]
     card: ModelCard | None

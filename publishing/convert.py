@@ -39,8 +39,8 @@ PICKLES = ("pytorch_model.bin", "mask_embedding.pt")
 
 
 @dataclass
-class StoredDraft:
-    """A draft as it lies on disk.
+class OpenedDraft:
+    """Hold a draft as it lies on disk.
 
     Args:
         name: Hub id or folder.
@@ -61,7 +61,7 @@ class StoredDraft:
 
 @dataclass(frozen=True)
 class Conversion:
-    """What a conversion changes.
+    """Hold what a conversion changes.
 
     Args:
         title: of the kind of draft.
@@ -100,7 +100,7 @@ class ConvertOptions:
 
 
 @contextmanager
-def opened(source: Any, options: ConvertOptions) -> Iterator[StoredDraft]:
+def opened(source: Any, options: ConvertOptions) -> Iterator[OpenedDraft]:
     """Read the config of a draft, and map its weights into memory inside the context.
 
     Pickles of weights, or of a mask embedding, are copied as safetensors first. No code in them runs.
@@ -147,7 +147,7 @@ def _folder_with_pickles(source: Any, where: dict[str, Any]) -> Path | None:
     return folder if pickles_in(folder) else None
 
 
-def _open(source: Any, where: dict[str, Any], target: str | None) -> StoredDraft:
+def _open(source: Any, where: dict[str, Any], target: str | None) -> OpenedDraft:
     """Return the draft of a folder or repository without pickles."""
     content, _ = DFlashConfig.get_config_dict(source, **where)
     model_class: Any = KINDS[variant_of(content)].model_class
@@ -179,7 +179,7 @@ def _open(source: Any, where: dict[str, Any], target: str | None) -> StoredDraft
     model.card_source = (source, where)
     if (named := target_named(content)) is not None:
         model.card_known = {"base_model": named}
-    return StoredDraft(str(source), model, tensors, layout_of(content), stored_names, left_out)
+    return OpenedDraft(str(source), model, tensors, layout_name(content), stored_names, left_out)
 
 
 def convert(
@@ -219,7 +219,7 @@ def plan_conversion(
 
 
 def complete(config: DFlashConfig, target: str) -> None:
-    """Set the fields of a draft's config that only its target tells, where they are None.
+    """Set the fields of a draft's config that only its target has, where they are None.
 
     Raises:
         ValueError: the draft does not fit the target.
@@ -232,7 +232,7 @@ def complete(config: DFlashConfig, target: str) -> None:
     if config.vocab_size is None:
         config.vocab_size = text.vocab_size
     size = text.vocab_size
-    config.check_fits(text.hidden_size, text.num_hidden_layers, size, size)
+    raise_first(config.fit_findings(text.hidden_size, text.num_hidden_layers, size, size))
 
 
 def drop_copies(config: Any, tensors: dict[str, torch.Tensor], target: str) -> list[str]:
@@ -268,7 +268,7 @@ def _target_parts(target: str) -> dict[str, torch.Tensor]:
     return found
 
 
-def _plan(stored: StoredDraft, layout: str, options: ConvertOptions) -> Conversion:
+def _plan(stored: OpenedDraft, layout: str, options: ConvertOptions) -> Conversion:
     """Check that the layout can hold the draft, and return what would change."""
     base_model = options.base_model
     if base_model is None and options.target is not None and not Path(options.target).exists():
@@ -288,7 +288,7 @@ def _plan(stored: StoredDraft, layout: str, options: ConvertOptions) -> Conversi
     elif layout == "engines" and None in (config.num_target_layers, config.vocab_size):
         raise ValueError(
             "The engines layout needs num_target_layers and vocab_size, and this draft's config.json does not say "
-            "both: pass target=, a Hub id or folder, which tells them."
+            "both: pass target=, a Hub id or folder, which has them."
         )
     elif layout == "engines":
         content, remarks = engines_layout(config), engines_remarks(config)
@@ -301,7 +301,7 @@ def _plan(stored: StoredDraft, layout: str, options: ConvertOptions) -> Conversi
     )
 
 
-def layout_of(content: dict[str, Any]) -> str:
+def layout_name(content: dict[str, Any]) -> str:
     """Return the name of the layout of a config.json, or of who writes such files."""
     if content.get("speculators_model_type"):
         return "speculators"

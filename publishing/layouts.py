@@ -7,7 +7,6 @@ alone. Sources: speculators 0.9.0 (`models/*/config.py`, `models/dflash/core.py`
 `muse_glimmer_assistant`.
 """
 
-import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from huggingface_hub import save_torch_state_dict
 
+from ..configuration_dflash import write_config
 from ..findings_dflash import ONE_SENTENCE, Finding, raise_first
 from ..layouts_dflash import BASE, DRAFT_LAYOUTS, FULL, SLIDING
 from ..layouts_speculators import ABOUT, AT_TOP, BODY, IN_BODY, NON_CAUSAL, TAPS, TYPE
@@ -50,7 +50,7 @@ _MUSE = (
 
 @dataclass(frozen=True)
 class OtherLayout:
-    """A layout of another project.
+    """Describe a layout of another project.
 
     Args:
         kinds: of drafts that it can hold.
@@ -93,9 +93,7 @@ def write_layout(
     if config.draft_vocab_size is not None:
         tensors["t2d"] = known_tokens(tensors["d2t"], config.vocab_size)
     save_torch_state_dict(tensors, folder, max_shard_size=max_shard_size)
-    content = rules.config(config, base_model_of(draft))
-    text = json.dumps(content, indent=2, sort_keys=True) + "\n"
-    (Path(folder) / "config.json").write_text(text, encoding="utf-8")
+    write_config(Path(folder), rules.config(config, base_model_of(draft)))
     return rules.remarks(config)
 
 

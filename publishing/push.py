@@ -107,8 +107,8 @@ def publish(
         preview: called with what will be pushed, before anything is; an error of it ends the push.
 
     Raises:
-        ValueError: the draft, its card or the name is invalid, it cannot be written for engines, it loads with other
-            weights after staging, or the repository is public although a private one was asked for.
+        ValueError: the draft, its card or the name is invalid; it cannot be written for engines; it loads with other
+            weights after staging; or the repository is public, not private as asked for.
         RuntimeError: a push failed; the message says which commits are on the Hub now.
     """
     options = _options(options)

@@ -25,7 +25,6 @@ import torch
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from packaging.version import InvalidVersion, Version
-from safetensors import safe_open
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from ..configuration_dflash import __version__
@@ -34,7 +33,7 @@ from ..kinds import KINDS
 from ..layouts_dflash import engines_layout
 from ..modeling_dflash import DFlashDraftModel
 from ..repository_dflash import check_repo_id, custom_generate, staging, staging_folder
-from ..weights_dflash import verify_downloads
+from ..weights_dflash import stored_tensors, verify_downloads
 from .probe import digest
 from .push import ENGINES_BRANCH, check_same_tensors, hub_files, load_apart
 
@@ -484,11 +483,9 @@ def _digests_of_files(files: list[Path], dtype: str | None) -> dict[str, str]:
     """Return the digests of tensors read without a model, in the dtype of config.json if it has one."""
     target_dtype = getattr(torch, dtype.removeprefix("torch.")) if dtype else None
     found = {}
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                tensor = tensors.get_tensor(name)
-                found[name] = digest(tensor if target_dtype is None else tensor.to(target_dtype))
+    for name, file in stored_tensors(files):
+        tensor = file.get_tensor(name)
+        found[name] = digest(tensor if target_dtype is None else tensor.to(target_dtype))
     return found
 
 

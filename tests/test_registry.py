@@ -6,7 +6,8 @@ import warnings
 
 import pytest
 import transformers
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from huggingface_hub.utils import validate_repo_id
 from packaging.version import parse
 from transformers import CONFIG_MAPPING, AutoConfig
 from transformers.models.auto import modeling_auto
@@ -26,6 +27,7 @@ from dflash_hub import (
     register_dflash_draft,
     resolve_dflash_draft_spec,
 )
+from dflash_hub.catalogue import is_hub_id
 from dflash_hub.families import FAMILIES, families_of, siblings_of
 from dflash_hub.layouts import layout_findings, variant_of
 from dflash_hub.published import refusal, target_refusal
@@ -648,6 +650,19 @@ def test_a_folder_that_does_not_exist_is_not_taken_for_a_hub_id(name):
     for look in (load_draft, lambda name: resolve_dflash_draft_spec(target=name)):
         with pytest.raises(OSError, match=f"There is no folder {name}"):
             look(name)
+
+
+NAMES = ["org/name", "name", "_x", "x_", "x-", "x.", "-x", ".x", "x/", "/x", "a/b/c", "a--b", "a..b", "x.git"]
+
+
+@pytest.mark.parametrize("name", [*NAMES, "a b", "", "x/.y", "n" * 96, "n" * 97, "org/" + "n" * 96, "org/" + "n" * 97])
+def test_a_hub_id_is_what_the_hubs_own_library_takes(name):
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        assert not is_hub_id(name)
+    else:
+        assert is_hub_id(name)
 
 
 @pytest.mark.parametrize(

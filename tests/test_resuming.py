@@ -64,6 +64,30 @@ def test_what_makes_the_rest_another_run_is_said_before_its_first_step(whole, ar
         run.train(resume_from_checkpoint=True)
 
 
+def test_other_processes_another_device_or_version_are_named_before_the_first_step(whole, tmp_path):
+    """The record is edited in place of a run with two processes, on another machine."""
+    shutil.copytree(whole[0] / "checkpoint-3", tmp_path / "checkpoint-3")
+    path = tmp_path / "checkpoint-3" / RECORD
+    record = json.loads(path.read_text())
+    before = {
+        "the number of processes": 2,
+        "the device": "a GPU",
+        "torch": "2.0",
+        "transformers": "5.0",
+        "dflash-hub": "0",
+    }
+    now = {name: record["around"][name] for name in before}
+    assert now["the number of processes"] == 1
+    record["around"] |= before
+    path.write_text(json.dumps(record))
+    run = trainer(tmp_path)
+    run.add_callback(Begun())
+    with pytest.warns(UserWarning, match="is not the uninterrupted one") as warned, pytest.raises(KeyboardInterrupt):
+        run.train(resume_from_checkpoint=True)
+    for name in before:
+        assert f"{name} was {before[name]} and is {now[name]}" in str(warned[0].message)
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [

@@ -1,6 +1,7 @@
 """Which file may import which: downwards through the rooms, and never in a circle."""
 
 import ast
+import re
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -29,13 +30,17 @@ ROOMS_OF_ROOT = {
     "published": "registry",
     "registry": "registry",
     "families": "registry",
+    "files": "registry",
     "checkpoints": "registry",
     "layouts": "registry",
+    "layouts_speculators": "registry",
     "qwen3_configs": "registry",
     "kinds": "registry",
     "catalogue": "registry",
     "versions": "registry",
 }
+PLACED = re.compile(r"`(\w+)(?:\.\w+)?` (?:in|of) `([\w/.]+\.py)`")
+"""How a page says that a name is in a file: `NAME` in `file.py`."""
 PACKAGES = ("checking", "commands", "evaluation", "publishing", "serving", "training")
 FILES = [path for folder in (".", *PACKAGES) for path in sorted((ROOT / folder).glob("*.py"))]
 
@@ -109,3 +114,13 @@ def test_no_command_lies_outside_the_commands(graph):
         if room(path) not in ("commands", "command line"):
             heads = [node.module for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
             assert not [head for head in heads if (head or "").split(".")[0] in ("typer", "rich")], path
+
+
+def test_what_contributors_are_sent_to_is_there():
+    pages = [ROOT / "CONTRIBUTING.md", ROOT / "docs" / "architecture.md", *(ROOT / "docs" / "ideas").glob("*.md")]
+    text = " ".join(" ".join(page.read_text().split()) for page in pages)
+    placed = PLACED.findall(text)
+    assert len(placed) >= 15
+    assert [path.name for path in FILES if path.parent == ROOT and f"`{path.name}`" not in text] == []
+    for name, file in placed:
+        assert re.search(rf"\b{name}\b", (ROOT / file).read_text()), f"{name} is not in {file}"

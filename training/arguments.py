@@ -63,15 +63,15 @@ class DFlashTrainingArguments(TrainingArguments):
     given_prefix: float | None = field(
         default=None,
         metadata={
-            "help": "Give each block tokens of the text after its anchor, n of them with weight given_prefix ** n, as "
-            "for a second draft that goes on from accepted tokens (0.9 in D2SD). Default: none."
+            "help": "Give each block tokens of the text after its anchor, n of them with weight given_prefix ** n. So "
+            "a second draft learns to go on from accepted tokens (0.9 in D2SD). Default: none."
         },
     )
     base_loss_until: float = field(
         default=1.0,
         metadata={
-            "help": "Part of the run over which the share of uncorrected logits in the loss falls from 1 to 0, for a "
-            "draft that corrects them by all tokens before. 0 for none."
+            "help": "For a draft that corrects its logits by all tokens before. The share of uncorrected logits in "
+            "the loss falls from 1 to 0 over this part of the run. 0 for none."
         },
     )
     max_length: int = field(
@@ -105,8 +105,8 @@ class DFlashTrainingArguments(TrainingArguments):
     early_stopping: int | None = field(
         default=None,
         metadata={
-            "help": "End the run after this many evaluations in succession without a better one, by the metric for "
-            "the best model: the decoded acceptance length where evaluations decode."
+            "help": "End the run after this many evaluations in succession without a better one. The metric is that "
+            "for the best model: the decoded acceptance length where evaluations decode."
         },
     )
 

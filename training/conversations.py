@@ -100,7 +100,7 @@ def documents_of(
 
 
 def _answer(before: str, after: str, message: Message) -> tuple[str, str]:
-    """Return the text of an answer as the target gives it behind its prompt, and why it cannot be told, or ''.
+    """Return the text of an answer as the target gives it behind its prompt, and why it cannot be found, or ''.
 
     Args:
         before: the prompt.
@@ -118,21 +118,21 @@ def _answer(before: str, after: str, message: Message) -> tuple[str, str]:
     thought = message.fields.get(THOUGHTS[0])
     if closing not in content and thought:
         content = f"{thought.strip()}\n{closing}\n\n{content}"
-    said = content.rpartition(closing)[2].strip()
-    found = after.rfind(said)
+    answer = content.rpartition(closing)[2].strip()
+    found = after.rfind(answer)
     if closing not in content:
         return "", THOUGHT_LACKING
-    if not said or found < tag.start():
+    if not answer or found < tag.start():
         return "", PROMPT_CHANGED
-    return _behind(tag, content) + after[found + len(said) :], ""
+    return _behind(tag, content) + after[found + len(answer) :], ""
 
 
 def _holds(answer: str, message: Message) -> bool:
     """Return whether a rendered answer holds the content, but for a thought in it, and the calls."""
-    said = message.fields.get("content", "").rpartition("</think>")[2].strip()
+    text = message.fields.get("content", "").rpartition("</think>")[2].strip()
     calls = [call.get("function", call) for call in message.fields.get("tool_calls", [])]
     names = [str(call["name"]) for call in calls if "name" in call]
-    return said in answer and all(name in answer for name in names)
+    return text in answer and all(name in answer for name in names)
 
 
 def _behind(tag: re.Match[str], content: str) -> str:

@@ -120,7 +120,7 @@ def prepare(rows: Any, config: PreprocessConfig) -> tuple[Any, DropReport]:
 def _documents_of_rows(rows: Any, config: PreprocessConfig) -> Any:
     """Return the documents of all rows, in their order, with columns `input_ids`, `supervised` and `dropped`.
 
-    Processes take parts of the rows; their number changes neither the documents nor what is kept of them on disk.
+    Processes take parts of the rows; their number changes neither the documents nor what lies of them on disk.
     """
     from datasets import Dataset
 

@@ -16,6 +16,7 @@ from huggingface_hub import HfApi, hf_hub_download
 from safetensors import SafetensorError, safe_open
 from torch.utils.data import Dataset
 
+from ..catalogue import is_path
 from ..findings_dflash import LOADING, explained
 from .feature_target import load_ends
 from .features import (
@@ -44,7 +45,7 @@ _OF_TARGET = ("config.json", "generation_config.json", "model.safetensors")
 
 
 class Shards(Protocol):
-    """Where the files of a folder of features are."""
+    """Find the files of a folder of features."""
 
     name: str
 
@@ -66,7 +67,7 @@ class Shards(Protocol):
 
 
 class LocalShards:
-    """The files of a folder. Where `dflash-hub features` is still writing it, a shard is waited for."""
+    """Find the files of a folder. Where `dflash-hub features` is still writing it, a shard is waited for."""
 
     def __init__(self, folder: Path):
         self.folder, self.name = folder, str(folder)
@@ -120,7 +121,7 @@ class LocalShards:
 
 
 class HubShards:
-    """The files of a dataset repository on the Hub, or of a folder in it; each is downloaded when it is needed.
+    """Find the files of a dataset repository on the Hub, or of a folder in it; each is downloaded when it is needed.
 
     Args:
         name: such as "org/features" or "org/features/folder".
@@ -169,7 +170,7 @@ class HubShards:
 
 
 class FeatureRows(Dataset):
-    """Prepared rows with their features, read when they are asked for.
+    """Hold prepared rows with their features, read when they are asked for.
 
     Each is a dict: `input_ids`, `supervised` and `lengths` as `prepare` makes them, then `features [S, F]` and perhaps
     `last_hidden_state [S, H]`, in the target's dtype.
@@ -182,7 +183,7 @@ class FeatureRows(Dataset):
 
     @property
     def digest(self) -> str:
-        """What tells these rows and their features from others."""
+        """A text by which these rows and their features differ from others."""
         return f"{len(self):,} rows ({self.origin.rows}, {self.origin.dtype})"
 
     def __len__(self) -> int:
@@ -221,7 +222,7 @@ class FeatureRows(Dataset):
 
 @dataclass(frozen=True)
 class Features:
-    """Features that were opened: what they are of, and where their files are."""
+    """Hold features that were opened: what they are of, and where their files are."""
 
     index: Index
     shards: Shards
@@ -265,13 +266,9 @@ def open_features(name: str) -> Features:
     Raises:
         ValueError, OSError: it holds none, they are incomplete, or another version wrote them.
     """
-    shards: Shards = LocalShards(Path(name)) if is_local(name) else HubShards(name)
+    is_local = is_path(name) or "/" not in name
+    shards: Shards = LocalShards(Path(name)) if is_local else HubShards(name)
     path = shards.file(INDEX)
     index = Index.loads(path.read_text(encoding="utf-8"), name)
     shards.check(index)
     return Features(index, shards)
-
-
-def is_local(name: str) -> bool:
-    """Return whether a name is that of a folder here, and not of a repository."""
-    return Path(name).is_dir() or name.startswith((".", "/", "~")) or "/" not in name

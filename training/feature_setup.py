@@ -14,8 +14,8 @@ from ..findings_dflash import LOADING, explained
 from ..generate_dflash import check_compatible
 from .arguments import DFlashTrainingArguments
 from .data import DropReport, prepare
+from .digests import config_digest, tokenizer_digest, weights_digest
 from .feature_data import Features, open_features
-from .feature_target import config_of, tokenizer_digest, weights_digest
 from .feature_writer import Plan, plan, tensors_of_row
 from .features import DTYPES, FEATURES, LACKS_STATES, STATES, Origin
 from .objective import FrozenTarget, check_trainable, needs_target
@@ -150,13 +150,13 @@ class FeatureJob:
     def _origin(self, given: FeatureArguments, target_dtype: str) -> Origin:
         """Return what the features are of, all but the digest of the rows."""
         name = self.options.target
-        config, commit = config_of(name)
+        config, commit = config_digest(name)
         with explained(f"The weights of {name} could not be read", LOADING):
             weights = weights_digest(name, download=True)
         if weights is None:
             raise ValueError(
-                f"{name} has no weights in safetensors or pytorch_model.bin, so features could not be told from those "
-                "of another target. Save it with save_pretrained, and pass that folder."
+                f"{name} has no weights in safetensors or pytorch_model.bin, so its features could not "
+                "be distinguished from those of another target. Save it with save_pretrained, and pass that folder."
             )
         holds = [FEATURES, STATES] if needs_target(self.config, self.args.recipe) else [FEATURES]
         return Origin(
@@ -297,7 +297,7 @@ def _check_target(options: TrainOptions, features: Features) -> None:
     origin, trust = features.origin, {"trust_remote_code": options.trust_remote_code}
     with explained(f"The target {options.target} could not be read", LOADING):
         tokenizer = AutoTokenizer.from_pretrained(options.target, **trust)
-        config, commit = config_of(options.target)
+        config, commit = config_digest(options.target)
     given = {"config": config, "tokenizer": tokenizer_digest(tokenizer)}
     if commit is None or commit != origin.commit:
         weights = weights_digest(options.target, download=False)

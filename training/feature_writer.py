@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from ..files import replacing, write_whole
 from .data import Collator, packed_batch
 from .feature_target import save_ends
 from .features import (
@@ -41,7 +42,7 @@ from .locks import sole_writer
 from .objective import FrozenTarget, TargetOutput
 
 _PARTIAL = "_partial.safetensors"
-_OURS = {TABLES, TARGET, LOCK, f"{LOCK}-holder", _PARTIAL, f"_{INDEX}"}
+_OURS = {TABLES, TARGET, LOCK, f"{LOCK}-holder", _PARTIAL, f"_{INDEX}.partial"}
 """What a folder without an index may hold: of a run that ended before it was written."""
 _NOT_COMPARED = ("target", "commit", "data")
 """Names of things whose content is compared by a digest."""
@@ -267,9 +268,7 @@ def _write_head(folder: Path, planned: Plan, target: FrozenTarget) -> None:
             for table, values in part.tables.items():
                 tables[f"{name}.{table}"] = values
         _save(tables, folder / TABLES)
-        partial = folder / f"_{INDEX}"
-        partial.write_text(planned.index.dumps(), encoding="utf-8")
-        os.replace(partial, folder / INDEX)
+        write_whole(folder / INDEX, planned.index.dumps().encode())
 
 
 def _write_shard(
@@ -316,16 +315,11 @@ def tensors_of_row(
 
 def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
     """Write a file that appears whole."""
-    partial = path.with_name(_PARTIAL)
-    try:
+    with replacing(path, _PARTIAL) as partial:
         save_file(tensors, partial)
         partial.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets the owner alone read
         with partial.open("rb") as file:
             os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 @contextmanager

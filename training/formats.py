@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from .messages import Message, listed, read_messages, read_tools, short, text_of
-from .reading import BadRow
+from .messages import Message, listed, read_messages, read_tools, text_of
+from .reading import BadRow, short
 
 PROMPTS = (
     "prompt",

@@ -3,9 +3,9 @@
 """Compute the loss without the logits of all positions at once.
 
 The target's head is frozen. So the gradient of a chunk of states is known as soon as the chunk's logits are. It is
-taken in the forward, and the logits are freed before the next chunk's are made. The head is called as a module,
-so any kind of head works. What a draft adds to its logits enters the same total. The loss of a further head has a
-total and a gradient of its own, since it is divided by another sum of weights, known only after the last chunk.
+taken in the forward, and the logits are freed before the next chunk's are made. The head is called as a module, so any
+kind of head works. What a draft adds to its logits enters the same total. The loss of a further head has a total and a
+gradient of its own. It is divided by another sum of weights, which is known only after the last chunk.
 
 Shapes: N positions with a loss, n those of a chunk, H hidden size, V vocabulary, R width of a further head or of a
 correction, D rows of its codebook, m those of them that a chunk used.
@@ -123,8 +123,8 @@ class Loss:
         base_correct `[n]`: whether the draft's logits alone propose it, without correction.
         is_candidate `[n]`: whether the token of the text is a candidate of the further head; False without one.
         weights `[n]`: of the positions.
-        overlap `[n]`: the chance that speculative sampling accepts the draft's token, which is 1 minus the total
-            variation distance from the target's distribution; 0 where it is not wanted.
+        overlap `[n]`: the chance that speculative sampling accepts the draft's token; 0 where it is not wanted. It is 1
+            minus the total variation distance from the target's distribution.
     """
 
     total: torch.Tensor

@@ -3,9 +3,8 @@
 """Tell what memory a training step needs, from configs alone.
 
 What stays all the time is counted: weights and the optimizer's state. The draft's forward, the loss and the backward
-are run with tensors that have shapes and no memory, while a `Tracker` counts what exists at once. So every kind of
-draft, mixed precision and checkpointing are what PyTorch makes of them. The target's forward, of which nothing is
-kept, has a formula.
+run with tensors that have shapes and no memory. A `Tracker` counts what exists at once. So every kind of draft, mixed
+precision and checkpointing are what PyTorch makes of them. The target's forward, of which nothing stays, has a formula.
 
 Shapes: B rows, S tokens of a row, A anchors of a row, Q block positions, N positions with a loss, H hidden size, F
 taps * target hidden size, V vocabulary, D head width.
@@ -179,8 +178,8 @@ def _state_bytes(draft: Any, optim: str) -> int:
 def _target_bytes(text: Any, dtype: torch.dtype, config: Any, shape: StepShape) -> int:
     """Return the bytes of the target's forward: of one layer at its peak, and of the taps so far.
 
-    A layer holds its input, the normed one in float32 too, and either queries, keys and values, before and after the
-    rotation, or three times the MLP's width.
+    A layer holds its input, the normed one in float32 too. Besides it holds queries, keys and values, before and after
+    the rotation, or three times the MLP's width.
     """
     width = text.hidden_size
     heads = getattr(text, "num_attention_heads", 1)

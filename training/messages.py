@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from .reading import BadRow
+from .reading import BadRow, short
 
 ROLES = {
     "human": "user",
@@ -144,11 +144,6 @@ def text_of(value: Any, name: str) -> str:
     if not isinstance(value, str):
         raise BadRow(f"{name} is {short(value)}, but must be a text.")
     return value
-
-
-def short(value: Any) -> str:
-    """Return a value as an error shows it."""
-    return "null" if value is None else repr(value)[:60]
 
 
 def _turns(message: Any, name: str) -> Iterable[Message]:

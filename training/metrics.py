@@ -23,8 +23,8 @@ class Counts:
         reached: positions with a loss where all positions before them in the block are correct.
         accepted: those of them that are correct too.
         candidates: positions whose token is among the candidates of a selector.
-        base_correct: those where the draft's logits alone have the text's token; all that are correct, for a draft
-            whose tokens do not depend on each other.
+        base_correct: those where the draft's logits alone have the text's token. Where a draft's tokens do not depend
+            on each other, all that are correct.
     """
 
     total: torch.Tensor
@@ -143,8 +143,8 @@ class Metrics:
         selector_accuracy: share of correct tokens over those positions; 0 without a selector.
         base_accuracy: share of positions where the draft's logits alone have the text's token.
         base_loss: mean loss of the draft's logits, with what corrects them.
-        head_loss: mean loss of the further head: of a selector over the positions whose token is a candidate, of a
-            confidence head over all; 0 without one.
+        head_loss: mean loss of the further head; 0 without one. A selector's is over the positions whose token is a
+            candidate, a confidence head's over all.
     """
 
     accuracy: float

@@ -48,8 +48,8 @@ class Recipe:
         selector_weight: weight of the selector's mean loss beside the draft's, for a draft with a selector.
         confidence_weight: likewise of the confidence head's.
         given_prefix: base of the weights by which the number of given tokens is drawn for each block; None for none.
-        base_until: the part of the run over which the share of uncorrected logits in the loss falls from 1 to 0, for
-            a draft that corrects them by all tokens before.
+        base_until: for a draft that corrects its logits by all tokens before. The share of uncorrected logits in the
+            loss falls from 1 to 0 over this part of the run.
     """
 
     mix: Mix | None = None

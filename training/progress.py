@@ -2,12 +2,13 @@
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
 """Report a training run: draw a plot and write a section of the model card at every checkpoint."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard
+
+from ..files import replacing
 
 PLOT = "training.png"
 _AT_POSITION = "eval_accuracy_"
@@ -43,9 +44,8 @@ def write_progress(
         before = before.replace(_UNMEASURED, _MEASURED)
     written = section(history, run_summary, has_plot)
     card.text = f"{before.rstrip()}\n\n{written}\n{following}"
-    partial = folder / "_README.md"  # a full disk leaves the older card
-    card.save(partial)
-    os.replace(partial, path)
+    with replacing(path) as partial:  # a full disk leaves the older card
+        card.save(partial)
 
 
 def _around_section(text: str) -> tuple[str, str]:

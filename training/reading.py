@@ -153,7 +153,7 @@ def _check_object(row: Any, place: str) -> None:
     """
     if not isinstance(row, dict):
         raise BadRow(
-            f"{place} is {_short(row)}, but must be a JSON object, such as {{'text': ...}}."
+            f"{place} is {short(row)}, but must be a JSON object, such as {{'text': ...}}."
         )
 
 
@@ -170,8 +170,9 @@ def _rows_of_list(text: str, first_line: int, name: str) -> Iterator[dict[str, s
         yield {TEXT_OF_ROW: json.dumps(row), PLACE_OF_ROW: place}
 
 
-def _short(value: Any) -> str:
-    return repr(value)[:60]
+def short(value: Any) -> str:
+    """Return a value as an error shows it."""
+    return "null" if value is None else repr(value)[:60]
 
 
 def rows_of_list(rows: Iterable[dict[str, Any]]) -> Any:

@@ -3,8 +3,8 @@
 """Compare a run with the one whose checkpoint it resumes from.
 
 Every checkpoint holds a record of what determines the weights: options, draft, target, data, processes and versions. If
-nothing of it has changed, the resumed run ends with the weights of the uninterrupted one. Else that is said before the
-first step, or the run is refused where the checkpoint would silently win.
+nothing of it has changed, the resumed run ends with the weights of the uninterrupted one. Else a warning says so before
+the first step, or the run is refused where the checkpoint would silently win.
 """
 
 import hashlib
@@ -150,10 +150,10 @@ def differences(checkpoint: Path, record: dict[str, Any]) -> list[str]:
     _refuse(checkpoint, "best metric", [one for one in counted if one[1] is not None])
     found = [one for one in options if one not in counted and one[0] != _SKIPS]
     found += _changed(saved["around"], record["around"])
-    told = [f"{name} was {before} and is {now}" for name, before, now in found]
+    sentences = [f"{name} was {before} and is {now}" for name, before, now in found]
     if record["options"].get(_SKIPS):
-        told.append("ignore_data_skip begins with the first rows again")
-    return told
+        sentences.append("ignore_data_skip begins with the first rows again")
+    return sentences
 
 
 def _changed(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:

@@ -22,6 +22,7 @@ import torch
 from torch.utils.data import Dataset
 
 from .arguments import DFlashTrainingArguments
+from .digests import json_digest
 from .regenerate import (
     ROW,
     SEED,
@@ -36,6 +37,8 @@ from .regenerate import (
 )
 
 FOLDER = "_rounds"  # Trainer pushes no name with _
+_DIGEST = 8
+"""Bytes of the digests by which rows and folders are named."""
 _FAILED = "failed"
 """The column of a row that the target did not answer; it is left out of its round."""
 
@@ -58,7 +61,7 @@ class Plan:
 
 
 class Answers:
-    """Holds the answers of every round in files.
+    """Hold the answers of every round in files.
 
     Args:
         rows: of the data; they must have prompts.
@@ -90,7 +93,7 @@ class Answers:
         times: Counter[str] = Counter()
         for number, row in enumerate(self.rows):
             question = question_of(row, number)
-            key = _digest(self._asked(question))
+            key = json_digest(self._asked(question), _DIGEST)
             times[key] += 1
             yield (key if times[key] == 1 else f"{key}-{times[key]}"), question
 
@@ -142,7 +145,7 @@ class Answers:
 
 
 class Rounds(Dataset):
-    """Holds the packed rows of all steps of a run, in their order; those of a round are made when it begins.
+    """Hold the packed rows of all steps of a run, in their order; those of a round are made when it begins.
 
     Args:
         first: packed rows of the first round.
@@ -202,12 +205,6 @@ def _seed(seed: int, number: int, key: str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def _digest(value: Any) -> str:
-    """Return a hash of what JSON can hold."""
-    text = json.dumps(value, sort_keys=True, default=str)
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-
-
 def _quiet(done: int, failed: int) -> None:
     """Report nothing: the log has a line for each round."""
 
@@ -263,8 +260,8 @@ def answers_of(
         answer: AnswerFn = InProcess(target, tokenizer, settings)
     else:
         answer = Server(args.regenerate_server, tokenizer, settings, args.regenerate_model)
-    told = [vars(settings), args.regenerate_server, args.regenerate_model, args.seed, version]
-    folder = Path(str(args.output_dir)) / FOLDER / _digest(told)
+    facts = [vars(settings), args.regenerate_server, args.regenerate_model, args.seed, version]
+    folder = Path(str(args.output_dir)) / FOLDER / json_digest(facts, _DIGEST)
     workers = 1 if args.regenerate_server is None else args.regenerate_workers
     return Answers(
         rows,

@@ -229,18 +229,22 @@ def inspect(
 ) -> tuple[Any, Iterator[tuple[str, list[tuple[list[int], list[int], str]]]]]:
     """Return the tokenizer, and the place and the documents of each row, in their order. No target is loaded."""
     tokenizer, target = _without_weights(options)
-    with torch.device("meta") if options.draft is None else nullcontext():
-        draft = make_draft(options, target, tokenizer)
+    draft = _draft_for(options, target, tokenizer)
     config = preprocess_config(tokenizer, target, draft.config, args)
     rows = load_rows(options.data, options.data_name, options.data_split, options.streaming)
     return tokenizer, (documents_of_row(row, number, config) for number, row in enumerate(rows))
 
 
+def _draft_for(options: TrainOptions, target: Any, tokenizer: Any) -> Any:
+    """Return the draft for a target on the meta device; only a draft that is loaded has weights."""
+    with torch.device("meta") if options.draft is None else nullcontext():
+        return make_draft(options, target, tokenizer)
+
+
 def models_without_weights(options: TrainOptions) -> tuple[Any, Any]:
     """Return the draft and the target of a run on the meta device, the target in the dtype that it is loaded in."""
     tokenizer, target = _without_weights(options)
-    with torch.device("meta") if options.draft is None else nullcontext():
-        draft = make_draft(options, target, tokenizer)
+    draft = _draft_for(options, target, tokenizer)
     if options.cut_target:
         target = _without_weights(options, 1 + max(draft.config.target_layer_ids))[1]
     return draft, target
@@ -407,8 +411,8 @@ def _fresh_fields(options: TrainOptions, layers: int) -> dict[str, Any]:
 def unused_token(target: Any, tokenizer: Any) -> int:
     """Return the first unused row of the target's embedding, which published drafts use as the mask token.
 
-    Where every row belongs to a token, return the first that its tokenizer reserves or names a mask; then a byte that
-    no text has; then the padding, if it ends no text.
+    Where every row belongs to a token, return the first that its tokenizer reserves or names a mask. Failing that, a
+    byte that no text has, or the padding if it ends no text.
 
     Raises:
         ValueError: there is none.
@@ -422,8 +426,8 @@ def unused_token(target: Any, tokenizer: Any) -> int:
         if found is not None:
             return found
     raise ValueError(
-        f"Every one of the {rows} rows of the target's embedding belongs to a token, so --mask-token-id must be "
-        "given: a token that does not occur in text. `tokenizer.convert_tokens_to_ids(TOKEN)` tells its number."
+        f"Every one of the {rows} rows of the target's embedding belongs to a token. So --mask-token-id must be "
+        "given: a token that does not occur in text. `tokenizer.convert_tokens_to_ids(TOKEN)` returns its number."
     )
 
 

@@ -260,8 +260,8 @@ class DFlashTrainer(Trainer):
         A resumed run is the uninterrupted one, or a warning says before its first step why it is not.
 
         Raises:
-            ValueError: another run writes the folder, there is no checkpoint to resume from, those of an earlier run
-                would be overwritten, or something was changed that the checkpoint would silently override.
+            ValueError: another run writes the folder; there is no checkpoint to resume from; those of an earlier run
+                would be overwritten; or the checkpoint would silently override a change.
         """
         with sole_trainer(self.args):
             checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
