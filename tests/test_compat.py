@@ -21,6 +21,7 @@ OF_OTHERS = {
     "_buffers": "torch.nn.Module: its own buffers by name",
     "_schema": "torch: the arguments and results of an operation",
     "_to_copy": "torch: the operation behind `to`",
+    "_unsafe_view": "torch: a view whose schema calls its result new",
     "_getframe": "sys",
     "_compile": "flex_attention: whether its mask is made by compiled code",
     "_internal_call": "Trainer.save_model: the Trainer's own way of saving, without a push",

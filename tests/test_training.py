@@ -277,9 +277,9 @@ def test_the_number_of_given_tokens_depends_on_the_row_the_seed_and_the_step_alo
     assert not torch.equal(drawn, draw_given(rows, anchors, 8, 0.5, (1, 6)))
 
 
-def test_the_published_gammas():
-    assert [default_gamma(size) for size in (16, 10, 8)] == [7, 5, 4]
-    assert default_gamma(2) >= 1
+def test_weights_fall_as_published_for_long_blocks_and_as_measured_best_for_short_ones():
+    assert [default_gamma(size) for size in (16, 10, 8, 2)] == [7, 5, 1.6, 1.6]
+    assert 1.6 < default_gamma(9) < 5
 
 
 def test_a_chunk_is_forgotten_before_the_next(monkeypatch):

@@ -44,7 +44,7 @@ class DFlashTrainingArguments(TrainingArguments):
         default=None,
         metadata={
             "help": "With decay, the weight at position k of a block is exp(-(k - 1) / gamma). Default: 7 for blocks "
-            "of 16."
+            "of 16, 5 for 10, 1.6 for 8 or less."
         },
     )
     dpace_alpha: float = field(

@@ -70,15 +70,18 @@ RECIPE: dict[str, Any] = {
 }
 COMPARED: dict[str, tuple[str, dict[str, Any]]] = {
     "DFlash": ("dflash", {}),
-    "DFlash, gamma 1.6": ("dflash", {"loss_gamma": 1.6}),
+    "DFlash, published decay": ("dflash", {"loss_gamma": 4.0}),
     "DFlash, D-PACE": ("dflash", {"loss_weights": "dpace"}),
     "DFlash, .1 ce + .9 tv": ("dflash", {"loss": "ce=0.1,tv=0.9"}),
     "DFlash, kl": ("dflash", {"loss": "kl"}),
     "DFlash 2": ("dflash2", {}),
+    "DFlash 2, published decay": ("dflash2", {"loss_gamma": 4.0}),
     "DFlash 2, D-PACE": ("dflash2", {"loss_weights": "dpace"}),
     "DSpark": ("dspark", {}),
+    "DSpark, published decay": ("dspark", {"loss_gamma": 4.0}),
     "DSpark, D-PACE": ("dspark", {"loss_weights": "dpace"}),
     "Domino": ("domino", {}),
+    "Domino, published decay": ("domino", {"loss_gamma": 4.0}),
     "Domino, D-PACE": ("domino", {"loss_weights": "dpace"}),
 }
 """What `--compare` trains: kind and options of the training, by the name in the table."""
