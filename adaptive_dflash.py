@@ -204,7 +204,6 @@ class AdaptiveProposer(TreeProposer):
         self.num_drafts = 0
         self.verified, self.drafted = Selection(), Selection()
         """Of the sizes of blocks to record."""
-        self.is_on_cuda = chain.draft_state.noise_ids.is_cuda
         self.active: list[bool] = []
         self.tokens_left = 1
 
@@ -291,9 +290,7 @@ class AdaptiveProposer(TreeProposer):
 
     def _draft_seconds(self) -> float:
         """Return what drafting costs in the same way; a cycle commits about three tokens."""
-        experience = self.experience
-        eager = experience.draft_seconds.mean
-        recorded = experience.recorded_seconds(eager, experience.saved_drafting)
+        eager, recorded = self.experience.drafting
         if self.drafted.has(1):
             return recorded
         return self.drafted.seconds(eager, recorded, 3 / self.tokens_left)
@@ -308,10 +305,7 @@ class AdaptiveProposer(TreeProposer):
         recorded = experience.cycle_seconds(chosen.kind, chosen.size, is_recorded=True)
         self.verified.ask(1 + chosen.size, expected, eager, recorded)
         if drafts:
-            expected = cycles * experience.draft_share.mean
-            eager = experience.draft_seconds.mean
-            recorded = experience.recorded_seconds(eager, experience.saved_drafting)
-            self.drafted.ask(1, expected, eager, recorded)
+            self.drafted.ask(1, cycles * experience.draft_share.mean, *experience.drafting)
 
     def _is_usual(self, uses: int) -> bool:
         """Tell whether the last of so many blocks of a size took the time that the next ones will take."""

@@ -25,7 +25,7 @@ UNTRIED = {"tree": 1.1, "branch": 1.1}
 """By kind, how much longer cycles are held to take than others before one was tried; other kinds a little less."""
 
 LEAST_SHARE = 0.4
-"""A recorded block is held to take at least this part of an eager one before it was tried."""
+"""A recorded block is held to take at least this part of an eager one, until it was tried."""
 
 DOUBT = 2.0
 """Accepted tokens, as many as expected, with which every count begins: few cycles prove little. They are forgotten."""
@@ -150,11 +150,13 @@ class Experience:
         if not is_recorded or own.weight:
             return base * own.mean
         eager = base * self._overhead(kind, size, False).mean
-        return self.recorded_seconds(eager, self.saved)
+        return max(eager - self.saved.mean, LEAST_SHARE * eager)
 
-    def recorded_seconds(self, eager: float, saved: Average) -> float:
-        """Return what to expect of a recorded block, where the eager one takes `eager` seconds."""
-        return max(eager - saved.mean, LEAST_SHARE * eager)
+    @property
+    def drafting(self) -> tuple[float, float]:
+        """Seconds of drafting, by an eager and by a recorded block."""
+        eager = self.draft_seconds.mean
+        return eager, max(eager - self.saved_drafting.mean, LEAST_SHARE * eager)
 
     def add_cycle(self, kind: str, size: int, seconds: float, is_recorded: bool = False) -> None:
         """Learn what a cycle cost without the draft."""

@@ -25,7 +25,7 @@ def test_a_few_steps_of_the_recipe_lower_the_loss_and_raise_acceptance_on_held_o
     """On a fortieth of its sources, with shorter rows, smaller batches and fewer anchors."""
     made, tokenizer = recipe(), AutoTokenizer.from_pretrained(TINY / "target")
     some, arguments = made.sources()[::40], made.DFlashTrainingArguments
-    monkeypatch.setattr(made, "sources", lambda: some)
+    monkeypatch.setattr(made, "sources", lambda tests: some)
     monkeypatch.setattr(made, "WIDTH", 72)
     monkeypatch.setattr(made, "PROMPT", 32)
     less = {"per_device_train_batch_size": 2, "num_anchors": 12, "logging_steps": 10}
@@ -37,6 +37,10 @@ def test_a_few_steps_of_the_recipe_lower_the_loss_and_raise_acceptance_on_held_o
     trained = made.make_draft(tmp_path, tiny_target, rows, made.Training("draft", "dflash2", 32, seed=0))
     losses = [line["loss"] for line in json.loads((tmp_path / "draft" / "log.json").read_text()) if "loss" in line]
     assert losses[-1] < 0.8 * losses[0]
+    goes_on = made.Training("draft2", "dflash2", 1, seed=1, options={"learning_rate": 1e-9}, start="draft")
+    again = made.make_draft(tmp_path, tiny_target, rows, goes_on)
+    for name, weight in trained.state_dict().items():
+        assert torch.allclose(again.state_dict()[name], weight, atol=1e-6), name
     before = made.measure(untrained, tiny_target, tokenizer, 1)
     after = made.measure(trained, tiny_target, tokenizer, 1)
     assert before["identical"]
@@ -49,7 +53,9 @@ def test_a_few_steps_of_the_recipe_lower_the_loss_and_raise_acceptance_on_held_o
 def test_the_held_out_files_are_not_among_the_sources():
     """Two of them are tables whose text stands in some thirty other encodings too."""
     made = recipe()
-    sources = made.sources()
+    modules, tests = made.sources(), made.sources(tests=True)
+    assert not {*modules} & {*tests} - {""}
+    sources = modules + tests
     held_out = [prompt["prompt"] for prompt in made.PROMPTS if prompt["source"] not in ("iso8859_15.py", "cp1251.py")]
     assert len(held_out) == len(made.PROMPTS) - 2
     assert len(sources) > 300
