@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
+from typer.core import TyperCommand
 
 from .commands.check import check
 from .commands.convert import convert
@@ -18,11 +19,20 @@ from .commands.env import env
 from .commands.eval import evaluate
 from .commands.features import features
 from .commands.generate import generate
+from .commands.mistakes import CheckedCommand
 from .commands.push import push
 from .commands.refresh import refresh
 from .commands.regenerate import regenerate
 from .commands.resolve import resolve
-from .commands.screen import Quiet, Verbose, errors, prose, set_level, with_levels
+from .commands.screen import (
+    Quiet,
+    Verbose,
+    errors,
+    in_words,
+    prose,
+    set_level,
+    with_levels,
+)
 from .commands.serve import serve
 from .commands.serve_with import serve_with
 from .commands.train import train
@@ -30,20 +40,30 @@ from .commands.version import print_version, version
 from .commands.words import in_flags
 
 app = typer.Typer(
-    name="dflash-hub", no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__
+    name="dflash-hub",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help=__doc__,
+    rich_markup_mode=None,  # its tables cut the names of options where a terminal has 80 columns
 )
 
 # `train` and `features` have their own parser, which also prints their help; see commands/training_run.py.
-PASS_ALL_OPTIONS = {
-    "allow_extra_args": True,
-    "ignore_unknown_options": True,
-    "help_option_names": [],
+PASS_ALL_OPTIONS: dict[str, Any] = {
+    "cls": TyperCommand,
+    "add_help_option": False,
+    "context_settings": {
+        "allow_extra_args": True,
+        "ignore_unknown_options": True,
+        "help_option_names": [],
+    },
 }
 
 
 def _add(command: Callable[..., None], name: str | None = None, **settings: Any) -> None:
     """Add a command, with the options that every command takes."""
-    app.command(name, **settings)(with_levels(command))
+    summary = (command.__doc__ or "").partition("\n\n")[0]  # which typer would cut
+    settings.setdefault("cls", CheckedCommand)
+    app.command(name, short_help=summary, **settings)(with_levels(command))
 
 
 @app.callback()
@@ -69,8 +89,8 @@ _add(drafts)
 _add(resolve)
 _add(check)
 _add(serve_with, "serve-with")
-_add(train, context_settings=PASS_ALL_OPTIONS, add_help_option=False)
-_add(features, context_settings=PASS_ALL_OPTIONS, add_help_option=False)
+_add(train, **PASS_ALL_OPTIONS)
+_add(features, **PASS_ALL_OPTIONS)
 _add(regenerate)
 _add(convert)
 _add(push)
@@ -83,15 +103,16 @@ def main() -> None:
     """Run the command line. Expected errors are printed in one line, others with their traceback."""
     # A notebook sets it for its own kernel. In another environment, importing matplotlib fails at it, and we need none.
     os.environ.pop("MPLBACKEND", None)
+    in_words(lambda message: in_flags(message, option_names(sys.argv[1:])))
     try:
         app(prog_name="dflash-hub")
     except (ValueError, OSError, RuntimeError, ImportError) as error:
-        message = in_flags(str(error), _options(sys.argv[1:]))
+        message = in_flags(str(error), option_names(sys.argv[1:]))
         prose(errors, f"[red]Error:[/red] {escape(message)}")
         sys.exit(1)
 
 
-def _options(words: list[str]) -> list[str]:
+def option_names(words: list[str]) -> list[str]:
     """Return the names of the options of the command that was called."""
     called = _called(words)
     if called == "train":
@@ -104,7 +125,7 @@ def _options(words: list[str]) -> list[str]:
         return features_run.option_names()
     command = typer.main.get_command(app)
     found = getattr(command, "commands", {}).get(called)
-    return [option.name for option in getattr(found, "params", ())]
+    return [one.name for one in getattr(found, "params", ()) if one.param_type_name == "option"]
 
 
 def _called(words: list[str]) -> str:

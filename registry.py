@@ -580,6 +580,19 @@ def load_draft(name: str | Path, **from_pretrained_kwargs: Any) -> DFlashDraftMo
     return draft
 
 
+def read_config(name: str | Path, **where: Any) -> Any:
+    """Return the config of a draft of any kind and layout, without its weights.
+
+    Args:
+        where: as in `from_pretrained` of transformers, such as `revision`.
+
+    Raises:
+        ValueError, OSError: as `load_draft` does.
+    """
+    content, _ = DFlashConfig.get_config_dict(name, **where)
+    return KINDS[variant_of(content)].config_class.from_pretrained(name, **where)
+
+
 class _Resolved(SpeculativeGenerate):
     """Find and load the draft of each target once, and decode with it.
 

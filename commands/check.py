@@ -10,6 +10,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from .built_in import OF_TARGET, target_named
 from .loading import load_target
 from .preflight import (
     Problems,
@@ -17,9 +18,11 @@ from .preflight import (
     check_draft_name,
     check_dtype,
     check_target,
+    device_of,
+    read_text,
 )
 from .screen import console, doing, errors, hide_bars, notes, prose
-from .shared import ReadToken
+from .shared import AnyDraft, ReadToken
 from .words import in_flags
 
 if TYPE_CHECKING:
@@ -33,10 +36,13 @@ _HUB = "the hub layout of dflash-hub"
 
 
 def check(
-    draft: Annotated[str, typer.Argument(help="Hub id or folder of the draft, in any layout.")],
+    draft: AnyDraft,
     target: Annotated[
         str | None,
-        typer.Option(help="Hub id or folder of its target: checks the pair, and decodes with it."),
+        typer.Option(
+            help=f"Hub id or folder of its target: checks the pair, and decodes with it; {OF_TARGET}.",
+            callback=target_named,
+        ),
     ] = None,
     revision: Annotated[
         str | None, typer.Option(help="Commit, tag or branch of the draft.")
@@ -66,35 +72,49 @@ def check(
 
     Exit status: 0 good, 1 works with warnings, 2 broken or not to be read. What engines do with it does not count.
     """
-    from ..checking import CheckOptions, check_draft
-
-    hide_bars(downloads=False)
     try:
         where = {"revision": revision, "token": token}
         texts = _texts((draft, where), target, prompts, (dtype, device))
-        with doing("Starting") as status:
-            options = CheckOptions(
-                revision=revision,
-                token=token,
-                values=values,
-                prompts=texts,
-                max_new_tokens=max_new_tokens,
-                report=lambda step: status.update(escape(step)),
-            )
-            model = _target_model(target, dtype, device) if target and run else None
-            report = check_draft(draft, target if model is None else model, options)
+        settings = {"values": values, "prompts": texts, "max_new_tokens": max_new_tokens, **where}
+        report = _checked(draft, target, settings, (dtype, device) if run else None)
     except (ValueError, OSError, RuntimeError, ImportError) as error:
-        message = in_flags(str(error), ("revision", "target", "prompts", "token"))
-        prose(errors, f"[red]Error:[/red] {escape(message)}")
-        if as_json:
-            found = {"draft": draft, "status": _BROKEN, "verdict": "broken", "error": message}
-            typer.echo(json.dumps(found, indent=2))
+        _tell_broken(draft, str(error), as_json)
         raise typer.Exit(_BROKEN) from error
     if as_json:
         typer.echo(json.dumps(report.as_dict(), indent=2))
     else:
         show_report(report)
     raise typer.Exit(report.status)
+
+
+def _checked(
+    draft: str,
+    target: str | None,
+    settings: dict[str, Any],
+    runs: tuple[str, str | None] | None,
+) -> "DraftReport":
+    """Return the report on a draft.
+
+    Args:
+        settings: fields of `CheckOptions`.
+        runs: dtype and device of the target; None for not to decode.
+    """
+    from ..checking import CheckOptions, check_draft
+
+    hide_bars(downloads=False)
+    with doing("Starting") as status:
+        options = CheckOptions(**settings, report=lambda step: status.update(escape(step)))
+        model = _target_model(target, *runs) if target and runs else None
+        return check_draft(draft, target if model is None else model, options)
+
+
+def _tell_broken(draft: str, error: str, as_json: bool) -> None:
+    """Print why a draft could not be checked."""
+    message = in_flags(error, ("revision", "target", "prompts", "token"))
+    prose(errors, f"[red]Error:[/red] {escape(message)}")
+    if as_json:
+        found = {"draft": draft, "status": _BROKEN, "verdict": "broken", "error": message}
+        typer.echo(json.dumps(found, indent=2))
 
 
 def _texts(
@@ -125,11 +145,8 @@ def _texts(
 
 def _target_model(target: str, dtype: str, device: str | None) -> Any:
     """Load the target to decode with it; None, with a line on stderr, where that fails."""
-    import torch
-
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return load_target(target, dtype).to(device).eval()
+        return load_target(target, dtype).to(device_of(device)).eval()
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         first = str(error).splitlines()[0]
         prose(notes, f"Nothing is decoded: {first}", "yellow", markup=False)
@@ -142,14 +159,7 @@ def read_prompts(path: Path) -> list[str]:
     Raises:
         ValueError: it cannot be read, a line of a JSONL file is none, or there is no prompt.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no text in UTF-8"
-        raise ValueError(
-            f"--prompts is {path}, which cannot be read: {reason}; pass a file of prompts."
-        ) from error
-    lines = [line for line in text.splitlines() if line.strip()]
+    lines = [line for line in read_text(path, "--prompts").splitlines() if line.strip()]
     if path.suffix == ".jsonl":
         lines = [_prompt_in(path, line) for line in lines]
     if not lines:

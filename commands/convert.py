@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
+from .built_in import OF_TARGET, target_named
 from .preflight import (
     Problems,
     check_draft_name,
@@ -18,13 +19,14 @@ from .preflight import (
     check_target,
 )
 from .screen import console, hide_bars, prose
+from .shared import AnyDraft
 
 if TYPE_CHECKING:
     from ..publishing.convert import Conversion
 
 
 def convert(
-    source: Annotated[str, typer.Argument(help="Hub id or folder of the draft, in any layout.")],
+    source: AnyDraft,
     destination: Annotated[Path, typer.Argument(help="Folder to write.")],
     layout: Annotated[
         str, typer.Option(help="hub, engines, speculators or muse; see docs/layouts.md.")
@@ -36,7 +38,9 @@ def convert(
     target: Annotated[
         str | None,
         typer.Option(
-            help="Hub id or folder of the target: says what config.json lacks; copies of its parts are left out."
+            help="Hub id or folder of the target: says what config.json lacks; copies of its parts are left out. "
+            f"{OF_TARGET}.",
+            callback=target_named,
         ),
     ] = None,
     dry_run: Annotated[

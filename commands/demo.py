@@ -12,6 +12,8 @@ from rich.panel import Panel
 from rich.table import Table
 
 from ..kinds import DEMO_KIND, KINDS, kind_named
+from .built_in import FOLDER, TARGET
+from .preflight import Problems, check_capture
 from .screen import console, doing, hide_bars
 from .shared import Capture, fail_differing, show_speed
 
@@ -27,40 +29,62 @@ def demo(
     variant: Annotated[str, typer.Option(help=f"Kind of draft: {' or '.join(SHOWN)}.")] = DEMO_KIND,
 ) -> None:
     """Run the built-in models: plain and DFlash output side by side, with speeds. Offline; 30 s the first time."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     from ..evaluation import compare, warm_up
     from ..registry import load_draft
 
+    problems = Problems()
+    problems.check(check_capture, capture)
+    folder = problems.check(_draft, variant)
+    problems.raise_all()
     hide_bars(downloads=False)
-    torch.set_num_threads(1)  # more threads only slow models of this size down
-    folder = Path(__file__).parents[1] / "examples" / "tiny_pair"
-    tokenizer = AutoTokenizer.from_pretrained(folder / "target")
-    target = AutoModelForCausalLM.from_pretrained(folder / "target")
-    kind = kind_named(variant)
-    draft = load_draft(kind.demo_draft(folder))
-    lines = (folder / "prompts.jsonl").read_text(encoding="utf-8").splitlines()[:prompts]
-    texts = [json.loads(line)["prompt"] for line in lines]
-    rows = [tokenizer(text, return_tensors="pt").input_ids[:, -150:] for text in texts]
+    tokenizer = AutoTokenizer.from_pretrained(TARGET)
+    target, draft = _target(), load_draft(folder)
+    rows = _prompts(tokenizer, prompts)
     with doing("Warming up (compiling takes about 30 s)"):
         warm_up(draft, target, rows[0], capture)
     results = [compare(draft, target, row, max_new_tokens=96, capture=capture) for row in rows]
     total = sum(results[1:], results[0])
-
+    title = kind_named(variant).title
     console.print(
         f"[bold]DFlash demo[/bold]: a target with {target.num_parameters():,} parameters that writes Python, ",
         end="",
     )
     console.print(
-        f"and its {kind.title} draft with {draft.num_parameters():,}. Greedy, {len(rows)} held-out prompts.\n"
+        f"and its {title} draft with {draft.num_parameters():,}. Greedy, {len(rows)} held-out prompts.\n"
     )
     # So small a target often repeats itself, so show the most varied text.
     shown = max(range(len(results)), key=lambda index: len({*results[index].plain[0]}))
-    show_texts(tokenizer, rows[shown], results[shown], kind.title)
+    show_texts(tokenizer, rows[shown], results[shown], title)
     show_speed(total)
     if not total.identical:
         fail_differing()
+
+
+def _draft(variant: str) -> Path:
+    """Return the folder of the built-in draft of a kind.
+
+    Raises:
+        ValueError: there is none.
+    """
+    return kind_named(variant).demo_draft(FOLDER)
+
+
+def _target() -> Any:
+    """Return the built-in target."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(1)  # more threads only slow models of this size down
+    return AutoModelForCausalLM.from_pretrained(TARGET)
+
+
+def _prompts(tokenizer: Any, count: int) -> list[Any]:
+    """Return the first held-out prompts as tokens, each `[1, P]`."""
+    lines = (FOLDER / "prompts.jsonl").read_text(encoding="utf-8").splitlines()[:count]
+    texts = [json.loads(line)["prompt"] for line in lines]
+    return [tokenizer(text, return_tensors="pt").input_ids[:, -150:] for text in texts]
 
 
 def show_texts(tokenizer: Any, row: Any, result: "Comparison", title: str) -> None:

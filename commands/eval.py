@@ -3,26 +3,49 @@
 """`dflash-hub eval`: compare decoding plainly, with drafts and by other methods, on the same prompts."""
 
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .built_in import OF_DRAFT, OF_TARGET, draft_named, target_named
 from .eval_models import Choice, Loader, against_of
 from .eval_table import show_differences, show_results, watching
 from .preflight import Problems, check_folder_to_write
-from .shared import Capture, Device, Dtype, NewTokens, Proposal, console, tidy_when_terminated
+from .shared import (
+    Capture,
+    Device,
+    Dtype,
+    NewTokens,
+    Proposal,
+    complete_draft,
+    complete_target,
+    console,
+    tidy_when_terminated,
+)
 
 if TYPE_CHECKING:
+    from ..evaluation.decoding import Models
+    from ..evaluation.run import Evaluation, Settings
     from ..evaluation.scores import Score
 
 
 def evaluate(
-    target: Annotated[str | None, typer.Option(help="Hub id or folder of the target.")] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Hub id or folder of the target; {OF_TARGET}.",
+            autocompletion=complete_target,
+            callback=target_named,
+        ),
+    ] = None,
     draft: Annotated[
         list[str] | None,
         typer.Option(
-            help="Hub id (or id@revision) or folder of a draft; may be repeated (default: the known draft)."
+            help="Hub id (or id@revision) or folder of a draft; may be repeated (default: the known draft). "
+            f"{OF_DRAFT}.",
+            autocompletion=complete_draft,
         ),
     ] = None,
     prompts: Annotated[
@@ -101,18 +124,17 @@ def evaluate(
     ] = None,
 ) -> None:
     """Decode the same prompts plainly and with each draft, in turn; report what is faster and what is exact."""
+    problems = Problems()
     if compare is not None:
+        problems.raise_all()
         compare_reports(*compare)
         return
-    from ..evaluation.prompts import load_prompts
-
-    if target is None or output_dir is None:
-        missing = "--target" if target is None else "--output-dir"
-        raise ValueError(f"{missing} is missing; it may be left out with --compare only.")
-    problems = Problems()
+    for flag, value in (("--target", target), ("--output-dir", output_dir)):
+        if value is None:
+            problems.add(f"{flag} is missing; it may be left out with --compare only.")
     choice = Choice(
-        target,
-        draft or [],
+        target or "",
+        [str(draft_named(one)) for one in draft or []],
         block_size or [],
         problems.check(against_of, against) or [],
         dtype,
@@ -120,31 +142,77 @@ def evaluate(
         capture,
         proposal,
     )
-    conditions = (temperature or [0.0], batch_size or [1], context or [])
-    encoding = (chat_template, problems.check(thinking_of, thinking))
-    counts = {"max_new_tokens": max_new_tokens, "repeats": repeats, "seed": seed, "limit": limit}
-    counts["float32_check"] = float32_check
-    problems.check(check_folder_to_write, output_dir, "--output-dir")
-    if update_card:
-        problems.check(_check_cards, choice)
+    asked = Asked(
+        choice,
+        prompts,
+        output_dir or Path(),
+        (temperature or [0.0], batch_size or [1], context or []),
+        chat_template,
+        problems.check(thinking_of, thinking),
+    )
+    asked.counts.update(max_new_tokens=max_new_tokens, repeats=repeats, seed=seed, limit=limit)
+    asked.counts["float32_check"] = float32_check
     score = problems.check(score_of, eval_results, prompts, update_card)
-    choice.check(_conditions(conditions), problems)
-    problems.check(load_prompts, prompts, limit)
+    _check(asked, update_card, problems)
     problems.raise_all()
-    report = run(choice, conditions, prompts, encoding, output_dir, counts)
+    report = run(asked)
     if pngs:
-        from ..evaluation.pngs import write_pngs
-
-        for path in write_pngs(report, output_dir / "charts"):
-            console.print(f"Chart: {path}", soft_wrap=True, highlight=False)
+        _draw(report, asked.output_dir)
     if update_card:
-        from ..evaluation.card import update_cards
-
-        for path in update_cards(report):
-            console.print(f"Card: {path}", soft_wrap=True, highlight=False)
-        write_score(report, score)
+        _write_cards(report, score)
     if has_failed(report):
         raise typer.Exit(1)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is to be evaluated.
+
+    Args:
+        prompts: name or file.
+        output_dir: of the report.
+        grid: temperatures, batch sizes and contexts.
+        chat_template: whether to apply it; None for if there is one.
+        thinking: whether to think; None to leave it to the target.
+        counts: further fields of `Settings`.
+    """
+
+    choice: Choice
+    prompts: str
+    output_dir: Path
+    grid: tuple[list[float], list[int], list[int]]
+    chat_template: bool | None
+    thinking: bool | None
+    counts: dict[str, Any] = field(default_factory=dict)
+
+
+def _check(asked: Asked, update_card: bool, problems: Problems) -> None:
+    """Collect what cannot be evaluated, before anything is loaded."""
+    from ..evaluation.prompts import load_prompts
+    from ..evaluation.ways import conditions
+
+    problems.check(check_folder_to_write, asked.output_dir, "--output-dir")
+    if update_card:
+        problems.check(_check_cards, asked.choice)
+    asked.choice.check(conditions(*asked.grid), problems)
+    problems.check(load_prompts, asked.prompts, asked.counts["limit"])
+
+
+def _draw(report: dict[str, Any], folder: Path) -> None:
+    """Draw the charts as files."""
+    from ..evaluation.pngs import write_pngs
+
+    for path in write_pngs(report, folder / "charts"):
+        console.print(f"Chart: {path}", soft_wrap=True, highlight=False)
+
+
+def _write_cards(report: dict[str, Any], score: "Score | None") -> None:
+    """Write the figures into the cards of drafts in folders."""
+    from ..evaluation.card import update_cards
+
+    for path in update_cards(report):
+        console.print(f"Card: {path}", soft_wrap=True, highlight=False)
+    write_score(report, score)
 
 
 def _check_cards(choice: Choice) -> None:
@@ -159,77 +227,77 @@ def _check_cards(choice: Choice) -> None:
     check_folders(choice.drafts)
 
 
-def _conditions(values: tuple[list[float], list[int], list[int]]) -> list[Any]:
-    """Return the conditions of these temperatures, batch sizes and contexts."""
-    from ..evaluation.ways import conditions
-
-    return list(conditions(*values))
-
-
-def run(
-    choice: Choice,
-    grid_values: tuple[list[float], list[int], list[int]],
-    prompts: str,
-    template: tuple[bool | None, bool | None],
-    output_dir: Path,
-    counts: dict[str, Any],
-) -> dict[str, Any]:
-    """Load everything, evaluate, and show the results; return the report.
-
-    Args:
-        grid_values: temperatures, batch sizes and contexts.
-        template: whether to apply the chat template, and whether to think; None to leave it to the target.
-        counts: further fields of `Settings`.
-    """
-    from ..compat_dflash import attention_name
+def run(asked: Asked) -> dict[str, Any]:
+    """Load everything, evaluate, and show the results; return the report."""
     from ..evaluation.encoding import Encoding
     from ..evaluation.prompts import load_prompts
-    from ..evaluation.run import Evaluation, Settings
+    from ..evaluation.run import Evaluation
     from ..evaluation.ways import conditions, grid
     from ..training.locks import sole_writer
 
-    found = conditions(*grid_values)
-    prompt_set = load_prompts(prompts, counts["limit"])
-    loader = Loader(choice)
+    folder = asked.output_dir
+    prompt_set = load_prompts(asked.prompts, asked.counts["limit"])
+    loader = Loader(asked.choice)
     tokenizer = loader.tokenizer()
-    applies = template[0]
+    applies = asked.chat_template
     if applies is None:
         applies = bool(getattr(tokenizer, "chat_template", None))
-    encoding = Encoding(tokenizer, applies, template[1])
-    with sole_writer(output_dir, output_dir / ".lock", "--output-dir"), tidy_when_terminated():
+    with sole_writer(folder, folder / ".lock", "--output-dir"), tidy_when_terminated():
         models = loader.models()
-        settings = Settings(
-            choice.target,
-            prompts,
-            target_revision=loader.revision(models.target),
-            chat_template=applies,
-            thinking=template[1],
-            dtype=str(models.target.dtype).removeprefix("torch."),
-            device=str(models.target.device),
-            attention=attention_name(models.target.config),
-            capture=choice.capture,
-            proposal=choice.proposal,
-            warm_up=3 if choice.capture == "compile" else 1,
-            command=" ".join(["dflash-hub", *sys.argv[1:]]),
-            **counts,
-        )
-        ways = grid(loader.draftings(models), found)
         evaluation = Evaluation(
-            models, ways, prompt_set, encoding, settings, output_dir, loader.in_float32
+            models,
+            grid(loader.draftings(models), conditions(*asked.grid)),
+            prompt_set,
+            Encoding(tokenizer, applies, asked.thinking),
+            _settings(asked, loader, models, applies),
+            folder,
+            loader.in_float32,
         )
         try:
             with watching() as watch:
                 report = evaluation.run(watch)
         except KeyboardInterrupt:
-            done, total = len(evaluation.report.records), evaluation.total
-            console.print(
-                f"Stopped after {done} of {total} decodes. {evaluation.report.path} is a report of them; the same "
-                "command goes on.",
-                soft_wrap=True,
-            )
+            _tell_interrupted(evaluation)
             raise typer.Exit(130) from None
     show_results(report, evaluation.report.path)
     return report
+
+
+def _settings(asked: Asked, loader: Loader, models: "Models", applies: bool) -> "Settings":
+    """Return what is evaluated and how, as the report says it.
+
+    Args:
+        applies: whether the chat template is applied.
+    """
+    from ..compat_dflash import attention_name
+    from ..evaluation.run import Settings
+
+    target, choice = models.target, asked.choice
+    return Settings(
+        choice.target,
+        asked.prompts,
+        target_revision=loader.revision(target),
+        chat_template=applies,
+        thinking=asked.thinking,
+        dtype=str(target.dtype).removeprefix("torch."),
+        device=str(target.device),
+        attention=attention_name(target.config),
+        capture=choice.capture,
+        proposal=choice.proposal,
+        warm_up=3 if choice.capture == "compile" else 1,
+        command=" ".join(["dflash-hub", *sys.argv[1:]]),
+        **asked.counts,
+    )
+
+
+def _tell_interrupted(evaluation: "Evaluation") -> None:
+    """Print what an evaluation that was ended by Ctrl-C has left."""
+    done, total = len(evaluation.report.records), evaluation.total
+    console.print(
+        f"Stopped after {done} of {total} decodes. {evaluation.report.path} is a report of them; the same command goes "
+        "on.",
+        soft_wrap=True,
+    )
 
 
 def score_of(words: tuple[str, str, str] | None, prompts: str, update_card: bool) -> "Score | None":

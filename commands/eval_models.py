@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .built_in import draft_of
 from .loading import load_target, load_tokenizer
 from .preflight import (
     Problems,
@@ -17,6 +18,7 @@ from .preflight import (
     check_dtype,
     check_proposal,
     check_target,
+    device_of,
 )
 
 if TYPE_CHECKING:
@@ -52,7 +54,8 @@ class Choice:
     def check(self, conditions: Sequence["Condition"], problems: Problems) -> None:
         """Collect what cannot be evaluated, before anything is loaded."""
         found = len(problems.found)
-        problems.check(check_target, self.target)
+        if self.target:
+            problems.check(check_target, self.target)
         for draft in self.drafts:
             problems.check(check_draft, *at_revision(draft))
         problems.check(check_dtype, self.dtype)
@@ -68,7 +71,7 @@ class Choice:
                 f"--against {','.join(single)} decodes one row at a time in transformers; leave out "
                 "--batch-size or --against."
             )
-        if len(problems.found) == found:
+        if self.target and len(problems.found) == found:
             problems.check(load_tokenizer, self.target)
 
 
@@ -99,10 +102,8 @@ class Loader:
     """Loads the models of a choice, in the asked dtype and in float32."""
 
     def __init__(self, choice: Choice):
-        import torch
-
         self.choice = choice
-        self.device = choice.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = device_of(choice.device)
         self.files: dict[str, tuple[str, dict[str, str]]] = {}
         """Repository or folder of each draft, with revision and subfolder, by the name in the report."""
 
@@ -150,7 +151,9 @@ class Loader:
 
     def _draft_names(self, target: Any) -> list[str]:
         """Return the names of the drafts; without any asked for, that of the target's known draft."""
-        for name in () if self.files else self.choice.drafts:
+        own = draft_of(self.choice.target)
+        names = self.choice.drafts or ([own] if own else [])
+        for name in () if self.files else names:
             repository, revision = at_revision(name)
             self._set_files(name, repository, {"revision": revision or ""})
         if not self.files:

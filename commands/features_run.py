@@ -10,12 +10,22 @@ from typing import Any
 import typer
 from rich.table import Table
 
-from ..training.feature_setup import FeatureArguments, FeatureJob
+from ..training.contradictions import fresh_mistakes
+from ..training.feature_setup import FeatureArguments, FeatureJob, check_writing
 from ..training.feature_writer import write
-from ..training.setup import TrainOptions
+from ..training.options import refuse
+from ..training.setup import TrainOptions, shape_of
+from .built_in import in_words
 from .loading import load_tokenizer
-from .parsing import Parser, check_words
-from .preflight import Problems, check_draft, check_dtype, check_target
+from .parsing import Parser, parsed
+from .preflight import (
+    Problems,
+    check_data,
+    check_draft,
+    check_dtype,
+    check_folder_to_write,
+    check_target,
+)
 from .screen import console, duration, hide_bars, note, notes, rows_progress
 
 
@@ -29,10 +39,8 @@ def write_features(argv: list[str]) -> None:
         ValueError: the options, the target or the data are invalid, or the folder holds something else.
         OSError: something cannot be found or written.
     """
-    options, given = _parse(argv)
+    options, given = _parse(in_words(argv))
     folder = Path(given.output_dir)
-    if folder.is_file():
-        raise ValueError(f"--output-dir is the file {folder}; pass a folder.")
     hide_bars()
     job = FeatureJob(options, given)
     for name, report in job.reports.items():
@@ -65,13 +73,21 @@ def _parse(argv: list[str]) -> tuple[TrainOptions, FeatureArguments]:
     kinds: Any = (TrainOptions, FeatureArguments)
     parser = Parser(kinds, prog="dflash-hub features", allow_abbrev=False)
     problems = Problems()
-    check_words(parser, argv, problems)
-    options, given = parser.parse_args_into_dataclasses(argv)
-    problems.check(check_target, options.target)
-    problems.check(check_draft, options.draft, options.draft_revision)
-    problems.check(check_dtype, options.target_dtype, "--target-dtype")
+    options, given = parsed(parser, argv, problems)
+    if given is not None:
+        problems.check(check_folder_to_write, given.output_dir, "--output-dir")
+    if options is not None:
+        problems.check(check_target, options.target)
+        problems.check(check_draft, options.draft, options.draft_revision)
+        problems.check(check_dtype, options.target_dtype, "--target-dtype")
+        problems.check(check_data, options.data)
+        problems.check(check_writing, options)
+        if options.draft is None:
+            problems.check(refuse, fresh_mistakes(options))
     if not problems.found:
         problems.check(load_tokenizer, options.target, options.trust_remote_code)
+    if not problems.found:
+        problems.check(shape_of, options)
     problems.raise_all()
     return options, given
 

@@ -3,11 +3,13 @@
 """`dflash-hub generate`: answer a prompt, or hold a conversation, with a target and its draft."""
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .built_in import TARGET, TEMPLATE
 from .loading import checked_tokenizer, load_pair, load_target
 from .preflight import (
     Problems,
@@ -16,6 +18,8 @@ from .preflight import (
     check_draft,
     check_dtype,
     check_proposal,
+    device_of,
+    read_text,
 )
 from .screen import note, notes, prose
 from .shared import (
@@ -54,6 +58,9 @@ def generate(
         bool | None,
         typer.Option(help="Apply the target's chat template (default: if it has one)."),
     ] = None,
+    chat_template_file: Annotated[
+        Path | None, typer.Option(help="A file with a chat template, in place of the target's.")
+    ] = None,
     max_new_tokens: NewTokens = 256,
     temperature: Annotated[
         float | None, typer.Option(min=0, help="0 is greedy, the default; above, text is sampled.")
@@ -81,7 +88,7 @@ def generate(
     width: Width = None,
 ) -> None:
     """Answer a prompt and stream the text; the line below it says how fast, and how often the draft was right."""
-    from .answers import Answerer, Sampling, encode
+    from .answers import Answerer, Sampling
 
     sampling = Sampling(temperature, top_p, top_k, seed, tuple(stop or ()))
     problems = Problems()
@@ -95,15 +102,13 @@ def generate(
     problems.check(check_capture, capture)
     problems.check(check_proposal, proposal, width)
     problems.check(check_draft, draft, draft_revision)
-    tokenizer, template = checked_tokenizer(problems, target), None
-    if tokenizer is not None:
-        template = problems.check(_template, tokenizer, chat_template, chat, system)
+    asked = Template(chat_template, chat_template_file, chat, system)
+    tokenizer, template = asked.check(target, problems)
     problems.raise_all()
 
     messages = [] if system is None else [{"role": "system", "content": system}]
-    first = [] if text is None else [*messages, {"role": "user", "content": text}]
-    row = encode(tokenizer, first, bool(template)) if first else None
-    model = load_target(target, dtype).to(_device(device)).eval()
+    row = None if text is None else _encoded(tokenizer, messages, text, template)
+    model = load_target(target, dtype).to(device_of(device)).eval()
     pair = load_pair(model, draft, draft_revision)
     pair.draft.to(model.device).eval()
     answerer = Answerer(pair, tokenizer, sampling, capture)
@@ -114,11 +119,11 @@ def generate(
         _once(answerer, row.to(model.device), str(text), max_new_tokens, compare)
 
 
-def _device(device: str | None) -> str:
-    """Return the device to run on."""
-    import torch
+def _encoded(tokenizer: Any, messages: list[dict[str, str]], text: str, template: bool) -> Any:
+    """Return the token ids of a prompt after these messages, `[1, P]`."""
+    from .answers import encode
 
-    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return encode(tokenizer, [*messages, {"role": "user", "content": text}], template)
 
 
 def _prompt(prompt: str | None, file: Path | None, chat: bool) -> str | None:
@@ -151,26 +156,65 @@ def _prompt(prompt: str | None, file: Path | None, chat: bool) -> str | None:
     return text
 
 
-def _template(tokenizer: Any, asked: bool | None, chat: bool, system: str | None) -> bool:
-    """Return whether the chat template is applied.
+@dataclass(frozen=True)
+class Template:
+    """What is asked for of the chat template.
 
-    Raises:
-        ValueError: it is needed, and there is none or it is turned off.
+    Args:
+        asked: whether to apply it; None for if there is one.
+        file: with a template in place of the target's; None for that.
+        chat: whether a conversation is held.
+        system: its system message; None for none.
     """
-    has_one = bool(getattr(tokenizer, "chat_template", None))
-    needs = [flag for flag, given in (("--chat", chat), ("--system", system is not None)) if given]
-    if asked and not has_one:
-        needs.append("--chat-template")
-    if needs and not has_one:
-        raise ValueError(
-            f"The target's tokenizer has no chat template, which {' and '.join(needs)} would use; pass a target that "
-            "was trained for chats."
-        )
-    if needs and asked is False:
-        raise ValueError(
-            f"{' and '.join(needs)} needs the chat template; leave out --no-chat-template."
-        )
-    return has_one if asked is None else asked
+
+    asked: bool | None
+    file: Path | None
+    chat: bool
+    system: str | None
+
+    def check(self, target: str, problems: Problems) -> tuple[Any, bool]:
+        """Collect what is wrong with it; return the target's tokenizer, or None, and whether the template is applied.
+
+        The tokenizer has the template of the file. The built-in target continues texts, so a conversation with it is
+        one text.
+        """
+        template = None
+        if self.file is not None:
+            template = problems.check(read_text, self.file, "--chat-template-file")
+        elif target == TARGET and (self.chat or self.system is not None):
+            template = TEMPLATE
+        tokenizer = checked_tokenizer(problems, target)
+        if tokenizer is None:
+            return None, False
+        if template is not None:
+            tokenizer.chat_template = template
+        return tokenizer, bool(problems.check(self._applies, tokenizer))
+
+    def _applies(self, tokenizer: Any) -> bool:
+        """Return whether the chat template is applied.
+
+        Raises:
+            ValueError: it is needed, and there is none or it is turned off.
+        """
+        has_one = bool(getattr(tokenizer, "chat_template", None))
+        given = {
+            "--chat": self.chat,
+            "--system": self.system is not None,
+            "--chat-template-file": self.file is not None,
+        }
+        needs = [flag for flag, is_given in given.items() if is_given]
+        if self.asked and not has_one:
+            needs.append("--chat-template")
+        if needs and not has_one:
+            raise ValueError(
+                f"The target's tokenizer has no chat template, which {' and '.join(needs)} would use; pass "
+                "--chat-template-file FILE with one, or a target that was trained for chats."
+            )
+        if needs and self.asked is False:
+            raise ValueError(
+                f"{' and '.join(needs)} needs the chat template; leave out --no-chat-template."
+            )
+        return has_one if self.asked is None else self.asked
 
 
 # One prompt ----------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..catalogue import check_folder, rows
+from .built_in import TARGET, draft_of, name_of
 from .preflight import Problems, check_target
 from .screen import hide_bars, note, notes, prose
 
@@ -28,12 +29,17 @@ class Loaded:
 
 def load_target(name: str, dtype: str) -> Any:
     """Load the target's text model, or its image-and-text model where transformers has no text model for it."""
+    import torch
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     from ..findings_dflash import LOADING, explained
 
     hide_bars()
-    notes.print(f"Loading {name}", style="dim", markup=False, highlight=False, soft_wrap=True)
+    if name == TARGET:
+        torch.set_num_threads(1)  # more threads only slow models of this size down
+    notes.print(
+        f"Loading {name_of(name)}", style="dim", markup=False, highlight=False, soft_wrap=True
+    )
     with explained(f"The target {name} could not be loaded", LOADING):
         try:
             return _with_all_weights(AutoModelForCausalLM, name, dtype)
@@ -110,6 +116,7 @@ def load_pair(model: Any, draft: str | None, revision: str | None) -> Loaded:
     """Load the draft with this name, or the registry's draft for the target, in the target's dtype."""
     from ..registry import explain_resolution, load_draft
 
+    draft = draft or draft_of(str(getattr(model.config, "_name_or_path", "")))
     if draft is None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # the reason is printed below

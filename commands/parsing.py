@@ -2,11 +2,16 @@
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
 """Parse the commands whose options are dataclasses: `train` and `features`."""
 
-import difflib
-from typing import NoReturn
+from argparse import ArgumentError
+from collections.abc import Iterator
+from dataclasses import fields
+from functools import partial
+from typing import Any, NoReturn
 
+import typer
 from transformers import HfArgumentParser
 
+from .mistakes import no_such_option
 from .preflight import Problems
 
 
@@ -17,26 +22,78 @@ class Parser(HfArgumentParser):
         raise ValueError(f"{message}. `{self.prog} --help` lists the options.")
 
 
-def check_words(parser: Parser, argv: list[str], problems: Problems) -> None:
-    """Refuse options that there are not.
+def parsed(parser: Parser, argv: list[str], problems: Problems) -> list[Any]:
+    """Return what a command line says, in each of the parser's dataclasses; None for one whose values are refused.
 
     Raises:
-        ValueError: listing them, and what is missing besides.
+        ValueError: a word is no option, a value cannot be read, or something is missing; lists all that is wrong.
     """
-    known = [name for action in parser._actions for name in action.option_strings]
-    for word in argv:
-        name = word.partition("=")[0]
-        if name.startswith("--") and name not in known:
-            problems.add(_unknown(name, known, parser.prog))
-    if problems.found:
-        problems.check(parser.parse_known_args, argv)
+    if {"-h", "--help"}.intersection(argv):
+        parser.print_help()
+        raise typer.Exit
+    actions = parser._option_string_actions
+    dashed = [name for name in actions if name.startswith("--") and "_" not in name]
+    words: list[str] = []
+    wrong_values: list[str] = []
+    for name, values, whole in _options(argv):
+        action: Any = actions.get(name)
+        if action is None and name:
+            problems.add(no_such_option(name, dashed, parser.prog))
+        elif action is not None and (wrong := _wrong_value(parser, action, values)):
+            wrong_values.append(wrong)
+        else:
+            words += whole
+    names = _missing(parser, argv)
+    if names:
+        problems.add(f"These options are missing: {', '.join(names)}.")
+    is_readable = not problems.found
+    for one in wrong_values:
+        problems.add(one)
+    if not is_readable:
         problems.raise_all()
+    given = vars(parser.parse_args(words))
+    made = []
+    for kind in parser.dataclass_types:
+        values_of_kind = {one.name: given[one.name] for one in fields(kind) if one.init}
+        made.append(problems.check(partial(kind, **values_of_kind)))
+    return made
 
 
-def _unknown(name: str, known: list[str], command: str) -> str:
-    """Return the message for an option that there is not, with the one that is spelt most like it."""
-    dashed = [one for one in known if one.startswith("--") and "_" not in one]
-    alike = difflib.get_close_matches(name.replace("_", "-"), dashed, n=1, cutoff=0.6)
-    alike = alike or [one for one in dashed if one.startswith(name)][:1]
-    meant = f"did you mean {alike[0]}?" if alike else f"`{command} --help` lists the options."
-    return f"{name} is no option of {command.split()[-1]}; {meant}"
+def _missing(parser: Parser, argv: list[str]) -> list[str]:
+    """Return the options that must be given, and are not."""
+    given = {word.partition("=")[0] for word in argv}
+    required = [one for one in parser._actions if one.required]
+    return [_name(one) for one in required if not given.intersection(one.option_strings)]
+
+
+def _options(argv: list[str]) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Yield each option of a command line, its values, and all of its words; first, those before any option."""
+    name = ""
+    values: list[str] = []
+    whole: list[str] = []
+    for word in argv:
+        if word.startswith("--"):
+            yield name, values, whole
+            name = word.partition("=")[0]
+            values = [word.removeprefix(f"{name}=")] if name != word else []
+            whole = [word]
+        else:
+            values.append(word)
+            whole.append(word)
+    yield name, values, whole
+
+
+def _name(action: Any) -> str:
+    """Return the name of an option, with dashes."""
+    return max(action.option_strings, key=lambda name: name.count("-"))
+
+
+def _wrong_value(parser: Parser, action: Any, values: list[str]) -> str | None:
+    """Return the message for values that an option does not take."""
+    try:
+        count = parser._match_argument(action, "A" * len(values))
+        parser._get_values(action, values[:count])
+    except ArgumentError as error:
+        shown = f"{_name(action)} is {' '.join(values)}" if values else _name(action)
+        return f"{shown}: {error.message}."
+    return None

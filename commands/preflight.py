@@ -9,6 +9,7 @@ from typing import Any
 
 from ..catalogue import check_folder, is_path
 from ..kinds import KINDS
+from .mistakes import of_values
 
 _SIGNS = ("dflash_config", "speculators_model_type")
 """Keys of config.json that drafts have, and targets have not."""
@@ -17,17 +18,18 @@ _DATA = (".jsonl", ".json", ".parquet", ".csv", ".txt")
 
 
 class Problems:
-    """Collects the errors of checks."""
+    """Collects the errors of checks, after those of values on the command line."""
 
     def __init__(self) -> None:
-        self.found: list[str] = []
+        self.found = of_values()
 
     def check(self, check: Callable[..., Any], *args: Any) -> Any:
         """Return what a check returns; collect its error, and return None then."""
         try:
             return check(*args)
         except (ValueError, OSError, RuntimeError, ImportError) as error:
-            self.add(str(error))
+            for problem in getattr(error, "found", [str(error)]):
+                self.add(problem)
             return None
 
     def add(self, problem: str) -> None:
@@ -80,6 +82,26 @@ def check_device(device: str | None) -> None:
         raise ValueError(
             f"--device is {device!r}, which cannot be used here: {reason}. Leave it out for the best that is here."
         ) from error
+
+
+def device_of(device: str | None) -> str:
+    """Return the device to run on: the given one, or the GPU, if there is one."""
+    import torch
+
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def read_text(file: Path, flag: str) -> str:
+    """Return the text of a file.
+
+    Raises:
+        ValueError: it cannot be read; naming the flag.
+    """
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text in UTF-8"
+        raise ValueError(f"{flag} is {file}, which cannot be read: {reason}.") from error
 
 
 def check_capture(capture: str) -> None:

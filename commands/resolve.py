@@ -13,6 +13,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..catalogue import DraftRow, check_folder, made_for, out_of_cache, reason_of_exact, rows
+from ..kinds import DEMO_KIND, kind_named
+from .built_in import DEMO, OF_TARGET, draft_of, target_named
 from .screen import console
 from .shared import complete_target
 
@@ -23,7 +25,11 @@ if TYPE_CHECKING:
 def resolve(
     target: Annotated[
         str,
-        typer.Argument(help="Hub id or folder of the target.", autocompletion=complete_target),
+        typer.Argument(
+            help=f"Hub id or folder of the target; {OF_TARGET}.",
+            autocompletion=complete_target,
+            callback=target_named,
+        ),
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:
@@ -46,6 +52,13 @@ def resolve(
 def explain(target: str) -> tuple[Union[DraftRow, "DFlashDraftSpec"], str]:
     """Return the draft for a target, and the reason; torch is imported where the target's config must be read."""
     check_folder(target)
+    own = draft_of(target)
+    if own is not None:
+        from ..registry import DFlashDraftSpec
+
+        kind = kind_named(DEMO_KIND)
+        known = {"targets": (DEMO,), "architectures": ("Qwen3ForCausalLM",)}
+        return DFlashDraftSpec(own, kind.model_class, **known), "It is built in."
     name = out_of_cache(target)
     exact = made_for(name, rows())
     if exact:
@@ -65,11 +78,12 @@ def _rows(target: str, draft: Any, why: str) -> dict[str, str]:
     """Return what is shown, by its name."""
     decodes = f"no: {draft.target_state}" if draft.target_state else ""
     access = "gated: request access on the Hub" if draft.gated else ""
+    is_folder = Path(draft.name).is_dir()
     found = {
         "target": target,
         "draft": draft.name,
         "folder": draft.subfolder,
-        "revision": draft.revision or "the newest (no commit is pinned)",
+        "revision": draft.revision or ("" if is_folder else "the newest (no commit is pinned)"),
         "class": draft.class_name,
         "made for": ", ".join(draft.targets) or "not known",
         "architectures": ", ".join(draft.architectures) or "not known",

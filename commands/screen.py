@@ -45,8 +45,8 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show results only, a
 _PACKAGE = __name__.partition(".")[0]
 _SILENT = {"TRANSFORMERS_VERBOSITY": "error", "TORCH_LOGS": "-all"}
 """Variables that these libraries read when they are imported."""
-_given = {"verbose": False, "quiet": False, "loud": False}
-"""Whether each option stands before the name of the command, and whether libraries may write."""
+_given: dict[str, Any] = {"verbose": False, "quiet": False, "loud": False, "words": str}
+"""Whether each option stands before the name of the command, whether libraries may write, and the words of warnings."""
 _set_here: set[str] = set()
 """Variables of the environment that are not the user's."""
 
@@ -174,7 +174,12 @@ def _show_warning(message: Any, *args: Any, **kwargs: Any) -> None:
         frame = frame.f_back
     module = "" if frame is None else str(frame.f_globals.get("__name__"))
     if module.partition(".")[0] == _PACKAGE:
-        note(str(message))
+        note(_given["words"](str(message)))
+
+
+def in_words(change: Callable[[str], str]) -> None:
+    """Set how warnings of this package are put in the words of the command line."""
+    _given["words"] = change
 
 
 def note(text: str) -> None:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from ..kinds import DEMO_KIND, kind_named
 from ..serving.addresses import bound, is_local, names_of, url_of
-from .loading import checked_tokenizer, load_pair, load_target
+from .built_in import OF_TARGET, TARGET, TEMPLATE, name_of, target_named
+from .loading import Loaded, checked_tokenizer, load_pair, load_target
 from .preflight import (
     Problems,
     check_capture,
@@ -21,6 +21,8 @@ from .preflight import (
     check_draft,
     check_dtype,
     check_proposal,
+    device_of,
+    read_text,
 )
 from .screen import console, doing, notes
 from .shared import Capture, Device, Draft, DraftRevision, Dtype, Proposal, Width, complete_target
@@ -28,36 +30,16 @@ from .shared import Capture, Device, Draft, DraftRevision, Dtype, Proposal, Widt
 if TYPE_CHECKING:
     from ..serving.service import Service
 
-DEMO = "demo"
-"""Names the built-in pair."""
-DEMO_TEMPLATE = "{% for message in messages %}{{ message.content }}\n{% endfor %}"
-"""The built-in target continues texts; so the messages of a conversation are one."""
 _NEEDS = ("fastapi", "uvicorn", "prometheus_client")
-
-
-@dataclass(frozen=True)
-class Names:
-    """What is served.
-
-    Args:
-        name: of the target, for clients.
-        target: Hub id or folder.
-        draft: Hub id or folder; None for the known draft of the target.
-        is_demo: whether that is the built-in pair.
-    """
-
-    name: str
-    target: str
-    draft: str | None
-    is_demo: bool = False
 
 
 def serve(
     target: Annotated[
         str,
         typer.Argument(
-            help=f"Hub id or folder of the target; {DEMO} for the built-in pair.",
+            help=f"Hub id or folder of the target; {OF_TARGET}.",
             autocompletion=complete_target,
+            callback=target_named,
         ),
     ],
     draft: Draft = None,
@@ -95,42 +77,87 @@ def serve(
     One target, batches that begin together, no paged cache: for many users an engine serves better.
     `dflash-hub serve-with vllm DRAFT` prints the lines that start one with the same draft.
     """
+    asked = Asked(target, draft, draft_revision, dtype, device)
+    listens = Listens(host, port, api_key)
     problems = Problems()
     problems.check(_check_installed)
-    named = _named(target, draft, name)
-    problems.check(check_dtype, dtype)
-    problems.check(check_device, device)
+    text = problems.check(_template, chat_template, target)
+    tokenizer = asked.check(problems)
     problems.check(check_capture, capture)
     problems.check(check_proposal, proposal, width)
-    template = problems.check(_template, chat_template, named.is_demo)
-    problems.check(_check_key, api_key)
-    problems.check(check_draft, named.draft, draft_revision)
-    tokenizer = checked_tokenizer(problems, named.target, "TARGET")
-    problems.check(_check_host, host, api_key)
-    listener = problems.check(bound, host, port)
+    listener = listens.check(problems)
     try:
         problems.raise_all()
         from ..serving.decoding import Decoder, Proposing
         from ..serving.service import Service, Settings
 
-        pair = _load(named, draft_revision, dtype, device)
+        pair = asked.load()
         settings = Settings(
-            named.name,
-            str(getattr(pair.draft.config, "_name_or_path", "") or named.draft or ""),
+            name or name_of(target),
+            str(getattr(pair.draft.config, "_name_or_path", "") or draft or ""),
             max_batch,
             max_waiting,
             max_length,
-            template,
+            text,
             api_key,
-            () if api_key else names_of(host),
+            listens.names,
         )
         decoder = Decoder(pair.target, pair.draft, tokenizer, Proposing(capture, proposal, width))
-        service = Service(decoder, settings)
-        _warm_up(service)
-        _run(service, listener)
+        _serve(Service(decoder, settings), listener)
     finally:
         if listener is not None:
             listener.close()
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The pair that is asked for.
+
+    Args:
+        target: Hub id or folder.
+        draft: Hub id or folder; None for the known draft of the target.
+        device: None for the GPU, if there is one.
+    """
+
+    target: str
+    draft: str | None
+    revision: str | None
+    dtype: str
+    device: str | None
+
+    def check(self, problems: Problems) -> Any:
+        """Collect what is wrong with it; return the tokenizer, or None."""
+        problems.check(check_dtype, self.dtype)
+        problems.check(check_device, self.device)
+        problems.check(check_draft, self.draft, self.revision)
+        return checked_tokenizer(problems, self.target, "TARGET")
+
+    def load(self) -> Loaded:
+        """Return the pair, on its device."""
+        model = load_target(self.target, self.dtype).to(device_of(self.device)).eval()
+        pair = load_pair(model, self.draft, self.revision)
+        pair.draft.to(model.device).eval()
+        return pair
+
+
+@dataclass(frozen=True)
+class Listens:
+    """Where a server listens, and who may call it."""
+
+    host: str
+    port: int
+    key: str | None
+
+    def check(self, problems: Problems) -> Any:
+        """Collect what is wrong with it; return a socket there, or None."""
+        problems.check(_check_key, self.key)
+        problems.check(_check_host, self.host, self.key)
+        return problems.check(bound, self.host, self.port)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """By which names clients may call the server; () for any."""
+        return () if self.key else names_of(self.host)
 
 
 # Before the weights --------------------------------------------------------------------------------------------------
@@ -149,28 +176,15 @@ def _check_installed() -> None:
         )
 
 
-def _named(target: str, draft: str | None, name: str | None) -> Names:
-    """Return what is served, the built-in pair by its folders."""
-    if target != DEMO:
-        return Names(name or target, target, draft)
-    folder = Path(__file__).parents[1] / "examples" / "tiny_pair"
-    own = str(kind_named(DEMO_KIND).demo_draft(folder))
-    return Names(name or DEMO, str(folder / "target"), draft or own, is_demo=True)
-
-
-def _template(file: Path | None, is_demo: bool) -> str | None:
+def _template(file: Path | None, target: str) -> str | None:
     """Return the chat template to use in place of the target's own; None for that.
 
     Raises:
         ValueError: the file cannot be read.
     """
     if file is None:
-        return DEMO_TEMPLATE if is_demo else None
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no text in UTF-8"
-        raise ValueError(f"--chat-template {file} cannot be read: {reason}.") from error
+        return TEMPLATE if target == TARGET else None
+    return read_text(file, "--chat-template")
 
 
 def _check_key(key: str | None) -> None:
@@ -200,19 +214,6 @@ def _check_host(host: str, key: str | None) -> None:
 # Starting ------------------------------------------------------------------------------------------------------------
 
 
-def _load(named: Names, revision: str | None, dtype: str, device: str | None) -> Any:
-    """Return the pair, on its device."""
-    import torch
-
-    if named.is_demo:
-        torch.set_num_threads(1)  # more threads only slow models of this size down
-    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_target(named.target, dtype).to(chosen).eval()
-    pair = load_pair(model, named.draft, revision)
-    pair.draft.to(model.device).eval()
-    return pair
-
-
 def _warm_up(service: "Service") -> None:
     """Decode once with each number of rows, so that no client waits for what is prepared once."""
     with doing("Warming up: the self-check, and what blocks cost here"):
@@ -220,10 +221,11 @@ def _warm_up(service: "Service") -> None:
             service.decoder.warm_up(rows)
 
 
-def _run(service: "Service", listener: Any) -> None:
-    """Serve until a signal comes."""
+def _serve(service: "Service", listener: Any) -> None:
+    """Prepare what is prepared once, and serve until a signal comes."""
     from ..serving.server import Server
 
+    _warm_up(service)
     server = Server(service)
     _announce(service, listener.getsockname()[:2])
     server.run([listener])

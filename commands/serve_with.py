@@ -7,9 +7,10 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from .built_in import OF_TARGET, target_named
 from .preflight import Problems, check_draft_name, check_served
 from .screen import console, errors, prose
-from .shared import ReadToken
+from .shared import AnyDraft, ReadToken
 
 
 def serve_with(
@@ -17,10 +18,13 @@ def serve_with(
         str,
         typer.Argument(help="vllm, sglang, llama.cpp, tensorrt-llm, dflash-mlx or mlx-vlm."),
     ],
-    draft: Annotated[str, typer.Argument(help="Hub id or folder of the draft.")],
+    draft: AnyDraft,
     target: Annotated[
         str | None,
-        typer.Option(help="Hub id or folder of the target (default: as the draft's card says)."),
+        typer.Option(
+            help=f"Hub id or folder of the target (default: as the draft's card says); {OF_TARGET}.",
+            callback=target_named,
+        ),
     ] = None,
     revision: Annotated[
         str | None, typer.Option(help="Commit, tag or branch of the draft.")

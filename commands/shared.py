@@ -13,6 +13,7 @@ from rich.table import Table
 
 from ..catalogue import rows
 from ..versions import __version__, version_of
+from .built_in import DEMO, OF_DRAFT, OF_TARGET, draft_named, target_named
 from .screen import console, errors
 
 if TYPE_CHECKING:
@@ -22,23 +23,37 @@ if TYPE_CHECKING:
 def complete_target(incomplete: str) -> list[str]:
     """Return the targets of the catalogue that begin with what is typed, for the shell's completion."""
     known = dict.fromkeys(target for row in rows() for target in row.targets)
-    return [target for target in known if target.startswith(incomplete)]
+    return [target for target in (DEMO, *known) if target.startswith(incomplete)]
 
 
 def complete_draft(incomplete: str) -> list[str]:
     """Return the drafts of the catalogue that begin with what is typed, for the shell's completion."""
     known = dict.fromkeys(row.repo_id for row in rows())
-    return [name for name in known if name.startswith(incomplete)]
+    return [name for name in (DEMO, *known) if name.startswith(incomplete)]
 
 
 Target = Annotated[
-    str, typer.Option(help="Hub id or folder of the target.", autocompletion=complete_target)
+    str,
+    typer.Option(
+        help=f"Hub id or folder of the target; {OF_TARGET}.",
+        autocompletion=complete_target,
+        callback=target_named,
+    ),
 ]
 Draft = Annotated[
     str | None,
     typer.Option(
-        help="Hub id or folder of the draft (default: the known draft for the target).",
+        help=f"Hub id or folder of the draft (default: the known draft for the target); {OF_DRAFT}.",
         autocompletion=complete_draft,
+        callback=draft_named,
+    ),
+]
+AnyDraft = Annotated[
+    str,
+    typer.Argument(
+        help=f"Hub id or folder of the draft, in any layout; {OF_DRAFT}.",
+        autocompletion=complete_draft,
+        callback=draft_named,
     ),
 ]
 DraftRevision = Annotated[str | None, typer.Option(help="Commit, tag or branch of the draft.")]

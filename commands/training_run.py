@@ -5,7 +5,6 @@
 import re
 import shlex
 import tempfile
-from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,10 @@ from huggingface_hub import HfApi
 from ..publishing import PublishOptions, publish
 from ..repository_dflash import check_destination
 from ..training import DFlashTrainer, DFlashTrainingArguments
-from ..training.feature_setup import build_from_features
+from ..training.contradictions import contradictions, fresh_mistakes, greedy_mistakes
+from ..training.feature_setup import build_from_features, with_features
 from ..training.progress import PLOT
-from ..training.setup import TrainOptions, build, check_fresh_draft
+from ..training.setup import TrainOptions, build, shape_of
 from ..training.trainer import (
     checkpoint_to_resume,
     explain_failed_push,
@@ -26,11 +26,12 @@ from ..training.trainer import (
     last_checkpoint,
     sole_trainer,
 )
+from .built_in import in_words
 from .dry_run import dry_run, tell_memory
 from .feature_defaults import take_from_features
 from .inspect_rows import inspect_rows
 from .loading import load_tokenizer
-from .parsing import Parser, check_words
+from .parsing import Parser, parsed
 from .preflight import (
     Problems,
     check_data,
@@ -43,7 +44,7 @@ from .preflight import (
 )
 from .screen import console, hide_bars, note, notes
 from .train_display import shown
-from .tune import SHORT, tune
+from .tune import SHORT, check_tune, tune
 
 
 def train(argv: list[str]) -> None:
@@ -57,6 +58,7 @@ def train(argv: list[str]) -> None:
         OSError: something cannot be found or written.
         RuntimeError: the finished draft could not be pushed; it is saved on disk.
     """
+    argv = in_words(argv)
     parser = Parser(
         (TrainOptions, DFlashTrainingArguments), prog="dflash-hub train", allow_abbrev=False
     )
@@ -82,15 +84,20 @@ def _parse(parser: Parser, argv: list[str]) -> tuple[TrainOptions, Any]:
         ValueError: listing everything that is wrong.
     """
     problems = Problems()
-    check_words(parser, argv, problems)
-    options, args = parser.parse_args_into_dataclasses(argv)
-    _check(options, args, problems)
+    options, args = parsed(parser, argv, problems)
+    if options is not None:
+        _check_names(options, problems)
+    if args is not None and options is not None:
+        _check_output(options, args, problems)
+        if options.tune is not None:
+            problems.check(check_tune, options, args)
+    _check_shape(options, args, problems)
     problems.raise_all()
     return options, args
 
 
-def _check(options: TrainOptions, args: Any, problems: Problems) -> None:
-    """Collect what is wrong with the options, before weights are loaded."""
+def _check_names(options: TrainOptions, problems: Problems) -> None:
+    """Collect what is wrong with the names of target, draft and data."""
     found = len(problems.found)
     is_named = options.features is None or bool(options.target)
     if is_named:
@@ -99,18 +106,38 @@ def _check(options: TrainOptions, args: Any, problems: Problems) -> None:
     problems.check(check_dtype, options.target_dtype, "--target-dtype")
     if options.features is None:
         problems.check(check_data, options.data)
+    if is_named and len(problems.found) == found:
+        problems.check(load_tokenizer, options.target, options.trust_remote_code)
+
+
+def _check_output(options: TrainOptions, args: Any, problems: Problems) -> None:
+    """Collect why the draft cannot be written or pushed."""
     if options.inspect is None and options.tune is None and not options.dry_run:
         problems.check(check_folder_to_write, str(args.output_dir), "--output-dir")
         problems.check(checkpoint_to_resume, args, args.resume_from_checkpoint)
         if args.push_to_hub:
             problems.check(_check_push, args)
-    for problem in _contradictions(options, args):
-        problems.add(problem)
-    if is_named and len(problems.found) == found:
-        problems.check(load_tokenizer, options.target, options.trust_remote_code)
-    is_fresh = options.draft is None and options.features is None
-    if is_fresh and len(problems.found) == found:
-        problems.check(check_fresh_draft, options)
+
+
+def _check_shape(options: TrainOptions | None, args: Any, problems: Problems) -> None:
+    """Collect what options say against each other, and against the target's config; None for options not read."""
+    config = None
+    if options is not None:
+        if options.draft is None:
+            for mistake in fresh_mistakes(options):
+                problems.add(mistake)
+        if options.features is None and not problems.found:
+            config, own = problems.check(shape_of, options) or (None, None)
+    if options is None or args is None:
+        return
+    for mistake in contradictions(options, args, config):
+        problems.add(mistake)
+    if options.features is not None:
+        for mistake in with_features(options, args):
+            problems.add(mistake)
+    if config is not None:
+        for mistake in greedy_mistakes(args, own):
+            problems.add(mistake)
 
 
 def _check_push(args: Any) -> None:
@@ -123,19 +150,6 @@ def _check_push(args: Any) -> None:
     check_repository(name, "--push-to-hub")
     check_token(args.hub_token)
     check_destination(HfApi(token=args.hub_token), name, args.hub_private_repo)
-
-
-def _contradictions(options: TrainOptions, args: Any) -> Iterator[str]:
-    """Yield what options say against each other."""
-    evaluates = str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no"
-    if evaluates and not options.eval_rows:
-        yield "--eval-strategy asks for evaluations, and no rows are held out for them; pass --eval-rows 100."
-    if args.eval_acceptance_prompts and not options.eval_rows:
-        yield "--eval-acceptance-prompts decodes held-out prompts, and none are held out; pass --eval-rows 100."
-    if options.streaming and args.max_steps <= 0:
-        yield "--streaming reads data of an unknown length, so --max-steps must be given."
-    if options.draft_revision is not None and options.draft is None:
-        yield "--draft-revision is given without --draft; pass both or none."
 
 
 def _run(options: TrainOptions, args: DFlashTrainingArguments) -> None:

@@ -12,7 +12,9 @@ from typing import Any
 from rich.table import Table
 
 from ..training.best import DECODED, describe_block
+from ..training.options import refuse
 from ..training.setup import TrainOptions, build
+from .mistakes import no_such_option
 from .screen import console, notes
 from .train_display import shown
 
@@ -46,7 +48,6 @@ def tune(parser: Any, argv: list[str], options: TrainOptions, scratch: Path) -> 
     for number, values in enumerate(itertools.product(*choices.values()), 1):
         words = [f"--{name}={value}" for name, value in zip(choices, values, strict=True)]
         given, args = parser.parse_args_into_dataclasses([*argv, *words])
-        _check(given, args)
         name = " ".join(words)
         notes.print(f"{number}: {name}", style="dim", highlight=False)
         folder = scratch / str(number)
@@ -95,15 +96,21 @@ def _choices(words: list[str]) -> dict[str, list[str]]:
     return choices
 
 
-def _check(options: TrainOptions, args: Any) -> None:
-    """Refuse a comparison without anything to compare by.
+def check_tune(options: TrainOptions, args: Any) -> None:
+    """Refuse a comparison without anything to compare, or to compare by.
 
     Raises:
-        ValueError: there is none; names the option.
+        ValueError: names the option.
     """
+    known = {*vars(options), *vars(args)}
+    flags = [f"--{name.replace('_', '-')}" for name in sorted(known)]
+    found = []
+    for name in _choices(options.tune or []):
+        if name not in known:
+            flag = f"--{name.replace('_', '-')}"
+            found.append(f"--tune: {no_such_option(flag, flags, 'dflash-hub train')}")
     if not options.eval_rows or not args.eval_acceptance_prompts:
-        raise ValueError(
+        found.append(
             "--tune compares by what held-out prompts decode; pass --eval-rows 100 --eval-acceptance-prompts 16."
         )
-    if options.tune_steps < 1:
-        raise ValueError(f"--tune-steps is {options.tune_steps}; it must be at least 1.")
+    refuse(found)

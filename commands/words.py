@@ -15,7 +15,8 @@ _FOR_PYTHON = {
 def in_flags(message: str, options: Iterable[str]) -> str:
     """Return the message with the names of these options as flags.
 
-    Example: "max_length is 1", "pass max_length=2" become "--max-length is 1", "pass --max-length 2".
+    Example: "max_length is 1", "pass max_length=2" become "--max-length is 1", "pass --max-length 2". A name that is a
+    word, such as loss, counts only where a sentence begins with it, or advises to leave it out.
 
     Args:
         options: names of the command's options, such as "max_length".
@@ -24,7 +25,22 @@ def in_flags(message: str, options: Iterable[str]) -> str:
         message = message.replace(words, ours)
     for name in options:
         flag = "--" + name.replace("_", "-")
-        message = re.sub(rf"(?<![\w.-]){name}=(?=[\w\[.])", f"{flag} ", message)
-        message = re.sub(rf"(?<![\w.-]){name}=", flag, message)
-        message = re.sub(rf"(\A|[.:;] )(The )?{name} (is|must) ", rf"\1{flag} \3 ", message)
-    return message
+        for pattern, replacement in _patterns(name):
+            message = re.sub(pattern, replacement.format(flag=flag), message)
+    message = re.sub(r"(--[\w-]+) is True, (but|which)", r"\1 is given, \2", message)
+    return re.sub(r"(--[\w-]+) is None", r"\1 is not given", message)
+
+
+def _patterns(name: str) -> list[tuple[str, str]]:
+    """Return how messages write an option of this name, and what stands there in flags."""
+    start = r"(?<![\w./'\"-])"
+    found = [
+        (rf"{start}{name}=(?=[\w\[.'\"])", "{flag} "),
+        (rf"{start}{name}=", "{flag}"),
+        (rf"(\A|\n- |[.:;] )(The )?{name} (is|are|has|must|needs|compares) ", r"\1{flag} \3 "),
+        (rf"([Ll]eave|[Ll]eave out|or) {name}( out|[.,;]|\Z)", r"\1 {flag}\2"),
+    ]
+    if "_" in name:  # which is no word of a sentence
+        found.append((rf"--{name}\b", "{flag}"))
+        found.append((rf"{start}(?<!says ){name}(?![\w'\"=/]|\.\w)", "{flag}"))
+    return found

@@ -230,17 +230,23 @@ async def _failed(request: Request, error: Any) -> Response:
 
 
 async def _invalid(request: Request, error: Any) -> Response:
-    """Tell the first thing that is wrong with the fields of a request."""
-    first = error.errors()[0]
-    places = [str(place) for place in first["loc"][1:]]
-    if first["type"] == "json_invalid":
-        return response_of(ApiError(400, f"The body is no JSON: {first['ctx']['error']}."))
-    param = ".".join(places) or None
-    message = first["msg"]
-    if first["type"] == "extra_forbidden":
-        message = f"{param} is no field that this server knows; leave it out."
-    elif first["type"] == "missing" and param is None:
-        message = "The body is missing; it must be a JSON object."
-    elif first["type"] != "refused":
-        message = f"{param or 'The body'}: {message}."
+    """Tell all that is wrong with the fields of a request; the field that is named apart is the first."""
+    found = list(dict.fromkeys(_mistake(one) for one in error.errors()))
+    message, param = found[0]
+    if len(found) > 1:
+        message = f"{len(found)} things are wrong: {' '.join(one for one, _ in found)}"
     return response_of(ApiError(400, message, param))
+
+
+def _mistake(found: Any) -> tuple[str, str | None]:
+    """Return what is wrong with a field, and its name."""
+    param = ".".join(str(place) for place in found["loc"][1:]) or None
+    if found["type"] == "json_invalid":
+        return f"The body is no JSON: {found['ctx']['error']}.", None
+    if found["type"] == "extra_forbidden":
+        return f"{param} is no field that this server knows; leave it out.", param
+    if found["type"] == "missing" and param is None:
+        return "The body is missing; it must be a JSON object.", param
+    if found["type"] == "refused":
+        return found["msg"], param
+    return f"{param or 'The body'}: {found['msg']}.", param

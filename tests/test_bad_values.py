@@ -346,11 +346,17 @@ def test_a_text_beyond_the_targets_positions_is_warned_of_before_its_first_token
         ("config.json says block_size is 'x'", "config.json says block_size is 'x'"),
         ("dflash_config.block_size=3", "dflash_config.block_size=3"),
         ("Train one with spec.build()", "Train one with `dflash-hub train`"),
+        ("2 things:\n- loss is 'x'.\n- The loss falls.", "2 things:\n- --loss is 'x'.\n- The loss falls."),
+        ("cut_target is True, but max_length decodes", "--cut-target is given, but --max-length decodes"),
+        ("or leave features out.", "or leave --features out."),
+        ("leave out streaming.", "leave out --streaming."),
+        ("--max_length needs more; see a/max_length.", "--max-length needs more; see a/max_length."),
     ],
 )
 @pytest.mark.quick
 def test_advice_at_the_shell_is_in_flags(message, said):
-    assert in_flags(message, ["max_length", "target_layer_ids", "sliding_window", "block_size"]) == said
+    names = ["max_length", "target_layer_ids", "sliding_window", "block_size", "loss", "cut_target", "features"]
+    assert in_flags(message, [*names, "streaming"]) == said
 
 
 DRAFT = ["--draft", str(TINY / "draft")]
@@ -368,7 +374,7 @@ TARGET = ["--target", str(TINY / "target")]
         (["generate", "x", *TARGET, *DRAFT, "--dtype", "nn"], "--dtype is 'nn'"),
         (["generate", "x", *TARGET, *DRAFT, "--device", "foo"], "--device is 'foo'"),
         (["generate", "x", *TARGET, *DRAFT, "--capture", "foo"], "--capture is 'foo'"),
-        (["generate", "", *TARGET, *DRAFT], "--prompt is empty"),
+        (["generate", "", *TARGET, *DRAFT], "Error: The prompt is empty"),
         (["demo", "--variant", "foo"], "--variant is 'foo'"),
         (["drafts", "--target", "foo"], "No draft is known for foo"),
         (["resolve", ""], "target is ''; pass a Hub id or a folder"),

@@ -21,6 +21,7 @@ from dflash_hub import cli, evaluation
 from dflash_hub.adaptive_dflash import MEASURED_FROM
 from dflash_hub.catalogue import rows
 from dflash_hub.commands import answers
+from dflash_hub.commands.built_in import TARGET
 from dflash_hub.commands.drafts import _Line, show
 from dflash_hub.commands.loading import Loaded, find_draft, load_target
 from dflash_hub.commands.screen import console, notes
@@ -280,7 +281,11 @@ TRAINED = ["--target", PAIR[1], "--data", "a-file", *OUTPUT]
         (["generate", "hi", *PAIR, "--width", "3"], ["--width is 3, but --proposal auto has no width to set"]),
         (["generate", "hi", *PAIR, "--file", "x.txt"], ["The prompt is given twice"]),
         (["generate", "--file", "no.txt", *PAIR], ["cannot be read from no.txt: No such file"]),
-        (["generate", "hi", *PAIR, "--system", "be kind"], ["has no chat template, which --system would use"]),
+        (["generate", "hi", "--target", "mute", "--system", "be kind"], ["has no chat template, which --system would"]),
+        (
+            ["generate", "hi", "--target", "mute", "--chat-template-file", "no.jinja", "--chat"],
+            ["--chat-template-file is no.jinja, which cannot", "which --chat and --chat-template-file would use"],
+        ),
         (["generate", "hi", *PAIR, "--temperature", "0", "--top-p", "0.5"], ["so --top-p would change nothing"]),
         (["generate", "hi", *PAIR[:2], "--draft", PAIR[1]], ["is no DFlash draft but a model of its own (Qwen3ForC"]),
         (["generate", "hi", "--target", PAIR[3]], ["is a draft; pass the model that it was trained for"]),
@@ -289,7 +294,7 @@ TRAINED = ["--target", PAIR[1], "--data", "a-file", *OUTPUT]
         (["generate", "hi", "--target", "bare"], ["has no tokenizer; save that of its model with it"]),
         (["generate", "", "--target", "./no", "--dtype", "float17"], [EMPTY, NO_FLOAT, NO_FOLDER]),
         (["eval", "--target", "./no", *OUTPUT, "--dtype", "float17"], [NO_FLOAT, NO_FOLDER]),
-        (["train", "--dta", "x", "--block", "4"], ["mean --data?", "mean --block-size?", "required: --target, --data"]),
+        (["train", "--dta", "x", "--block", "4"], ["mean --data?", "mean --block-size?", "missing: --target, --data."]),
         (["train", "--target", "./no", "--data", "x", *OUTPUT, "--target-dtype", "float17"], [NO_FOLDER, NO_FLOAT]),
         (
             ["train", "--target", PAIR[3], "--data", "no.jsonl", "--draft", PAIR[1], "--output-dir", "a-file"],
@@ -304,6 +309,48 @@ TRAINED = ["--target", PAIR[1], "--data", "a-file", *OUTPUT]
         (["train", *TRAINED, "--resume-from-checkpoint", "true"], ["holds no complete checkpoint to resume from"]),
         (["train", *TRAINED, "--target-layer-ids", "1", "99"], ["asks for layer 99, but the target has 6 layers"]),
         (["train", *TRAINED, "--mask-token-id", "512"], ["mask_token_id is 512, but vocab_size is 512"]),
+        (
+            ["train", *TRAINED, "--loss", "foo", "--block-size", "1", "--num-anchors", "0", "--emb-dim", "x"],
+            ["'x'", "num_anchors is 0", "loss is 'foo'", "block_size is 1; it must be an int from 2"],
+        ),
+        (
+            ["train", *TRAINED, "--cut-target", "--regenerate-every", "5", "--loss", "kl"],
+            ["regenerate_every decodes", "kl=1, needs the target's own", "needs max_steps", "own settings are greedy"],
+        ),
+        (
+            ["train", *TRAINED, "--draft", PAIR[3], "--cut-target", "--loss", "tv", "--tensor-parallel", "--dry-run"],
+            ["tv=1, needs the target's own", "tensor_parallel is True, which dry_run is not implemented with"],
+        ),
+        (
+            ["train", *TRAINED, "--tune", "x", "--tune-steps", "0", "--eval-rows", "-1", "--regenerate-workers", "0"],
+            ["regenerate_workers is 0", "tune_steps is 0", "eval_rows is -1"],
+        ),
+        (["train", *TRAINED, "--tune", "x", "--metric-for-best-model", "y"], ["--tune has 'x'; write options"]),
+        (
+            ["train", *TRAINED, "--eval-rows", "1", "--metric-for-best-model", "best"],
+            ["metric_for_best_model is 'best', which is none"],
+        ),
+        (
+            ["features", *TRAINED, "--shard-size", "-1", "--loss", "foo", "--dtype", "x", "--streaming", "--tune", "x"],
+            ["--dtype is x", "shard_size is -1.0", "loss is 'foo'", "streaming is True", "tune compares runs"],
+        ),
+        (
+            ["features", "--target", "./no", "--data", "no.jsonl", "--output-dir", "a-file", "--num-layers", "0"],
+            ["a-file, which is a file", NO_FOLDER, "no.jsonl: there is no such", "num_layers is 0"],
+        ),
+        (
+            ["generate", "", *PAIR, "--temperature", "-1", "--top-p", "2", "--max-new-tokens", "0", "--top-k", "x"],
+            ["--max-new-tokens is 0; it must be at least 1", "temperature is -1", "top-p is 2", "top-k is x", EMPTY],
+        ),
+        (
+            ["eval", "--target", "./no", "--limit", "0", "--batch-size", "0", "--block-size", "4", "--repeats", "0"],
+            ["--limit is 0", "--batch-size is 0", "--repeats is 0", "--output-dir is missing", NO_FOLDER],
+        ),
+        (["eval", "--compare", "a", "b", "--limit", "0"], ["--limit is 0; it must be at least 1"]),
+        (
+            ["demo", "--prompts", "0", "--capture", "fast", "--variant", "domino"],
+            ["--prompts is 0", "--capture is 'fast'", "has no draft of the kind domino"],
+        ),
         (["train", *TRAINED, "--push-to-hub", "a b"], ["--push-to-hub is 'a b', and no repository can be named so"]),
         (
             ["eval", *PAIR, "--output-dir", "a-file", "--against", "x", "--thinking", "maybe", "--prompts", "no.txt"],
@@ -341,6 +388,7 @@ def test_all_that_is_wrong_with_a_call_is_told_at_once_before_weights_are_loaded
     (tmp_path / "bare").mkdir()
     (tmp_path / "a-file").write_text("{}")
     shutil.copy(TINY / "target" / "config.json", tmp_path / "bare")
+    shutil.copytree(TINY / "target", tmp_path / "mute")
     for auto_class in ("AutoModelForCausalLM", "AutoModel"):
         monkeypatch.delattr(f"transformers.{auto_class}.from_pretrained")
     with pytest.raises(ValueError, match=re.escape(found[0])) as error:
@@ -348,6 +396,28 @@ def test_all_that_is_wrong_with_a_call_is_told_at_once_before_weights_are_loaded
     message = str(error.value)
     assert [part for part in found if part not in message] == []
     assert message.count("\n- ") == (len(found) if len(found) > 1 else 0)
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["push"], ["DIRECTORY is missing: Folder with the draft", "REPO is missing: Repository to push to"]),
+        (
+            ["regenerate", "--limit", "0"],
+            ["--target is mi", "--data is mi", "--output is mi", "--limit is 0; it must be"],
+        ),
+        (["resolve", "a", "b"], ["b is more than resolve takes"]),
+        (
+            ["check", "a", "--max-new-token", "0", "--tokem=x", "--device", "x", "--max-new-tokens", "1"],
+            ["did you mean --max-new-tokens?", "did you mean --token?", "--max-new-tokens is 1; it must be at least 2"],
+        ),
+    ],
+)
+def test_all_mistakes_of_a_line_that_cannot_be_read_are_told_at_once(words, found):
+    done = run(*words)
+    assert done.exit_code == 2
+    assert [part for part in found if part not in done.stderr] == []
+    assert done.stderr.count("\n- ") == (len(found) if len(found) > 1 else 0)
 
 
 def test_a_conversation_without_its_template_is_refused(chatty):
@@ -418,6 +488,52 @@ def test_generate_finds_the_draft_of_a_target_that_sees_images(architecture, hub
     with pytest.raises(OSError, match=drafts_for(name)[0].repo_id), notes.capture() as shown:
         find_draft(model, None, None)
     assert f"It was made for {name}." in shown.get()
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["resolve", "demo"], f"draft\t{TARGET.removesuffix('target')}draft2\n"),
+        (["check", "demo-dflash", "--target", "demo", "--no-run", "--no-values"], "Verdict"),
+        (["convert", "demo", "out", "--layout", "engines", "--dry-run"], "DFlash 2 draft"),
+        (["serve-with", "vllm", "demo-dflash", "--target", "demo"], f"vllm serve {TARGET}"),
+        (["train", "--target", "demo", "--draft=demo", "--data", "rows.jsonl", "--inspect", "1"], "def main("),
+        (["features", "--target=demo", "--data", "rows.jsonl", "--max-length", "64", "--dry-run"], "2 of 100 tokens"),
+        (
+            ["regenerate", "--target", "demo", "--data", "rows.jsonl", "--output", "new", "--max-new-tokens", "2"],
+            "1 rows",
+        ),
+        (
+            [
+                "eval",
+                "--target",
+                "demo",
+                "--draft",
+                "demo-dflash",
+                "--limit",
+                "1",
+                "--output-dir",
+                "out",
+                "--max-new-tokens",
+                "4",
+            ],
+            "draft",
+        ),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_demo_names_the_built_in_pair_wherever_a_target_or_a_draft_is_named(words, found, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "def main(" * 20}) + "\n")
+    assert found in run(*words).stdout
+
+
+def test_a_conversation_with_the_built_in_target_is_one_text_and_a_file_may_say_otherwise(tmp_path):
+    (tmp_path / "template").write_text(TEMPLATE)
+    words = ["--quiet", "generate", "x = 1", "--chat", "--target", "demo", "--max-new-tokens", "4"]
+    assert run(*words).stdout.strip("\n") == own_text("x = 1\n", 4).strip("\n")
+    told = run(*words, "--chat-template-file", str(tmp_path / "template")).stdout
+    assert told.strip("\n") == own_text("user: x = 1\nassistant:", 4).strip("\n")
 
 
 LIGHT = [["--help"], ["--version"], ["version"], ["drafts"], ["drafts", "--json"], ["resolve", "Qwen/Qwen3-8B"]]

@@ -471,7 +471,7 @@ def test_features_are_written_and_trained_from_at_the_terminal(data, folder, tmp
     assert (config.block_size, config.mask_token_id, config.target_layer_ids) == (8, 1, [1, 2, 4])
     with pytest.raises(ValueError, match="inspect is 3, but features hold prepared rows"):
         run(*words, "--inspect")
-    with pytest.raises(ValueError, match="required: --target, --data"):
+    with pytest.raises(ValueError, match="missing: --target, --data"):
         run("features")
     with pytest.raises(ValueError, match="--dtipe is no option of features; did you mean --dtype"):
         run("features", "--dtipe", "fp8")

@@ -581,7 +581,12 @@ def test_all_that_is_wrong_with_a_call_is_told_before_anything_is_loaded(monkeyp
         words = ["serve", "no/such", "--port", port, "--dtype", "int3", "--chat-template", "nowhere"]
         with pytest.raises(ValueError, match="5 things are wrong") as wrong:
             run(*words, "--api-key", "ä")
-        for part in (f"port {port}: Address already in use", "--dtype is 'int3'", "nowhere cannot be read", "TARGET"):
+        for part in (
+            f"port {port}: Address already in use",
+            "--dtype is 'int3'",
+            "--chat-template is nowhere, which cannot be read",
+            "TARGET",
+        ):
             assert part in str(wrong.value)
     with pytest.raises(ValueError, match=r"--host is 0\.0\.0\.0, where others than you can call; pass --api-key"):
         run("serve", "demo", "--host", "0.0.0.0", "--port", "0")

@@ -117,7 +117,7 @@ def test_a_hub_that_is_down_at_the_end_leaves_the_draft_on_disk_and_says_how_to_
 
 
 def test_without_options_it_says_which_are_missing():
-    with pytest.raises(ValueError, match="required: --target, --data"):
+    with pytest.raises(ValueError, match="missing: --target, --data"):
         CliRunner().invoke(cli.app, ["train"], catch_exceptions=False)
 
 
@@ -329,7 +329,7 @@ def test_each_command_asks_for_its_own_extras_only(fresh_process, missing, state
     ("words", "message"),
     [
         (["--tune", "learning_rate"], "--tune has 'learning_rate'; write options and their values"),
-        (["--tune", "speed=1,2", "--eval-rows", "2"], "speed"),
+        (["--tune", "lerning_rate=1,2", "--eval-rows", "2"], "did you mean --learning-rate"),
         (["--tune", "learning_rate=1e-3,2e-3", "--eval-rows", "2"], "--tune compares by what held-out prompts decode"),
     ],
 )

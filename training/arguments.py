@@ -2,6 +2,7 @@
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
 """Define the training options: those of Trainer, with the published recipe (arXiv 2602.06036) as defaults, and ours."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers.trainer_utils import SchedulerType
 from .best import DECODED
 from .mix import Mix
 from .objective import Recipe
-from .options import check_options
+from .options import refuse, without_effect, wrong_values
 
 
 def _gpu_has_bf16() -> bool:
@@ -181,11 +182,18 @@ class DFlashTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         self._choose_metric()
-        super().__post_init__()
-        self._check_best()
-        check_options(self)
+        found = list(self._wrong())
+        try:
+            super().__post_init__()
+            found += [*self._wrong_for_best(), *without_effect(self)]
+        except ValueError as error:
+            found.append(str(error))
+        refuse(found)
         if self.fp16:
             self.bf16 = False
+
+    def _wrong(self) -> Iterator[str]:
+        """Yield what is wrong with our own options."""
         checks = {
             "num_anchors": (self.num_anchors >= 1, "at least 1"),
             "loss_gamma": (self.loss_gamma is None or self.loss_gamma > 0, "above 0"),
@@ -210,6 +218,8 @@ class DFlashTrainingArguments(TrainingArguments):
             "regenerate_max_new_tokens": (self.regenerate_max_new_tokens >= 1, "at least 1"),
             "regenerate_prompt_tokens": (self.regenerate_prompt_tokens >= 1, "at least 1"),
             "regenerate_workers": (self.regenerate_workers >= 1, "at least 1"),
+            "eval_acceptance_prompts": (self.eval_acceptance_prompts >= 0, "at least 0"),
+            "eval_acceptance_tokens": (self.eval_acceptance_tokens >= 1, "at least 1"),
             "early_stopping": (
                 self.early_stopping is None or self.early_stopping >= 1,
                 "at least 1",
@@ -223,11 +233,12 @@ class DFlashTrainingArguments(TrainingArguments):
                 "False, because the columns are not arguments of the draft",
             ),
         }
-        for name, (valid, wanted) in checks.items():
-            if not valid:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {wanted}.")
+        yield from wrong_values(self, checks)
         if self.loss is not None:
-            Mix.parse(self.loss)
+            try:
+                Mix.parse(self.loss)
+            except ValueError as error:
+                yield str(error)
 
     def _choose_metric(self) -> None:
         """Let decoded acceptance choose the best checkpoint where evaluations decode, and no other metric is named."""
@@ -239,20 +250,16 @@ class DFlashTrainingArguments(TrainingArguments):
             # A resumed run goes on with the number of evaluations that were no better.
             self.restore_callback_states_from_checkpoint = True
 
-    def _check_best(self) -> None:
-        """Refuse to choose the best of evaluations that there are none of, or that have no checkpoint.
-
-        Raises:
-            ValueError: naming the option.
-        """
+    def _wrong_for_best(self) -> Iterator[str]:
+        """Yield why the best evaluation cannot be chosen: there is none, or it has no checkpoint."""
         if self.early_stopping is not None and self.eval_strategy.value == "no":
-            raise ValueError(
+            yield (
                 "early_stopping counts evaluations, but there are none; pass eval_strategy, such as "
                 "--eval-strategy steps --eval-steps 500."
             )
         by_steps = self.save_strategy.value == "steps" and self.eval_strategy.value == "steps"
         if self.load_best_model_at_end and by_steps and self.save_steps != self.eval_steps:
-            raise ValueError(
+            yield (
                 f"load_best_model_at_end needs a checkpoint of every evaluation, but eval_steps is {self.eval_steps} "
                 f"and save_steps is {self.save_steps}. Make them equal, or pass save_strategy='best'."
             )

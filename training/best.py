@@ -43,10 +43,15 @@ def check_best(args: Any, names: list[str], eval_dataset: Any) -> None:
     if isinstance(eval_dataset, dict):
         names = [f"{part}_{name}" for part in eval_dataset for name in names]
     if metric.removeprefix("eval_") not in names:
-        raise ValueError(
-            f"metric_for_best_model is {metric!r}, which is none of what an evaluation gives: {', '.join(names)}. "
-            f"{DECODED} needs eval_acceptance_prompts."
-        )
+        raise ValueError(no_metric(metric, names))
+
+
+def no_metric(metric: str, names: list[str]) -> str:
+    """Return the message for a metric that is none of these."""
+    return (
+        f"metric_for_best_model is {metric!r}, which is none of what an evaluation gives: {', '.join(names)}. "
+        f"{DECODED} needs eval_acceptance_prompts."
+    )
 
 
 def best_of(history: list[Line], metric: str, greater: bool) -> Line | None:

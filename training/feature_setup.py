@@ -3,6 +3,7 @@
 """Set up the writing of features, and runs that are trained from them."""
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -19,6 +20,7 @@ from .feature_data import Features, open_features
 from .feature_writer import Plan, plan, tensors_of_row
 from .features import DTYPES, FEATURES, LACKS_STATES, STATES, Origin
 from .objective import FrozenTarget, check_trainable, needs_target
+from .options import Mistakes, refuse, wrong_values
 from .reading import BadRow, with_file
 from .setup import TrainOptions, known, load_target, make_draft, split_rows
 from .trainer import DFlashTrainer, placed, preprocess_config
@@ -82,9 +84,12 @@ class FeatureArguments:
             "dtype": (self.dtype in DTYPES, f"one of {', '.join(DTYPES)}"),
             "shard_size": (self.shard_size > 0, "above 0"),
         }
-        for name, (valid, wanted) in checks.items():
-            if not valid:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {wanted}.")
+        found = list(wrong_values(self, checks))
+        try:
+            _ = self.for_training
+        except Mistakes as error:
+            found += error.found
+        refuse(found)
 
     @cached_property
     def for_training(self) -> DFlashTrainingArguments:
@@ -101,6 +106,24 @@ class FeatureArguments:
         )
 
 
+def check_writing(options: TrainOptions) -> None:
+    """Refuse options that features are not written with.
+
+    Raises:
+        ValueError: names them.
+    """
+    found = []
+    for name in ("streaming", "features", "inspect"):
+        if getattr(options, name) not in (None, False):
+            found.append(
+                f"{name} is {getattr(options, name)!r}, but features are written of rows whose number is known. Leave "
+                "it out."
+            )
+    if options.tune is not None:
+        found.append("tune compares runs of train, and features are of all of them. Leave it out.")
+    refuse(found)
+
+
 # Writing ----------------------------------------------------------------------------------------------------------
 
 
@@ -112,12 +135,7 @@ class FeatureJob:
     """
 
     def __init__(self, options: TrainOptions, given: FeatureArguments):
-        for name in ("streaming", "features", "inspect"):
-            if getattr(options, name) not in (None, False):
-                raise ValueError(
-                    f"{name} is {getattr(options, name)!r}, but features are written of rows whose number is known. "
-                    "Leave it out."
-                )
+        check_writing(options)
         self.options, self.args = options, given.for_training
         self.tokenizer, shape = load_target(options, with_weights=False)
         self.config = _draft_config(options, shape, self.tokenizer)
@@ -262,17 +280,7 @@ def check_options(options: TrainOptions, args: DFlashTrainingArguments, features
     Raises:
         ValueError: naming what differs.
     """
-    for name, default in _OF_DATA.items():
-        value = getattr(options, name)
-        if value != default:
-            raise ValueError(
-                f"{name} is {value!r}, but features hold prepared rows. Leave it out, or leave features out."
-            )
-    if args.regenerate_every is not None or options.tune is not None:
-        raise ValueError(
-            "regenerate_every and tune need the whole target, and features hold its states for one text. Leave them "
-            "out, or leave features out."
-        )
+    refuse(with_features(options, args))
     given: dict[str, Any] = {}
     for name in FROM_FEATURES:
         given[name] = getattr(options if hasattr(options, name) else args, name)
@@ -286,6 +294,19 @@ def check_options(options: TrainOptions, args: DFlashTrainingArguments, features
     features.origin.check(given, advice)
     if options.target:
         _check_target(options, features)
+
+
+def with_features(options: TrainOptions, args: DFlashTrainingArguments) -> Iterator[str]:
+    """Yield what cannot be given beside features."""
+    for name, default in _OF_DATA.items():
+        value = getattr(options, name)
+        if value != default:
+            yield f"{name} is {value!r}, but features hold prepared rows. Leave it out, or leave features out."
+    if args.regenerate_every is not None or options.tune is not None:
+        yield (
+            "regenerate_every and tune need the whole target, and features hold its states for one text. Leave them "
+            "out, or leave features out."
+        )
 
 
 def _check_target(options: TrainOptions, features: Features) -> None:

@@ -1,7 +1,8 @@
 # Copyright 2026 the dflash-hub authors.
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
-"""Options of Trainer that would do nothing for a draft, or break its evaluation, with what they may be and why."""
+"""What is wrong with options, all of it at once; and options of Trainer that would do nothing for a draft."""
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 WITHOUT_EFFECT: dict[str, tuple[Any, str]] = {
@@ -25,15 +26,42 @@ WITHOUT_EFFECT: dict[str, tuple[Any, str]] = {
 """For each option its only value, and why it cannot have another."""
 
 
-def check_options(args: Any) -> None:
-    """Refuse options of Trainer that would do nothing.
+class Mistakes(ValueError):
+    """What is wrong with options; as a string it lists all of it."""
+
+    def __init__(self, found: list[str]):
+        self.found = found
+        listed = "\n".join(f"- {one}" for one in found)
+        super().__init__(
+            found[0] if len(found) == 1 else f"{len(found)} things are wrong:\n{listed}"
+        )
+
+
+def refuse(found: Iterable[str]) -> None:
+    """Raise an error that lists these mistakes.
 
     Raises:
-        ValueError: one is set; names it.
+        Mistakes: there is one.
     """
+    listed = list(found)
+    if listed:
+        raise Mistakes(listed)
+
+
+def wrong_values(options: Any, checks: dict[str, tuple[bool, str]]) -> Iterator[str]:
+    """Yield a message for each option that has a wrong value.
+
+    Args:
+        checks: by name, whether the value is right, and what it must be.
+    """
+    for name, (valid, wanted) in checks.items():
+        if not valid:
+            yield f"{name} is {getattr(options, name)!r}; it must be {wanted}."
+
+
+def without_effect(args: Any) -> Iterator[str]:
+    """Yield a message for each option of Trainer that is set and would do nothing."""
     for name, (value, reason) in WITHOUT_EFFECT.items():
         found = getattr(args, name, value)
         if found != value:
-            raise ValueError(
-                f"{name} is {found!r}, which does nothing for a draft: {reason}. Leave it at {value!r}."
-            )
+            yield f"{name} is {found!r}, which does nothing for a draft: {reason}. Leave it at {value!r}."

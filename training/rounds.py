@@ -22,7 +22,9 @@ import torch
 from torch.utils.data import Dataset
 
 from .arguments import DFlashTrainingArguments
+from .contradictions import greedy_mistakes, round_mistakes
 from .digests import json_digest
+from .options import refuse
 from .regenerate import (
     ROW,
     SEED,
@@ -213,33 +215,14 @@ def check_rounds(args: DFlashTrainingArguments, rows: Any, target: Any) -> None:
     """Refuse what rounds cannot work with.
 
     Raises:
-        ValueError: names the option.
+        ValueError: names the options.
     """
-    if args.max_steps <= 0:
-        raise ValueError(
-            "regenerate_every needs max_steps: rounds differ in length, so epochs say nothing."
-        )
-    if not hasattr(rows, "__len__"):
-        raise ValueError(
-            "regenerate_every needs data that can be gone through again; leave out streaming."
-        )
-    if args.dataloader_num_workers:
-        raise ValueError(
-            f"dataloader_num_workers is {args.dataloader_num_workers}, but the target writes answers in the process "
-            "that trains. Leave it at 0 with regenerate_every."
-        )
-    order = getattr(args, "train_sampling_strategy", "random")  # which former versions lack
-    if order != "random":
-        raise ValueError(
-            f"train_sampling_strategy is {order!r}; with regenerate_every it must be 'random'."
-        )
-    config = getattr(target, "generation_config", None)
-    own = args.regenerate_temperature is None and args.regenerate_server is None
-    if own and not getattr(config, "do_sample", False):
-        raise ValueError(
-            "The target's own settings are greedy, so each round would have the same answers. Pass "
-            "regenerate_temperature, such as 1.0."
-        )
+    refuse(
+        [
+            *round_mistakes(args, hasattr(rows, "__len__")),
+            *greedy_mistakes(args, getattr(target, "generation_config", None)),
+        ]
+    )
 
 
 def answers_of(

@@ -15,8 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from ..catalogue import out_of_cache
 from ..findings_dflash import LOADING, check_path, explained
 from ..kinds import KINDS, kind_named
-from ..registry import DFlashDraftSpec, check_folder, load_draft
+from ..registry import DFlashDraftSpec, check_folder, load_draft, read_config
 from .arguments import DFlashTrainingArguments
+from .contradictions import cut_mistakes, parallel_mistakes
 from .data import documents_of_row
 from .loading import (
     QUANTIZATIONS,
@@ -26,7 +27,7 @@ from .loading import (
     parallel_options,
     quantization_config,
 )
-from .objective import mix_of, needs_target
+from .options import refuse, wrong_values
 from .reading import BadRow, load_rows, with_file
 from .trainer import DFlashTrainer, preprocess_config
 
@@ -40,7 +41,11 @@ _ENOUGH = 8
 class TrainOptions:
     """Hold the options of the target, the draft and the data."""
 
-    target: str = field(metadata={"help": "Hub id or folder of the target."})
+    target: str = field(
+        metadata={
+            "help": "Hub id or folder of the target; for the commands, demo is the built-in one."
+        }
+    )
     data: str = field(
         metadata={
             "help": "A file (JSONL, JSON, Parquet, CSV, text), a folder or a Hub dataset (formats: docs/training.md)."
@@ -64,7 +69,10 @@ class TrainOptions:
         default=0, metadata={"help": "Number of rows to hold out for evaluation."}
     )
     draft: str | None = field(
-        default=None, metadata={"help": "Hub id or folder of a draft to start from."}
+        default=None,
+        metadata={
+            "help": "Hub id or folder of a draft to start from; for the commands, demo is a built-in one."
+        },
     )
     draft_revision: str | None = field(
         default=None, metadata={"help": "Commit, tag or branch of that draft."}
@@ -180,6 +188,14 @@ class TrainOptions:
         },
     )
 
+    def __post_init__(self) -> None:
+        checks = {
+            "eval_rows": (self.eval_rows >= 0, "at least 0"),
+            "tune_steps": (self.tune_steps >= 1, "at least 1"),
+            "inspect": (self.inspect is None or self.inspect >= 1, "at least 1"),
+        }
+        refuse(wrong_values(self, checks))
+
 
 def build(
     options: TrainOptions, args: DFlashTrainingArguments, loaded: tuple[Any, Any] | None = None
@@ -191,11 +207,13 @@ def build(
     """
     if options.cut_target:
         check_cut(options, args)
+    if options.tensor_parallel:
+        refuse(parallel_mistakes(options, args))
+    rows, held_out = split_rows(options, args)
     tokenizer, target = loaded or load_target(options)
     set_seed(args.seed)  # before the draft, whose fresh weights are random
     draft = make_draft(options, target, tokenizer)
     draft.card_metadata = draft.card_metadata | known(options)
-    rows, held_out = split_rows(options, args)
     try:
         return DFlashTrainer(draft, target, args, rows, held_out, tokenizer)
     except BadRow as error:
@@ -213,15 +231,19 @@ def known(options: TrainOptions) -> dict[str, Any]:
     return found
 
 
-def check_fresh_draft(options: TrainOptions) -> None:
-    """Check the shape that the options give a fresh draft, for the target's config. No weights are loaded.
+def shape_of(options: TrainOptions) -> tuple[Any, Any]:
+    """Return the draft's config, checked for the target's, and the target's generation config. No weights are loaded.
 
     Raises:
         ValueError: there can be no such draft.
     """
     tokenizer, target = _without_weights(options)
-    with torch.device("meta"):
-        make_draft(options, target, tokenizer)
+    if options.draft is not None:
+        config = read_config(options.draft, revision=options.draft_revision)
+    else:
+        with torch.device("meta"):
+            config = make_draft(options, target, tokenizer).config
+    return config, getattr(target, "generation_config", None)
 
 
 def inspect(
@@ -256,17 +278,7 @@ def check_cut(options: TrainOptions, args: DFlashTrainingArguments) -> None:
     Raises:
         ValueError: says for what.
     """
-    draft, _ = models_without_weights(replace(options, cut_target=False))
-    for name in ("eval_acceptance_prompts", "regenerate_every"):
-        if getattr(args, name):
-            raise ValueError(
-                f"cut_target is True, but {name} decodes with the whole target; leave one of them out."
-            )
-    if needs_target(draft.config, args.recipe):
-        raise ValueError(
-            f"cut_target is True, but the loss of this {draft.config.model_type} draft, "
-            f"{mix_of(draft.config, args.recipe)}, needs the target's own distribution; leave cut_target out."
-        )
+    refuse(cut_mistakes(args, shape_of(options)[0]))
 
 
 def load_target(options: TrainOptions, with_weights: bool = True) -> tuple[Any, Any]:
@@ -312,15 +324,10 @@ def _spread(options: TrainOptions) -> dict[str, Any]:
     """Return what `from_pretrained` needs to spread the target over processes, if the options say so.
 
     Raises:
-        ValueError: with an option that is not implemented for such a target.
+        ValueError: there is one process.
     """
     if not options.tensor_parallel:
         return {}
-    for name in ("target_quantization", "dry_run"):
-        if getattr(options, name):
-            raise ValueError(
-                f"tensor_parallel is True, which {name} is not implemented with; leave one out."
-            )
     return parallel_options()
 
 

@@ -44,6 +44,7 @@ from ..kinds import FURTHER_LOSSES, kind_of
 from .arguments import DFlashTrainingArguments
 from .best import ACCEPTED_AT, DECODED, best_of, check_best, describe_best, describe_block
 from .blocks import Blocks, draw_anchors
+from .contradictions import DECODES_SPREAD, NO_FSDP, metric_names
 from .data import Collator, DropReport, PreprocessConfig, columns_of, packed_batch, prepare
 from .loading import is_parallel
 from .locks import sole_writer
@@ -98,15 +99,10 @@ class DFlashTrainer(Trainer):
         check_compatible(model.config, target)
         check_trainable(model.config)
         if args.eval_acceptance_prompts and args.fsdp:
-            raise ValueError(
-                "eval_acceptance_prompts needs a whole draft on each process; leave it out with FSDP."
-            )
+            raise ValueError(NO_FSDP)
         decoding = args.eval_acceptance_prompts or args.regenerate_every
         if decoding and is_parallel(target):
-            raise ValueError(
-                "eval_acceptance_prompts and regenerate_every decode, which a target that is spread over processes "
-                "does not; leave them out."
-            )
+            raise ValueError(DECODES_SPREAD)
         self.kind = kind_of(model.config)
         self.preprocess_config = preprocess_config(processing_class, target, model.config, args)
         self.reports: dict[str, DropReport] = {}
@@ -114,7 +110,7 @@ class DFlashTrainer(Trainer):
         with args.main_process_first(desc="reading the data"):
             train_dataset = self._prepared(train_dataset, "train")
             eval_dataset = self._prepared(eval_dataset, "eval")
-        check_best(args, self._metric_names(model.config, args), eval_dataset)
+        check_best(args, metric_names(args, model.config), eval_dataset)
         callbacks = list(callbacks or [])
         if args.early_stopping is not None:
             callbacks.append(EarlyStoppingCallback(args.early_stopping))
@@ -504,12 +500,6 @@ class DFlashTrainer(Trainer):
         cycles = max(1, counts[0])
         shares = {f"{ACCEPTED_AT}{k}": count / cycles for k, count in enumerate(counts[2:], 1)}
         return {DECODED: counts[1] / cycles} | shares
-
-    def _metric_names(self, config: Any, args: DFlashTrainingArguments) -> list[str]:
-        """Return the names of what an evaluation gives."""
-        names = ["loss", *self.kind.metrics]
-        names += [f"accuracy_{k}" for k in range(1, config.num_drafted + 1)]
-        return [*names, DECODED] if args.eval_acceptance_prompts else names
 
     def best_evaluation(self) -> list[str]:
         """Return sentences on the best evaluation: its step, acceptance and losses; and on the size of blocks."""
