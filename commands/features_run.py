@@ -26,7 +26,7 @@ from .preflight import (
     check_folder_to_write,
     check_target,
 )
-from .screen import console, duration, hide_bars, note, notes, rows_progress
+from .screen import RowLines, console, duration, hide_bars, note, notes, rows_progress
 
 
 def write_features(argv: list[str]) -> None:
@@ -107,11 +107,13 @@ def _bytes(job: FeatureJob) -> int:
 
 def _write_with_progress(job: FeatureJob, folder: Path) -> int:
     """Write with a progress bar; return how many shards were there before."""
+    lines = RowLines(_rows(job), "Writing")
     with rows_progress() as progress:
         task = progress.add_task("rows", total=_rows(job))
 
         def report(shards: int, rows: int) -> None:
             progress.update(task, completed=rows, description=f"rows, {shards:,} shards")
+            lines.tell(rows, f", {shards:,} shards")
 
         return write(folder, job.plan, job.load, report)
 

@@ -60,7 +60,7 @@ class _Mistakes:
         """Of words that are no options, or are missing, or too many."""
         self.values: list[str] = []
         """Of values of options."""
-        parameters = command.get_params(ctx)
+        parameters: list[Any] = command.get_params(ctx)
         names = [name for one in parameters for name in (*one.opts, *one.secondary_opts)]
         self.options = [name for name in names if name.startswith("--")]
         self.path = ctx.command_path

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from huggingface_hub import ModelCard
 
     from ..checking.serve import Serving
-    from ..publishing import Plan, Published
+    from ..publishing import Plan, Published, PublishOptions
 
 _TARGET = "YOUR-TARGET"
 _UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
@@ -54,14 +54,33 @@ def push(
     token: Token = None,
 ) -> None:
     """Check a draft in a fresh process and push it: the hub layout to main, the engines layout to branch engines."""
-    from ..publishing import Published, PublishOptions, plan, publish
+    from ..publishing import Published, PublishOptions
 
     hide_bars(downloads=False)
     metadata = {"base_model": base_model, "license": license, "language": language}
     metadata.update(datasets=dataset, thinking=thinking)
     card = {key: value for key, value in metadata.items() if value}
     _check(directory, repo, card, token)
-    served: dict[str, Any] = {}
+    options = PublishOptions(private=private or None, token=token, message=message, card=card)
+    done, served = _run(directory, repo, options, dry_run, yes)
+    if isinstance(done, Published):
+        _show_published(done)
+        show_servings(done.repo_id, served)
+    else:
+        console.print("\nNothing was pushed.")
+
+
+def _run(
+    directory: Path, repo: str, options: "PublishOptions", dry_run: bool, yes: bool
+) -> "tuple[Plan | Published, dict[str, Serving]]":
+    """Push a draft, or only plan to; show on the way what it will write, and ask.
+
+    Returns:
+        What was planned or pushed, and how engines serve it.
+    """
+    from ..publishing import plan, publish
+
+    served: dict[str, Serving] = {}
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with (
         tidy_when_terminated(),
@@ -77,8 +96,7 @@ def push(
                 _ask(repo, yes)
                 progress.start()
 
-        options = PublishOptions(private=private or None, token=token, message=message, card=card)
-        run = plan if dry_run else publish
+        run: Any = plan if dry_run else publish
         done = run(
             directory,
             repo,
@@ -88,11 +106,7 @@ def push(
         )
         finished = "Checked" if dry_run else "Published"
         progress.update(task, description=finished, total=1, completed=1)
-    if isinstance(done, Published):
-        _show_published(done)
-        show_servings(done.repo_id, served)
-    else:
-        console.print("\nNothing was pushed.")
+    return done, served
 
 
 def _check(directory: Path, repo: str, card: dict[str, Any], token: str | None) -> None:

@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from .loading import checked_tokenizer, load_target
 from .preflight import Problems, check_data, check_file_to_write
-from .screen import console, notes, rows_progress
+from .screen import RowLines, console, notes, rows_progress
 from .shared import NewTokens, Target
 
 if TYPE_CHECKING:
@@ -71,13 +71,23 @@ def regenerate(
     elif _all_there(rows, output):
         return
     else:
-        target_model = load_target(target, dtype="auto")
-        answer = InProcess(target_model, tokenizer, settings)
-    done, failed = regenerate_with_progress(rows, output, answer, workers if server else 1)
+        answer = InProcess(load_target(target, dtype="auto"), tokenizer, settings)
+    done = regenerate_with_progress(rows, output, answer, workers if server else 1)
+    _tell(output, *done)
+
+
+def _tell(output: Path, done: int, failed: list[str]) -> None:
+    """Print how many rows are there.
+
+    Raises:
+        typer.Exit: rows failed.
+    """
     console.print(f"{output} holds {done:,} rows.", markup=False, highlight=False, soft_wrap=True)
     if failed:
         console.print(
-            f"{len(failed)} rows failed; run the same command to try them again. First error: {escape(failed[0])}"
+            f"{len(failed)} rows failed; run the same command to try them again. First error: {escape(failed[0])}",
+            soft_wrap=True,
+            highlight=False,
         )
         raise typer.Exit(1)
 
@@ -104,11 +114,13 @@ def regenerate_with_progress(
     from ..training.regenerate import regenerate as run
 
     total = len(rows) if hasattr(rows, "__len__") else None
+    lines = RowLines(total, "Answering")
     with rows_progress() as progress:
         task = progress.add_task("rows", total=total)
 
         def report(done: int, failed: int) -> None:
             description = f"rows, {failed} failed" if failed else "rows"
             progress.update(task, completed=done, description=description)
+            lines.tell(done, f", {failed} failed" if failed else "")
 
         return run(rows, output, answer, workers, report)

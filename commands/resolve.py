@@ -57,7 +57,7 @@ def explain(target: str) -> tuple[Union[DraftRow, "DFlashDraftSpec"], str]:
         from ..registry import DFlashDraftSpec
 
         kind = kind_named(DEMO_KIND)
-        known = {"targets": (DEMO,), "architectures": ("Qwen3ForCausalLM",)}
+        known: dict[str, Any] = {"targets": (DEMO,), "architectures": ("Qwen3ForCausalLM",)}
         return DFlashDraftSpec(own, kind.model_class, **known), "It is built in."
     name = out_of_cache(target)
     exact = made_for(name, rows())

@@ -10,6 +10,7 @@ import inspect
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -45,6 +46,8 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show results only, a
 _PACKAGE = __name__.partition(".")[0]
 _SILENT = {"TRANSFORMERS_VERBOSITY": "error", "TORCH_LOGS": "-all"}
 """Variables that these libraries read when they are imported."""
+SECONDS_OF_A_LINE = 10.0
+"""Between two lines that say how far rows are."""
 _given: dict[str, Any] = {"verbose": False, "quiet": False, "loud": False, "words": str}
 """Whether each option stands before the name of the command, whether libraries may write, and the words of warnings."""
 _set_here: set[str] = set()
@@ -72,6 +75,39 @@ def rows_progress() -> "Progress":
         progress.TimeRemainingColumn(),
     )
     return progress.Progress(*columns, console=notes, disable=not notes.is_interactive)
+
+
+class RowLines:
+    """Prints how many rows are done, a line now and then, where no bar can be shown.
+
+    Args:
+        total: rows; None where that is not known.
+        what: is done with them.
+    """
+
+    def __init__(self, total: int | None, what: str):
+        self.total, self.what = total, what
+        self.started = self.last = time.perf_counter()
+        self.first: int | None = None
+
+    def tell(self, done: int, more: str = "") -> None:
+        """Print a line, if the last one is some seconds old.
+
+        Args:
+            done: rows that are done.
+            more: what else is to be said.
+        """
+        now = time.perf_counter()
+        self.first = done if self.first is None else self.first
+        if notes.is_interactive or now - self.last < SECONDS_OF_A_LINE:
+            return
+        self.last = now
+        line = f"{self.what}: {done:,} rows"
+        if self.total is not None:
+            line = f"{self.what}: {done:,} of {self.total:,} rows"
+            rate = (done - self.first) / (now - self.started)
+            line += f", {duration((self.total - done) / rate)} left" if rate else ""
+        prose(notes, line + more, "dim", markup=False)
 
 
 def variables() -> dict[str, str]:

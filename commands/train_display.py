@@ -14,7 +14,7 @@ from rich.text import Text
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
 from ..training.progress import by_position
-from .screen import duration, is_verbose, notes, prose
+from .screen import RowLines, duration, is_verbose, notes, prose
 
 PARTS = 20
 """Lines of a whole run in a pipe, at least one a minute."""
@@ -54,12 +54,17 @@ class TrainDisplay(TrainerCallback):
         self.bar = Progress(*bar, TextColumn("{task.fields[left]}"), console=notes)
         self.task = self.bar.add_task("starting", total=None, left="")
         self.live: Live | None = None
+        self.lines: tuple[int, RowLines] | None = None
+        """The round that is being answered, and what prints how far it is."""
 
     # What Trainer calls ----------------------------------------------------------------------------------------
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.started = self.last_line = time.perf_counter()
         self.first_step = self.printed_step = state.global_step
+        answers = getattr(self.trainer.train_dataset, "answers", None)
+        if answers is not None:
+            answers.report = self._answered
         if notes.is_interactive and not notes.quiet and state.is_world_process_zero:
             self.live = Live(console=notes, refresh_per_second=4, transient=True)
             self.live.start()
@@ -113,6 +118,19 @@ class TrainDisplay(TrainerCallback):
         )
         lines = [Text(line) for line in self._now()]
         self.live.update(Group(self.bar, *lines))
+
+    def _answered(self, number: int, done: int, failed: int) -> None:
+        """Show how far the answers of a round are."""
+        total = len(self.trainer.train_dataset.answers.keys)
+        more = f", {failed:,} failed" if failed else ""
+        if self.live is not None:
+            text = f"answers of round {number}: {done:,} of {total:,}{more}"
+            self.bar.update(self.task, description=text, left="")
+            self.live.update(self.bar)
+            return
+        if self.lines is None or self.lines[0] != number:
+            self.lines = (number, RowLines(total, f"Answers of round {number}"))
+        self.lines[1].tell(done, more)
 
     def _now(self) -> list[str]:
         """Return the newest figures as lines."""

@@ -46,6 +46,9 @@ from .screen import console, hide_bars, note, notes
 from .train_display import shown
 from .tune import SHORT, check_tune, tune
 
+PAYS = 1.3
+"""Tokens a cycle from which on a draft may be worth a push; 1 is decoding without one."""
+
 
 def train(argv: list[str]) -> None:
     """Run the command.
@@ -247,20 +250,54 @@ def finish(trainer: DFlashTrainer, options: TrainOptions) -> None:
             done = publish(folder, repo or Path(folder).name, push)
         where = f"main at {done.commit[:8]}, engines at {done.engines_commit[:8]}"
         console.print(f"[bold]{done.repo_id}[/bold] is published: {where}.", soft_wrap=True)
-    _tell_next(trainer, options, str(folder))
+    tell_next(trainer, options, str(folder))
 
 
-def _tell_next(trainer: DFlashTrainer, options: TrainOptions, folder: str) -> None:
-    """Print the commands that come next: decode with the draft, and push it or, if it is pushed, measure it."""
+def tell_next(trainer: DFlashTrainer, options: TrainOptions, folder: str) -> None:
+    """Print the commands that come next.
+
+    Decode with the draft, and push it or, if it is pushed, measure it. Where hardly any drafted token is accepted, look
+    at the data and train longer.
+    """
     pair = f"--target {shlex.quote(options.target)} --draft {shlex.quote(folder)}"
-    follow = f"dflash-hub push {shlex.quote(folder)} {_repository(folder)}"
+    follow = [f"dflash-hub push {shlex.quote(folder)} {_repository(folder)}"]
     if trainer.args.push_to_hub:
-        follow = f"dflash-hub eval {pair} --output-dir results"
+        follow = [f"dflash-hub eval {pair} --output-dir results"]
     elif not Path(options.target).exists():
-        follow += f" --base-model {shlex.quote(options.target)}"
+        follow[0] += f" --base-model {shlex.quote(options.target)}"
+    length = accepted(trainer.state.log_history)
+    if length is not None and length < PAYS:
+        note(
+            f"{length:.2f} tokens a cycle: hardly any drafted token is accepted, so this draft helps nobody yet. Check "
+            "what it is trained on, and train longer."
+        )
+        follow = _to_train_longer(options, trainer.args, folder)
     notes.print("Next:", style="dim")
-    for line in (f'dflash-hub generate {pair} "Write a quicksort in Python."', follow):
+    for line in (f'dflash-hub generate {pair} "Write a quicksort in Python."', *follow):
         notes.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
+
+
+def accepted(history: list[dict[str, float]]) -> float | None:
+    """Return the last acceptance length of a log: decoded, of held-out text, or of training; None without any."""
+    for name in ("eval_decoded_acceptance_length", "eval_acceptance_length", "acceptance_length"):
+        found = [line[name] for line in history if name in line]
+        if found:
+            return found[-1]
+    return None
+
+
+def _to_train_longer(options: TrainOptions, args: Any, folder: str) -> list[str]:
+    """Return commands that show the data and go on from a draft."""
+    data = f"--data {shlex.quote(options.data)}"
+    shown = [f"dflash-hub train --target {shlex.quote(options.target)} {data} --inspect"]
+    if options.features is not None:
+        data, shown = f"--features {shlex.quote(options.features)}", []
+    pair = f"--target {shlex.quote(options.target)} --draft {shlex.quote(folder)}"
+    longer = f"--max-steps {10 * args.max_steps}"
+    if args.max_steps <= 0:
+        longer = f"--num-train-epochs {10 * args.num_train_epochs:g}"
+    more = f"dflash-hub train {pair} {data} --output-dir {shlex.quote(folder + '-longer')} {longer}"
+    return [*shown, more]
 
 
 def _repository(folder: str) -> str:

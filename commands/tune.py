@@ -50,22 +50,9 @@ def tune(parser: Any, argv: list[str], options: TrainOptions, scratch: Path) -> 
         given, args = parser.parse_args_into_dataclasses([*argv, *words])
         name = " ".join(words)
         notes.print(f"{number}: {name}", style="dim", highlight=False)
-        folder = scratch / str(number)
-        short = replace(
-            args,
-            output_dir=str(folder),
-            max_steps=given.tune_steps,
-            save_strategy="no",
-            resume_from_checkpoint=None,
-            **SHORT,
-        )
-        trainer = build(given, short, loaded)
+        trainer = build(given, _short(args, given.tune_steps, scratch / str(number)), loaded)
         loaded = trainer.preprocess_config.tokenizer, trainer.target
-        began = time.monotonic()
-        with shown(trainer):
-            trainer.train()
-            seconds = time.monotonic() - began
-            line = trainer.evaluate()
+        line, seconds = _train(trainer)
         figures = [line["eval_loss"], line["eval_acceptance_length"], line[f"eval_{DECODED}"]]
         table.add_row(*values, *(f"{value:.3f}" for value in figures), f"{seconds:.0f}")
         advice = describe_block(line, trainer.accelerator.unwrap_model(trainer.model).config)
@@ -75,8 +62,25 @@ def tune(parser: Any, argv: list[str], options: TrainOptions, scratch: Path) -> 
     console.print(table)
     best = max(found, key=lambda one: one[0])
     console.print(
-        f"After {options.tune_steps} steps most is accepted with {best[1]}", highlight=False
+        f"After {options.tune_steps} steps most is accepted with {best[1]}",
+        highlight=False,
+        soft_wrap=True,
     )
+
+
+def _short(args: Any, steps: int, folder: Path) -> Any:
+    """Return the options of a run of so many steps, which leaves nothing."""
+    lasting = {"save_strategy": "no", "resume_from_checkpoint": None}
+    return replace(args, output_dir=str(folder), max_steps=steps, **lasting, **SHORT)
+
+
+def _train(trainer: Any) -> tuple[dict[str, float], float]:
+    """Train; return what an evaluation finds then, and the seconds that training took."""
+    began = time.monotonic()
+    with shown(trainer):
+        trainer.train()
+        seconds = time.monotonic() - began
+        return trainer.evaluate(), seconds
 
 
 def _choices(words: list[str]) -> dict[str, list[str]]:

@@ -23,7 +23,7 @@ from dflash_hub.catalogue import rows
 from dflash_hub.commands import answers
 from dflash_hub.commands.built_in import TARGET
 from dflash_hub.commands.drafts import _Line, show
-from dflash_hub.commands.loading import Loaded, find_draft, load_target
+from dflash_hub.commands.loading import Loaded, find_draft, load_target, load_tokenizer
 from dflash_hub.commands.screen import console, notes
 from dflash_hub.generation_dflash import DecodeStatistics
 from dflash_hub.kinds import KINDS
@@ -190,6 +190,20 @@ def test_sampled_answers_follow_the_seed_and_end_at_a_text(monkeypatch):
     assert first == drawn("--seed", "3") != drawn("--seed", "4")
     end = first.strip()[3:5]
     assert drawn("--seed", "3", "--stop", end).rstrip("\n") == first[: first.index(end) + len(end)]
+
+
+def test_the_figures_after_a_sampled_answer_are_of_this_very_call():
+    target = tiny.target("qwen3")
+    draft = tiny.draft(target)
+    tokenizer = load_tokenizer(str(TINY / "target"))
+    answerer = answers.Answerer(Loaded(target, draft, ()), tokenizer, answers.Sampling(temperature=1.0), "eager")
+    answerer.warm_up(tiny.prompt(9), 12)
+    for size in (12, 7):
+        answer = answerer.answer(tiny.prompt(9), size)
+        assert 1 + sum(answer.statistics.committed) == len(answer.tokens) == size
+        line = answers.figures(answer, 1.0, "estimated")
+        assert line.startswith(f"{size} tokens, ")
+        assert line.endswith(f"{(size - 1) / len(answer.statistics.committed):.2f} tokens a cycle")
 
 
 TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:"

@@ -355,9 +355,17 @@ def test_a_target_on_the_hub_is_compared_by_its_weights_where_these_are_here(hub
         ({"tune": ["block_size=4,8"]}, {}, "regenerate_every and tune need the whole target"),
         ({"target_dtype": "bfloat16"}, {}, "target_dtype is 'bfloat16' here and 'float32' in the features"),
         ({"variant": "dspark"}, {}, "features hold no last_hidden_state. Write them with the --variant and the --loss"),
-        ({"target": "other"}, {}, "config is .* weights is .* is of the target .*examples/tiny_pair/target"),
-        ({"target": "finer"}, {}, "^weights is .* is of the target .* or write features of"),
-        ({"target": "spoken"}, {}, "^tokenizer is .* here and .* in the features"),
+        (
+            {"target": "other"},
+            {},
+            "config.json differ .* the target's weights differ .* is of the target .*examples/tiny_pair/target",
+        ),
+        (
+            {"target": "finer"},
+            {},
+            "^the target's weights differ from those .* is of the target .* or write features of",
+        ),
+        ({"target": "spoken"}, {}, "^the tokens of the target's tokenizer differ from those of the features"),
         ({"draft": str(TINY / "draft")}, {}, None),
     ],
 )
@@ -419,7 +427,7 @@ def test_a_bad_folder_is_refused_before_the_first_step(plain, tmp_path, name, te
         (
             {},
             {"max_length": 32},
-            "max_length is 32 here and 40 in the features; rows is .* Choose another --output-dir",
+            "max_length is 32 here and 40 in the features; the prepared rows of the data differ .* Choose another",
         ),
         ({}, {"shard_size": 1.0}, "shards of another size. Repeat its --shard-size"),
         ({"streaming": True}, {}, "streaming is True, but features are written of rows whose number is known"),

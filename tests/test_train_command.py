@@ -5,6 +5,7 @@ import json
 import re
 import struct
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +20,9 @@ from dflash_hub import DFlashDraftModel, cli
 from dflash_hub.commands import train_display
 from dflash_hub.commands.loading import load_tokenizer
 from dflash_hub.commands.screen import console
+from dflash_hub.commands.training_run import tell_next
 from dflash_hub.publishing.probe import digests
+from dflash_hub.training import DFlashTrainingArguments
 from dflash_hub.training.progress import draw
 from dflash_hub.training.setup import TrainOptions, make_draft, taps_of_few_layers, unused_token
 from paths import ROOT, TINY
@@ -79,8 +82,7 @@ def test_a_draft_is_trained_pushed_and_used_by_a_stranger(hub, repo_id, data, tm
     assert [line[:6] for line in lines if re.match(r"step \d of 6: loss", line)] == ["step 2", "step 4", "step 6"]
     held_out = [line for line in lines if re.match(r"step [36], held out: loss [\d.]+, accuracy ", line)]
     assert [line.count(" decoded; right at position 1, 2, ...: ") for line in held_out] == [1, 1]
-    assert lines[-3:-1] == ["Next:", f'  dflash-hub generate {pair_in(tmp_path)} "Write a quicksort in Python."']
-    assert lines[-1] == f"  dflash-hub eval {pair_in(tmp_path)} --output-dir results"
+    assert f'  dflash-hub generate {pair_in(tmp_path)} "Write a quicksort in Python."' in lines
     here = DFlashDraftModel.from_pretrained(tmp_path / "draft")
     assert digests(DFlashDraftModel.from_pretrained(repo_id)) == digests(here)
     assert digests(DFlashDraftModel.from_pretrained(repo_id, revision="engines")) == digests(here)
@@ -99,6 +101,43 @@ def test_a_draft_is_trained_pushed_and_used_by_a_stranger(hub, repo_id, data, tm
     assert {"training.png", "README.md", "modeling_dflash.py", "custom_generate/generate.py"} <= set(files)
     assert not [name for name in files if "optimizer" in name or "checkpoint" in name]
     assert any("Training in progress, step 3" in commit.title for commit in HfApi().list_repo_commits(repo_id))
+
+
+LONGER = "dflash-hub train --target a --draft my-draft"
+
+
+@pytest.mark.parametrize(
+    ("line", "pushed", "features", "found"),
+    [
+        ({"acceptance_length": 2.0}, False, None, ["dflash-hub push my-draft me/my-draft --base-model a"]),
+        ({"acceptance_length": 2.0}, True, None, ["dflash-hub eval --target a --draft my-draft --output-dir results"]),
+        ({}, False, None, ["dflash-hub push my-draft me/my-draft --base-model a"]),
+        (
+            {"acceptance_length": 2.0, "eval_acceptance_length": 1.04},
+            True,
+            None,
+            ["dflash-hub train --target a --data b --inspect", f"{LONGER} --data b --output-dir my-draft-longer"],
+        ),
+        ({"acceptance_length": 1.0}, False, "f", [f"{LONGER} --features f --output-dir my-draft-longer"]),
+    ],
+)
+def test_what_comes_next_is_a_push_only_where_drafted_tokens_are_accepted(line, pushed, features, found, capsys):
+    args = DFlashTrainingArguments(push_to_hub=pushed, max_steps=6, use_cpu=True, report_to="none")
+    trainer = SimpleNamespace(args=args, state=SimpleNamespace(log_history=[line]))
+    tell_next(trainer, TrainOptions("a", "b", features=features), "my-draft")
+    told = capsys.readouterr().err.splitlines()
+    assert ("train longer" in " ".join(told)) == (found[0].startswith("dflash-hub train"))
+    more = " --max-steps 60" if "longer" in found[-1] else ""
+    assert [line.strip() for line in told[-len(found) :]] == [*found[:-1], found[-1] + more]
+
+
+def test_a_run_in_a_pipe_says_how_far_the_answers_of_a_round_are(data, tmp_path, monkeypatch):
+    monkeypatch.setattr("dflash_hub.commands.screen.SECONDS_OF_A_LINE", 0)
+    rounds = ["--regenerate-every", "1", "--regenerate-temperature", "1", "--regenerate-max-new-tokens", "2"]
+    done = train(data, tmp_path / "draft", *SHAPE, *rounds, "--max-steps", "2", "--save-strategy", "no")
+    rows = len(Path(data).read_text().splitlines())
+    told = re.findall(r"Answers of round 1: (\d+) of (\d+) rows", done.stderr)
+    assert told == [(str(row), str(rows)) for row in range(1, rows + 1)]
 
 
 def test_a_hub_that_is_down_at_the_end_leaves_the_draft_on_disk_and_says_how_to_push_it(hub, repo_id, data, tmp_path):

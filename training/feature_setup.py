@@ -61,7 +61,12 @@ class FeatureArguments:
             "choices": list(DTYPES),
         },
     )
-    shard_size: float = field(default=1.0, metadata={"help": "Size of a file in GB, about."})
+    shard_size: float = field(
+        default=1.0,
+        metadata={
+            "help": "Size of a file in GB (1e9 bytes), about: 0.5 for many small ones, 5 for few large ones."
+        },
+    )
     loss: str | None = field(
         default=None,
         metadata={"help": "As of train: kl and tv need the target's last hidden states too."},

@@ -45,6 +45,15 @@ LACKS_STATES = (
 AGAIN = "Run the `dflash-hub features` that wrote it again: it writes what is missing."
 
 
+_DIGESTS = {
+    "config": "the fields of the target's config.json",
+    "weights": "the target's weights",
+    "tokenizer": "the tokens of the target's tokenizer",
+    "rows": "the prepared rows of the data",
+}
+"""Fields that are digests, which say nothing to people, and what they are of."""
+
+
 @dataclass(frozen=True)
 class Origin:
     """Say what features are of. Two that are equal have the same features, up to rounding.
@@ -123,7 +132,11 @@ class Origin:
         found = []
         for name, value in given.items():
             ours = getattr(self, name)
-            if ours != value:
+            if ours == value:
+                continue
+            if name in _DIGESTS:
+                found.append(f"{_DIGESTS[name]} differ from those of the features")
+            else:
                 found.append(f"{name} is {value!r} here and {ours!r} in the features")
         if found:
             raise ValueError(f"{'; '.join(found)}. {advice}")

@@ -15,6 +15,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,8 @@ class Answers:
         self.rows, self.folder = rows, folder
         self.answer, self.workers = answer, workers
         self.prompt = prompt
+        self.report: Callable[[int, int, int], None] = _quiet
+        """Called after each answer with the number of the round, and how many are done and how many failed."""
         self.keys = [key for key, _ in self._questions()]
 
     def _questions(self) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -127,7 +130,8 @@ class Answers:
                 (key, question | {SEED: _seed(seed, number, key)})
                 for key, question in self._questions()
             )
-            _, failed = write_answers(questions, path, self.answer, self.workers, _quiet)
+            report = partial(self.report, number)
+            _, failed = write_answers(questions, path, self.answer, self.workers, report)
             if not failed:
                 return
         done = finished_rows(path)
@@ -207,7 +211,7 @@ def _seed(seed: int, number: int, key: str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def _quiet(done: int, failed: int) -> None:
+def _quiet(number: int, done: int, failed: int) -> None:
     """Report nothing: the log has a line for each round."""
 
 
