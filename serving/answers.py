@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..evaluation.decoding import Cycle, engine_words
+from .calls import CallReader
 from .choices import Piece, TokenLogprob
 from .text import UNFINISHED
 
@@ -29,12 +30,14 @@ class Answered:
     tokens: int = 0
     logprobs: list[TokenLogprob] = field(default_factory=list)
     cycles: list[Cycle] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
 
     def add(self, piece: Piece) -> None:
         """Append a piece."""
         self.text += piece.text
         self.tokens += piece.tokens
         self.logprobs += piece.logprobs
+        self.ids += piece.ids
         self.finish, self.cycles = piece.finish, piece.cycles
 
 
@@ -65,14 +68,16 @@ class Form:
         self.head = {"id": identity, "created": int(time.time()), "model": model}
         self.offsets: dict[int, int] = {}
         """Characters of each choice whose tokens were told."""
+        self.readers: list[CallReader] = []
+        """Find the calls of tools in each choice; none where they stay text."""
 
     def whole(self, answers: Sequence[Answered], prompts: Sequence[int]) -> Body:
         """Return the whole response, for prompts of so many tokens."""
         choices = []
         for index, answer in enumerate(answers):
-            choice = self.choice(index, answer.text)
+            choice = self.choice(index, answer)
             choice["logprobs"] = self.logprobs(index, answer.logprobs)
-            choices.append({**choice, "finish_reason": answer.finish})
+            choices.append({"finish_reason": answer.finish, **choice})
         body = {**self.head, "object": self.kind, "choices": choices}
         return {**body, **self.figures(answers, prompts)}
 
@@ -82,11 +87,10 @@ class Form:
 
     def pieces(self, index: int, piece: Piece) -> list[Body]:
         """Return what a stream says of a piece of a choice: none if nothing is to be said."""
-        if not (piece.text or piece.logprobs or piece.finish):
+        if not (piece.text or piece.logprobs or piece.finish or self.readers):
             return []
-        choice = self.delta(index, piece.text)
+        choice = {"finish_reason": piece.finish or None, **self.delta(index, piece)}
         choice["logprobs"] = self.logprobs(index, piece.logprobs)
-        choice["finish_reason"] = piece.finish or None
         return [self.chunk([choice])]
 
     def closing(self, answers: Sequence[Answered], prompts: Sequence[int]) -> list[Body]:
@@ -112,12 +116,12 @@ class Form:
         summary = {name: value for name, value in words.items() if name not in _DETAILS}
         return {"usage": usage, "metrics": {"speculative_decoding": summary}}
 
-    def choice(self, index: int, text: str) -> Body:
-        """Return a whole choice."""
+    def choice(self, index: int, answer: Answered) -> Body:
+        """Return a whole choice; its reason to end may be another than the answer's."""
         raise NotImplementedError
 
-    def delta(self, index: int, text: str) -> Body:
-        """Return a choice of a piece."""
+    def delta(self, index: int, piece: Piece) -> Body:
+        """Return a choice of a piece; its reason to end may be another than the piece's."""
         raise NotImplementedError
 
     def logprobs(self, index: int, found: list[TokenLogprob]) -> Body | None:
@@ -145,12 +149,25 @@ class ChatForm(Form):
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
         return [self.chunk([choice])]
 
-    def choice(self, index: int, text: str) -> Body:
-        message = {"role": "assistant", "content": text, "refusal": None}
-        return {"index": index, "message": message}
+    def choice(self, index: int, answer: Answered) -> Body:
+        message: Body = {"role": "assistant", "content": answer.text, "refusal": None}
+        if not self.readers:
+            return {"index": index, "message": message}
+        reader = self.readers[index]
+        message.update({"content": None} | reader.read(answer.ids, is_last=True))
+        if reader.calls:
+            message["tool_calls"] = reader.calls
+        return {"index": index, "message": message, **_reason(reader, answer.finish)}
 
-    def delta(self, index: int, text: str) -> Body:
-        return {"index": index, "delta": {"content": text} if text else {}}
+    def delta(self, index: int, piece: Piece) -> Body:
+        if not self.readers:
+            return {"index": index, "delta": {"content": piece.text} if piece.text else {}}
+        reader = self.readers[index]
+        delta: Body = dict(reader.read(piece.ids, is_last=bool(piece.finish)))
+        if piece.finish and reader.calls:
+            calls = enumerate(reader.calls)
+            delta["tool_calls"] = [{"index": place, **call} for place, call in calls]
+        return {"index": index, "delta": delta, **_reason(reader, piece.finish)}
 
     def listed(self, index: int, found: list[TokenLogprob]) -> Body:
         content = []
@@ -166,6 +183,11 @@ class ChatForm(Form):
         return {"token": text, "logprob": max(logprob, LEAST_LOGPROB), "bytes": bytes_of}
 
 
+def _reason(reader: CallReader, finish: str) -> Body:
+    """Return that an answer ends to have tools called, if it does."""
+    return {"finish_reason": "tool_calls"} if reader.calls and finish == "stop" else {}
+
+
 class CompletionForm(Form):
     """Responses of /v1/completions."""
 
@@ -173,11 +195,11 @@ class CompletionForm(Form):
     kind = "text_completion"
     piece_kind = "text_completion"
 
-    def choice(self, index: int, text: str) -> Body:
-        return {"index": index, "text": text}
+    def choice(self, index: int, answer: Answered) -> Body:
+        return {"index": index, "text": answer.text}
 
-    def delta(self, index: int, text: str) -> Body:
-        return self.choice(index, text)
+    def delta(self, index: int, piece: Piece) -> Body:
+        return {"index": index, "text": piece.text}
 
     def listed(self, index: int, found: list[TokenLogprob]) -> Body:
         body: Body = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}

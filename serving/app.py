@@ -133,7 +133,7 @@ async def answer(service: Service, request: Request, asked: Asked) -> Response:
         ApiError: it is refused, or decoding failed.
     """
     run = await service.start(asked)
-    form = service.form(asked)
+    form = service.form(asked, run)
     if asked.stream:
         return Stream(service, run, form)
     try:

@@ -50,6 +50,7 @@ class Piece:
         tokens: how many tokens it stands for.
         cycles: of the whole answer, with its last piece.
         error: why decoding failed; the answer ends with it too.
+        ids: of its tokens, without one that ends the answer.
     """
 
     text: str = ""
@@ -58,6 +59,7 @@ class Piece:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     cycles: list[Cycle] = field(default_factory=list)
     error: str = ""
+    ids: list[int] = field(default_factory=list)
 
     @property
     def is_last(self) -> bool:

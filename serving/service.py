@@ -12,6 +12,7 @@ from typing import Any
 from starlette.concurrency import run_in_threadpool
 
 from .answers import Answered, ChatForm, CompletionForm, Form
+from .calls import CallReader, finds_calls
 from .choices import Choice, Options, Piece, options_of
 from .decoding import Decoder, Worker
 from .errors import ApiError
@@ -129,6 +130,7 @@ class Service:
         self.waiting = Waiting(settings.most_waiting, settings.batch, context)
         self.worker = Worker(self.waiting, decoder.decode)
         self.metrics = Metrics(lambda: len(self.waiting.running), lambda: len(self.waiting.choices))
+        self.finds_calls = finds_calls(decoder.tokenizer)
         self.began = int(time.time())
 
     @property
@@ -181,17 +183,27 @@ class Service:
                 found.append((place, options, limit))
         return found
 
-    def form(self, asked: Asked) -> Form:
+    def form(self, asked: Asked, run: Run) -> Form:
         """Return how the answers to a request look."""
         kind = ChatForm if isinstance(asked, ChatRequest) else CompletionForm
         extras = asked.stream_options
-        return kind(
+        form = kind(
             self.settings.name,
             self.decoder.tokenizer,
             self.decoder.draft.config.num_drafted,
             asked.alternatives is not None,
             asked.stream and extras is not None and extras.include_usage,
         )
+        if self._may_call(asked):
+            tokenizer, tools = self.decoder.tokenizer, getattr(asked, "tools", [])
+            form.readers = [CallReader(tokenizer, one.prompt, tools) for one in run.choices]
+        return form
+
+    def _may_call(self, asked: Asked) -> bool:
+        """Tell whether calls of tools are looked for; an answer that ends at a text is none of a template."""
+        if not isinstance(asked, ChatRequest) or asked.stop:
+            return False
+        return bool(asked.tools and asked.tool_choice == "auto" and self.finds_calls)
 
     def count(self, run: Run) -> None:
         """Count a request that was answered."""

@@ -17,10 +17,11 @@ class Detokenizer:
 
     Args:
         prompt: token ids.
+        skips_special: whether special tokens are no text.
     """
 
-    def __init__(self, tokenizer: Any, prompt: list[int]):
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, prompt: list[int], skips_special: bool = True):
+        self.tokenizer, self.skips_special = tokenizer, skips_special
         self.ids = prompt[-CONTEXT:]
         self.first, self.read = 0, len(self.ids)
         """Tokens before `read` are text already; decoding begins with `first`."""
@@ -43,7 +44,7 @@ class Detokenizer:
         return self._decode(self.ids[self.first :])[len(before) :]
 
     def _decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+        return self.tokenizer.decode(ids, skip_special_tokens=self.skips_special)
 
 
 class StopFinder:
@@ -96,7 +97,8 @@ class Writer:
                 self.num_tokens += 1
                 text += self._text(token)
         added = self.num_tokens - before
-        return Piece(text, self.finish, added, logprobs[:added])
+        ids = [token for token in tokens[:added] if token not in self.ends]
+        return Piece(text, self.finish, added, logprobs[:added], ids=ids)
 
     def _text(self, token: int) -> str:
         """Return the text that a token adds, and note whether the answer ends with it."""

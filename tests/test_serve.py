@@ -1,6 +1,9 @@
 """OpenAI's API: its own client gets the target's own text, whatever else the server is asked at the time."""
 
+import copy
 import gc
+import json
+import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +36,7 @@ TEMPLATE = (
     "{{ message.content }}{% for call in message.tool_calls or [] %}{{ call.function.arguments.x }}{% endfor %}|"
     "{% endfor %}{{ ending }}"
 )
+METHOD = "class Node(object):\n    def __init__(self"
 PROMPTS = ["def quicksort(items):", "import os", "class Node(object):\n    def __init__(self", "# Copyright"]
 
 
@@ -308,6 +312,15 @@ def test_what_cannot_be_answered_exactly_is_refused_by_name(ask, options, param,
     assert param is not None or next(iter(options)) in refused.value.message
 
 
+def test_all_that_is_wrong_with_a_request_is_told_at_once(client):
+    wrong = {"temperature": 9, "tool_choice": "required", "extra_body": {"nonsense": 1, "reasoning_effort": "low"}}
+    with pytest.raises(openai.BadRequestError, match="4 things are wrong: ") as refused:
+        chat(client, "x", **wrong)
+    named = ("temperature", "tool_choice", "nonsense", "reasoning_effort")
+    assert [name for name in named if name not in str(refused.value)] == []
+    assert refused.value.param == "temperature"
+
+
 def test_what_changes_no_text_is_taken(client):
     harmless = {"user": "me", "metadata": {"a": "b"}, "store": False, "parallel_tool_calls": True}
     harmless |= {"response_format": {"type": "text"}, "tool_choice": "auto", "presence_penalty": 0, "seed": 1}
@@ -369,6 +382,46 @@ def test_conversations_tools_and_variables_reach_the_template(client, own):
         found = chat(client, "", 8, **asked)
         assert found.choices[0].message.content == own(prompt, 8)
         assert found.choices[0].message.tool_calls is None
+
+
+def answer_template(kind: str) -> dict:
+    """Calls are what the built-in target writes between brackets."""
+    call = {"type": "function", "function": {"name": "look", "arguments": {"x": "{content}"}}}
+    calls = {"open": "(", "close": ")", "repeats": True, "content": kind, "transform": call}
+    return {"start_anchor": "|", "fields": {"content": {}, "tool_calls": calls}}
+
+
+@pytest.mark.parametrize("kind", ["text", "json"])
+def test_calls_are_found_where_the_tokenizer_says_how_they_are_written(kind, tiny_target, tokenizer, own):
+    """What cannot be read as its template says stays text."""
+    speaking = copy.deepcopy(tokenizer)
+    speaking.response_template = answer_template(kind)
+    draft = DFlashDraftModel.from_pretrained(TINY / "draft").eval()
+    tools = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
+    asked = {"tools": tools, "max_tokens": 60}
+    text = own(f"look;user:{METHOD}|", 60)
+    inside = re.findall(r"\(([^)]*)\)", text)
+    assert len(inside) > 1
+    with (
+        serving(Decoder(tiny_target, draft, speaking, Proposing("eager", "chain")), template=TEMPLATE) as server,
+        client_of(server) as client,
+    ):
+        message = chat(client, METHOD, **asked).choices[0].message
+        stream = list(chat(client, METHOD, stream=True, **asked))
+        untouched = chat(client, METHOD, **asked, stop=["\0"]).choices[0].message
+    deltas = [piece.choices[0].delta for piece in stream]
+    streamed = "".join(delta.content or "" for delta in deltas)
+    calls = [call for delta in deltas for call in delta.tool_calls or []]
+    assert (untouched.content, untouched.tool_calls) == (text, None)
+    assert streamed == message.content
+    if kind == "json":
+        assert (message.content, message.tool_calls, calls) == (text, None, [])
+        return
+    assert message.content == re.sub(r"\([^)]*(\)|$)", "", text)
+    for found in (message.tool_calls, calls):
+        assert [json.loads(call.function.arguments) for call in found] == [{"x": one} for one in inside]
+    assert deltas[-1].tool_calls == calls
+    assert [call.index for call in calls] == list(range(len(inside)))
 
 
 def test_a_chat_may_fill_the_context_and_a_completion_has_sixteen_tokens(decoder, tokenizer):
