@@ -14,7 +14,7 @@ from rich.table import Table
 from ..kinds import DEMO_KIND, KINDS, kind_named
 from .built_in import FOLDER, TARGET
 from .preflight import Problems, check_capture
-from .screen import console, doing, hide_bars
+from .screen import console, doing, hide_bars, prose
 from .shared import Capture, fail_differing, show_speed
 
 if TYPE_CHECKING:
@@ -47,12 +47,10 @@ def demo(
     results = [compare(draft, target, row, max_new_tokens=96, capture=capture) for row in rows]
     total = sum(results[1:], results[0])
     title = kind_named(variant).title
-    console.print(
-        f"[bold]DFlash demo[/bold]: a target with {target.num_parameters():,} parameters that writes Python, ",
-        end="",
-    )
-    console.print(
-        f"and its {title} draft with {draft.num_parameters():,}. Greedy, {len(rows)} held-out prompts.\n"
+    prose(
+        console,
+        f"[bold]DFlash demo[/bold]: a target with {target.num_parameters():,} parameters that writes Python, and its "
+        f"{title} draft with {draft.num_parameters():,}. Greedy, {len(rows)} held-out prompts.\n",
     )
     # So small a target often repeats itself, so show the most varied text.
     shown = max(range(len(results)), key=lambda index: len({*results[index].plain[0]}))

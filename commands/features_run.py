@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from ..training.contradictions import fresh_mistakes
@@ -26,7 +27,7 @@ from .preflight import (
     check_folder_to_write,
     check_target,
 )
-from .screen import RowLines, console, duration, hide_bars, note, notes, rows_progress
+from .screen import RowLines, console, duration, hide_bars, note, notes, prose, rows_progress
 
 
 def write_features(argv: list[str]) -> None:
@@ -56,11 +57,10 @@ def write_features(argv: list[str]) -> None:
         raise typer.Exit(130) from None
     if there:
         console.print(f"{there:,} of {total:,} shards were already there.", highlight=False)
-    console.print(
-        f"[bold]{folder}[/bold] holds the features of {_rows(job):,} rows in {total:,} shards, "
-        f"{_bytes(job) / 1e9:,.2f} GB. Train from them: dflash-hub train --features {folder}",
-        highlight=False,
-        soft_wrap=True,
+    prose(
+        console,
+        f"[bold]{escape(str(folder))}[/bold] holds the features of {_rows(job):,} rows in {total:,} shards, "
+        f"{_bytes(job) / 1e9:,.2f} GB. Train from them: dflash-hub train --features {escape(str(folder))}",
     )
 
 

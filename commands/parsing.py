@@ -2,10 +2,11 @@
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
 """Parse the commands whose options are dataclasses: `train` and `features`."""
 
-from argparse import ArgumentError
+from argparse import SUPPRESS, ArgumentError, HelpFormatter
 from collections.abc import Iterator
 from dataclasses import fields
 from functools import partial
+from shutil import get_terminal_size
 from typing import Any, NoReturn
 
 import typer
@@ -14,12 +15,66 @@ from transformers import HfArgumentParser
 from .mistakes import no_such_option
 from .preflight import Problems
 
+_LONGEST = 90
+"""Columns of the help at most; longer lines are hard to read."""
+_CHOICES = 40
+"""Characters of the choices of an option that stand in the help; more are too many."""
+
 
 class Parser(HfArgumentParser):
-    """Raise errors of one line, because the usage text lists more than a hundred options."""
+    """Raise errors of one line, because the usage text lists more than a hundred options.
+
+    Its help names each option once, with dashes; those of Trainer stand last.
+    """
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message}. `{self.prog} --help` lists the options.")
+
+    def format_help(self) -> str:
+        formatter = _HelpFormatter(self.prog)
+        formatter.add_usage(
+            "%(prog)s --target NAME --data FILE_OR_DATASET [options]", [], [], "Usage: "
+        )
+        names = {name for kind in self.dataclass_types for name in kind.__annotations__}
+        known = [one for one in self._actions if one.help != SUPPRESS]
+        ours = [one for one in known if one.dest in names]
+        for title, actions in (
+            ("Options", ours),
+            ("Options of transformers' Trainer", [one for one in known if one not in ours]),
+        ):
+            formatter.start_section(title)
+            formatter.add_arguments(actions)
+            formatter.end_section()
+        return formatter.format_help()
+
+
+class _HelpFormatter(HelpFormatter):
+    """Writes an option with its value, and the help below it where the option is long."""
+
+    def __init__(self, prog: str):
+        width = min(get_terminal_size().columns, _LONGEST) - 2
+        super().__init__(prog, max_help_position=28, width=width)
+
+    def _format_action_invocation(self, action: Any) -> str:
+        value = self._value(action)
+        return f"{_name(action)} {value}" if value else _name(action)
+
+    def _value(self, action: Any) -> str:
+        """Return what stands for the value of an option."""
+        if action.nargs == 0:
+            return ""
+        if action.choices is not None and len(",".join(map(str, action.choices))) <= _CHOICES:
+            return "|".join(map(str, action.choices))
+        kind = getattr(action.type, "__name__", "")
+        shown = {"int": "INT", "float": "NUMBER", "string_to_bool": "true|false"}.get(kind, "TEXT")
+        if action.nargs == "?":
+            return f"[{shown}]"
+        return f"{shown} ..." if action.nargs in ("+", "*") else shown
+
+    def _get_help_string(self, action: Any) -> str:
+        help_text = " ".join((action.help or "").split())
+        is_told = action.default in (None, False, "", SUPPRESS) or "efault" in help_text
+        return help_text if is_told or action.required else f"{help_text} Default: %(default)s."
 
 
 def parsed(parser: Parser, argv: list[str], problems: Problems) -> list[Any]:

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from ..catalogue import DraftRow, check_folder, made_for, out_of_cache, reason_of_exact, rows
 from ..kinds import DEMO_KIND, kind_named
-from .built_in import DEMO, OF_TARGET, draft_of, target_named
+from .built_in import OF_TARGET, draft_of, target_named
 from .screen import console
 from .shared import complete_target
 
@@ -34,8 +34,12 @@ def resolve(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:
     """Show which draft would be loaded for a target, and why."""
-    draft, why = explain(target)
-    found = _rows(target, draft, why)
+    own = draft_of(target)
+    if own is None:
+        found = _rows(target, *explain(target))
+    else:
+        class_name = kind_named(DEMO_KIND).reader
+        found = {"target": target, "draft": own, "class": class_name, "why": "It is built in."}
     if as_json:
         typer.echo(json.dumps(found, indent=1))
     elif not sys.stdout.isatty():
@@ -52,13 +56,6 @@ def resolve(
 def explain(target: str) -> tuple[Union[DraftRow, "DFlashDraftSpec"], str]:
     """Return the draft for a target, and the reason; torch is imported where the target's config must be read."""
     check_folder(target)
-    own = draft_of(target)
-    if own is not None:
-        from ..registry import DFlashDraftSpec
-
-        kind = kind_named(DEMO_KIND)
-        known: dict[str, Any] = {"targets": (DEMO,), "architectures": ("Qwen3ForCausalLM",)}
-        return DFlashDraftSpec(own, kind.model_class, **known), "It is built in."
     name = out_of_cache(target)
     exact = made_for(name, rows())
     if exact:
@@ -78,12 +75,11 @@ def _rows(target: str, draft: Any, why: str) -> dict[str, str]:
     """Return what is shown, by its name."""
     decodes = f"no: {draft.target_state}" if draft.target_state else ""
     access = "gated: request access on the Hub" if draft.gated else ""
-    is_folder = Path(draft.name).is_dir()
     found = {
         "target": target,
         "draft": draft.name,
         "folder": draft.subfolder,
-        "revision": draft.revision or ("" if is_folder else "the newest (no commit is pinned)"),
+        "revision": draft.revision or "the newest (no commit is pinned)",
         "class": draft.class_name,
         "made for": ", ".join(draft.targets) or "not known",
         "architectures": ", ".join(draft.architectures) or "not known",

@@ -44,8 +44,8 @@ Verbose = Annotated[
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show results only, and errors.")]
 
 _PACKAGE = __name__.partition(".")[0]
-_SILENT = {"TRANSFORMERS_VERBOSITY": "error", "TORCH_LOGS": "-all"}
-"""Variables that these libraries read when they are imported."""
+_SILENT = {"TRANSFORMERS_VERBOSITY": "error", "TORCH_LOGS": "-all", "TQDM_DELAY": "2"}
+"""Variables that these libraries read when they are imported; bars are shown of what takes longer than two seconds."""
 SECONDS_OF_A_LINE = 10.0
 """Between two lines that say how far rows are."""
 _given: dict[str, Any] = {"verbose": False, "quiet": False, "loud": False, "words": str}

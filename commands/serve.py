@@ -24,7 +24,7 @@ from .preflight import (
     device_of,
     read_text,
 )
-from .screen import console, doing, notes
+from .screen import console, doing, notes, prose
 from .shared import Capture, Device, Draft, DraftRevision, Dtype, Proposal, Width, complete_target
 
 if TYPE_CHECKING:
@@ -226,9 +226,8 @@ def _serve(service: "Service", listener: Any) -> None:
     from ..serving.server import Server
 
     _warm_up(service)
-    server = Server(service)
-    _announce(service, listener.getsockname()[:2])
-    server.run([listener])
+    address = listener.getsockname()[:2]
+    Server(service, lambda: _announce(service, address)).run([listener])
     notes.print("Stopped.", style="dim")
 
 
@@ -237,13 +236,12 @@ def _announce(service: "Service", address: tuple[str, int]) -> None:
     url, settings = url_of(*address), service.settings
     console.print(f"Serving {escape(settings.name)} at {url}/v1", soft_wrap=True, highlight=False)
     limit = "any number of" if service.context is None else f"{service.context:,}"
-    notes.print(
+    prose(
+        notes,
         f"Draft: {settings.draft}. Texts of up to {limit} tokens, up to {settings.batch} at once. Figures: "
         f"{url}/metrics. Ctrl-C ends it, once all is answered.",
-        style="dim",
+        "dim",
         markup=False,
-        highlight=False,
-        soft_wrap=True,
     )
     notes.print(f"Try: {_example(service, url)}", markup=False, highlight=False, soft_wrap=True)
 

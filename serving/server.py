@@ -4,6 +4,7 @@
 
 import asyncio
 import socket
+from collections.abc import Callable
 from typing import Any
 
 import uvicorn
@@ -16,10 +17,13 @@ class Server(uvicorn.Server):
     """Serves until a signal comes; then it takes no more, answers all that it took, and ends.
 
     A second signal ends it at once.
+
+    Args:
+        announce: called once it listens, and takes signals.
     """
 
-    def __init__(self, service: Service):
-        self.service = service
+    def __init__(self, service: Service, announce: Callable[[], None] | None = None):
+        self.service, self.announce = service, announce
         config = uvicorn.Config(
             build_app(service),
             log_level="warning",
@@ -38,6 +42,11 @@ class Server(uvicorn.Server):
         await super().serve(sockets)
         self.service.waiting.close()
         await asyncio.to_thread(self.service.worker.join)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.announce is not None:
+            self.announce()
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         """Begin to end; at a second signal, end at once."""

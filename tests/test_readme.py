@@ -106,7 +106,7 @@ def check_flags(name: str, words: list[str]) -> None:
     command = COMMANDS.commands[name]
     known = flags_of(command) | {"--help"}
     if command.context_settings.get("allow_extra_args"):
-        known |= {"--" + option.replace("_", "-") for option in cli._options([name])}
+        known |= {"--" + option.replace("_", "-") for option in cli.option_names([name])}
     assert {word for word in words if word.startswith("--")} <= known, name
 
 
