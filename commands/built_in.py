@@ -40,9 +40,11 @@ def draft_of(target: str | None) -> str | None:
     return draft_named(DEMO) if target == TARGET else None
 
 
-def name_of(target: str) -> str:
-    """Return what a target is called: its name or path, and `demo` for the built-in one."""
-    return DEMO if target == TARGET else target
+def name_of(model: str) -> str:
+    """Return what a target or a draft is called: its name or path, and that of a built-in one."""
+    if model == TARGET:
+        return DEMO
+    return next((name for name in sorted(_DRAFTS) if draft_named(name) == model), model)
 
 
 def in_words(argv: list[str]) -> list[str]:

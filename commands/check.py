@@ -21,7 +21,7 @@ from .preflight import (
     device_of,
     read_text,
 )
-from .screen import console, doing, errors, hide_bars, notes, prose
+from .screen import console, counted, doing, errors, hanging, hide_bars, notes, prose
 from .shared import AnyDraft, ReadToken
 from .words import in_flags
 
@@ -205,27 +205,25 @@ def _show_remarks(remarks: "tuple[Remark, ...]") -> None:
         console.print("Nothing is wrong with its files.")
         return
     order = list(_COLOURS)
-    table = Table(show_lines=True)
-    for column in ("", "in", "what", "what to do"):
-        table.add_column(column, overflow="fold")
     for remark in sorted(remarks, key=lambda one: order.index(one.level)):
-        colour = _COLOURS[remark.level]
-        level = f"[{colour}]{remark.level}[/{colour}]"
-        texts = (remark.section, remark.finding.what, remark.finding.advice)
-        table.add_row(level, *map(escape, texts))
-    console.print(table)
+        found = remark.finding
+        hanging(
+            console, f"{found.what}.", f"{remark.level}, {remark.section}: ", _COLOURS[remark.level]
+        )
+        hanging(console, f"{found.advice}.", "  ")
 
 
 def _show_run(run: "RunReport") -> None:
     """Print what the run showed: whether texts are exact, and how many tokens each draft predicts."""
     same = "[green]the target's own[/green]" if run.exact else "[red]NOT the target's own[/red]"
-    console.print(
-        f"Decoded {run.prompts} prompts in {run.dtype}: the texts are {same}, {run.tokens_per_cycle:.2f} tokens per "
-        "cycle.",
-        highlight=False,
+    prose(
+        console,
+        f"\nDecoded {counted(run.prompts, 'prompt')} in {run.dtype}: the texts are {same}, "
+        f"{run.tokens_per_cycle:.2f} tokens per cycle. With every token of the texts as the anchor once, drafted "
+        "tokens agree so:",
     )
-    table = Table(title="Drafted tokens that agree, every token of the texts being the anchor once")
-    for column in ("draft", "tokens per cycle", "agreeing up to position 1, 2, ..."):
+    table = Table(box=None, padding=(0, 2))
+    for column in ("draft", "tokens per cycle", "share at position 1, 2, ..."):
         table.add_column(column)
     for one in run.acceptances:
         table.add_row(one.name, f"{one.length:.2f}", _shares(one))
@@ -240,15 +238,13 @@ def _shares(one: "Acceptance") -> str:
 
 def _show_engines(engines: "tuple[EngineVerdict, ...]", layout: str) -> None:
     """Print what each engine would do with the files as they are."""
-    table = Table(title="What engines do with these files as they are", show_lines=True)
-    for column in ("engine", "", "why"):
-        table.add_column(column, overflow="fold")
+    console.print("\nWhat engines do with these files as they are:")
     for verdict in engines:
         colour = _OUTCOMES[verdict.outcome]
-        why = "\n".join(reason.finding.what for reason in verdict.reasons)
         name = f"{verdict.engine.title} {verdict.engine.version}"
-        table.add_row(escape(name), f"[{colour}]{verdict.outcome}[/{colour}]", escape(why))
-    console.print(table)
+        hanging(console, f"{name}: {verdict.outcome}", "  ", colour)
+        for reason in verdict.reasons:
+            hanging(console, reason.finding.what, "    - ")
     if layout == _HUB:
         prose(
             console,

@@ -14,7 +14,7 @@ from rich.table import Table
 from ..kinds import DEMO_KIND, KINDS, kind_named
 from .built_in import FOLDER, TARGET
 from .preflight import Problems, check_capture
-from .screen import console, doing, hide_bars, prose
+from .screen import console, counted, doing, hide_bars, prose
 from .shared import Capture, fail_differing, show_speed
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def demo(
     prose(
         console,
         f"[bold]DFlash demo[/bold]: a target with {target.num_parameters():,} parameters that writes Python, and its "
-        f"{title} draft with {draft.num_parameters():,}. Greedy, {len(rows)} held-out prompts.\n",
+        f"{title} draft with {draft.num_parameters():,}. Greedy, {counted(len(rows), 'held-out prompt')}.\n",
     )
     # So small a target often repeats itself, so show the most varied text.
     shown = max(range(len(results)), key=lambda index: len({*results[index].plain[0]}))

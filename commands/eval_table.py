@@ -20,7 +20,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from .screen import console, notes, prose
+from .screen import console, counted, notes, prose
 
 if TYPE_CHECKING:
     from ..evaluation.run import Progress as EvaluationProgress
@@ -57,7 +57,7 @@ def show_results(report: dict[str, Any], path: Path) -> None:
     prose(
         console,
         f"{escape(settings['target'])}, {settings['dtype']}, {report['environment']['hardware']}; "
-        f"{prompts['count']} prompts of {escape(prompts['name'])} (license: {prompts['license']}), "
+        f"{counted(prompts['count'], 'prompt')} of {escape(prompts['name'])} (license: {prompts['license']}), "
         f"up to {settings['max_new_tokens']} new tokens; proposal: {settings['proposal']}",
     )
     console.print(results_table(report))

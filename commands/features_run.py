@@ -27,7 +27,17 @@ from .preflight import (
     check_folder_to_write,
     check_target,
 )
-from .screen import RowLines, console, duration, hide_bars, note, notes, prose, rows_progress
+from .screen import (
+    RowLines,
+    console,
+    counted,
+    duration,
+    hide_bars,
+    note,
+    notes,
+    prose,
+    rows_progress,
+)
 
 
 def write_features(argv: list[str]) -> None:
@@ -57,10 +67,11 @@ def write_features(argv: list[str]) -> None:
         raise typer.Exit(130) from None
     if there:
         console.print(f"{there:,} of {total:,} shards were already there.", highlight=False)
+    size = f"{counted(_rows(job), 'row')} in {counted(total, 'shard')}"
     prose(
         console,
-        f"[bold]{escape(str(folder))}[/bold] holds the features of {_rows(job):,} rows in {total:,} shards, "
-        f"{_bytes(job) / 1e9:,.2f} GB. Train from them: dflash-hub train --features {escape(str(folder))}",
+        f"[bold]{escape(str(folder))}[/bold] holds the features of {size}, {_bytes(job) / 1e9:,.2f} GB. "
+        f"Train from them: dflash-hub train --features {escape(str(folder))}",
     )
 
 
@@ -112,8 +123,8 @@ def _write_with_progress(job: FeatureJob, folder: Path) -> int:
         task = progress.add_task("rows", total=_rows(job))
 
         def report(shards: int, rows: int) -> None:
-            progress.update(task, completed=rows, description=f"rows, {shards:,} shards")
-            lines.tell(rows, f", {shards:,} shards")
+            progress.update(task, completed=rows, description=f"rows, {counted(shards, 'shard')}")
+            lines.tell(rows, f", {counted(shards, 'shard')}")
 
         return write(folder, job.plan, job.load, report)
 
@@ -129,7 +140,7 @@ def _show_cost(job: FeatureJob, folder: Path) -> None:
     table.add_row("of each token", f"{' and '.join(origin.holds)}, layers {layers}, {origin.dtype}")
     table.add_row(
         "disk",
-        f"{origin.bytes_per_token:,} bytes a token; {_bytes(job) / 1e9:,.2f} GB in {shards:,} shards",
+        f"{origin.bytes_per_token:,} bytes a token; {_bytes(job) / 1e9:,.2f} GB in {counted(shards, 'shard')}",
     )
     table.add_row("room", f"{shutil.disk_usage(_existing(folder)).free / 1e9:,.1f} GB at {folder}")
     table.add_row(

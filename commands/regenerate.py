@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from .loading import checked_tokenizer, load_target
 from .preflight import Problems, check_data, check_file_to_write
-from .screen import RowLines, console, notes, rows_progress
+from .screen import RowLines, console, counted, notes, rows_progress
 from .shared import NewTokens, Target
 
 if TYPE_CHECKING:
@@ -82,10 +82,12 @@ def _tell(output: Path, done: int, failed: list[str]) -> None:
     Raises:
         typer.Exit: rows failed.
     """
-    console.print(f"{output} holds {done:,} rows.", markup=False, highlight=False, soft_wrap=True)
+    console.print(
+        f"{output} holds {counted(done, 'row')}.", markup=False, highlight=False, soft_wrap=True
+    )
     if failed:
         console.print(
-            f"{len(failed)} rows failed; run the same command to try them again. First error: {escape(failed[0])}",
+            f"{counted(len(failed), 'row')} failed; run the same command to try again. First error: {escape(failed[0])}",
             soft_wrap=True,
             highlight=False,
         )

@@ -10,6 +10,7 @@ import inspect
 import logging
 import os
 import sys
+import textwrap
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -75,6 +76,26 @@ def rows_progress() -> "Progress":
         progress.TimeRemainingColumn(),
     )
     return progress.Progress(*columns, console=notes, disable=not notes.is_interactive)
+
+
+def counted(number: int, what: str) -> str:
+    """Return a number of things as text, such as 1 row or 2,000 rows."""
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
+
+
+def hanging(out: Console, text: str, lead: str, style: str = "") -> None:
+    """Print sentences after `lead`: on a terminal wrapped between words, each line below the first; else one line."""
+    lines = [text]
+    if out.is_terminal:
+        lines = textwrap.wrap(
+            text,
+            max(out.width - len(lead), 20),
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    for number, line in enumerate(lines):
+        start = lead if number == 0 else " " * len(lead)
+        out.print(start + line, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 class RowLines:

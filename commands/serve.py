@@ -238,7 +238,7 @@ def _announce(service: "Service", address: tuple[str, int]) -> None:
     limit = "any number of" if service.context is None else f"{service.context:,}"
     prose(
         notes,
-        f"Draft: {settings.draft}. Texts of up to {limit} tokens, up to {settings.batch} at once. Figures: "
+        f"Draft: {name_of(settings.draft)}. Texts of up to {limit} tokens, up to {settings.batch} at once. Figures: "
         f"{url}/metrics. Ctrl-C ends it, once all is answered.",
         "dim",
         markup=False,

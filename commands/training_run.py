@@ -26,7 +26,7 @@ from ..training.trainer import (
     last_checkpoint,
     sole_trainer,
 )
-from .built_in import in_words
+from .built_in import in_words, name_of
 from .dry_run import dry_run, tell_memory
 from .feature_defaults import take_from_features
 from .inspect_rows import inspect_rows
@@ -158,7 +158,7 @@ def _check_push(args: Any) -> None:
 def _run(options: TrainOptions, args: DFlashTrainingArguments) -> None:
     """Set up the run, and train or make the dry run."""
     hide_bars()
-    loaded = options.features or f"{options.target} and {options.data}"
+    loaded = options.features or f"{name_of(options.target)} and {options.data}"
     notes.print(f"Loading {loaded}", style="dim", markup=False, highlight=False, soft_wrap=True)
     expected = None
     if options.dry_run and options.features is None:
@@ -259,12 +259,12 @@ def tell_next(trainer: DFlashTrainer, options: TrainOptions, folder: str) -> Non
     Decode with the draft, and push it or, if it is pushed, measure it. Where hardly any drafted token is accepted, look
     at the data and train longer.
     """
-    pair = f"--target {shlex.quote(options.target)} --draft {shlex.quote(folder)}"
+    pair = f"--target {shlex.quote(name_of(options.target))} --draft {shlex.quote(folder)}"
     follow = [f"dflash-hub push {shlex.quote(folder)} {_repository(folder)}"]
     if trainer.args.push_to_hub:
         follow = [f"dflash-hub eval {pair} --output-dir results"]
     elif not Path(options.target).exists():
-        follow[0] += f" --base-model {shlex.quote(options.target)}"
+        follow[0] += f" --base-model {shlex.quote(name_of(options.target))}"
     length = accepted(trainer.state.log_history)
     if length is not None and length < PAYS:
         note(
@@ -289,10 +289,10 @@ def accepted(history: list[dict[str, float]]) -> float | None:
 def _to_train_longer(options: TrainOptions, args: Any, folder: str) -> list[str]:
     """Return commands that show the data and go on from a draft."""
     data = f"--data {shlex.quote(options.data)}"
-    shown = [f"dflash-hub train --target {shlex.quote(options.target)} {data} --inspect"]
+    shown = [f"dflash-hub train --target {shlex.quote(name_of(options.target))} {data} --inspect"]
     if options.features is not None:
         data, shown = f"--features {shlex.quote(options.features)}", []
-    pair = f"--target {shlex.quote(options.target)} --draft {shlex.quote(folder)}"
+    pair = f"--target {shlex.quote(name_of(options.target))} --draft {shlex.quote(folder)}"
     longer = f"--max-steps {10 * args.max_steps}"
     if args.max_steps <= 0:
         longer = f"--num-train-epochs {10 * args.num_train_epochs:g}"

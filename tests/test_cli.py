@@ -1,5 +1,6 @@
 """The command line, as a user types it."""
 
+import io
 import json
 import os
 import re
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from huggingface_hub import HfApi
+from rich.console import Console
 from transformers import AutoConfig
 from typer.testing import CliRunner
 
@@ -24,7 +26,7 @@ from dflash_hub.commands import answers
 from dflash_hub.commands.built_in import TARGET
 from dflash_hub.commands.drafts import _Line, show
 from dflash_hub.commands.loading import Loaded, find_draft, load_target, load_tokenizer
-from dflash_hub.commands.screen import console, notes
+from dflash_hub.commands.screen import console, hanging, notes
 from dflash_hub.generation_dflash import DecodeStatistics
 from dflash_hub.kinds import KINDS
 from dflash_hub.registry import CATALOGUE, drafts_for
@@ -515,7 +517,7 @@ def test_generate_finds_the_draft_of_a_target_that_sees_images(architecture, hub
         (["features", "--target=demo", "--data", "rows.jsonl", "--max-length", "64", "--dry-run"], "2 of 100 tokens"),
         (
             ["regenerate", "--target", "demo", "--data", "rows.jsonl", "--output", "new", "--max-new-tokens", "2"],
-            "1 rows",
+            "new holds 1 row.",
         ),
         (
             [
@@ -705,6 +707,16 @@ def test_push_publishes_and_prints_the_snippet_for_this_commit(hub, repo_id, for
         assert text in done.stdout
     assert "Serving engines read the branch engines" in done.stdout
     assert set(hub.state.repos["models", repo_id].branches) == {"main", "engines"}
+
+
+def test_on_a_terminal_sentences_wrap_below_each_other_and_names_stay_whole():
+    file = io.StringIO()
+    for is_terminal in (True, False):
+        out = Console(file=file, width=30, force_terminal=is_terminal, color_system=None)
+        hanging(out, "It lacks some_name.that-is-long and another_name.of-this", "  - ")
+    wrapped = ["  - It lacks", "    some_name.that-is-long and", "    another_name.of-this"]
+    whole = "  - It lacks some_name.that-is-long and another_name.of-this"
+    assert file.getvalue().splitlines() == [*wrapped, whole]
 
 
 def test_env_says_what_a_bug_report_needs_and_hides_tokens():
