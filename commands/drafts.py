@@ -14,6 +14,7 @@ from rich.text import Text
 
 from ..catalogue import DraftRow, matching, nearest, rows
 from ..kinds import KINDS
+from .built_in import DEMO
 from .screen import console, note, notes
 from .shared import complete_target
 
@@ -71,6 +72,10 @@ def drafts(
 
 def _no_draft(target: str | None, architecture: str | None) -> str:
     """Return the message for a name that matches no draft, with names that are spelt alike."""
+    if target == DEMO:
+        return (
+            f"{DEMO} is the built-in pair, which no list has; `dflash-hub resolve {DEMO}` shows it."
+        )
     asked = " and ".join(one for one in (target, architecture) if one)
     found = nearest(target, rows()) if target else []
     alike = f"The nearest names are {', '.join(found)}. " if found else ""

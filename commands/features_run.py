@@ -70,7 +70,7 @@ def write_features(argv: list[str]) -> None:
     size = f"{counted(_rows(job), 'row')} in {counted(total, 'shard')}"
     prose(
         console,
-        f"[bold]{escape(str(folder))}[/bold] holds the features of {size}, {_bytes(job) / 1e9:,.2f} GB. "
+        f"[bold]{escape(str(folder))}[/bold] holds the features of {size}, {_size(job)}. "
         f"Train from them: dflash-hub train --features {escape(str(folder))}",
     )
 
@@ -112,8 +112,10 @@ def _rows(job: FeatureJob) -> int:
     return sum(shard.rows for _, shard in job.plan.shards())
 
 
-def _bytes(job: FeatureJob) -> int:
-    return sum(job.plan.bytes_of(shard) for _, shard in job.plan.shards())
+def _size(job: FeatureJob) -> str:
+    """Return what the features take, as text."""
+    size = sum(job.plan.bytes_of(shard) for _, shard in job.plan.shards())
+    return f"{size / 1e9:,.2f} GB" if size >= 1e8 else f"{size / 1e6:,.2f} MB"
 
 
 def _write_with_progress(job: FeatureJob, folder: Path) -> int:
@@ -140,7 +142,7 @@ def _show_cost(job: FeatureJob, folder: Path) -> None:
     table.add_row("of each token", f"{' and '.join(origin.holds)}, layers {layers}, {origin.dtype}")
     table.add_row(
         "disk",
-        f"{origin.bytes_per_token:,} bytes a token; {_bytes(job) / 1e9:,.2f} GB in {counted(shards, 'shard')}",
+        f"{origin.bytes_per_token:,} bytes a token; {_size(job)} in {counted(shards, 'shard')}",
     )
     table.add_row("room", f"{shutil.disk_usage(_existing(folder)).free / 1e9:,.1f} GB at {folder}")
     table.add_row(

@@ -87,7 +87,7 @@ def _tell(output: Path, done: int, failed: list[str]) -> None:
     )
     if failed:
         console.print(
-            f"{counted(len(failed), 'row')} failed; run the same command to try again. First error: {escape(failed[0])}",
+            f"{counted(len(failed), 'row')} failed; the same command tries again. First error: {escape(failed[0])}",
             soft_wrap=True,
             highlight=False,
         )
