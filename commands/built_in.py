@@ -52,9 +52,9 @@ def in_words(argv: list[str]) -> list[str]:
     found = []
     last = ""
     for word in argv:
-        flag, equals, value = word.partition("=")
-        if equals and flag in ("--target", "--draft"):
-            word = f"{flag}={_named(flag, value)}"
+        flag = word.partition("=")[0]
+        if flag != word and flag in ("--target", "--draft"):
+            word = f"{flag}={_named(flag, word.removeprefix(f'{flag}='))}"
         elif last in ("--target", "--draft"):
             word = _named(last, word)
         found.append(word)
