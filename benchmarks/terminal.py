@@ -66,7 +66,7 @@ TO_COPY = re.compile(r"^\W*(Try: )?(curl|dflash-hub|vllm|python|hf|pip|source)\b
 
 @dataclass
 class Shown:
-    """What one run has shown.
+    """Hold what one run has shown.
 
     Args:
         lines: without escape sequences.
@@ -96,7 +96,7 @@ def environment() -> dict[str, str]:
 
 
 class Reader(threading.Thread):
-    """Reads what a process writes, to its end.
+    """Read what a process writes, to its end.
 
     Args:
         seen: called with all of it so far.

@@ -27,7 +27,7 @@ _CONTEXT = 64
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen: greedily, or drawn if there is a temperature.
+    """Say how tokens are chosen: greedily, or drawn if there is a temperature.
 
     Args:
         temperature: None or 0 for greedy.
@@ -67,7 +67,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Answer:
-    """A text, and how it came about.
+    """Hold a text, and how it came about.
 
     Args:
         tokens: the new ones.
@@ -95,7 +95,7 @@ class Answer:
 
 
 class _Writer(TextStreamer):
-    """Writes an answer to stdout as it comes, and holds its tokens."""
+    """Write an answer to stdout as it comes, and hold its tokens."""
 
     def __init__(self, tokenizer: Any):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -108,7 +108,7 @@ class _Writer(TextStreamer):
 
 
 class _Clock:
-    """A streamer that holds when each token came."""
+    """Hold when each token came, as a streamer."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -120,7 +120,7 @@ class _Clock:
 
 
 class Answerer:
-    """Answers prompts with a pair.
+    """Answer prompts with a pair.
 
     Args:
         capture: how blocks run, as in `draft.speculate`.

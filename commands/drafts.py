@@ -137,7 +137,7 @@ def _extras(
 
 @dataclass(frozen=True)
 class _Line:
-    """A draft as a line."""
+    """Write a draft as a line."""
 
     row: DraftRow
     extras: tuple[str, ...] = ()

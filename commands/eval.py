@@ -166,7 +166,7 @@ def evaluate(
 
 @dataclass(frozen=True)
 class Asked:
-    """What is to be evaluated.
+    """Hold what is to be evaluated.
 
     Args:
         prompts: name or file.

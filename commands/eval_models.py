@@ -33,7 +33,7 @@ SPARE = 1.25
 
 @dataclass(frozen=True)
 class Choice:
-    """What was asked for on the command line.
+    """Hold what was asked for on the command line.
 
     Args:
         drafts: names, or none for the known draft of the target.
@@ -99,7 +99,7 @@ def against_of(words: str) -> list[str]:
 
 
 class Loader:
-    """Loads the models of a choice, in the asked dtype and in float32."""
+    """Load the models of a choice, in the asked dtype and in float32."""
 
     def __init__(self, choice: Choice):
         self.choice = choice

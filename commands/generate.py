@@ -158,7 +158,7 @@ def _prompt(prompt: str | None, file: Path | None, chat: bool) -> str | None:
 
 @dataclass(frozen=True)
 class Template:
-    """What is asked for of the chat template.
+    """Hold what is asked for of the chat template.
 
     Args:
         asked: whether to apply it; None for if there is one.

@@ -14,7 +14,7 @@ from .screen import hide_bars, note, notes, prose
 
 @dataclass(frozen=True)
 class Loaded:
-    """A target and its draft.
+    """Hold a target and its draft.
 
     Args:
         made_for: Hub ids of the targets that the draft was made for; () if unknown.

@@ -28,7 +28,7 @@ def of_values() -> list[str]:
 
 
 class CheckedCommand(TyperCommand):
-    """Tells all that is wrong with a command line at once.
+    """Tell all that is wrong with a command line at once.
 
     Where only values of options are wrong, the command runs with the defaults in their place, as far as to its
     `Problems`, which begin with these mistakes.
@@ -48,7 +48,7 @@ class CheckedCommand(TyperCommand):
 
 
 class _Mistakes:
-    """The mistakes of a command line.
+    """Collect the mistakes of a command line.
 
     Args:
         command: that was called.

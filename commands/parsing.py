@@ -49,7 +49,7 @@ class Parser(HfArgumentParser):
 
 
 class _HelpFormatter(HelpFormatter):
-    """Writes an option with its value, and the help below it where the option is long."""
+    """Write an option with its value, and the help below it where the option is long."""
 
     def __init__(self, prog: str):
         width = min(get_terminal_size().columns, _LONGEST) - 2

@@ -18,7 +18,7 @@ _DATA = (".jsonl", ".json", ".parquet", ".csv", ".txt")
 
 
 class Problems:
-    """Collects the errors of checks, after those of values on the command line."""
+    """Collect the errors of checks, after those of values on the command line."""
 
     def __init__(self) -> None:
         self.found = of_values()

@@ -99,7 +99,7 @@ def hanging(out: Console, text: str, lead: str, style: str = "") -> None:
 
 
 class RowLines:
-    """Prints how many rows are done, a line now and then, where no bar can be shown.
+    """Print how many rows are done, a line now and then, where no bar can be shown.
 
     Args:
         total: rows; None where that is not known.
@@ -250,7 +250,7 @@ def prose(out: Console, text: str, style: str = "", markup: bool = True) -> None
 
 
 class _NoStatus:
-    """Stands for a spinner where none is shown."""
+    """Stand for a spinner where none is shown."""
 
     def __enter__(self) -> "_NoStatus":
         return self

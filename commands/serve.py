@@ -111,7 +111,7 @@ def serve(
 
 @dataclass(frozen=True)
 class Asked:
-    """The pair that is asked for.
+    """Hold the pair that is asked for.
 
     Args:
         target: Hub id or folder.
@@ -142,7 +142,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Listens:
-    """Where a server listens, and who may call it."""
+    """Say where a server listens, and who may call it."""
 
     host: str
     port: int

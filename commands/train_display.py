@@ -36,7 +36,7 @@ def shown(trainer: Any) -> Iterator["TrainDisplay"]:
 
 
 class TrainDisplay(TrainerCallback):
-    """Shows a run on stderr.
+    """Show a run on stderr.
 
     Args:
         trainer: a `DFlashTrainer`, whose `latest_metrics` are shown.

@@ -23,7 +23,7 @@ Body = dict[str, Any]
 
 @dataclass
 class Answered:
-    """What one choice has got so far."""
+    """Hold what one choice has got so far."""
 
     text: str = ""
     finish: str = ""
@@ -42,7 +42,7 @@ class Answered:
 
 
 class Form:
-    """How a response of one kind of requests looks.
+    """Say how a response of one kind of requests looks.
 
     Args:
         most_drafted: tokens that a cycle drafts at most.
@@ -138,7 +138,7 @@ class Form:
 
 
 class ChatForm(Form):
-    """Responses of /v1/chat/completions."""
+    """Write responses of /v1/chat/completions."""
 
     prefix = "chatcmpl"
     kind = "chat.completion"
@@ -189,7 +189,7 @@ def _reason(reader: CallReader, finish: str) -> Body:
 
 
 class CompletionForm(Form):
-    """Responses of /v1/completions."""
+    """Write responses of /v1/completions."""
 
     prefix = "cmpl"
     kind = "text_completion"

@@ -70,7 +70,7 @@ def build_app(service: Service) -> FastAPI:
 
 
 class Gate:
-    """Checks who calls before anything of a request is read, and counts responses.
+    """Check who calls before anything of a request is read, and count responses.
 
     Without a key, a page in the user's browser could call the server too. It cannot set the type of its content, and a
     name of its own that leads here is none of ours.
@@ -169,7 +169,7 @@ async def _leaves(request: Request) -> None:
 
 
 class Stream(StreamingResponse):
-    """An answer as server-sent events. It ends the decode when its client leaves."""
+    """Send an answer as server-sent events. It ends the decode when its client leaves."""
 
     def __init__(self, service: Service, run: Run, form: Form):
         self.run_of = run

@@ -36,7 +36,7 @@ def finds_calls(tokenizer: Any) -> bool:
 
 
 class CallReader:
-    """Reads an answer as it comes: its text goes on, its calls are collected.
+    """Read an answer as it comes: its text goes on, its calls are collected.
 
     Args:
         prompt: token ids.

@@ -15,7 +15,7 @@ GREEDY_BELOW = 1e-5
 
 @dataclass(frozen=True)
 class Options:
-    """How tokens are chosen. Choices with equal options may be rows of one batch.
+    """Say how tokens are chosen. Choices with equal options may be rows of one batch.
 
     Args:
         keywords: of `generate`, sorted by name.
@@ -34,7 +34,7 @@ class Options:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """The log probability of a token of the text, and those of the likeliest tokens in its place."""
+    """Hold the log probability of a token of the text, and those of the likeliest tokens in its place."""
 
     token: int
     logprob: float
@@ -43,7 +43,7 @@ class TokenLogprob:
 
 @dataclass
 class Piece:
-    """A piece of an answer.
+    """Hold a piece of an answer.
 
     Args:
         finish: why the answer ends with it, "stop" or "length"; "" where it goes on.
@@ -68,7 +68,7 @@ class Piece:
 
 @dataclass(eq=False)
 class Choice:
-    """One text to decode.
+    """Hold one text to decode.
 
     Args:
         prompt: token ids.

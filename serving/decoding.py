@@ -37,12 +37,12 @@ LONG = 256
 
 
 class AllEnded(Exception):
-    """Ends a decode whose rows have all ended."""
+    """End a decode whose rows have all ended."""
 
 
 @dataclass(frozen=True)
 class Proposing:
-    """How blocks are proposed and run, as in `draft.speculate`."""
+    """Say how blocks are proposed and run, as in `draft.speculate`."""
 
     capture: str = "auto"
     proposal: str = "auto"
@@ -50,7 +50,7 @@ class Proposing:
 
 
 class Decoder:
-    """A target, its draft and their tokenizer, which decode batches."""
+    """Decode batches with a target, its draft and their tokenizer."""
 
     def __init__(self, target: Any, draft: Any, tokenizer: Any, proposing: Proposing | None = None):
         self.target, self.draft = target, draft
@@ -141,7 +141,7 @@ def _keywords(options: Options, width: int) -> dict[str, Any]:
 
 
 class Rows:
-    """The rows of a batch while it is decoded. It proposes what another proposer does, and looks at them in each cycle.
+    """Hold the rows of a batch while it is decoded. It proposes what another proposer does, and looks at them in each cycle.
 
     Args:
         mode: how blocks run.
@@ -252,7 +252,7 @@ def cut(cycles: list[Cycle], num_tokens: int) -> list[Cycle]:
 
 
 class Worker(threading.Thread):
-    """Decodes what waits, until the queue is closed and empty.
+    """Decode what waits, until the queue is closed and empty.
 
     Args:
         decode: a batch.

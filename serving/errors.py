@@ -9,7 +9,7 @@ _TYPES = {400: "invalid_request_error", 429: "rate_limit_error", 500: "server_er
 
 
 class ApiError(ValueError):
-    """A request that is not answered, and why.
+    """Say why a request is not answered.
 
     Args:
         status: of HTTP.

@@ -13,7 +13,7 @@ PREFIX = "dflash_hub_"
 
 
 class Metrics:
-    """Counts requests, tokens and what was drafted, since the server began.
+    """Count requests, tokens and what was drafted, since the server began.
 
     Args:
         running: returns how many choices are decoded.

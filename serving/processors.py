@@ -12,7 +12,7 @@ from .choices import TokenLogprob
 
 
 class Penalties(LogitsProcessor):
-    """Lowers the scores of tokens that the text has already.
+    """Lower the scores of tokens that the text has already.
 
     Args:
         num_prompt: tokens of the prompt, which do not count.
@@ -34,7 +34,7 @@ class Penalties(LogitsProcessor):
 
 
 class LogprobRecord(LogitsProcessor):
-    """Records how likely each token was, and which tokens were the likeliest; it changes nothing.
+    """Record how likely each token was, and which tokens were the likeliest; it changes nothing.
 
     Args:
         alternatives: how many of the likeliest.

@@ -21,7 +21,7 @@ _SETTINGS = (
 
 
 class Prompts:
-    """Makes token ids of requests.
+    """Make token ids of requests.
 
     Args:
         template: a chat template in place of the tokenizer's own.

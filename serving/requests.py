@@ -84,7 +84,7 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class Fields(BaseModel):
-    """Fields whose types are checked strictly; what is unknown is refused by name."""
+    """Check the types of fields strictly; what is unknown is refused by name."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -98,14 +98,14 @@ class Fields(BaseModel):
 
 
 class StreamOptions(Fields):
-    """What a stream holds besides the text."""
+    """Say what a stream holds besides the text."""
 
     include_usage: bool = False
     include_obfuscation: Any = None  # of no effect
 
 
 class GenerationRequest(Fields):
-    """What requests of both kinds have in common."""
+    """Hold what requests of both kinds have in common."""
 
     model: str | None = None
     stream: bool = False
@@ -164,7 +164,7 @@ _NO_CALLS = "functions are passed as tools, and calls come back as text."
 
 
 class ChatRequest(GenerationRequest):
-    """A request to /v1/chat/completions."""
+    """Hold a request to /v1/chat/completions."""
 
     messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
     max_completion_tokens: Count | None = None
@@ -208,7 +208,7 @@ class ChatRequest(GenerationRequest):
 
 
 class CompletionRequest(GenerationRequest):
-    """A request to /v1/completions."""
+    """Hold a request to /v1/completions."""
 
     prompt: Prompts
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None

@@ -14,7 +14,7 @@ from .service import Service
 
 
 class Server(uvicorn.Server):
-    """Serves until a signal comes; then it takes no more, answers all that it took, and ends.
+    """Serve until a signal comes; then take no more, answer all that was taken, and end.
 
     A second signal ends it at once.
 

@@ -26,7 +26,7 @@ Asked = ChatRequest | CompletionRequest
 
 @dataclass(frozen=True)
 class Settings:
-    """How a server serves.
+    """Say how a server serves.
 
     Args:
         name: of the target, as requests name it.
@@ -50,7 +50,7 @@ class Settings:
 
 
 class Run:
-    """A request that is being answered.
+    """Hold a request that is being answered.
 
     Args:
         prompts: token ids, one for each prompt.
@@ -118,7 +118,7 @@ class Run:
 
 
 class Service:
-    """A decoder with a queue before it."""
+    """Answer requests by a decoder with a queue before it."""
 
     def __init__(self, decoder: Decoder, settings: Settings):
         self.decoder, self.settings = decoder, settings

@@ -13,7 +13,7 @@ UNFINISHED = "\ufffd"
 
 
 class Detokenizer:
-    """Decodes a text token by token; a character of several tokens comes with the last of them.
+    """Decode a text token by token; a character of several tokens comes with the last of them.
 
     Args:
         prompt: token ids.
@@ -48,7 +48,7 @@ class Detokenizer:
 
 
 class StopFinder:
-    """Finds the first of several texts in a stream, and holds back what may be the beginning of one."""
+    """Find the first of several texts in a stream, and hold back what may be the beginning of one."""
 
     def __init__(self, stops: tuple[str, ...]):
         self.stops = stops
@@ -76,7 +76,7 @@ class StopFinder:
 
 
 class Writer:
-    """Turns the tokens of a choice into pieces of its answer, up to where it ends.
+    """Turn the tokens of a choice into pieces of its answer, up to where it ends.
 
     Args:
         ends: token ids that end it.

@@ -15,7 +15,7 @@ PADDING = 64
 
 
 class Waiting:
-    """The choices that wait, for several threads.
+    """Hold the choices that wait, for several threads.
 
     Args:
         most: choices that may wait. A request that comes while nothing waits may have more.

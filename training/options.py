@@ -27,7 +27,7 @@ WITHOUT_EFFECT: dict[str, tuple[Any, str]] = {
 
 
 class Mistakes(ValueError):
-    """What is wrong with options; as a string it lists all of it."""
+    """Hold what is wrong with options; as a string, list all of it."""
 
     def __init__(self, found: list[str]):
         self.found = found
