@@ -141,7 +141,7 @@ def _keywords(options: Options, width: int) -> dict[str, Any]:
 
 
 class Rows:
-    """Hold the rows of a batch while it is decoded. It proposes what another proposer does, and looks at them in each cycle.
+    """Hold the rows of a batch while it is decoded. Propose what another proposer does, and look at them in each cycle.
 
     Args:
         mode: how blocks run.
