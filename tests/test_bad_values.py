@@ -1,6 +1,7 @@
 """Bad values for every argument of every public call: an error of ours, or the value serves."""
 
 import re
+import shutil
 import traceback
 import warnings
 from pathlib import Path
@@ -378,7 +379,7 @@ TARGET = ["--target", str(TINY / "target")]
         (["demo", "--variant", "foo"], "--variant is 'foo'"),
         (["drafts", "--target", "foo"], "No draft is known for foo"),
         (["resolve", ""], "target is ''; pass a Hub id or a folder"),
-        (["resolve", str(TINY / "target")], "`dflash-hub train`"),
+        (["resolve", "./unknown"], "`dflash-hub train`"),
         (["push", str(TINY / "draft"), "a b"], "no repository can be named so"),
         (["refresh", "/no/such"], "which is a path; pass the name of a repository"),
         (
@@ -394,6 +395,7 @@ TARGET = ["--target", str(TINY / "target")]
 )
 def test_a_bad_value_at_the_shell_is_one_line_in_flags(hub, words, message, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)  # a training locks its output folder
+    shutil.copytree(TINY / "target", "unknown")
     monkeypatch.setattr("sys.argv", ["dflash-hub", *words])
     with pytest.raises(SystemExit):
         cli.main()

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 import training_run
 from dflash_hub import DFlashDraftModel, cli
 from dflash_hub.commands import train_display
+from dflash_hub.commands.built_in import name_of
 from dflash_hub.commands.loading import load_tokenizer
 from dflash_hub.commands.screen import console
 from dflash_hub.commands.training_run import tell_next
@@ -47,7 +48,7 @@ USE = """
 
 
 def pair_in(folder):
-    return f"--target {TINY / 'target'} --draft {folder / 'draft'}"
+    return f"--target {name_of(str(TINY / 'target'))} --draft {folder / 'draft'}"
 
 
 @pytest.fixture(autouse=True)
