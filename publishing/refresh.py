@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -160,12 +160,18 @@ def refresh(
 
 def travelling_code(draft_class: type[DFlashDraftModel]) -> dict[str, bytes]:
     """Return the code that a pushed draft of this class contains, in either layout: path -> content."""
+    code = {Path(file).name: Path(file).read_bytes() for file in _travelling_files(draft_class)}
+    return code | {_GENERATE: Path(inspect.getfile(custom_generate)).read_bytes()}
+
+
+@cache
+def _travelling_files(draft_class: type[DFlashDraftModel]) -> tuple[str, ...]:
+    """Return the files of a class and all that they import from beside them, sorted."""
     root = Path(inspect.getfile(draft_class)).parent
     files = {inspect.getfile(draft_class), inspect.getfile(draft_class.config_class)}
     files |= {str(root / name) for name in draft_class.engines_files}
     files |= {needed for file in files for needed in get_relative_import_files(file)}
-    code = {Path(file).name: Path(file).read_bytes() for file in sorted(files)}
-    return code | {_GENERATE: Path(inspect.getfile(custom_generate)).read_bytes()}
+    return tuple(sorted(files))
 
 
 def check_branch(branch: "_Branch") -> None:

@@ -29,6 +29,7 @@ os.environ |= {
     "HF_TOKEN": "hf_test",
     "HF_HUB_DISABLE_XET": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "OMP_NUM_THREADS": "1",  # of processes that tests start; more threads only wait for each other
 }
 
 import pytest  # noqa: E402
@@ -141,6 +142,15 @@ def forked_probe(servers, monkeypatch, apart):
 
 
 TRAIN = f"import sys; sys.path.append({str(ROOT / 'tests')!r}); import training_run; training_run.main()"
+UNDRAWN = "from dflash_hub.training import progress; progress.draw = lambda *given: False; "
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Save checkpoints without a plot, which takes as long as several steps; `test_train_command.py` has plots."""
+    from dflash_hub.training import progress
+
+    monkeypatch.setattr(progress, "draw", lambda *given: False)
 
 
 @pytest.fixture
@@ -156,7 +166,7 @@ def train_apart(servers):
         if processes > 1:
             alike = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
             variables = [alike | {"RANK": rank, "LOCAL_RANK": rank} for rank in map(str, range(processes))]
-        for running in [servers.training.start(*words, code=TRAIN, **env) for env in variables]:
+        for running in [servers.training.start(*words, code=UNDRAWN + TRAIN, **env) for env in variables]:
             done = running.wait()
             assert done.returncode == -signal, done.stdout + done.stderr
         return None if signal else json.loads((folder / "result.json").read_text())

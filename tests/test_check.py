@@ -688,8 +688,8 @@ def test_every_rule_says_where_it_stands_and_has_a_name_of_its_own():
 
 # The run -------------------------------------------------------------------------------------------------------------
 
-PROMPTS = [json.loads(line)["prompt"][-300:] for line in (TINY / "prompts.jsonl").read_text().splitlines()[:4]]
-NEW = 32
+PROMPTS = [json.loads(line)["prompt"][-300:] for line in (TINY / "prompts.jsonl").read_text().splitlines()[:8]]
+NEW = 16
 
 
 @pytest.fixture(scope="module")
@@ -811,7 +811,7 @@ def test_a_run_tells_how_the_weights_were_trained_where_the_config_does_not(pair
     config = json.loads((tmp_path / "config.json").read_text())
     del config["sample_from_anchor"]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    report = check_draft(tmp_path, target.model, CheckOptions(prompts=PROMPTS[:2], max_new_tokens=24))
+    report = check_draft(tmp_path, target.model, CheckOptions(prompts=PROMPTS[:4], max_new_tokens=12))
     found = {remark.name: remark for remark in report.remarks}
     assert found["config-invalid"].level == "error"  # nothing loads it without the keyword
     assert "trained with false" in found["anchor-trained"].finding.what
