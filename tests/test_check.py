@@ -688,8 +688,8 @@ def test_every_rule_says_where_it_stands_and_has_a_name_of_its_own():
 
 # The run -------------------------------------------------------------------------------------------------------------
 
-PROMPTS = [json.loads(line)["prompt"][-300:] for line in (TINY / "prompts.jsonl").read_text().splitlines()[:8]]
-NEW = 16
+PROMPTS = [json.loads(line)["prompt"][-300:] for line in (TINY / "prompts.jsonl").read_text().splitlines()[:4]]
+NEW = 32
 
 
 @pytest.fixture(scope="module")
@@ -704,6 +704,18 @@ def good_run(pair_to_run):
     draft, target = pair_to_run
     inputs = runs.encode(target, PROMPTS, NEW)
     return run_draft(draft, target, PROMPTS, NEW), inputs, runs.write(target.model, inputs, NEW)
+
+
+@pytest.fixture
+def few_variants(monkeypatch):
+    """Ask in a run only the draft as configured, an untrained one, and the variants that are added here."""
+    names, every = {AS_CONFIGURED, runs.UNTRAINED}, runs.variants
+
+    def few(draft, target):
+        return (found for found in every(draft, target) if found[0] in names)
+
+    monkeypatch.setattr(runs, "variants", few)
+    return names
 
 
 def test_a_good_draft_runs_without_a_remark(good_run):
@@ -800,9 +812,10 @@ def test_other_kinds_show_too_whether_their_anchor_predicts(golden):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_a_run_tells_how_the_weights_were_trained_where_the_config_does_not(pair_to_run, tmp_path):
+def test_a_run_tells_how_the_weights_were_trained_where_the_config_does_not(pair_to_run, tmp_path, few_variants):
     """The built-in draft as a DSpark draft without a bias, in the layout whose older files may mean either."""
     draft, target = pair_to_run
+    few_variants |= {"sample_from_anchor false", "sample_from_anchor true"}
     fields = {name: getattr(draft.config, name) for name in DFlashConfig.own_fields()}
     dspark = DSparkDraftModel(DSparkConfig(**fields, markov_rank=0))
     dspark.load_state_dict(draft.state_dict())
@@ -811,7 +824,7 @@ def test_a_run_tells_how_the_weights_were_trained_where_the_config_does_not(pair
     config = json.loads((tmp_path / "config.json").read_text())
     del config["sample_from_anchor"]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    report = check_draft(tmp_path, target.model, CheckOptions(prompts=PROMPTS[:4], max_new_tokens=12))
+    report = check_draft(tmp_path, target.model, CheckOptions(prompts=PROMPTS[:2], max_new_tokens=24))
     found = {remark.name: remark for remark in report.remarks}
     assert found["config-invalid"].level == "error"  # nothing loads it without the keyword
     assert "trained with false" in found["anchor-trained"].finding.what
@@ -856,8 +869,11 @@ def test_a_decode_that_fails_leaves_the_report(folder):
 
 
 @pytest.mark.parametrize(("fields", "level"), [({}, "warning"), ({"mask_token_id": 40}, "note")])
-def test_what_a_run_shows_is_a_note_where_a_warning_may_explain_it(fields, level, pair_to_run, tmp_path):
+def test_what_a_run_shows_is_a_note_where_a_warning_may_explain_it(
+    fields, level, pair_to_run, tmp_path, few_variants
+):
     draft, target = pair_to_run
+    few_variants |= {"every layer bidirectional", "sample_from_anchor true"}
     with_fields(draft, {"is_causal": True} | fields).save_pretrained(tmp_path)
     report = check_draft(tmp_path, target.model, CheckOptions(prompts=PROMPTS, max_new_tokens=NEW))
     remark = next(one for one in report.remarks if one.name == "better-otherwise")

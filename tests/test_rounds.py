@@ -13,6 +13,8 @@ from dflash_hub.training import DFlashTrainer, DFlashTrainingArguments
 from dflash_hub.training.rounds import Answers
 from paths import TINY
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 TEXTS = ["def add(a, b):\n    return", "import os\nimport", "class A(B):\n    def", "import os\nimport"]
 OPTIONS = training_run.SMALL | {"max_length": 64, "num_anchors": 4, "max_steps": 6, "per_device_train_batch_size": 2}
 OPTIONS |= {"regenerate_every": 2, "regenerate_temperature": 1.0, "regenerate_max_new_tokens": 20}

@@ -11,6 +11,8 @@ import training_run
 from dflash_hub.training import DFlashTrainingArguments
 from dflash_hub.training.options import WITHOUT_EFFECT
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 REFUSED = {
     "label_smoothing_factor": 0.1,
     "neftune_noise_alpha": 5.0,

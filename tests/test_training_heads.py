@@ -23,6 +23,8 @@ from dflash_hub.training.weights import FixedWeights
 from paths import DATA
 from test_training import assert_same_as_decoding, packed
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 VARIANTS = {
     "dspark": tiny.DSPARK,
     "dspark, gated": tiny.DSPARK | {"markov_head_type": "gated", "confidence_head_with_markov": False},

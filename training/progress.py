@@ -138,13 +138,13 @@ def draw(path: Path, history: list[dict[str, float]], name: str = "") -> bool:
 
 def _margins(count: int) -> dict[str, float]:
     """Return where `count` panels lie in the picture; matplotlib's own layout takes longer than all the rest."""
-    left, right, below, above = 0.6, 0.15, 0.5, 0.7  # inches
+    left, right = 0.6, 0.15  # inches
     width = _WIDTH * count
     return {
         "left": left / width,
         "right": 1 - right / width,
-        "bottom": below / _HEIGHT,
-        "top": 1 - above / _HEIGHT,
+        "bottom": 0.5 / _HEIGHT,
+        "top": 1 - 0.7 / _HEIGHT,
         "wspace": (left + right) / (_WIDTH - left - right),
     }
 
