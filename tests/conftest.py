@@ -1,5 +1,6 @@
 """A Hub of our own for the whole run: the variables are read when huggingface_hub is imported, so they come first."""
 
+import functools
 import gc
 import json
 import os
@@ -56,6 +57,17 @@ def pytest_collection_finish():
     """Leave all that was imported out of later collections of garbage, each of which would look through it."""
     gc.freeze()
     gc.enable()
+    if "transformers" in sys.modules:
+        remember_imports()
+
+
+def remember_imports():
+    """Read once what a file imports; each draft that is saved asks it of all files that travel."""
+    from transformers import dynamic_module_utils
+
+    read = dynamic_module_utils.get_relative_imports
+    found = functools.cache(lambda path, changed: tuple(read(path)))
+    dynamic_module_utils.get_relative_imports = lambda path: [*found(str(path), os.stat(path).st_mtime_ns)]
 
 
 @pytest.fixture
@@ -72,6 +84,15 @@ def chains_unless_costs_are_known(request, monkeypatch):
     if request.path.stem not in ("test_adaptive", "test_cuda", "test_cli"):
         monkeypatch.setattr("dflash_hub.adaptive_dflash.MEASURED_FROM", 2**62)
         monkeypatch.setattr("dflash_hub.adaptive_dflash.known_costs", lambda state, mode: None)
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """Compare no block with the target's own forward before the first token, as any draft that is new would.
+
+    `test_decode.py`, `test_families.py`, `test_generate.py` and more have that check in every decode.
+    """
+    monkeypatch.setattr("dflash_hub.generate_dflash.check_alone", lambda *given: None)
 
 
 @pytest.fixture

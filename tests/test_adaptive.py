@@ -8,13 +8,15 @@ import torch
 from huggingface_hub import constants
 
 import tiny
-from dflash_hub import DecodeStatistics
+from dflash_hub import DecodeStatistics, costs_dflash
 from dflash_hub.adaptive_dflash import Selection
 from dflash_hub.costs_dflash import BLOCK_SIZES, CostTable
 from dflash_hub.execution_dflash import BlockRunner
 from dflash_hub.experience_dflash import FIRST_PAUSE, LONGEST_PAUSE, Average, Experience, Odds
 from dflash_hub.lookup_dflash import Match
 from dflash_hub.proposals_dflash import Proposal
+
+pytestmark = pytest.mark.usefixtures("unchecked")
 
 FLAT = [1e-3, 1.01e-3]
 """Seconds of a block of 1 and of 128 where a wide block costs next to nothing."""
@@ -191,8 +193,9 @@ def test_costs_are_measured_once_and_kept_for_other_processes(tmp_path, monkeypa
     assert file.stat().st_mtime_ns == stamp
     for damage in ("", "[]", '{"sizes": [1], "seconds": [1]}', '{"sizes": [1, 2], "seconds": [-1, 2]}'):
         file.write_text(damage)
-        decoded(target, tiny.draft(target), inputs, 68, **recorded)
-        assert json.loads(file.read_text())["sizes"] == table["sizes"]
+        assert costs_dflash._read(file) is None
+    decoded(target, tiny.draft(target), inputs, 68, **recorded)
+    assert json.loads(file.read_text())["sizes"] == table["sizes"]
 
 
 def test_a_cache_folder_that_takes_no_files_is_no_trouble(tmp_path, monkeypatch):

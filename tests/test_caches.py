@@ -16,6 +16,8 @@ from dflash_hub.cache_dflash import SlotCache
 from dflash_hub.compat_dflash import cache_in
 from dflash_hub.past_key_values_dflash import matching_rows
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 PADS = (0, 3, 5)
 NEW = 12
 ENDS = {"qwen3": 8, "gemma3_text": 1, "mistral": 9, "qwen3_next": 10, "lfm2": 0, "nemotron_h": 0, "gpt_oss": 4}

@@ -869,9 +869,7 @@ def test_a_decode_that_fails_leaves_the_report(folder):
 
 
 @pytest.mark.parametrize(("fields", "level"), [({}, "warning"), ({"mask_token_id": 40}, "note")])
-def test_what_a_run_shows_is_a_note_where_a_warning_may_explain_it(
-    fields, level, pair_to_run, tmp_path, few_variants
-):
+def test_what_a_run_shows_is_a_note_where_a_warning_may_explain_it(fields, level, pair_to_run, tmp_path, few_variants):
     draft, target = pair_to_run
     few_variants |= {"every layer bidirectional", "sample_from_anchor true"}
     with_fields(draft, {"is_causal": True} | fields).save_pretrained(tmp_path)

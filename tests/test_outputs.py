@@ -7,6 +7,8 @@ from torch.nn.functional import pad
 import tiny
 from dflash_hub import DecodeStatistics
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 NEW = 16
 
 

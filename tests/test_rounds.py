@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 
 import pytest
 from transformers import AutoTokenizer, TrainerCallback
@@ -113,6 +114,7 @@ def test_a_row_that_is_not_answered_in_two_tries_is_left_out_of_its_round_alone(
         ({"regenerate_server": "http://127.0.0.1:9/v1"}, "No server that lists its models"),
     ],
 )
-def test_what_rounds_cannot_work_with_is_refused_by_name(trainer, args, message):
+def test_what_rounds_cannot_work_with_is_refused_by_name(trainer, args, message, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between tries to connect
     with pytest.raises(ValueError, match=message):
         trainer("refused", **args)

@@ -11,6 +11,8 @@ from dflash_hub import DecodeStatistics
 from dflash_hub.proposals_dflash import Proposal
 from dflash_hub.sampling_dflash import PositionNoise, Sampler
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 SETTINGS = {
     "temperature": {"temperature": 0.6, "top_k": 0},
     "hot": {"temperature": 3.0, "top_k": 0},

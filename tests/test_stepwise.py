@@ -19,6 +19,8 @@ import tiny
 from dflash_hub import DecodeStatistics
 from dflash_hub.proposals_dflash import Proposal
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 NEW = 16
 KINDS = {"chain": {}, "second": tiny.SECOND}
 

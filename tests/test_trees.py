@@ -12,6 +12,8 @@ from dflash_hub.drafter_dflash import Walk
 from dflash_hub.proposals_dflash import Proposal, TreeProposer, ancestors, paths, tree_proposal
 from dflash_hub.trees_dflash import Candidates, best_tree, likeliest, paired, tree_on_host
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 RECURRENT = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "lfm2", "nemotron_h")
 KINDS = {
     "dflash": {},
