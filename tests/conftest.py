@@ -103,6 +103,12 @@ def repo_id(request):
 
 OFFLINE = "import huggingface_hub.constants; huggingface_hub.constants.HF_HUB_OFFLINE = True\n"
 """What HF_HUB_OFFLINE does when huggingface_hub is imported."""
+ELSEWHERE = """
+import huggingface_hub.constants as constants
+for name in ("HUGGINGFACE_CO_URL_TEMPLATE", "ENDPOINT"):
+    setattr(constants, name, getattr(constants, name).replace(constants.ENDPOINT, {HF_ENDPOINT!r}))
+"""
+"""What HF_ENDPOINT does then."""
 
 
 @pytest.fixture(scope="session")
@@ -124,7 +130,9 @@ def fresh_process(servers):
         prefix = "import sys; sys.modules['dflash_hub'] = None\n" if block else ""
         if env.get("HF_HUB_OFFLINE"):
             prefix += OFFLINE
-        server = servers.torch if env.keys() - {"HF_HUB_OFFLINE", "HF_TOKEN"} else servers.models
+        if env.get("HF_ENDPOINT"):
+            prefix += ELSEWHERE.format(**env)
+        server = servers.torch if env.keys() - {"HF_HUB_OFFLINE", "HF_TOKEN", "HF_ENDPOINT"} else servers.models
         done = server.run(code=prefix + textwrap.dedent(code), **env)
         assert bool(done.returncode) == fails, done.stdout + done.stderr
         return done.stderr if fails else done.stdout

@@ -336,12 +336,13 @@ def test_rows_that_ended_early_are_completed_in_parts(monkeypatch):
 # The draft's context --------------------------------------------------------------------------------------------------
 
 LONG = {"max_new_tokens": 40, "eos_token_id": None}
+SHORTER = LONG | {"max_new_tokens": 24}
 
 
 def committed(target, draft, text, cache):
     """The tokens committed in each cycle of a turn after `text`."""
     statistics = DecodeStatistics()
-    turn(target, *longer(*text, torch.arange(40, 45)[None]), cache, draft, statistics=statistics, **LONG)
+    turn(target, *longer(*text, torch.arange(40, 45)[None]), cache, draft, statistics=statistics, **SHORTER)
     return statistics.committed
 
 
@@ -351,7 +352,7 @@ def test_the_draft_accepts_as_much_after_a_change_that_its_context_follows(tiny_
     mask = torch.ones_like(ids)
     mask[1, :4] = 0
     cache = DynamicCache(config=tiny_target.config)
-    text = turn(tiny_target, ids, mask, cache, tiny_draft, **LONG)
+    text = turn(tiny_target, ids, mask, cache, tiny_draft, **SHORTER)
     cache, *text = CHANGES[change](cache, *text)
     assert committed(tiny_target, tiny_draft, text, cache) == committed(tiny_target, tiny_draft, text, None)
 

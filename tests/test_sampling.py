@@ -220,7 +220,7 @@ def test_coupled_proposals_are_accepted_more_often_when_text_is_sampled(tiny_tar
     ids, texts, lengths = torch.arange(40, 200).view(8, 20), [], []
     for how in ("greedy", "coupled"):
         statistics = DecodeStatistics()
-        asked = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 60, "eos_token_id": None, "top_k": 0}
+        asked = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 40, "eos_token_id": None, "top_k": 0}
         asked |= {"statistics": statistics, "draft_sampling": how, "temperature": 1.5}
         texts.append(sample(tiny_target, tiny_draft.speculate, 1, input_ids=ids, **asked))
         lengths.append(statistics.acceptance_length)

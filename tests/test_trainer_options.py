@@ -160,7 +160,7 @@ def test_the_options_that_a_small_run_can_take_work_together(tmp_path):
     assert rates == pytest.approx([0.0, 1e-3, 2.5e-4], rel=1e-3)
     assert len(list(tmp_path.glob("checkpoint-*"))) <= 2
     assert trainer.optimizer.param_groups[0]["weight_decay"] == 0.1
-    # Its loaders' processes would live on, and hold what this process has open; unasked, each takes five seconds to end.
+    # Its loaders' processes would live on, and hold what this process has open; unasked, each needs five seconds.
     for process in multiprocessing.active_children():
         process.terminate()
     del trainer
