@@ -368,8 +368,8 @@ def test_models_and_cache_may_move_to_another_device_between_two_turns(tiny_targ
         layer.keys, layer.values = layer.keys.cuda(), layer.values.cuda()
     more = longer(*(part.cuda() for part in text), torch.arange(40, 45, device="cuda")[None])
     statistics = DecodeStatistics()
-    ours, _ = turn(target, *more, cache, draft, statistics=statistics, **LONG)
-    assert torch.equal(ours, turn(target, *more, None, **LONG)[0])
+    ours, _ = turn(target, *more, cache, draft, statistics=statistics, **SHORTER)
+    assert torch.equal(ours, turn(target, *more, None, **SHORTER)[0])
     assert statistics.committed == expected
 
 

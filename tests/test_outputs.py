@@ -9,7 +9,7 @@ from dflash_hub import DecodeStatistics
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 
-NEW = 16
+NEW = 12
 
 
 def both(target, inputs, asked):
