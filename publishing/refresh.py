@@ -165,7 +165,7 @@ def travelling_code(draft_class: type[DFlashDraftModel]) -> dict[str, bytes]:
 
 
 @cache
-def _travelling_files(draft_class: type[DFlashDraftModel]) -> tuple[str, ...]:
+def _travelling_files(draft_class: Any) -> tuple[str, ...]:
     """Return the files of a class and all that they import from beside them, sorted."""
     root = Path(inspect.getfile(draft_class)).parent
     files = {inspect.getfile(draft_class), inspect.getfile(draft_class.config_class)}
