@@ -160,18 +160,18 @@ def refresh(
 
 def travelling_code(draft_class: type[DFlashDraftModel]) -> dict[str, bytes]:
     """Return the code that a pushed draft of this class contains, in either layout: path -> content."""
-    code = {Path(file).name: Path(file).read_bytes() for file in _travelling_files(draft_class)}
+    root = Path(inspect.getfile(draft_class)).parent
+    files = {inspect.getfile(draft_class), inspect.getfile(draft_class.config_class)}
+    files |= {str(root / name) for name in draft_class.engines_files}
+    code = {Path(file).name: Path(file).read_bytes() for file in _with_imports(frozenset(files))}
     return code | {_GENERATE: Path(inspect.getfile(custom_generate)).read_bytes()}
 
 
 @cache
-def _travelling_files(draft_class: Any) -> tuple[str, ...]:
-    """Return the files of a class and all that they import from beside them, sorted."""
-    root = Path(inspect.getfile(draft_class)).parent
-    files = {inspect.getfile(draft_class), inspect.getfile(draft_class.config_class)}
-    files |= {str(root / name) for name in draft_class.engines_files}
-    files |= {needed for file in files for needed in get_relative_import_files(file)}
-    return tuple(sorted(files))
+def _with_imports(files: frozenset[str]) -> tuple[str, ...]:
+    """Return these files and all that they import from beside them, sorted."""
+    needed = {needed for file in files for needed in get_relative_import_files(file)}
+    return tuple(sorted(files | needed))
 
 
 def check_branch(branch: "_Branch") -> None:
