@@ -3,6 +3,7 @@
 """Write a draft's model card from the template in `hub_repo/`, or complete an existing card."""
 
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +163,6 @@ def _new_card(draft: Any, repo_id: str, metadata: dict[str, Any], mode: str) -> 
     Args:
         mode: that the draft was made for, in words.
     """
-    template = Path(__file__).parents[1] / "hub_repo" / "README.md"
     target = metadata.get("base_model") or UNKNOWN_TARGET
     values = {
         "repo_id": repo_id,
@@ -174,5 +174,14 @@ def _new_card(draft: Any, repo_id: str, metadata: dict[str, Any], mode: str) -> 
         "drafted": draft.config.num_drafted,
         "engines_remarks": engines_remarks(draft.config),
     }
-    text = template.read_text(encoding="utf-8")
-    return ModelCard.from_template(ModelCardData(**metadata), template_str=text, **values)
+    data = ModelCardData(**metadata)
+    return ModelCard(_template().render(**data.to_dict() | values, card_data=data.to_yaml()))
+
+
+@cache
+def _template() -> Any:
+    """Return the template of a card; `ModelCard.from_template` would compile it for every card."""
+    import jinja2
+
+    path = Path(__file__).parents[1] / "hub_repo" / "README.md"
+    return jinja2.Template(path.read_text(encoding="utf-8"))

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -163,9 +163,15 @@ def travelling_code(draft_class: type[DFlashDraftModel]) -> dict[str, bytes]:
     root = Path(inspect.getfile(draft_class)).parent
     files = {inspect.getfile(draft_class), inspect.getfile(draft_class.config_class)}
     files |= {str(root / name) for name in draft_class.engines_files}
-    files |= {needed for file in files for needed in get_relative_import_files(file)}
-    code = {Path(file).name: Path(file).read_bytes() for file in sorted(files)}
+    code = {Path(file).name: Path(file).read_bytes() for file in _with_imports(frozenset(files))}
     return code | {_GENERATE: Path(inspect.getfile(custom_generate)).read_bytes()}
+
+
+@cache
+def _with_imports(files: frozenset[str]) -> tuple[str, ...]:
+    """Return these files and all that they import from beside them, sorted."""
+    needed = {needed for file in files for needed in get_relative_import_files(file)}
+    return tuple(sorted(files | needed))
 
 
 def check_branch(branch: "_Branch") -> None:

@@ -1,5 +1,6 @@
 """A Hub of our own for the whole run: the variables are read when huggingface_hub is imported, so they come first."""
 
+import functools
 import gc
 import json
 import os
@@ -29,6 +30,7 @@ os.environ |= {
     "HF_TOKEN": "hf_test",
     "HF_HUB_DISABLE_XET": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "OMP_NUM_THREADS": "1",  # of processes that tests start; more threads only wait for each other
 }
 
 import pytest  # noqa: E402
@@ -55,6 +57,17 @@ def pytest_collection_finish():
     """Leave all that was imported out of later collections of garbage, each of which would look through it."""
     gc.freeze()
     gc.enable()
+    if "transformers" in sys.modules:
+        remember_imports()
+
+
+def remember_imports():
+    """Read once what a file imports; each draft that is saved asks it of all files that travel."""
+    from transformers import dynamic_module_utils
+
+    read = dynamic_module_utils.get_relative_imports
+    found = functools.cache(lambda path, changed: tuple(read(path)))
+    dynamic_module_utils.get_relative_imports = lambda path: [*found(str(path), os.stat(path).st_mtime_ns)]
 
 
 @pytest.fixture
@@ -74,6 +87,15 @@ def chains_unless_costs_are_known(request, monkeypatch):
 
 
 @pytest.fixture
+def unchecked(monkeypatch):
+    """Compare no block with the target's own forward before the first token, as any draft that is new would.
+
+    `test_decode.py`, `test_families.py`, `test_generate.py` and more have that check in every decode.
+    """
+    monkeypatch.setattr("dflash_hub.generate_dflash.check_alone", lambda *given: None)
+
+
+@pytest.fixture
 def repo_id(request):
     """A repository id of this test's own: no cache and no imported module is shared between tests."""
     return "tester/" + re.sub(r"[^\w.-]+", "-", request.node.name)[:80].strip("-")
@@ -81,6 +103,12 @@ def repo_id(request):
 
 OFFLINE = "import huggingface_hub.constants; huggingface_hub.constants.HF_HUB_OFFLINE = True\n"
 """What HF_HUB_OFFLINE does when huggingface_hub is imported."""
+ELSEWHERE = """
+import huggingface_hub.constants as constants
+for name in ("HUGGINGFACE_CO_URL_TEMPLATE", "ENDPOINT"):
+    setattr(constants, name, getattr(constants, name).replace(constants.ENDPOINT, {HF_ENDPOINT!r}))
+"""
+"""What HF_ENDPOINT does then."""
 
 
 @pytest.fixture(scope="session")
@@ -102,7 +130,9 @@ def fresh_process(servers):
         prefix = "import sys; sys.modules['dflash_hub'] = None\n" if block else ""
         if env.get("HF_HUB_OFFLINE"):
             prefix += OFFLINE
-        server = servers.torch if env.keys() - {"HF_HUB_OFFLINE", "HF_TOKEN"} else servers.models
+        if env.get("HF_ENDPOINT"):
+            prefix += ELSEWHERE.format(**env)
+        server = servers.torch if env.keys() - {"HF_HUB_OFFLINE", "HF_TOKEN", "HF_ENDPOINT"} else servers.models
         done = server.run(code=prefix + textwrap.dedent(code), **env)
         assert bool(done.returncode) == fails, done.stdout + done.stderr
         return done.stderr if fails else done.stdout
@@ -141,6 +171,15 @@ def forked_probe(servers, monkeypatch, apart):
 
 
 TRAIN = f"import sys; sys.path.append({str(ROOT / 'tests')!r}); import training_run; training_run.main()"
+UNDRAWN = "from dflash_hub.training import progress; progress.draw = lambda *given: False; "
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Save checkpoints without a plot, which takes as long as several steps; `test_train_command.py` has plots."""
+    from dflash_hub.training import progress
+
+    monkeypatch.setattr(progress, "draw", lambda *given: False)
 
 
 @pytest.fixture
@@ -156,7 +195,7 @@ def train_apart(servers):
         if processes > 1:
             alike = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
             variables = [alike | {"RANK": rank, "LOCAL_RANK": rank} for rank in map(str, range(processes))]
-        for running in [servers.training.start(*words, code=TRAIN, **env) for env in variables]:
+        for running in [servers.training.start(*words, code=UNDRAWN + TRAIN, **env) for env in variables]:
             done = running.wait()
             assert done.returncode == -signal, done.stdout + done.stderr
         return None if signal else json.loads((folder / "result.json").read_text())

@@ -8,13 +8,15 @@ import torch
 from huggingface_hub import constants
 
 import tiny
-from dflash_hub import DecodeStatistics
+from dflash_hub import DecodeStatistics, costs_dflash
 from dflash_hub.adaptive_dflash import Selection
 from dflash_hub.costs_dflash import BLOCK_SIZES, CostTable
 from dflash_hub.execution_dflash import BlockRunner
 from dflash_hub.experience_dflash import FIRST_PAUSE, LONGEST_PAUSE, Average, Experience, Odds
 from dflash_hub.lookup_dflash import Match
 from dflash_hub.proposals_dflash import Proposal
+
+pytestmark = pytest.mark.usefixtures("unchecked")
 
 FLAT = [1e-3, 1.01e-3]
 """Seconds of a block of 1 and of 128 where a wide block costs next to nothing."""
@@ -50,15 +52,15 @@ def decoded(target, draft, inputs, new, **options):
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_text_is_the_targets_own_whatever_is_chosen_in_every_cycle(family):
-    """Rows that copy from their prompt and rows that do not, with costs that make every kind pay at times."""
+    """Rows that copy from their prompt and go on otherwise, with costs that make every kind pay at times."""
     target = tiny.target(family)
     draft = tiny.draft(target, block_size=6)
     chosen = {}
-    for rows, seconds in ((1, FLAT), (3, [1e-3, 5e-3])):
+    for rows, seconds in ((3, [1e-3, 5e-3]), (1, FLAT))[: 2 if family == "qwen3" else 1]:
         inputs = tiny.batch(24, pads=(0, 9, 4)[:rows])
         inputs["input_ids"][:, 16:] = inputs["input_ids"][:, 8:16]
         knowing(draft, target, seconds, rows)
-        for kind, count in kinds(decoded(target, draft, inputs, 24)).items():
+        for kind, count in kinds(decoded(target, draft, inputs, 16)).items():
             chosen[kind] = chosen.get(kind, 0) + count
     assert len(chosen) > 1, chosen
 
@@ -191,8 +193,9 @@ def test_costs_are_measured_once_and_kept_for_other_processes(tmp_path, monkeypa
     assert file.stat().st_mtime_ns == stamp
     for damage in ("", "[]", '{"sizes": [1], "seconds": [1]}', '{"sizes": [1, 2], "seconds": [-1, 2]}'):
         file.write_text(damage)
-        decoded(target, tiny.draft(target), inputs, 68, **recorded)
-        assert json.loads(file.read_text())["sizes"] == table["sizes"]
+        assert costs_dflash._read(file) is None
+    decoded(target, tiny.draft(target), inputs, 68, **recorded)
+    assert json.loads(file.read_text())["sizes"] == table["sizes"]
 
 
 def test_a_cache_folder_that_takes_no_files_is_no_trouble(tmp_path, monkeypatch):

@@ -16,6 +16,8 @@ from dflash_hub.cache_dflash import SlotCache
 from dflash_hub.compat_dflash import cache_in
 from dflash_hub.past_key_values_dflash import matching_rows
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 PADS = (0, 3, 5)
 NEW = 12
 ENDS = {"qwen3": 8, "gemma3_text": 1, "mistral": 9, "qwen3_next": 10, "lfm2": 0, "nemotron_h": 0, "gpt_oss": 4}
@@ -334,12 +336,13 @@ def test_rows_that_ended_early_are_completed_in_parts(monkeypatch):
 # The draft's context --------------------------------------------------------------------------------------------------
 
 LONG = {"max_new_tokens": 40, "eos_token_id": None}
+SHORTER = LONG | {"max_new_tokens": 24}
 
 
 def committed(target, draft, text, cache):
     """The tokens committed in each cycle of a turn after `text`."""
     statistics = DecodeStatistics()
-    turn(target, *longer(*text, torch.arange(40, 45)[None]), cache, draft, statistics=statistics, **LONG)
+    turn(target, *longer(*text, torch.arange(40, 45)[None]), cache, draft, statistics=statistics, **SHORTER)
     return statistics.committed
 
 
@@ -349,7 +352,7 @@ def test_the_draft_accepts_as_much_after_a_change_that_its_context_follows(tiny_
     mask = torch.ones_like(ids)
     mask[1, :4] = 0
     cache = DynamicCache(config=tiny_target.config)
-    text = turn(tiny_target, ids, mask, cache, tiny_draft, **LONG)
+    text = turn(tiny_target, ids, mask, cache, tiny_draft, **SHORTER)
     cache, *text = CHANGES[change](cache, *text)
     assert committed(tiny_target, tiny_draft, text, cache) == committed(tiny_target, tiny_draft, text, None)
 
@@ -365,8 +368,8 @@ def test_models_and_cache_may_move_to_another_device_between_two_turns(tiny_targ
         layer.keys, layer.values = layer.keys.cuda(), layer.values.cuda()
     more = longer(*(part.cuda() for part in text), torch.arange(40, 45, device="cuda")[None])
     statistics = DecodeStatistics()
-    ours, _ = turn(target, *more, cache, draft, statistics=statistics, **LONG)
-    assert torch.equal(ours, turn(target, *more, None, **LONG)[0])
+    ours, _ = turn(target, *more, cache, draft, statistics=statistics, **SHORTER)
+    assert torch.equal(ours, turn(target, *more, None, **SHORTER)[0])
     assert statistics.committed == expected
 
 

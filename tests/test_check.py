@@ -706,6 +706,18 @@ def good_run(pair_to_run):
     return run_draft(draft, target, PROMPTS, NEW), inputs, runs.write(target.model, inputs, NEW)
 
 
+@pytest.fixture
+def few_variants(monkeypatch):
+    """Ask in a run only the draft as configured, an untrained one, and the variants that are added here."""
+    names, every = {AS_CONFIGURED, runs.UNTRAINED}, runs.variants
+
+    def few(draft, target):
+        return (found for found in every(draft, target) if found[0] in names)
+
+    monkeypatch.setattr(runs, "variants", few)
+    return names
+
+
 def test_a_good_draft_runs_without_a_remark(good_run):
     report, *_ = good_run
     assert report.remarks == ()
@@ -800,9 +812,10 @@ def test_other_kinds_show_too_whether_their_anchor_predicts(golden):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_a_run_tells_how_the_weights_were_trained_where_the_config_does_not(pair_to_run, tmp_path):
+def test_a_run_tells_how_the_weights_were_trained_where_the_config_does_not(pair_to_run, tmp_path, few_variants):
     """The built-in draft as a DSpark draft without a bias, in the layout whose older files may mean either."""
     draft, target = pair_to_run
+    few_variants |= {"sample_from_anchor false", "sample_from_anchor true"}
     fields = {name: getattr(draft.config, name) for name in DFlashConfig.own_fields()}
     dspark = DSparkDraftModel(DSparkConfig(**fields, markov_rank=0))
     dspark.load_state_dict(draft.state_dict())
@@ -856,8 +869,9 @@ def test_a_decode_that_fails_leaves_the_report(folder):
 
 
 @pytest.mark.parametrize(("fields", "level"), [({}, "warning"), ({"mask_token_id": 40}, "note")])
-def test_what_a_run_shows_is_a_note_where_a_warning_may_explain_it(fields, level, pair_to_run, tmp_path):
+def test_what_a_run_shows_is_a_note_where_a_warning_may_explain_it(fields, level, pair_to_run, tmp_path, few_variants):
     draft, target = pair_to_run
+    few_variants |= {"every layer bidirectional", "sample_from_anchor true"}
     with_fields(draft, {"is_causal": True} | fields).save_pretrained(tmp_path)
     report = check_draft(tmp_path, target.model, CheckOptions(prompts=PROMPTS, max_new_tokens=NEW))
     remark = next(one for one in report.remarks if one.name == "better-otherwise")

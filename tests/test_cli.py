@@ -71,7 +71,7 @@ def test_an_error_that_nobody_expects_shows_its_traceback(monkeypatch):
 
 
 def test_the_demo_shows_both_texts_and_the_figures():
-    output = run("demo", "--prompts", "2", "--capture", "off").output
+    output = run("demo", "--prompts", "1", "--capture", "off").output
     for text in ("the target alone", "with DFlash", "tokens/s", "acceptance length", "tokens per cycle"):
         assert text in output
     assert "The two texts are identical." in output

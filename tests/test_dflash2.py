@@ -31,6 +31,8 @@ from dflash_hub.training.metrics import Metrics
 from dflash_hub.training.objective import Objective, Recipe
 from paths import DATA, ROOT
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 GOLDEN = DATA / "golden" / "dflash2"
 PUBLISHED = DATA / "published_configs"
 SECOND_FILES = {"configuration_dflash2.py", "modeling_dflash2.py", "dflash2.py"}

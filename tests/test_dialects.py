@@ -17,6 +17,8 @@ from safetensors.torch import save_file
 import tiny
 from dflash_hub import DecodeStatistics, load_draft
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 FULL, SLIDING = "full_attention", "sliding_attention"
 AUTO = {"AutoModel": "dflash.DFlashDraftModel"}
 NESTED = {"mask_token_id": 3, "target_layer_ids": [0, 2]}

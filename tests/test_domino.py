@@ -28,6 +28,8 @@ from dflash_hub.publishing.probe import digests
 from paths import DATA
 from test_sampling import Plain, sample
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 GOLDEN = {"shifted, prefix 1": DATA / "golden" / "domino-a", "not shifted, prefix 0": DATA / "golden" / "domino-b"}
 FILES = {"configuration_domino.py", "modeling_domino.py", "domino.py"}
 # The second convention: the anchor's position predicts nothing, and every token is corrected.

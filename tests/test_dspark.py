@@ -26,6 +26,8 @@ from dflash_hub.publishing.probe import digests
 from paths import DATA
 from test_sampling import Plain, sample
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 GOLDEN = DATA / "golden"
 CASES = ("dspark-a", "dspark-b", "dspark-rank0")
 OWN_FILES = {"configuration_dspark.py", "modeling_dspark.py", "dspark.py"}

@@ -30,6 +30,8 @@ from dflash_hub.training.feature_writer import write
 from dflash_hub.training.setup import TrainOptions, build
 from paths import ROOT, TINY
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 SHAPE = {"block_size": 8, "num_layers": 1, "target_layer_ids": [1, 2, 4], "mask_token_id": 1, "eval_rows": 3}
 HEADS = {
     "dflash": {},

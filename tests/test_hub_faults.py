@@ -41,6 +41,11 @@ def waits(monkeypatch):
     return asked
 
 
+@pytest.fixture(autouse=True)
+def quick_bandwidth(monkeypatch):
+    monkeypatch.setattr("dflash_hub.evaluation.run.measured_bandwidth", lambda device: 1e10)
+
+
 @pytest.fixture(scope="module")
 def drafts():
     """Two drafts that differ in their weights."""

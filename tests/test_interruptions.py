@@ -290,22 +290,22 @@ def test_a_push_that_is_ended_removes_its_folder_or_a_later_push_does(
 
 
 def test_many_decodes_leave_no_memory_hook_thread_or_file(servers):
-    done = servers.training.run(code=KILLS + "kills.main(['--jobs', 'decodes', '--decodes', '40', '--longest', '40'])")
+    done = servers.training.run(code=KILLS + "kills.main(['--jobs', 'decodes', '--decodes', '30', '--longest', '30'])")
     assert done.returncode == 0, done.stderr
 
 
 def test_eight_threads_with_one_draft_write_the_targets_own_texts():
     target = tiny.target("qwen3")
     draft = tiny.draft(target)
-    prompts = [tiny.prompt(length, seed=length) for length in range(5, 85, 5)]
+    prompts = [tiny.prompt(length, seed=length) for length in range(5, 65, 5)]
 
     def decode(ids: torch.Tensor) -> list[int]:
-        call = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 20, "do_sample": False}
+        call = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False}
         return target.generate(ids, custom_generate=draft.speculate, **call)[0].tolist()
 
     with ThreadPoolExecutor(8) as pool:
         texts = list(pool.map(decode, prompts))
-    assert texts == [tiny.greedy(target, ids, 20)[0].tolist() for ids in prompts]
+    assert texts == [tiny.greedy(target, ids, 12)[0].tolist() for ids in prompts]
     assert tiny.as_found(target)
 
 

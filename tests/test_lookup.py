@@ -15,6 +15,8 @@ from dflash_hub.generate_dflash import LookupGenerate
 from dflash_hub.lookup_dflash import LookupProposer, SuffixIndex
 from dflash_hub.proposals_dflash import Proposal
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 FAMILIES = ("qwen3", "gemma3_text", "qwen3_next", "qwen3_moe", "lfm2")
 
 

@@ -10,6 +10,8 @@ from transformers import AutoTokenizer
 
 from paths import TINY
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 def recipe():
     """`examples/tiny_pair/train.py` as a module."""
@@ -30,11 +32,11 @@ def test_a_few_steps_of_the_recipe_lower_the_loss_and_raise_acceptance_on_held_o
     monkeypatch.setattr(made, "PROMPT", 32)
     less = {"per_device_train_batch_size": 2, "num_anchors": 12, "logging_steps": 10}
     monkeypatch.setattr(made, "DFlashTrainingArguments", lambda folder, **given: arguments(folder, **given | less))
-    rows = made.write_text(argparse.Namespace(output_dir=tmp_path, texts=36, seed=0), tiny_target, tokenizer)
+    rows = made.write_text(argparse.Namespace(output_dir=tmp_path, texts=30, seed=0), tiny_target, tokenizer)
     assert all(sum(row["supervised"]) == 40 for row in rows)
     torch.manual_seed(0)
     untrained = made.fresh_draft(tiny_target, "dflash2").eval()
-    trained = made.make_draft(tmp_path, tiny_target, rows, made.Training("draft", "dflash2", 32, seed=0))
+    trained = made.make_draft(tmp_path, tiny_target, rows, made.Training("draft", "dflash2", 24, seed=0))
     losses = [line["loss"] for line in json.loads((tmp_path / "draft" / "log.json").read_text()) if "loss" in line]
     assert losses[-1] < 0.8 * losses[0]
     goes_on = made.Training("draft2", "dflash2", 1, seed=1, options={"learning_rate": 1e-9}, start="draft")

@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -189,7 +190,8 @@ def test_a_server_that_is_gone_ends_the_run_with_what_there_is_kept(backend, tok
     assert len(lines(tmp_path / "out.jsonl")) == 2
 
 
-def test_a_server_that_is_not_there_and_a_foreign_file_are_refused(tokenizer, tmp_path):
+def test_a_server_that_is_not_there_and_a_foreign_file_are_refused(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between tries to connect
     with pytest.raises(ValueError, match="No server that lists its models answers at http"):
         Server("http://127.0.0.1:9/v1", tokenizer, GenerationSettings())
     (tmp_path / "mine.jsonl").write_text('{"text": "precious"}\n')

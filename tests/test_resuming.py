@@ -15,6 +15,8 @@ from dflash_hub.publishing.probe import digests
 from dflash_hub.training import DFlashTrainer, DFlashTrainingArguments
 from dflash_hub.training.resuming import RECORD, digest_of_rows
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 OPTIONS = training_run.SMALL | {"max_steps": 5, "save_strategy": "steps", "save_steps": 3}
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 
 import pytest
 from transformers import AutoTokenizer, TrainerCallback
@@ -12,6 +13,8 @@ from dflash_hub.publishing.probe import digests
 from dflash_hub.training import DFlashTrainer, DFlashTrainingArguments
 from dflash_hub.training.rounds import Answers
 from paths import TINY
+
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 TEXTS = ["def add(a, b):\n    return", "import os\nimport", "class A(B):\n    def", "import os\nimport"]
 OPTIONS = training_run.SMALL | {"max_length": 64, "num_anchors": 4, "max_steps": 6, "per_device_train_batch_size": 2}
@@ -111,6 +114,7 @@ def test_a_row_that_is_not_answered_in_two_tries_is_left_out_of_its_round_alone(
         ({"regenerate_server": "http://127.0.0.1:9/v1"}, "No server that lists its models"),
     ],
 )
-def test_what_rounds_cannot_work_with_is_refused_by_name(trainer, args, message):
+def test_what_rounds_cannot_work_with_is_refused_by_name(trainer, args, message, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between tries to connect
     with pytest.raises(ValueError, match=message):
         trainer("refused", **args)

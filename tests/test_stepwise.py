@@ -19,7 +19,9 @@ import tiny
 from dflash_hub import DecodeStatistics
 from dflash_hub.proposals_dflash import Proposal
 
-NEW = 16
+pytestmark = pytest.mark.usefixtures("unchecked")
+
+NEW = 12
 KINDS = {"chain": {}, "second": tiny.SECOND}
 
 
@@ -205,7 +207,7 @@ CRITERIA = {
 @pytest.mark.parametrize("rows", [1, 3])
 def test_criteria_as_evaluation_harnesses_write_them_end_the_text_where_plain_generate_ends_it(pair, name, rows):
     target, draft = pair
-    asked = {"max_new_tokens": 40, "do_sample": False, "return_dict_in_generate": True, "output_scores": True}
+    asked = {"max_new_tokens": 28, "do_sample": False, "return_dict_in_generate": True, "output_scores": True}
     inputs = tiny.batch(9, (0, 2, 4)[:rows])
     plain = target.generate(**inputs, **asked, stopping_criteria=[CRITERIA[name](rows)])
     ours = target.generate(**inputs, **asked, stopping_criteria=[CRITERIA[name](rows)], custom_generate=draft.speculate)

@@ -72,6 +72,7 @@ def train(data, folder, *words: str, target=TINY / "target"):
 def test_a_draft_is_trained_pushed_and_used_by_a_stranger(hub, repo_id, data, tmp_path, fresh_process):
     """Checkpoints are pushed while it trains; at the end both layouts, checked, with how the run went on the card."""
     evaluate = ["--eval-rows", "3", "--eval-strategy", "steps", "--eval-steps", "3", "--eval-acceptance-prompts", "1"]
+    evaluate += ["--eval-acceptance-tokens", "8"]
     push = ["--push-to-hub", repo_id, "--save-strategy", "steps", "--save-steps", "3", "--hub-strategy", "every_save"]
     done = train(data, tmp_path / "draft", *SHAPE, *evaluate, *push)
     output = done.output
@@ -330,7 +331,7 @@ def test_bad_input_is_refused_before_anything_is_trained(data, tmp_path, words, 
 
 def test_regenerated_text_trains(data, tmp_path):
     words = ["regenerate", "--target", str(TINY / "target"), "--data", data, "--output", str(tmp_path / "own.jsonl")]
-    words += ["--max-new-tokens", "64", "--temperature", "0", "--prompt-tokens", "20", "--limit", "4"]
+    words += ["--max-new-tokens", "32", "--temperature", "0", "--prompt-tokens", "20", "--limit", "4"]
     output = CliRunner().invoke(cli.app, words, env={"COLUMNS": "200"}, catch_exceptions=False).output
     assert "own.jsonl holds 4 rows" in output.replace("\n", "")
     again = CliRunner().invoke(cli.app, words, env={"COLUMNS": "200"}, catch_exceptions=False)

@@ -1,6 +1,7 @@
 """Every option of TrainingArguments: it works with a draft, is refused by name, or needs what a test has not."""
 
 import gc
+import multiprocessing
 from dataclasses import fields
 
 import pytest
@@ -10,6 +11,8 @@ from transformers import TrainingArguments
 import training_run
 from dflash_hub.training import DFlashTrainingArguments
 from dflash_hub.training.options import WITHOUT_EFFECT
+
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 REFUSED = {
     "label_smoothing_factor": 0.1,
@@ -157,6 +160,8 @@ def test_the_options_that_a_small_run_can_take_work_together(tmp_path):
     assert rates == pytest.approx([0.0, 1e-3, 2.5e-4], rel=1e-3)
     assert len(list(tmp_path.glob("checkpoint-*"))) <= 2
     assert trainer.optimizer.param_groups[0]["weight_decay"] == 0.1
-    # Its loaders' processes would live on, and hold what this process has open.
+    # Its loaders' processes would live on, and hold what this process has open; unasked, each needs five seconds.
+    for process in multiprocessing.active_children():
+        process.terminate()
     del trainer
     gc.collect()

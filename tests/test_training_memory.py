@@ -22,6 +22,8 @@ from paths import ROOT, TINY
 
 SHAPE = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4}
 SHAPE |= {"num_key_value_heads": 2, "head_dim": 32, "vocab_size": 4000}
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 SMALL = {"markov_rank": 16, "enable_confidence_head": True, "emb_dim": 16, "gru_hidden_dim": 32, "selector_rank": 16}
 EIGHT = {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32}
 EIGHT |= {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936}

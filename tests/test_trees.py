@@ -12,6 +12,8 @@ from dflash_hub.drafter_dflash import Walk
 from dflash_hub.proposals_dflash import Proposal, TreeProposer, ancestors, paths, tree_proposal
 from dflash_hub.trees_dflash import Candidates, best_tree, likeliest, paired, tree_on_host
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 RECURRENT = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "lfm2", "nemotron_h")
 KINDS = {
     "dflash": {},
@@ -162,13 +164,14 @@ def test_a_dspark_tree_scores_pairs_as_its_chain_does_and_knows_a_reduced_vocabu
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_text_is_the_targets_own_whatever_the_tree(family):
-    """One row and a padded batch; a tree narrower and one wider than the block. Recurrent targets get the chain."""
+    """A padded batch; by turns a tree narrower and one wider than the block. Recurrent targets get the chain."""
     target = tiny.target(family)
     draft, accepted, tokens = tiny.draft(target, block_size=6), 0, set()
-    for inputs, width in ((tiny.batch(30, pads=(0,)), 3), (tiny.batch(20, pads=(0, 19, 7, 13)), 20)):
-        asked = inputs | {"max_new_tokens": 20, "do_sample": False}
+    widths = (3, 20) if family == "qwen3" else (3, 20)[[*tiny.FAMILIES].index(family) % 2 :][:1]
+    for inputs, width in [(tiny.batch(20, pads=(0, 19, 7, 13)), width) for width in widths]:
+        asked = inputs | {"max_new_tokens": 14, "do_sample": False}
         expected = target.generate(**asked)
-        tokens |= set(expected[:, -20:].flatten().tolist())
+        tokens |= set(expected[:, -14:].flatten().tolist())
         statistics = DecodeStatistics()
         more = {"custom_generate": draft.speculate, "statistics": statistics, "proposal": "tree", "width": width}
         assert torch.equal(target.generate(**asked, **more), expected)
