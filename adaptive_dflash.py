@@ -47,7 +47,7 @@ RECORDING_SECONDS = 0.15
 RECORDING_BLOCKS = 4
 """The same in eager blocks, where operations are recorded."""
 
-SAVED_PER_LAYER = 0.25e-3
+SAVED_PER_LAYER = 0.3e-3
 """Seconds for each layer that recorded operations are held to save in a block, before one was recorded."""
 
 NOT_REPLAYED = 3
@@ -118,7 +118,8 @@ class AutoProposer:
             proposer.verified = Selection(target.runner)
             proposer.drafted = Selection(drafter.runner)
             experience.saved.first = SAVED_PER_LAYER * len(target.layers)
-            experience.saved_drafting.first = SAVED_PER_LAYER * len(drafter.draft.layers)
+            # The head and the choice of tokens take about as long to start as another layer.
+            experience.saved_drafting.first = SAVED_PER_LAYER * (1 + len(drafter.draft.layers))
         self.proposer = proposer
 
     def _experience(self, state: Any) -> Experience | None:
@@ -191,8 +192,11 @@ class AdaptiveProposer(TreeProposer):
     ):
         self.experience, self.mode = experience, mode
         self.kinds = kinds
-        num_nodes = widest_tree(experience.costs) if "tree" in kinds else 1
+        num_nodes = 1
+        if "tree" in kinds:
+            num_nodes = min(widest_tree(experience.costs), 2 * experience.widest_used + 1)
         super().__init__(chain.drafter, chain.draft_state, chain.sampler, num_nodes)
+        experience.widest_used = max(1, experience.widest_used // 2)
         self.lookup = Lookup()
         self.matches: list[Match | None] = []
         self.chosen: Estimate | None = None
@@ -420,6 +424,7 @@ class AdaptiveProposer(TreeProposer):
     def _made_of(self, tree: Tree, state: Any, best: Estimate) -> Proposal:
         """Return the proposal of an estimate, from what the draft returned."""
         if best.kind == "tree":
+            self.experience.widest_used = max(self.experience.widest_used, best.size)
             return tree_proposal(state.anchor, tree, best.size)
         if best.kind == "branch":
             return self._branch(state, tree, best.size // 2)

@@ -27,6 +27,9 @@ UNTRIED = {"tree": 1.1, "branch": 1.1}
 LEAST_SHARE = 0.4
 """A recorded block is held to take at least this part of an eager one, until it was tried."""
 
+FIRST_TREE = 15
+"""Nodes of the trees that are verified at first; twice as many and one are grown to choose from."""
+
 DOUBT = 2.0
 """Accepted tokens, as many as expected, with which every count begins: few cycles prove little. They are forgotten."""
 
@@ -139,6 +142,8 @@ class Experience:
     """By kind."""
     match_odds: dict[int, Average] = field(default_factory=dict)
     """By the length of a match, in powers of 2: how often its next token was right."""
+    widest_used: int = FIRST_TREE
+    """Nodes of the largest tree that was verified lately, or of the first ones."""
     pause: int = 0
     """Cycles to come without the draft."""
     next_pause: int = FIRST_PAUSE
@@ -160,7 +165,9 @@ class Experience:
 
     def add_cycle(self, kind: str, size: int, seconds: float, is_recorded: bool = False) -> None:
         """Learn what a cycle cost without the draft."""
-        if is_recorded:
+        if (
+            is_recorded and self._overhead(kind, size, False).weight
+        ):  # what the eager block takes was seen
             self.saved.add(self.cycle_seconds(kind, size) - seconds)
         ratio = seconds / self.costs.seconds(1 + size)
         ratio = min(max(ratio, 0.2), 5.0)  # the process may have slept
