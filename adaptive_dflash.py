@@ -290,6 +290,8 @@ class AdaptiveProposer(TreeProposer):
         if self.verified.has(1 + size):
             return recorded
         eager = experience.cycle_seconds(kind, size)
+        if kind in ("tree", "branch"):  # rarely of one size for long
+            return eager
         return self.verified.seconds(eager, recorded, tokens / self.tokens_left)
 
     def _draft_seconds(self) -> float:
