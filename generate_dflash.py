@@ -261,7 +261,9 @@ class SpeculativeGenerate:
             mode,
             proposer or self.proposer_factory(model, mode, proposal, width),
         )
-        cache = self._decode(model, request, statistics)
+        session, counted = self._begin(model, mode, statistics)
+        cache = session.decode(request, counted, is_timing=statistics is not None)
+        self._add_plain_seconds(model, request)
         return request.output(cache) if config.return_dict_in_generate else request.output_ids()
 
     __signature__ = Signature(__call__)
@@ -284,20 +286,22 @@ class SpeculativeGenerate:
         check_arguments(self.draft, asked, local_of_generate("kwargs", frame) or {})
         check_options(model, config, input_ids, inputs)
 
-    def _decode(
-        self, model: Any, request: "DecodeRequest", statistics: DecodeStatistics | None
-    ) -> Cache | None:
-        """Decode in a session of this target, and fill the statistics; return the cache, if one was asked for."""
+    def _begin(
+        self, model: Any, mode: str, statistics: DecodeStatistics | None
+    ) -> tuple["DecoderSession", DecodeStatistics]:
+        """Return the session to decode in, and the statistics to fill."""
         session = self.session(model)
-        self.compiled_session = session if request.mode == "compile" else None
+        self.compiled_session = session if mode == "compile" else None
         self.statistics = DecodeStatistics() if statistics is None else statistics
-        cache = session.decode(request, self.statistics, is_timing=statistics is not None)
-        experiences = self.experiences.get(model, {})
+        return session, self.statistics
+
+    def _add_plain_seconds(self, model: Any, request: "DecodeRequest") -> None:
+        """Add to the statistics what a plain step is known to take."""
         mode = mode_of_costs(request.mode, request.prompt.device)
+        experiences = self.experiences.get(model, {})
         known = experiences.get((len(request.prompt.input_ids), mode))
         if known is not None:
             self.statistics.plain_seconds = known.cycle_seconds("plain", 0)
-        return cache
 
 
 class LookupGenerate(SpeculativeGenerate):
