@@ -81,7 +81,8 @@ class Operations(TorchDispatchMode):
         result = function(*args, **kwargs)
         if traits.is_mutable:
             self.calls.append(partial(function, *args, **kwargs))
-        elif traits.makes_new:  # a view needs no repetition: what it shows stays where it is
+        elif traits.makes_new or not _shows(result, args[0]):
+            # A view needs no repetition: what it shows stays where it is.
             self.calls.append(_writer(function, args, kwargs, result))
         return result
 
@@ -96,7 +97,7 @@ class Traits(NamedTuple):
 
     Args:
         needs_values: values decide its result or its shape: `item`, `nonzero`, `unique` ...
-        makes_new: its results, or some of them, are in new memory.
+        makes_new: its results, or some of them, are in new memory. Of others, such as `reshape`, they may be.
         is_mutable: it changes arguments.
     """
 
@@ -113,6 +114,12 @@ def _traits(function: Any) -> Traits:
     if function is torch.ops.aten._unsafe_view.default:  # the one view whose schema says otherwise
         makes_new = False
     return Traits(needs_values, makes_new, function._schema.is_mutable)
+
+
+def _shows(result: Any, base: torch.Tensor) -> bool:
+    """Tell whether a result, or the first of several, lies in the memory of `base`."""
+    first = result if isinstance(result, torch.Tensor) else result[0]
+    return first.untyped_storage().data_ptr() == base.untyped_storage().data_ptr()
 
 
 def _picks_by_place(function: Any, args: tuple) -> bool:
