@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain, pairwise
+from itertools import chain
 from typing import Any
 
 import torch
@@ -232,7 +232,7 @@ def _drop_reason(ids: list[int], supervised: list[int], config: PreprocessConfig
     """Return why a document is left out, or '' where it is used."""
     if len(ids) < config.block_size:
         return TOO_SHORT
-    has_anchor = any(a and b for a, b in pairwise(supervised))
+    has_anchor = b"\1\1" in bytes(supervised)
     return "" if has_anchor else UNSUPERVISED
 
 
@@ -310,8 +310,10 @@ def _mask(marks: list[int], offsets: list[tuple[int, int]], masked: list[tuple[i
 
 def _answer_length(ids: list[int], stop_ids: frozenset[int]) -> int:
     """Return how many of an answer's tokens are supervised: up to its last stop token, or all without one."""
-    stops = [index for index, token in enumerate(ids) if token in stop_ids]
-    return stops[-1] + 1 if stops else len(ids)
+    for index in reversed(range(len(ids))):
+        if ids[index] in stop_ids:
+            return index + 1
+    return len(ids)
 
 
 def pack(batch: dict[str, list], length: int) -> dict[str, list]:
