@@ -14,10 +14,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from huggingface_hub import constants
 from huggingface_hub.errors import HTTPError
 
 _OF_FOLDERS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT)
 """Errors of a folder, or of a disk: neither name nor connection is at fault."""
+_THEIR_ADVICE = "Check your internet connection"
+"""Begins a line of transformers' errors that says what ours say in other words."""
 ONE_SENTENCE = "{what}; {advice}."
 """A form of a finding's message."""
 
@@ -122,7 +125,10 @@ def explained_for(
 
 def reason(error: BaseException) -> str:
     """Return the message of an error, and after how many seconds to ask the Hub again, where it names them."""
-    message = str(error) or type(error).__name__
+    lines = (str(error) or type(error).__name__).splitlines()
+    message = "\n".join(line for line in lines if not line.startswith(_THEIR_ADVICE))
+    if _THEIR_ADVICE in str(error) and constants.HF_HUB_OFFLINE:
+        message += " HF_HUB_OFFLINE is set; without it the Hub is asked."
     cause: BaseException | None = error
     while cause is not None:
         headers = getattr(getattr(cause, "response", None), "headers", {})

@@ -108,7 +108,7 @@ def check_draft(draft: Any, target: Any = None, options: CheckOptions | None = N
     try:
         raw = files.config
     except (ValueError, OSError) as error:
-        what = " ".join(str(error).split())
+        what = " ".join(str(error).split()).rstrip(".")
         remark = _CONFIG.error("config-unreadable", what, None, "a config.json", "Correct the file")
         return DraftReport(files.name, files.commit, "unknown", None, (remark,))
     config, supplied = readable_config(raw)

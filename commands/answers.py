@@ -13,7 +13,7 @@ from ..adaptive_dflash import MEASURED_FROM
 from ..evaluation import positions_left, without_penalties
 from ..generation_dflash import DecodeStatistics, now
 from .loading import Loaded
-from .screen import notes
+from .screen import counted, notes
 
 HELPS = 1.1
 """Times as fast as the target alone, from which a draft helps."""
@@ -229,8 +229,8 @@ def figures(answer: Answer, times: float, how: str) -> str:
         how: "measured" or "estimated".
     """
     cycles = answer.statistics.acceptance_length
-    counted = f"{len(answer.tokens)} tokens, {answer.rate:.1f} tokens/s"
-    return f"{counted}, {times:.2f} times the target alone ({how}), {cycles:.2f} tokens a cycle"
+    speed = f"{counted(len(answer.tokens), 'token')}, {answer.rate:.1f} tokens/s"
+    return f"{speed}, {times:.2f} times the target alone ({how}), {cycles:.2f} tokens a cycle"
 
 
 def why_no_help(pair: Loaded, answer: Answer, times: float) -> str | None:

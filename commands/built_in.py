@@ -13,13 +13,13 @@ TARGET = str(FOLDER / "target")
 TEMPLATE = "{% for message in messages %}{{ message.content }}\n{% endfor %}"
 """The built-in target continues texts; so the messages of a conversation are one."""
 
-_DRAFTS = {f"{DEMO}-{name}": name for name, kind in KINDS.items() if kind.demo_folder}
+BUILT_IN_DRAFTS = {f"{DEMO}-{name}": name for name, kind in KINDS.items() if kind.demo_folder}
 """Names of all built-in drafts, and their kinds."""
-_DRAFTS[DEMO] = DEMO_KIND
+BUILT_IN_DRAFTS[DEMO] = DEMO_KIND
 
 OF_TARGET = f"{DEMO} is the built-in one"
 """For the help of options that take a target."""
-OF_DRAFT = f"{', '.join(sorted(_DRAFTS))} are built in"
+OF_DRAFT = f"{', '.join(sorted(BUILT_IN_DRAFTS))} are built in"
 """For the help of options that take a draft."""
 
 
@@ -30,9 +30,9 @@ def target_named(name: str | None) -> str | None:
 
 def draft_named(name: str | None) -> str | None:
     """Return a name or path of a draft; that of a built-in one as its folder."""
-    if name not in _DRAFTS:
+    if name not in BUILT_IN_DRAFTS:
         return name
-    return str(kind_named(_DRAFTS[str(name)]).demo_draft(FOLDER))
+    return str(kind_named(BUILT_IN_DRAFTS[str(name)]).demo_draft(FOLDER))
 
 
 def draft_of(target: str | None) -> str | None:
@@ -44,7 +44,7 @@ def name_of(model: str) -> str:
     """Return what a target or a draft is called: its name or path, and that of a built-in one."""
     if model == TARGET:
         return DEMO
-    return next((name for name in sorted(_DRAFTS) if draft_named(name) == model), model)
+    return next((name for name in sorted(BUILT_IN_DRAFTS) if draft_named(name) == model), model)
 
 
 def in_words(argv: list[str]) -> list[str]:

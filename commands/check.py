@@ -220,7 +220,7 @@ def _show_run(run: "RunReport") -> None:
         console,
         f"\nDecoded {counted(run.prompts, 'prompt')} in {run.dtype}: the texts are {same}, "
         f"{run.tokens_per_cycle:.2f} tokens per cycle. With every token of the texts as the anchor once, drafted "
-        "tokens agree so:",
+        "tokens agree so. A row that is clearly better than the first means that the config is wrong:",
     )
     table = Table(box=None, padding=(0, 2))
     for column in ("draft", "tokens per cycle", "share at position 1, 2, ..."):

@@ -3,6 +3,7 @@
 """Run `dflash-hub features`: read the options, prepare the rows, and write features or tell what they would cost."""
 
 import shutil
+from argparse import SUPPRESS
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..training.contradictions import fresh_mistakes
-from ..training.feature_setup import FeatureArguments, FeatureJob, check_writing
+from ..training.feature_setup import NOT_WRITTEN_WITH, FeatureArguments, FeatureJob, check_writing
 from ..training.feature_writer import write
 from ..training.options import refuse
 from ..training.setup import TrainOptions, shape_of
@@ -83,6 +84,7 @@ def _parse(argv: list[str]) -> tuple[TrainOptions, FeatureArguments]:
     """
     kinds: Any = (TrainOptions, FeatureArguments)
     parser = Parser(kinds, prog="dflash-hub features", allow_abbrev=False)
+    _describe(parser)
     problems = Problems()
     options, given = parsed(parser, argv, problems)
     if given is not None:
@@ -101,6 +103,15 @@ def _parse(argv: list[str]) -> tuple[TrainOptions, FeatureArguments]:
         problems.check(shape_of, options)
     problems.raise_all()
     return options, given
+
+
+def _describe(parser: Parser) -> None:
+    """Leave out of the help what features are not written with, and say what their dry run does."""
+    for action in parser._actions:
+        if action.dest in NOT_WRITTEN_WITH:
+            action.help = SUPPRESS
+        if action.dest == "dry_run":
+            action.help = "Tell the disk space and the time, and write nothing."
 
 
 def option_names() -> list[str]:

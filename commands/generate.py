@@ -181,6 +181,8 @@ class Template:
         template = None
         if self.file is not None:
             template = problems.check(read_text, self.file, "--chat-template-file")
+            if template is None:
+                return None, False
         elif target == TARGET and (self.chat or self.system is not None):
             template = TEMPLATE
         tokenizer = checked_tokenizer(problems, target)

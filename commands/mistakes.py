@@ -42,7 +42,7 @@ class CheckedCommand(TyperCommand):
         except UsageError as error:
             found = _Mistakes(self, ctx, words)
             if found.words or not found.values:
-                raise UsageError(_listed(found.told() or [error.format_message()]), ctx) from error
+                raise UsageError(listed(found.told() or [error.format_message()]), ctx) from error
             _of_values.extend(found.values)
             return []
 
@@ -134,9 +134,9 @@ def _reason(error: Any) -> str:
     return said
 
 
-def _listed(mistakes: list[str]) -> str:
-    """Return one or several mistakes as a message."""
+def listed(mistakes: list[str]) -> str:
+    """Return one or several mistakes as a message; further lines of one are indented."""
     if len(mistakes) == 1:
         return mistakes[0]
-    listed = "\n".join(f"- {one}" for one in mistakes)
-    return f"{len(mistakes)} things are wrong:\n{listed}"
+    lines = ["- " + one.replace("\n", "\n  ") for one in mistakes]
+    return "\n".join([f"{len(mistakes)} things are wrong:", *lines])

@@ -35,7 +35,7 @@ class Parser(HfArgumentParser):
         formatter.add_usage(
             "%(prog)s --target NAME --data FILE_OR_DATASET [options]", [], [], "Usage: "
         )
-        names = {name for kind in self.dataclass_types for name in kind.__annotations__}
+        names = {name for kind in self.dataclass_types for name in kind.__annotations__} | {"help"}
         known = [one for one in self._actions if one.help != SUPPRESS]
         ours = [one for one in known if one.dest in names]
         for title, actions in (

@@ -9,7 +9,8 @@ from typing import Any
 
 from ..catalogue import check_folder, is_path
 from ..kinds import KINDS
-from .mistakes import of_values
+from .built_in import BUILT_IN_DRAFTS, DEMO
+from .mistakes import listed, of_values
 
 _SIGNS = ("dflash_config", "speculators_model_type")
 """Keys of config.json that drafts have, and targets have not."""
@@ -43,11 +44,8 @@ class Problems:
         Raises:
             ValueError: there is one.
         """
-        if len(self.found) == 1:
-            raise ValueError(self.found[0])
         if self.found:
-            listed = "\n".join(f"- {problem}" for problem in self.found)
-            raise ValueError(f"{len(self.found)} things are wrong:\n{listed}")
+            raise ValueError(listed(self.found))
 
 
 def check_dtype(dtype: str, flag: str = "--dtype") -> None:
@@ -139,6 +137,8 @@ def check_target(name: str, flag: str = "--target") -> None:
     Raises:
         ValueError, OSError: naming it.
     """
+    if name in BUILT_IN_DRAFTS:
+        raise ValueError(f"{flag} is {name}, which is a built-in draft; its target is {DEMO}.")
     content = _config_of(flag, name, None)
     if content and is_draft(content):
         raise ValueError(

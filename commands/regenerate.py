@@ -52,7 +52,14 @@ def regenerate(
 
     require("datasets", "httpx", purpose="Regenerating answers")
     from ..training.reading import load_rows
-    from ..training.regenerate import GenerationSettings, InProcess, Server
+    from ..training.regenerate import (
+        GenerationSettings,
+        InProcess,
+        Server,
+        check_continued,
+        check_template,
+        prompt_of,
+    )
 
     problems = Problems()
     problems.check(check_file_to_write, output, "--output")
@@ -66,6 +73,9 @@ def regenerate(
     settings = GenerationSettings(max_new_tokens, temperature, prompt_tokens)
     rows = load_rows(data, data_name, data_split, streaming)
     rows = rows if limit is None else rows.take(limit)
+    check_continued(rows, output, lambda row: prompt_of(tokenizer, row, prompt_tokens))
+    if server is None:
+        check_template(rows, tokenizer)
     if server is not None:
         answer: AnswerFn = Server(server, tokenizer, settings, model)
     elif _all_there(rows, output):
@@ -104,7 +114,8 @@ def _all_there(rows: Any, output: Path) -> bool:
     if len(there) < len(rows):
         notes.print(f"{len(there):,} of {len(rows):,} already there", style="dim", highlight=False)
         return False
-    words = f"{output}: {len(there):,} of {len(rows):,} already there; nothing to do."
+    words = f"{output}: {len(there):,} of {len(rows):,} already there; nothing to do. "
+    words += "To have them answered anew, or with other options, choose another --output."
     console.print(words, markup=False, highlight=False, soft_wrap=True)
     return True
 

@@ -15,6 +15,7 @@ from huggingface_hub import HfApi
 from ..publishing import PublishOptions, publish
 from ..repository_dflash import check_destination
 from ..training import DFlashTrainer, DFlashTrainingArguments
+from ..training.best import PAYS
 from ..training.contradictions import contradictions, fresh_mistakes, greedy_mistakes
 from ..training.feature_setup import build_from_features, with_features
 from ..training.progress import PLOT
@@ -45,9 +46,6 @@ from .preflight import (
 from .screen import console, hide_bars, note, notes
 from .train_display import shown
 from .tune import SHORT, check_tune, tune
-
-PAYS = 1.3
-"""Tokens a cycle from which on a draft may be worth a push; 1 is decoding without one."""
 
 
 def train(argv: list[str]) -> None:
@@ -256,16 +254,16 @@ def finish(trainer: DFlashTrainer, options: TrainOptions) -> None:
 def tell_next(trainer: DFlashTrainer, options: TrainOptions, folder: str) -> None:
     """Print the commands that come next.
 
-    Decode with the draft, and push it or, if it is pushed, measure it. Where hardly any drafted token is accepted, look
-    at the data and train longer.
+    Decode with the draft, and push it or, if it is pushed or was not measured, measure it. Where hardly any drafted
+    token is accepted, look at the data and train longer.
     """
     pair = f"--target {shlex.quote(name_of(options.target))} --draft {shlex.quote(folder)}"
+    length = accepted(trainer.state.log_history)
     follow = [f"dflash-hub push {shlex.quote(folder)} {_repository(folder)}"]
-    if trainer.args.push_to_hub:
+    if trainer.args.push_to_hub or length is None:
         follow = [f"dflash-hub eval {pair} --output-dir results"]
     elif not Path(options.target).exists():
         follow[0] += f" --base-model {shlex.quote(name_of(options.target))}"
-    length = accepted(trainer.state.log_history)
     if length is not None and length < PAYS:
         note(
             f"{length:.2f} tokens a cycle: hardly any drafted token is accepted, so this draft helps nobody yet. Check "

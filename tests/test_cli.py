@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import typer
 from huggingface_hub import HfApi
 from rich.console import Console
 from transformers import AutoConfig
@@ -25,7 +26,9 @@ from dflash_hub.catalogue import rows
 from dflash_hub.commands import answers
 from dflash_hub.commands.built_in import TARGET
 from dflash_hub.commands.drafts import _Line, show
+from dflash_hub.commands.features_run import write_features
 from dflash_hub.commands.loading import Loaded, find_draft, load_target, load_tokenizer
+from dflash_hub.commands.mistakes import listed
 from dflash_hub.commands.screen import console, hanging, notes
 from dflash_hub.generation_dflash import DecodeStatistics
 from dflash_hub.kinds import KINDS
@@ -300,7 +303,7 @@ TRAINED = ["--target", PAIR[1], "--data", "a-file", *OUTPUT]
         (["generate", "hi", "--target", "mute", "--system", "be kind"], ["has no chat template, which --system would"]),
         (
             ["generate", "hi", "--target", "mute", "--chat-template-file", "no.jinja", "--chat"],
-            ["--chat-template-file is no.jinja, which cannot", "which --chat and --chat-template-file would use"],
+            ["--chat-template-file is no.jinja, which cannot"],
         ),
         (["generate", "hi", *PAIR, "--temperature", "0", "--top-p", "0.5"], ["so --top-p would change nothing"]),
         (["generate", "hi", *PAIR[:2], "--draft", PAIR[1]], ["is no DFlash draft but a model of its own (Qwen3ForC"]),
@@ -328,6 +331,10 @@ TRAINED = ["--target", PAIR[1], "--data", "a-file", *OUTPUT]
         (
             ["train", *TRAINED, "--loss", "foo", "--block-size", "1", "--num-anchors", "0", "--emb-dim", "x"],
             ["'x'", "num_anchors is 0", "loss is 'foo'", "block_size is 1; it must be an int from 2"],
+        ),
+        (
+            ["train", *TRAINED, "--learning-rate", "-1", "--load-best-model-at-end", "true"],
+            ["learning_rate is -1.0", "eval_strategy is 'no' and save_strategy is 'steps'. Make them equal"],
         ),
         (
             ["train", *TRAINED, "--cut-target", "--regenerate-every", "5", "--loss", "kl"],
@@ -391,6 +398,7 @@ TRAINED = ["--target", PAIR[1], "--data", "a-file", *OUTPUT]
             [NO_FOLDER, "there is no such file", "--output is the folder .; pass a file", "and there is no --server"],
         ),
         (["regenerate", "--target", PAIR[3], "--data", "a-file", "--output", "x.jsonl"], [A_DRAFT]),
+        (["generate", "--target", "demo-dflash", "x"], ["--target is demo-dflash, which is a built-in draft"]),
         (["regenerate", "--target", "bare", "--data", "a-file", "--output", "x.jsonl"], [NO_TOKENIZER]),
         (["refresh", PAIR[3]], ["which is a path; pass the name of a repository"]),
         (["resolve", PAIR[3]], [A_DRAFT]),
@@ -412,6 +420,16 @@ def test_all_that_is_wrong_with_a_call_is_told_at_once_before_weights_are_loaded
     message = str(error.value)
     assert [part for part in found if part not in message] == []
     assert message.count("\n- ") == (len(found) if len(found) > 1 else 0)
+
+
+def test_further_lines_of_a_mistake_are_indented_and_the_help_of_features_has_what_it_takes(capsys):
+    assert listed(["a\nb", "c"]) == "2 things are wrong:\n- a\n  b\n- c"
+    assert listed(["a\nb"]) == "a\nb"
+    with pytest.raises(typer.Exit):
+        write_features(["--help"])
+    text = capsys.readouterr().out
+    assert "Tell the disk space and the time, and write nothing." in " ".join(text.split())
+    assert [name for name in ("--tune", "--streaming", "--features", "Trainer:") if name in text] == []
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import pytest
 import tiny
 from dflash_hub import DFlash2Config, DFlashConfig
 from dflash_hub.configuration_dflash import EXTENSIONS
+from dflash_hub.findings_dflash import reason
 from dflash_hub.layouts import layout_findings
 from dflash_hub.layouts_dflash import read_own_layout
 from dflash_hub.support_dflash import draft_findings
@@ -35,6 +36,15 @@ def error_of(kind: type[DFlashConfig], config: dict) -> str | None:
     except ValueError as error:
         return str(error)
     return None
+
+
+def test_of_an_error_without_a_connection_stays_what_is_wrong_and_the_offline_setting_is_named(monkeypatch):
+    error = OSError("We couldn't connect, and it is not cached.\nCheck your internet connection or see how to")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    assert reason(error) == "We couldn't connect, and it is not cached."
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert reason(error).endswith("not cached. HF_HUB_OFFLINE is set; without it the Hub is asked.")
+    assert reason(OSError("no\nroom")) == "no\nroom"
 
 
 @pytest.mark.quick

@@ -3,6 +3,8 @@
 import json
 import threading
 import time
+from copy import copy
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -14,7 +16,10 @@ from dflash_hub.training.regenerate import (
     GenerationSettings,
     InProcess,
     Server,
+    check_continued,
+    check_template,
     finished_rows,
+    prompt_of,
     question_of,
     regenerate,
 )
@@ -169,6 +174,34 @@ def test_an_interrupted_run_goes_on_where_it_was_and_nothing_is_written_twice(ba
     assert len(backend.questions) - before == 5
     assert sorted(line["row"] for line in lines(path)) == list(range(8))
     assert {line["row"]: line["messages"][1]["content"] for line in lines(path)} == {n: f"re: q{n}" for n in range(8)}
+
+
+@pytest.mark.parametrize(
+    ("source", "other", "same"),
+    [
+        ({"text": "import os\nimport sys\n"}, {"text": "def main():\n    pass\n"}, {"text": "import os\nimport sys\n"}),
+        (CHATS[0], CHATS[1], CHATS[0]),
+        (CHATS[0], {"text": "import os"}, {"messages": CHATS[0]["messages"][:1]}),
+        ({"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "b"}, {"prompt": "a", "completion": "z"}),
+    ],
+)
+def test_an_output_of_other_rows_is_refused(backend, tokenizer, tmp_path, source, other, same):
+    path = tmp_path / "out.jsonl"
+    start = partial(prompt_of, tokenizer, tokens=3)
+    check_continued([other], path, start)  # there is none yet
+    regenerate([source], path, Server(backend.url, tokenizer, GenerationSettings(prompt_tokens=3)), 1, quiet)
+    check_continued([same, other], path, start)
+    with pytest.raises(ValueError, match=r"its row 0 is not row 0 of the data.*Choose another --output"):
+        check_continued([other, source], path, start)
+
+
+def test_conversations_without_a_chat_template_are_refused_before_any_is_answered(tokenizer):
+    check_template([{"text": "import os"}, CHATS[0]], tokenizer)
+    check_template([], tokenizer)
+    bare = copy(tokenizer)
+    bare.chat_template = None
+    with pytest.raises(ValueError, match="no chat template, which conversations need"):
+        check_template(CHATS, bare)
 
 
 def test_rows_that_fail_are_reported_and_tried_again_by_the_next_run(backend, tokenizer, tmp_path):

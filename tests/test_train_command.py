@@ -113,7 +113,7 @@ LONGER = "dflash-hub train --target a --draft my-draft"
     [
         ({"acceptance_length": 2.0}, False, None, ["dflash-hub push my-draft me/my-draft --base-model a"]),
         ({"acceptance_length": 2.0}, True, None, ["dflash-hub eval --target a --draft my-draft --output-dir results"]),
-        ({}, False, None, ["dflash-hub push my-draft me/my-draft --base-model a"]),
+        ({}, False, None, ["dflash-hub eval --target a --draft my-draft --output-dir results"]),
         (
             {"acceptance_length": 2.0, "eval_acceptance_length": 1.04},
             True,
@@ -335,7 +335,10 @@ def test_regenerated_text_trains(data, tmp_path):
     output = CliRunner().invoke(cli.app, words, env={"COLUMNS": "200"}, catch_exceptions=False).output
     assert "own.jsonl holds 4 rows" in output.replace("\n", "")
     again = CliRunner().invoke(cli.app, words, env={"COLUMNS": "200"}, catch_exceptions=False)
-    assert again.stdout == f"{tmp_path / 'own.jsonl'}: 4 of 4 already there; nothing to do.\n"
+    assert again.stdout == (
+        f"{tmp_path / 'own.jsonl'}: 4 of 4 already there; nothing to do. To have them "
+        "answered anew, or with other options, choose another --output.\n"
+    )
     train(str(tmp_path / "own.jsonl"), tmp_path / "draft", *SHAPE)
     assert (tmp_path / "draft" / "model.safetensors").exists()
 

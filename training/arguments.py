@@ -187,14 +187,27 @@ class DFlashTrainingArguments(TrainingArguments):
             super().__post_init__()
             found += [*self._wrong_for_best(), *without_effect(self)]
         except ValueError as error:
-            found.append(str(error))
+            found.append(self._in_one_line(str(error)))
         refuse(found)
         if self.fp16:
             self.bf16 = False
 
+    def _in_one_line(self, message: str) -> str:
+        """Return an error of transformers, whose list of two strategies shows enumerations."""
+        if "requires the save and eval strategy to match" not in message:
+            return message
+        save, evaluate = (
+            getattr(one, "value", one) for one in (self.save_strategy, self.eval_strategy)
+        )
+        return (
+            f"load_best_model_at_end needs an evaluation before each checkpoint, but eval_strategy is {evaluate!r} and "
+            f"save_strategy is {save!r}. Make them equal, such as 'steps'."
+        )
+
     def _wrong(self) -> Iterator[str]:
         """Yield what is wrong with our own options."""
         checks = {
+            "learning_rate": (float(self.learning_rate) >= 0, "at least 0"),
             "num_anchors": (self.num_anchors >= 1, "at least 1"),
             "loss_gamma": (self.loss_gamma is None or self.loss_gamma > 0, "above 0"),
             "loss_weights": (self.loss_weights in ("decay", "dpace"), "decay or dpace"),

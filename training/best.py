@@ -13,6 +13,8 @@ ACCEPTED_AT = "decoded_accepted_"
 """With k, the share of cycles in which the drafted token at position k was accepted."""
 KEPT = 0.99
 """A smaller block that keeps this share of the acceptance length would do."""
+PAYS = 1.3
+"""Tokens a cycle from which on a draft may be worth a push; 1 is decoding without one."""
 _FULL = 0.2
 """Share of cycles that accept the last position from which on a larger block may be worth a try."""
 
@@ -93,7 +95,9 @@ def _measured(line: Line) -> str:
 
 
 def describe_block(line: Line, config: Any) -> str | None:
-    """Return whether a smaller block would do, or a larger one may be better; None if nothing was decoded.
+    """Return whether a smaller block would do, or a larger one may be better.
+
+    It is None if nothing was decoded, or next to nothing accepted.
 
     It counts what each position added. A draft that is trained with another block may do better or worse.
 
@@ -103,9 +107,9 @@ def describe_block(line: Line, config: Any) -> str | None:
     """
     shares = [line.get(f"eval_{ACCEPTED_AT}{k}") for k in range(1, config.num_drafted + 1)]
     found = [share for share in shares if share is not None]
-    if not found:
-        return None
     whole = 1 + sum(found)
+    if whole < PAYS:
+        return None
     sums = [1 + sum(found[:count]) for count in range(1, len(found) + 1)]
     enough = next(count for count, length in enumerate(sums, 1) if length >= KEPT * whole)
     if enough < len(found):

@@ -111,6 +111,11 @@ class FeatureArguments:
         )
 
 
+_OF_KNOWN_ROWS = ("streaming", "features", "inspect")
+NOT_WRITTEN_WITH = (*_OF_KNOWN_ROWS, "tune", "tune_steps")
+"""Options of train that features are not written with."""
+
+
 def check_writing(options: TrainOptions) -> None:
     """Refuse options that features are not written with.
 
@@ -118,7 +123,7 @@ def check_writing(options: TrainOptions) -> None:
         ValueError: names them.
     """
     found = []
-    for name in ("streaming", "features", "inspect"):
+    for name in _OF_KNOWN_ROWS:
         if getattr(options, name) not in (None, False):
             found.append(
                 f"{name} is {getattr(options, name)!r}, but features are written of rows whose number is known. Leave "

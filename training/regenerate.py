@@ -14,6 +14,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
 from io import FileIO
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -254,6 +255,79 @@ def finished_rows(path: Path) -> set[int | str]:
         raise ValueError(
             f"{path} was not written by regenerate; choose another --output."
         ) from error
+
+
+def check_continued(
+    rows: Iterable[dict[str, Any]], path: Path, prompt: Callable[[dict[str, Any]], str]
+) -> None:
+    """Refuse a file with answers to other rows; the row in its first line is compared with that of the data.
+
+    Args:
+        prompt: gives the prompt of a row of plain text.
+
+    Raises:
+        ValueError: the two rows have other questions.
+    """
+    found = _first_answer(path)
+    if found is None:
+        return
+    number = found[ROW]
+    source = next(islice(rows, number, None), None)
+    if source is None or _has_question(found, question_of(source, number), prompt):
+        return
+    raise ValueError(
+        f"{path} holds answers to other rows: its row {number} is not row {number} of the data, or was written with "
+        "another target or another --prompt-tokens. Choose another --output."
+    )
+
+
+def _first_answer(path: Path) -> dict[str, Any] | None:
+    """Return the first whole line of a file; None where `finished_rows` finds none, or refuses the file."""
+    if not path.exists():
+        return None
+    with path.open("rb") as file:
+        line = file.readline()
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    is_ours = isinstance(found, dict) and isinstance(found.get(ROW), int)
+    return found if is_ours else None
+
+
+def _has_question(
+    found: dict[str, Any], question: dict[str, Any], prompt: Callable[[dict[str, Any]], str]
+) -> bool:
+    """Return whether an answered row begins with a question."""
+    if "messages" in question:
+        return _not_answers(found) == _not_answers(question)
+    text = found.get("prompt", found.get("text"))
+    return isinstance(text, str) and text.startswith(prompt(question))
+
+
+def _not_answers(row: dict[str, Any]) -> str:
+    """Return the messages that are not the assistant's, as JSON."""
+    asked = []
+    for message in row.get("messages") or []:
+        if message["role"] != "assistant":
+            asked.append({key: value for key, value in message.items() if value is not None})
+    return json.dumps(asked, sort_keys=True)
+
+
+def check_template(rows: Iterable[dict[str, Any]], tokenizer: Any) -> None:
+    """Refuse conversations for a tokenizer that cannot write them as a text, by the first row.
+
+    Raises:
+        ValueError: it has no chat template.
+    """
+    first = next(iter(rows), None)
+    if first is None or tokenizer.chat_template is not None:
+        return
+    if "messages" in question_of(first, 0):
+        raise ValueError(
+            "The target's tokenizer has no chat template, which conversations need. Pass plain text ('text', or "
+            "'prompt' and 'completion'), a target that was trained for chats, or --server with one."
+        )
 
 
 def regenerate(
