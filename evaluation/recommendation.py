@@ -38,18 +38,20 @@ def recommended(
     best = max(exact, key=lambda result: result["speedup"]["pooled"], default=None)
     if best is None:
         return {"way": baseline, "words": " ".join([f"{start}Use plain decoding.", *remarks])}
-    low, pooled = best["speedup"]["low"], best["speedup"]["pooled"]
+    low, high = best["speedup"]["low"], best["speedup"]["high"]
+    pooled = best["speedup"]["pooled"]
+    is_sure = low is None or not low <= 1 <= high
     name, figure = names[best["way"]], shown_speedup(best["speedup"])
-    if pooled <= 1:
+    if pooled <= 1 and is_sure:
         words = f"Use plain decoding, which is faster: the fastest other way, {name}, is {figure}."
-    elif low is not None and low <= 1:
+    elif not is_sure:
         words = (
             f"Use plain decoding, or evaluate more prompts: the fastest other way, {name}, is {figure}, so whether it "
             "is faster is not certain."
         )
     else:
         words = f"Use {name}: {figure}."
-    is_chosen = pooled > 1 and (low is None or low > 1)
+    is_chosen = pooled > 1 and is_sure
     way = best["way"] if is_chosen else baseline
     if is_chosen and best["slower_than_plain"]:
         remarks.insert(

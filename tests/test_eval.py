@@ -391,6 +391,7 @@ PLAIN_FIRST = [{"name": "plain", "method": "plain", "draft": None, "baseline": 0
         ([(2.0, 1.5, 2.5), (3.0, 2.9, 3.1)], [0, 0], 2, "Use b: 3.00 times as fast [2.90, 3.10]."),
         ([(2.0, 1.5, 2.5), (3.0, 2.9, 3.1)], [0, 1], 1, "Use a: 2.00 times as fast [1.50, 2.50]. Do not use b: 1 of"),
         ([(1.2, 0.9, 1.5)], [0], 0, "Use plain decoding, or evaluate more prompts"),
+        ([(0.99, 0.7, 1.5)], [0], 0, "Use plain decoding, or evaluate more prompts"),
         ([(0.8, 0.7, 0.9)], [0], 0, "Use plain decoding, which is faster: the fastest other way, a, is 0.80 times"),
         ([(2.0, None, None)], [0], 1, "Use a: 2.00 times as fast. One prompt is too few"),
         ([None], [0], 0, "Use plain decoding. a failed"),
