@@ -228,9 +228,11 @@ def figures(answer: Answer, times: float, how: str) -> str:
         times: as fast as the target alone.
         how: "measured" or "estimated".
     """
-    cycles = answer.statistics.acceptance_length
     speed = f"{counted(len(answer.tokens), 'token')}, {answer.rate:.1f} tokens/s"
-    return f"{speed}, {times:.2f} times the target alone ({how}), {cycles:.2f} tokens a cycle"
+    line = f"{speed}, {times:.2f} times the target alone ({how})"
+    if not answer.statistics.committed:  # the prefill's token was the last
+        return line
+    return f"{line}, {answer.statistics.acceptance_length:.2f} tokens a cycle"
 
 
 def why_no_help(pair: Loaded, answer: Answer, times: float) -> str | None:

@@ -485,6 +485,14 @@ def test_a_name_that_may_be_a_folder_or_a_repository_is_said_to_be_no_folder_eit
         run("resolve", "./no")
 
 
+def test_an_answer_of_one_token_has_no_tokens_a_cycle():
+    answer = answers.Answer((1,), "a", 1.0, DecodeStatistics())
+    assert re.fullmatch(
+        r"1 token, [\d.]+ tokens/s, 1.00 times the target alone \(estimated\)",
+        answers.figures(answer, 1.0, "estimated"),
+    )
+
+
 @pytest.mark.parametrize(
     ("times", "committed", "made_for", "text", "found"),
     [
