@@ -517,8 +517,8 @@ def _by_shape(
             f"The catalogue does not know {name}, and no draft for {architecture} fits its shape (hidden_size "
             f"{text.hidden_size}, {text.num_hidden_layers} layers, vocab_size {text.vocab_size}). The default, "
             f"{default.repo_id}, was made for {default.target} (hidden_size {default.hidden_size}, "
-            f"{default.num_target_layers} layers, vocab_size {default.vocab_size}). Train one with spec.build(), or "
-            "name a draft yourself."
+            f"{default.num_target_layers} layers, vocab_size {default.vocab_size}). Train one with "
+            "spec.build(), or name a draft yourself: a repository or a folder."
         )
     spec = min(usable, key=lambda spec: abs((spec.vocab_size or 0) - text.vocab_size))
     rows = ""
