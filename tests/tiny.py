@@ -120,7 +120,8 @@ def target(family: str, seed: int | None = None):
     Gemma scales its embeddings itself.
     """
     seed = SEEDS.get(family, 0) if seed is None else seed
-    return built_once(("target", family, seed), lambda: new_target(family, seed))
+    shape = SMALL | FAMILIES[family]
+    return built_once(("target", family, seed, shape, SCALES), lambda: new_target(family, seed, shape))
 
 
 BUILT: dict[str, tuple[Any, torch.Tensor]] = {}
@@ -136,9 +137,8 @@ def built_once(key: tuple, build: Callable[[], Any]):
     return copy.deepcopy(model)
 
 
-def new_target(family: str, seed: int):
-    extra = dict(FAMILIES[family])
-    config = AutoConfig.for_model(extra.pop("model_type", family), **(SMALL | extra))
+def new_target(family: str, seed: int, shape: dict):
+    config = AutoConfig.for_model(shape.pop("model_type", family), **shape)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     return scaled(model, family)
