@@ -130,9 +130,10 @@ BUILT: dict[str, tuple[Any, torch.Tensor]] = {}
 
 def built_once(key: tuple, build: Callable[[], Any]):
     """A copy of what `build` builds, which takes half the time; random numbers go on as after the build."""
-    if repr(key) not in BUILT:
-        BUILT[repr(key)] = (build(), torch.get_rng_state())
-    model, generator = BUILT[repr(key)]
+    name = repr(key)
+    if name not in BUILT:
+        BUILT[name] = (build(), torch.get_rng_state())
+    model, generator = BUILT[name]
     torch.set_rng_state(generator)
     return copy.deepcopy(model)
 
