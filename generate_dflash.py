@@ -90,6 +90,9 @@ PROPOSER = ("append_context", "propose", "commit")
 CHECKED_SIZE = 16
 """Positions of the blocks with which a target is checked that decodes without a draft."""
 
+CHECKED: weakref.WeakKeyDictionary[Any, set] = weakref.WeakKeyDictionary()
+"""For each target, what a self-check has passed for, see `DecoderSession`: no other draft repeats it."""
+
 ProposerFactory = Callable[[Any], Proposer]
 """Makes the proposer of a decode from the draft's own, a `ChainProposer`; without a draft, from a `LookupProposer`."""
 
@@ -155,8 +158,6 @@ class SpeculativeGenerate:
         self.draft = draft
         self.compiled_session: DecoderSession | None = None
         """The last session, if it was compiled: the next decode can use the compiled code."""
-        self.checked: weakref.WeakKeyDictionary[Any, set] = weakref.WeakKeyDictionary()
-        """For each target, the session keys and circumstances for which a self-check has passed."""
         self.experiences: weakref.WeakKeyDictionary[Any, dict] = weakref.WeakKeyDictionary()
         """For each target, what decoding has shown, see `AutoProposer`."""
         self.statistics = DecodeStatistics()
@@ -179,7 +180,7 @@ class SpeculativeGenerate:
                 and session.key == session_key(self.draft, model)
             ):
                 return session
-            return DecoderSession(self.draft, model, self.checked.setdefault(model, set()))
+            return DecoderSession(self.draft, model)
 
     def proposer_factory(
         self, model: Any, mode: str, proposal: str, width: int | None
@@ -425,24 +426,24 @@ class DecoderSession:
 
     Args:
         draft: None for none.
-        checked: session keys and circumstances for which a self-check of this target has passed; it is added to.
 
     Raises:
         ValueError: the draft has no weights in place.
     """
 
-    def __init__(self, draft: Any, model: Any, checked: set):
+    def __init__(self, draft: Any, model: Any):
         if draft is not None and is_offloaded(draft):
             raise ValueError(
                 "Weights of the draft are on the meta device; it runs in every cycle, so load it onto one device."
             )
-        self.checked = checked
+        self.checked = CHECKED.setdefault(model, set())
         taps = () if draft is None else tuple(draft.config.target_layer_ids)
         self.target = Target(model, taps)
         self.drafter = None if draft is None else Drafter(draft, model)
         self.models = _present(draft, model)
         """The draft, where there is one, and the target."""
         self.key = session_key(draft, model)
+        self.check_key = (*self.key[-2:], taps)  # of the key what is the target's
 
     def decode(
         self,
@@ -514,8 +515,8 @@ class DecoderSession:
             warn_of_new_family(self.target.model)
 
     def _circumstances(self, prompt: Prompt) -> tuple:
-        """Return what a check of `prompt` holds for, its windows last."""
-        return (*self.key, *circumstances(self.target, prompt))
+        """Return what a check of `prompt` holds for, with any draft of these taps and this size; its windows last."""
+        return (*self.check_key, self.checked_size, *circumstances(self.target, prompt))
 
 
 def session_key(draft: Any, model: Any) -> tuple:

@@ -3,7 +3,7 @@
 """Check before the first token that a block over our cache gives what the target's own forward gives.
 
 This file travels with every pushed draft. A release of transformers may change what decoding relies on, and code in a
-pushed repository is frozen. So the block path is compared with the target itself, once for a session, in two ways:
+pushed repository is frozen. So the block path is compared with the target itself, once for all its drafts, in two ways:
 
 - **A short text of its own** (`check_alone`). The target runs it as plain `generate` would; then its end runs as a
   block. Logits and tapped features must agree at every position. Recurrent state is rolled back by the code that undoes
@@ -35,7 +35,7 @@ LONGEST = 64
 
 
 def circumstances(target: Target, prompt: Prompt) -> tuple[bool, bool, int, tuple[int, ...]]:
-    """Return what a check of `prompt` holds for, besides target, draft, dtype, attention and device.
+    """Return what a check of `prompt` holds for, besides target, taps, block size, dtype, attention and device.
 
     Whether there are several rows, whether any is padded, the axes of the positions, and the windows it is longer than.
     """

@@ -32,7 +32,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from dflash_hub import DecodeStatistics, DFlashDraftSpec, load_draft
 from dflash_hub.evaluation.floor import bytes_of_draft, bytes_of_plain_step, measured_bandwidth
 from dflash_hub.execution_dflash import CAPTURE
-from dflash_hub.generate_dflash import PROPOSALS, LookupGenerate, SpeculativeGenerate
+from dflash_hub.generate_dflash import CHECKED, PROPOSALS, LookupGenerate, SpeculativeGenerate
 from dflash_hub.generation_dflash import DecodeState, now
 from dflash_hub.kinds import KINDS
 from dflash_hub.proposals_dflash import ChainProposer, Proposal
@@ -404,7 +404,7 @@ def self_check_ms(
     call = inputs | {"max_new_tokens": 2, "custom_generate": draft.speculate, "capture": "eager"}
     costs = []
     for _ in range(options.runs + 1):
-        draft.speculate.checked.clear()
+        CHECKED.clear()
         _, first = timed(target, lambda: target.generate(**call))
         _, second = timed(target, lambda: target.generate(**call))
         costs.append(1e3 * (first - second))

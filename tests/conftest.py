@@ -1,6 +1,5 @@
 """A Hub of our own for the whole run: the variables are read when huggingface_hub is imported, so they come first."""
 
-import functools
 import gc
 import json
 import os
@@ -13,7 +12,7 @@ import tempfile
 import textwrap
 from pathlib import Path
 
-from forked import Servers
+from forked import Servers, remember_imports
 from hubserver import HubServer
 from paths import ROOT, TINY
 
@@ -59,15 +58,6 @@ def pytest_collection_finish():
     gc.enable()
     if "transformers" in sys.modules:
         remember_imports()
-
-
-def remember_imports():
-    """Read once what a file imports; each draft that is saved asks it of all files that travel."""
-    from transformers import dynamic_module_utils
-
-    read = dynamic_module_utils.get_relative_imports
-    found = functools.cache(lambda path, changed: tuple(read(path)))
-    dynamic_module_utils.get_relative_imports = lambda path: [*found(str(path), os.stat(path).st_mtime_ns)]
 
 
 @pytest.fixture

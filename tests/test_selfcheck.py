@@ -161,7 +161,7 @@ def test_what_a_release_changes_is_an_error_before_the_first_token(family, chang
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_check_is_made_once_for_a_session_and_again_when_something_changes(family, monkeypatch):
+def test_a_check_is_made_once_for_all_drafts_and_again_when_something_changes(family, monkeypatch):
     from dflash_hub import generate_dflash
 
     checks = []
@@ -170,14 +170,19 @@ def test_a_check_is_made_once_for_a_session_and_again_when_something_changes(fam
     draft = tiny.draft(target)
     for length in (5, 9):
         speculative(target, draft, tiny.prompt(length), 5)
+    speculative(target, tiny.draft(target, seed=2), tiny.prompt(5), 5)
     assert len(checks) == 1
+    for fields in ({"block_size": 4}, {"target_layer_ids": [1]}):
+        for seed in (1, 2):
+            speculative(target, tiny.draft(target, seed, **fields), tiny.prompt(5), 5)
+    assert len(checks) == 3
     inputs = tiny.batch(20, pads=(0, 3))
     target.generate(**inputs, max_new_tokens=5, do_sample=False, custom_generate=draft.speculate)
-    assert len(checks) == 2
+    assert len(checks) == 4
     target.to(torch.bfloat16)
     draft.to(torch.bfloat16)
     speculative(target, draft, tiny.prompt(5), 5)
-    assert len(checks) == 3
+    assert len(checks) == 5
 
 
 @pytest.mark.quick
@@ -196,8 +201,7 @@ def test_a_check_that_failed_is_made_again():
 def test_a_change_behind_the_short_text_is_found_on_the_prompt_itself(family):
     """Blocks differ from slot 75 on, which no text of the check's own reaches."""
     target, told = tiny.target(family), Told()
-    draft, ids = tiny.draft(target), tiny.prompt(90)
-    speculative(target, draft, ids, 4)
+    ids = tiny.prompt(90)
 
     def late(honest, *args, **kwargs):
         output = honest(*args, **kwargs)

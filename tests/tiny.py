@@ -1,6 +1,9 @@
 """Tiny random targets and drafts of real architectures, made so that their text is not one token over and over."""
 
+import copy
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, GenerationMixin
@@ -116,9 +119,28 @@ def target(family: str, seed: int | None = None):
 
     Gemma scales its embeddings itself.
     """
-    extra = dict(FAMILIES[family])
-    config = AutoConfig.for_model(extra.pop("model_type", family), **(SMALL | extra))
-    torch.manual_seed(SEEDS.get(family, 0) if seed is None else seed)
+    seed = SEEDS.get(family, 0) if seed is None else seed
+    shape = SMALL | FAMILIES[family]
+    return built_once(("target", family, seed, shape, SCALES), lambda: new_target(family, seed, shape))
+
+
+BUILT: dict[str, tuple[Any, torch.Tensor]] = {}
+"""The models that were built, and the state of the generator of random numbers then."""
+
+
+def built_once(key: tuple, build: Callable[[], Any]):
+    """A copy of what `build` builds, which takes half the time; random numbers go on as after the build."""
+    name = repr(key)
+    if name not in BUILT:
+        BUILT[name] = (build(), torch.get_rng_state())
+    model, generator = BUILT[name]
+    torch.set_rng_state(generator)
+    return copy.deepcopy(model)
+
+
+def new_target(family: str, seed: int, shape: dict):
+    config = AutoConfig.for_model(shape.pop("model_type", family), **shape)
+    torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     return scaled(model, family)
 
@@ -196,6 +218,10 @@ def draft(model, seed: int = 1, **fields):
         "head_dim": 8,
         "max_position_embeddings": 1024,
     }
+    return built_once(("draft", seed, shape | fields), lambda: new_draft(seed, shape, fields))
+
+
+def new_draft(seed: int, shape: dict, fields: dict):
     torch.manual_seed(seed)
     kind = KINDS[next((name for name, layout in DRAFT_LAYOUTS.items() if set(layout.own) & set(fields)), BASE)]
     model = kind.model_class(kind.config_class(**(shape | fields))).eval()
