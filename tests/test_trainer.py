@@ -363,7 +363,7 @@ def test_the_best_checkpoint_is_the_one_that_decodes_best_and_ends_the_run(tmp_p
     assert lines[0].startswith(f"The best evaluation: step {best} with {max(decoded):.3f} tokens a cycle when decoded")
     assert "training loss" in lines[0]
     assert lines[1] == f"What is saved is checkpoint-{best}."
-    assert "block" in lines[2]
+    assert not lines[2:], "a draft that accepts nothing shows nothing of smaller blocks"
     for _ in range(2):  # with its last checkpoint, and without
         again = spoilt(tmp_path, tiny_target, tiny_draft, **options)
         again.train(resume_from_checkpoint=True)
