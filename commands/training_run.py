@@ -86,29 +86,31 @@ def _parse(parser: Parser, argv: list[str]) -> tuple[TrainOptions, Any]:
     """
     problems = Problems()
     options, args = parsed(parser, argv, problems)
-    if options is not None:
-        _check_names(options, problems)
+    are_known = options is not None and _check_names(options, problems)
     if args is not None and options is not None:
         _check_output(options, args, problems)
         if options.tune is not None:
             problems.check(check_tune, options, args)
-    _check_shape(options, args, problems)
+    config, own = _check_shape(options, problems, are_known)
+    _check_together(options, args, config, own, problems)
     problems.raise_all()
     return options, args
 
 
-def _check_names(options: TrainOptions, problems: Problems) -> None:
-    """Collect what is wrong with the names of target, draft and data."""
+def _check_names(options: TrainOptions, problems: Problems) -> bool:
+    """Collect what is wrong with the names of target, draft and data; return whether the models can be read."""
     found = len(problems.found)
     is_named = options.features is None or bool(options.target)
     if is_named:
         problems.check(check_target, options.target)
     problems.check(check_draft, options.draft, options.draft_revision)
     problems.check(check_dtype, options.target_dtype, "--target-dtype")
-    if options.features is None:
-        problems.check(check_data, options.data)
     if is_named and len(problems.found) == found:
         problems.check(load_tokenizer, options.target, options.trust_remote_code)
+    are_known = len(problems.found) == found
+    if options.features is None:
+        problems.check(check_data, options.data)
+    return are_known
 
 
 def _check_output(options: TrainOptions, args: Any, problems: Problems) -> None:
@@ -120,15 +122,29 @@ def _check_output(options: TrainOptions, args: Any, problems: Problems) -> None:
             problems.check(_check_push, args)
 
 
-def _check_shape(options: TrainOptions | None, args: Any, problems: Problems) -> None:
-    """Collect what options say against each other, and against the target's config; None for options not read."""
-    config = None
-    if options is not None:
-        if options.draft is None:
-            for mistake in fresh_mistakes(options):
-                problems.add(mistake)
-        if options.features is None and not problems.found:
-            config, own = problems.check(shape_of, options) or (None, None)
+def _check_shape(
+    options: TrainOptions | None, problems: Problems, are_known: bool
+) -> tuple[Any, Any]:
+    """Collect what is wrong with the draft's shape; return its config and the target's settings, None if unknown.
+
+    Args:
+        options: None if they could not be read.
+        are_known: whether the configs of target and draft can be read.
+    """
+    if options is None:
+        return None, None
+    mistakes = [] if options.draft is not None else list(fresh_mistakes(options))
+    for mistake in mistakes:
+        problems.add(mistake)
+    if mistakes or not are_known or options.features is not None:
+        return None, None
+    return problems.check(shape_of, options) or (None, None)
+
+
+def _check_together(
+    options: TrainOptions | None, args: Any, config: Any, own: Any, problems: Problems
+) -> None:
+    """Collect what options say against each other, and against the settings `own` of the target."""
     if options is None or args is None:
         return
     for mistake in contradictions(options, args, config):
