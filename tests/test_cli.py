@@ -329,7 +329,7 @@ TRAINED = ["--target", PAIR[1], "--data", "a-file", *OUTPUT]
         (["train", *TRAINED, "--target-layer-ids", "1", "99"], ["asks for layer 99, but the target has 6 layers"]),
         (
             ["train", *TRAINED, "--mask-token-id", "9999", "--learning-rate", "-1", "--loss", "foo"],
-            ["--learning-rate is -1.0", "--loss is 'foo'", "--mask-token-id is 9999, but vocab_size is 512"],
+            ["learning_rate is -1.0", "loss is 'foo'", "mask_token_id is 9999, but vocab_size is 512"],
         ),
         (["train", *TRAINED, "--mask-token-id", "512"], ["mask_token_id is 512, but vocab_size is 512"]),
         (
