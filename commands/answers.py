@@ -132,6 +132,8 @@ class Answerer:
         self.proposing: dict[str, Any] = {}
         """What a cycle verifies: further keywords of `draft.speculate`."""
         self.warm = False
+        self.has_explained = False
+        """Whether it was shown why the draft does not help; once in a conversation is enough."""
         self.plain_seconds: float | None = None
         """Seconds of the target alone for a token, once it was measured."""
 

@@ -255,7 +255,9 @@ def _tell(answerer: "Answerer", row: Any, answer: "Answer") -> None:
     if notes.quiet or not answer.tokens:
         return
     times = answerer.times_plain(row, answer)
-    _show(figures(answer, times, "estimated"), why_no_help(answerer.pair, answer, times))
+    remark = None if answerer.has_explained else why_no_help(answerer.pair, answer, times)
+    answerer.has_explained = answerer.has_explained or remark is not None
+    _show(figures(answer, times, "estimated"), remark)
 
 
 def _show(line: str, remark: str | None) -> None:
