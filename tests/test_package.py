@@ -20,7 +20,7 @@ LATER = ("dflash2", "dspark", "domino")
 TRAVELLING = sorted(path for name in ("dflash", *LATER) for path in ROOT.glob(f"*{name}.py"))
 DATA_FILES = ["drafts.json", "evaluation/prompts.jsonl", "py.typed"]
 DATA_FILES += ["hub_repo/README.md", "hub_repo/.gitattributes"]
-DATA_FILES += [str(path.relative_to(ROOT)) for path in TINY.rglob("*") if path.is_file()]
+DATA_FILES += [str(path.relative_to(ROOT)) for path in TINY.rglob("*.*") if path.suffix != ".pyc"]
 ROOMS = ("checking", "commands", "evaluation", "publishing", "serving", "training")
 CODE_FILES = [str(path.relative_to(ROOT)) for room in (".", *ROOMS) for path in (ROOT / room).glob("*.py")]
 DATA_FILES += [str(path.relative_to(ROOT)) for path in (ROOT / "evaluation" / "page").iterdir()]
