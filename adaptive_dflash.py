@@ -106,21 +106,19 @@ class AutoProposer:
         if state.target_state.recurrent.states:  # branches cannot share it
             kinds = tuple(kind for kind in kinds if kind not in ("tree", "branch"))
         target, drafter = state.target, self.chain.drafter
-        if self.selects:
-            target.runner.asked, drafter.runner.asked = set(), set()
+        # They begin before costs are measured, which are those of eager blocks.
+        runners = (target.runner, drafter.runner) if self.selects else ()
+        selections = tuple(map(Selection, runners))
         experience = self._experience(state) if kinds else None
         if experience is None:
-            target.runner.asked, drafter.runner.asked = None, None
+            for runner in runners:  # the chain has one size
+                runner.asked = None
             return
         experience.pause = 0  # another text may suit the draft better
-        proposer = AdaptiveProposer(self.chain, experience, self.mode, kinds)
-        if self.selects:
-            proposer.verified = Selection(target.runner)
-            proposer.drafted = Selection(drafter.runner)
-            experience.saved.first = SAVED_PER_LAYER * len(target.layers)
-            # The head and the choice of tokens take about as long to start as another layer.
-            experience.saved_drafting.first = SAVED_PER_LAYER * (1 + len(drafter.draft.layers))
-        self.proposer = proposer
+        experience.saved.first = SAVED_PER_LAYER * len(target.layers)
+        # The head and the choice of tokens take about as long to start as another layer.
+        experience.saved_drafting.first = SAVED_PER_LAYER * (1 + len(drafter.draft.layers))
+        self.proposer = AdaptiveProposer(self.chain, experience, self.mode, kinds, selections)
 
     def _experience(self, state: Any) -> Experience | None:
         key = (len(state.anchor), self.mode)
@@ -138,11 +136,11 @@ class Selection:
     """Has blocks recorded, where recordings are of operations, if that saves more than it takes.
 
     Args:
-        runner: of the blocks; None if none are to be selected.
+        runner: of the blocks; from now on it records none that was not asked for.
     """
 
-    def __init__(self, runner: BlockRunner | None = None):
-        self.runner = runner
+    def __init__(self, runner: BlockRunner):
+        self.asked = runner.asked = set()
         self.blocks: Counter[int] = Counter()
         """By positions, how many blocks came since their recording was asked for."""
 
@@ -153,10 +151,8 @@ class Selection:
             eager: seconds that an eager block takes.
             recorded: seconds that a recorded one takes.
         """
-        if self.runner is None or self.runner.asked is None:
-            return
         if self.blocks[size] or expected * (eager - recorded) > RECORDING_BLOCKS * eager:
-            self.runner.asked.add(size)
+            self.asked.add(size)
             self.blocks[size] += 1
 
     def has(self, size: int) -> bool:
@@ -173,8 +169,6 @@ class Selection:
         Args:
             share: of a recording that each of them has to repay.
         """
-        if self.runner is None:
-            return eager
         return min(eager, recorded + RECORDING_BLOCKS * eager * share)
 
 
@@ -185,10 +179,16 @@ class AdaptiveProposer(TreeProposer):
         chain: the draft's own proposer.
         mode: "eager" or "graphs".
         kinds: to choose from.
+        selections: of the target's and of the draft's blocks to record; empty if none are selected.
     """
 
     def __init__(
-        self, chain: ChainProposer, experience: Experience, mode: str, kinds: tuple[str, ...]
+        self,
+        chain: ChainProposer,
+        experience: Experience,
+        mode: str,
+        kinds: tuple[str, ...],
+        selections: tuple[Selection, ...] = (),
     ):
         self.experience, self.mode = experience, mode
         self.kinds = kinds
@@ -206,8 +206,10 @@ class AdaptiveProposer(TreeProposer):
         self.uses: Counter[int] = Counter()
         """How often this decode has verified each size."""
         self.num_drafts = 0
-        self.verified, self.drafted = Selection(), Selection()
-        """Of the sizes of blocks to record."""
+        self.verified: Selection | None = None
+        self.drafted: Selection | None = None
+        if selections:
+            self.verified, self.drafted = selections
         self.active: list[bool] = []
         self.tokens_left = 1
 
@@ -228,6 +230,7 @@ class AdaptiveProposer(TreeProposer):
         self.chosen = best
         self.lengths = [len(tokens) for tokens in state.sequences.generated]
         self.uses[best.size] += 1
+        self.experience.add_size(best.size, drafts)
         self._select(best, drafts)
         self.started = time.perf_counter()
         return proposal
@@ -246,10 +249,11 @@ class AdaptiveProposer(TreeProposer):
         chosen, experience = self.chosen, self.experience
         if chosen is None:
             return
-        size = chosen.size
-        if self._is_usual(self.uses[size]) and self.verified.is_usual(1 + size):
+        size, verified = chosen.size, self.verified
+        is_recorded = verified is not None and verified.has(1 + size)
+        if self._is_usual(self.uses[size], verified, 1 + size):
             elapsed = time.perf_counter() - self.started
-            experience.add_cycle(chosen.kind, size, elapsed, self.verified.has(1 + size))
+            experience.add_cycle(chosen.kind, size, elapsed, is_recorded)
         new_tokens = []
         for length, tokens in zip(self.lengths, state.sequences.generated, strict=True):
             new_tokens.append(tokens[length:])
@@ -278,33 +282,36 @@ class AdaptiveProposer(TreeProposer):
         tokens = min(rows + drafted, rows * self.tokens_left)
         seconds = self._cycle_seconds(kind, size, tokens / max(rows, 1)) + more
         if self.mode != "eager" and not self.uses[size]:
-            seconds += (
-                3 * RECORDING_SECONDS / self.tokens_left
-            )  # a cycle commits about three tokens
+            # A cycle commits about three tokens.
+            seconds += 3 * RECORDING_SECONDS / self.tokens_left
         return Estimate(kind, size, masses, tokens, seconds)
 
     def _cycle_seconds(self, kind: str, size: int, tokens: float) -> float:
         """Return what cycles cost that each bring `tokens` to a row, with recordings where those pay to the end."""
         experience = self.experience
-        recorded = experience.cycle_seconds(kind, size, is_recorded=True)
-        if self.verified.has(1 + size):
-            return recorded
+        is_recorded = self.verified is not None and self.verified.has(1 + size)
+        if is_recorded:
+            return experience.cycle_seconds(kind, size, is_recorded=True)
         eager = experience.cycle_seconds(kind, size)
-        if kind in ("tree", "branch"):  # rarely of one size for long
+        if self.verified is None or kind in ("tree", "branch"):  # rarely of one size for long
             return eager
+        recorded = experience.cycle_seconds(kind, size, is_recorded=True)
         return self.verified.seconds(eager, recorded, tokens / self.tokens_left)
 
     def _draft_seconds(self) -> float:
         """Return what drafting costs in the same way; a cycle commits about three tokens."""
         eager, recorded = self.experience.drafting
+        if self.drafted is None:
+            return eager
         if self.drafted.has(1):
             return recorded
         return self.drafted.seconds(eager, recorded, 3 / self.tokens_left)
 
     def _select(self, chosen: Estimate, drafts: bool) -> None:
         """Have blocks recorded that come often: of the chosen size, and of the draft."""
+        if self.verified is None or self.drafted is None:
+            return
         experience = self.experience
-        experience.add_size(chosen.size, drafts)
         cycles = self.tokens_left / experience.cycle_tokens.mean
         expected = cycles * experience.shares[chosen.size].mean
         eager = experience.cycle_seconds(chosen.kind, chosen.size)
@@ -313,8 +320,10 @@ class AdaptiveProposer(TreeProposer):
         if drafts:
             self.drafted.ask(1, cycles * experience.draft_share.mean, *experience.drafting)
 
-    def _is_usual(self, uses: int) -> bool:
-        """Tell whether the last of so many blocks of a size took the time that the next ones will take."""
+    def _is_usual(self, uses: int, selection: Selection | None, size: int) -> bool:
+        """Tell whether the last of `uses` blocks of `size` positions took the time that the next ones will take."""
+        if selection is not None:
+            return selection.is_usual(size)
         return self.mode == "eager" or uses > NOT_REPLAYED
 
     def _without_draft(self, state: Any) -> list[Estimate]:
@@ -374,10 +383,11 @@ class AdaptiveProposer(TreeProposer):
     def _learn_drafting(self, seconds: float) -> None:
         """Learn what drafting cost."""
         experience, known = self.experience, self.experience.draft_seconds
-        if self.drafted.has(1):
-            if self.drafted.is_usual(1):
+        is_usual = self._is_usual(self.num_drafts, self.drafted, 1)
+        if self.drafted is not None and self.drafted.has(1):
+            if is_usual:
                 experience.saved_drafting.add(known.mean - seconds)
-        elif self._is_usual(self.num_drafts) or not known.weight:
+        elif is_usual or not known.weight:
             known.add(seconds)
 
     def _of_draft(self, kind: str, size: int, masses: list[float], seconds: float) -> Estimate:

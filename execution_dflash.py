@@ -38,7 +38,7 @@ def resolve_mode(capture: str, model: Any, recurrent: bool, new_tokens: int) -> 
     of an offloaded target are not in place between forwards.
 
     Args:
-        new_tokens: that a row may get at most, in blocks of the same size.
+        new_tokens: that a row may get at most; 0 where no size of blocks is expected to come again.
     """
     asks = capture in ("graphs", "compile")
     offloaded = is_offloaded(model)

@@ -165,9 +165,8 @@ class Experience:
 
     def add_cycle(self, kind: str, size: int, seconds: float, is_recorded: bool = False) -> None:
         """Learn what a cycle cost without the draft."""
-        if (
-            is_recorded and self._overhead(kind, size, False).weight
-        ):  # what the eager block takes was seen
+        eager = self._overhead(kind, size, False)
+        if is_recorded and eager.weight:  # what the eager block takes was seen
             self.saved.add(self.cycle_seconds(kind, size) - seconds)
         ratio = seconds / self.costs.seconds(1 + size)
         ratio = min(max(ratio, 0.2), 5.0)  # the process may have slept

@@ -93,7 +93,7 @@ class Operations(TorchDispatchMode):
 
 
 class Traits(NamedTuple):
-    """What an operation does, by its schema.
+    """Hold what an operation does, by its schema.
 
     Args:
         needs_values: values decide its result or its shape: `item`, `nonzero`, `unique` ...

@@ -229,7 +229,6 @@ def test_a_recording_is_asked_for_where_the_blocks_to_come_repay_it():
     runner = BlockRunner(lambda state: None, lambda state: None)
     with runner.using("graphs"):
         selection = Selection(runner)
-        runner.asked = set()
         for size, expected, eager, recorded in (
             (1, 9, 4.0, 2.0),
             (8, 7, 4.0, 2.0),
