@@ -6,19 +6,18 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..findings_dflash import Finding
-from ..kinds import kind_of
-from ..layouts_dflash import field_findings
+from ..kinds import KINDS, kind_of
+from ..layouts_dflash import field_findings, shown
 from .arguments import DFlashTrainingArguments
 from .best import DECODED, no_metric
 from .objective import mix_of, needs_target
 
 _FRESH = {"block_size": "block_size", "num_layers": "num_hidden_layers"}
 """Options of a fresh draft that always have a value, and its config's fields."""
-_FRESH_OR_NONE = (
-    *("selector_rank", "selector_top_k", "markov_rank", "emb_dim", "gru_hidden_dim"),
-    *("mask_token_id", "sliding_window"),
-)
-"""Options that are fields of its config, where they are given."""
+HEAD_OPTIONS = tuple(name for kind in KINDS.values() for name in kind.head_fields)
+"""Options that set fields of a further head; None means the config's default."""
+_FRESH_OR_NONE = (*HEAD_OPTIONS, "mask_token_id", "sliding_window")
+"""Options that are fields of a fresh draft's config, where they are given."""
 NO_FSDP = "eval_acceptance_prompts needs a whole draft on each process; leave it out with FSDP."
 DECODES_SPREAD = (
     "eval_acceptance_prompts and regenerate_every decode, which a target that is spread over processes does not; leave "
@@ -34,7 +33,9 @@ def fresh_mistakes(options: Any) -> Iterator[str]:
     fields.update({name: name for name in _FRESH_OR_NONE if getattr(options, name) is not None})
     for name, field in fields.items():
         value = getattr(options, name)
-        findings: Iterator[Finding] = field_findings(field, value, found=f"{name} is {value}")
+        findings: Iterator[Finding] = field_findings(
+            field, value, found=f"{name} is {shown(value)}"
+        )
         yield from map(str, findings)
 
 

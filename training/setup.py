@@ -17,7 +17,7 @@ from ..findings_dflash import LOADING, check_path, explained
 from ..kinds import KINDS, kind_named
 from ..registry import DFlashDraftSpec, check_folder, load_draft, read_config
 from .arguments import DFlashTrainingArguments
-from .contradictions import cut_mistakes, parallel_mistakes
+from .contradictions import HEAD_OPTIONS, cut_mistakes, parallel_mistakes
 from .data import documents_of_row
 from .loading import (
     QUANTIZATIONS,
@@ -31,8 +31,6 @@ from .options import refuse, wrong_values
 from .reading import BadRow, load_rows, with_file
 from .trainer import DFlashTrainer, preprocess_config
 
-HEAD_OPTIONS = tuple(name for kind in KINDS.values() for name in kind.head_fields)
-"""Options that set fields of a further head; None means the config's default."""
 _ENOUGH = 8
 """Layers of a target from which five taps can be spread evenly, see `build_target_layer_ids`."""
 
