@@ -1,5 +1,6 @@
 """A Hub of our own for the whole run: the variables are read when huggingface_hub is imported, so they come first."""
 
+import atexit
 import gc
 import json
 import os
@@ -58,6 +59,11 @@ def pytest_collection_finish():
     gc.enable()
     if "transformers" in sys.modules:
         remember_imports()
+
+
+def pytest_runtest_logfinish():
+    """Do likewise with what a test leaves: Trainer collects all garbage, each time for a fifth of a second."""
+    gc.freeze()
 
 
 @pytest.fixture
@@ -213,6 +219,6 @@ def tiny_draft():
 
 
 def pytest_sessionfinish(session, exitstatus):
-    gc.unfreeze()  # at the end of Python, nanobind asks what has been left
+    atexit.register(gc.unfreeze)  # at the end of Python, nanobind asks what has been left
     HUB.stop()
     shutil.rmtree(HOME, ignore_errors=True)

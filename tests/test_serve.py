@@ -578,12 +578,15 @@ def use(port, server):
     url = f"http://127.0.0.1:{port}/v1/completions"
     answers = []
     asked = {"prompt": "def f", "max_tokens": 40, "temperature": 0}
+    refusing = threading.Event()
+    worker = server.service.worker
+    decode = worker.decode
+    worker.decode = lambda choices: (refusing.wait(60), decode(choices))  # none is done before all five wait
 
     def ask():
         answers.append(httpx.post(url, json=asked, timeout=60).status_code)
 
     with httpx.Client(timeout=60) as client:
-        client.post(url, json=asked)
         asking = [threading.Thread(target=ask) for _ in range(5)]
         for one in asking:
             one.start()
@@ -591,8 +594,10 @@ def use(port, server):
         while len(waiting.running) + len(waiting.choices) < 5:
             time.sleep(0.001)
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(0.05)
+        while not waiting.closed:
+            time.sleep(0.001)
         refused = client.post(url, json=asked)
+        refusing.set()
         for one in asking:
             one.join()
     print(refused.status_code, refused.headers["retry-after"], sorted(answers), flush=True)
