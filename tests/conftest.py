@@ -30,6 +30,7 @@ os.environ |= {
     "HF_TOKEN": "hf_test",
     "HF_HUB_DISABLE_XET": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_UPDATE_DOWNLOAD_COUNTS": "0",  # datasets tells another host what it loads
     "OMP_NUM_THREADS": "1",  # of processes that tests start; more threads only wait for each other
 }
 
