@@ -290,6 +290,8 @@ def test_traced_blocks_give_the_same_text_while_batches_change_and_buffers_grow(
 @pytest.mark.filterwarnings("ignore")
 def test_compiled_blocks_give_the_same_text(monkeypatch):
     """Of the smallest pair, of one layer each."""
+    # The compiler would first compile programs that try which instructions there are.
+    monkeypatch.setattr("torch._inductor.config.cpp.vec_isa_ok", True)
     monkeypatch.setitem(tiny.FAMILIES, "smallest", {"model_type": "qwen3", "num_hidden_layers": 1})
     target = tiny.target("smallest")
     draft = tiny.draft(target, target_layer_ids=[0], num_hidden_layers=1)
