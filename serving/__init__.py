@@ -4,5 +4,5 @@
 
 In the order in which a request meets them: `app` (routes), `requests` (their fields), `prompts` (token ids), `choices`
 (what is decoded), `waiting` (the queue), `decoding` (batches, through the target's `generate`), `text` (tokens to
-text), `answers` (the bodies of responses).
+text), `answers` (the bodies of responses). `mistakes` says what is wrong with requests.
 """

@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 from ..versions import __version__
 from .answers import Form
 from .errors import ApiError
+from .mistakes import invalid, methods_at, unrouted
 from .requests import ChatRequest, CompletionRequest
 from .service import Asked, Run, Service
 
@@ -46,7 +47,7 @@ def build_app(service: Service) -> FastAPI:
         for one in service.models():
             if one["id"] == name:
                 return JSONResponse(one)
-        raise ApiError(404, f"The model {name!r} is not here.", "model", "model_not_found")
+        raise service.no_model(name)
 
     @app.get("/metrics")
     async def metrics() -> Response:
@@ -114,13 +115,25 @@ class Gate:
                     "The API key is missing or wrong; send it as 'Authorization: Bearer KEY'.",
                     code="invalid_api_key",
                 )
-        if request.method != "POST":
-            return
+        if request.method != "POST" or "POST" not in methods_at(request):
+            return  # nothing of it is read
         size = headers.get("content-length", "0")
         if size.isdecimal() and int(size) > LARGEST_BODY:
             raise ApiError(413, f"The request has {size} bytes; {LARGEST_BODY} are read at most.")
-        if "json" not in headers.get("content-type", ""):
-            raise ApiError(415, "Send JSON, with the header 'Content-Type: application/json'.")
+        kind = headers.get("content-type", "")
+        if not _is_json(kind):
+            raise ApiError(
+                415,
+                f"Send JSON, with the header 'Content-Type: application/json'; it is {kind or 'missing'}.",
+            )
+
+
+def _is_json(kind: str) -> bool:
+    """Tell whether FastAPI reads content of this type as JSON."""
+    found = kind.partition(";")[0].strip().lower()
+    return found == "application/json" or (
+        found.startswith("application/") and found.endswith("+json")
+    )
 
 
 # Answers -------------------------------------------------------------------------------------------------------------
@@ -221,7 +234,9 @@ async def _refused(request: Request, error: Any) -> Response:
 
 
 async def _no_route(request: Request, error: Any) -> Response:
-    return response_of(ApiError(error.status_code, str(error.detail)))
+    response = response_of(unrouted(request, error))
+    response.headers.update(error.headers or {})  # which methods are allowed
+    return response
 
 
 async def _failed(request: Request, error: Any) -> Response:
@@ -230,23 +245,4 @@ async def _failed(request: Request, error: Any) -> Response:
 
 
 async def _invalid(request: Request, error: Any) -> Response:
-    """Tell all that is wrong with the fields of a request; the field that is named apart is the first."""
-    found = list(dict.fromkeys(_mistake(one) for one in error.errors()))
-    message, param = found[0]
-    if len(found) > 1:
-        message = f"{len(found)} things are wrong: {' '.join(one for one, _ in found)}"
-    return response_of(ApiError(400, message, param))
-
-
-def _mistake(found: Any) -> tuple[str, str | None]:
-    """Return what is wrong with a field, and its name."""
-    param = ".".join(str(place) for place in found["loc"][1:]) or None
-    if found["type"] == "json_invalid":
-        return f"The body is no JSON: {found['ctx']['error']}.", None
-    if found["type"] == "extra_forbidden":
-        return f"{param} is no field that this server knows; leave it out.", param
-    if found["type"] == "missing" and param is None:
-        return "The body is missing; it must be a JSON object.", param
-    if found["type"] == "refused":
-        return found["msg"], param
-    return f"{param or 'The body'}: {found['msg']}.", param
+    return response_of(invalid(error.errors()))

@@ -2,10 +2,13 @@
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
 """Refuse requests in the words of OpenAI's API."""
 
+import json
 from typing import Any
 
 _TYPES = {400: "invalid_request_error", 429: "rate_limit_error", 500: "server_error"}
 """Types of errors, from these statuses on."""
+_MOST_SHOWN = 40
+"""Characters of what was given, in an error."""
 
 
 class ApiError(ValueError):
@@ -53,3 +56,18 @@ def error_type(status: int) -> str:
     return next(
         (name for least, name in reversed(_TYPES.items()) if status >= least), "server_error"
     )
+
+
+def shown(value: Any) -> str:
+    """Return what was given, in JSON's words, short enough for an error."""
+    if isinstance(value, list):
+        return "a list" if value else "an empty list"
+    if isinstance(value, dict):
+        return "an object" if value else "an empty object"
+    if isinstance(value, str):
+        return f"the text {_cut(value)!r}"
+    return _cut(json.dumps(value))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."

@@ -6,11 +6,14 @@ import json
 import threading
 from typing import Any
 
-from .errors import ApiError
+from .errors import ApiError, shown
 from .requests import ChatRequest, CompletionRequest
 
 DEFAULT_LENGTH = 16
 """Tokens of a completion that names no number, as in OpenAI's API."""
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+"""Of messages, as in OpenAI's API. Many templates leave out messages of another role without a word."""
 
 _SETTINGS = (
     *("conversation", "messages", "tools", "chat_template", "add_generation_prompt", "tokenize"),
@@ -61,6 +64,7 @@ class Prompts:
             ApiError: it is none that can be encoded, such as half of a pair of surrogates.
         """
         try:
+            text.encode()  # its error says more than the tokenizer's
             with self.turn:
                 return list(self.tokenizer(text).input_ids)
         except (TypeError, ValueError) as error:
@@ -150,19 +154,30 @@ def message_of(message: dict[str, Any], place: int) -> dict[str, Any]:
         place: its number, for errors.
 
     Raises:
-        ApiError: it has no role, or something else than text in it.
+        ApiError: it has no role that is known, no content, or something else than text in it.
     """
     at = f"messages[{place}]"
     role = message.get("role")
-    if not isinstance(role, str) or not role:
-        raise ApiError(400, f"{at} has no role; it must be a text such as user.", f"{at}.role")
+    if role not in ROLES:
+        given = "is missing" if role is None else f"is {shown(role)}"
+        raise ApiError(
+            400, f"{at}.role {given}; it must be one of {', '.join(ROLES)}.", f"{at}.role"
+        )
+    if role != "assistant" and message.get("content") is None:  # calls of tools have none
+        raise ApiError(
+            400, f"{at}.content is missing; it must be a text, or a list of parts.", f"{at}.content"
+        )
     # What OpenAI's newer models call it.
     found = {**message, "role": "system" if role == "developer" else role}
     found["content"] = _text_of(message.get("content"), f"{at}.content")
     calls = message.get("tool_calls")
     if calls is not None:
         if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-            raise ApiError(400, f"{at}.tool_calls must be a list of calls.", f"{at}.tool_calls")
+            raise ApiError(
+                400,
+                f"{at}.tool_calls must be a list of calls, which are objects.",
+                f"{at}.tool_calls",
+            )
         found["tool_calls"] = [_call_of(call) for call in calls]
     return found
 
@@ -174,16 +189,25 @@ def _text_of(content: Any, param: str) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise ApiError(400, f"{param} must be a text, or a list of parts.", param)
-    texts = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind != "text" or not isinstance(part.get("text"), str):
-            raise ApiError(
-                400, f"{param} has a part of type {kind!r}; only text is read here.", param
-            )
-        texts.append(part["text"])
-    return "\n".join(texts)
+        raise ApiError(
+            400, f"{param} must be a text, or a list of parts, not {shown(content)}.", param
+        )
+    return "\n".join(_text_in(part, f"{param}[{place}]") for place, part in enumerate(content))
+
+
+def _text_in(part: Any, param: str) -> str:
+    """Return the text of a part of a message."""
+    if not isinstance(part, dict):
+        raise ApiError(400, f"{param} must be an object of type text, not {shown(part)}.", param)
+    kind, text = part.get("type"), part.get("text")
+    if kind != "text":
+        given = "is missing" if kind is None else f"is {shown(kind)}"
+        raise ApiError(
+            400, f"{param}.type {given}; only parts of type text are read.", f"{param}.type"
+        )
+    if not isinstance(text, str):
+        raise ApiError(400, f"{param}.text must be a text, not {shown(text)}.", f"{param}.text")
+    return text
 
 
 def _call_of(call: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@
 Nothing is ignored that would change the text. A field that is null counts as left out.
 """
 
+import json
 from typing import Annotated, Any
 
 from pydantic import (
@@ -18,6 +19,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from .errors import shown
+
 MOST_CHOICES = 128
 """Choices of one request at most, as in OpenAI's API."""
 
@@ -30,9 +33,12 @@ def wrong(message: str) -> PydanticCustomError:
 def only(*allowed: Any, because: str) -> BeforeValidator:
     """Return a check that refuses a field, unless it has one of the values that change nothing."""
 
+    values = " or ".join(json.dumps(one) for one in allowed)
+    but = f", except for {values}" if allowed else ""
+
     def check(value: Any, info: ValidationInfo) -> Any:
         if not any(type(value) is type(one) and value == one for one in allowed):
-            raise wrong(f"{info.field_name} is not supported here: {because}")
+            raise wrong(f"{info.field_name} is not supported here{but}: {because}")
         return value
 
     return BeforeValidator(check)
@@ -40,6 +46,14 @@ def only(*allowed: Any, because: str) -> BeforeValidator:
 
 def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
+
+
+def _stops(value: Any) -> Any:
+    """Return stop strings as a list."""
+    found = _listed(value)
+    if not isinstance(found, list):
+        raise wrong(f"stop must be a text or a list of texts, not {shown(value)}.")
+    return found
 
 
 def _prompt(value: Any) -> Any:
@@ -50,7 +64,8 @@ def _prompt(value: Any) -> Any:
     is_list = isinstance(found, list) and found
     if not is_list or not all(_is_one_prompt(one) for one in found):
         raise wrong(
-            "prompt must be a text, a list of texts, a list of token ids, or a list of such lists; none of them empty."
+            "prompt must be a text, a list of texts, a list of token ids, or a list of such lists; none of them empty. "
+            f"It is {shown(value)}."
         )
     return found
 
@@ -69,13 +84,16 @@ def _bias(value: Any) -> Any:
     """Return a logit bias with token ids as keys."""
     if not isinstance(value, dict):
         return value
-    try:
-        return {int(token): number for token, number in value.items()}
-    except ValueError as error:
-        raise wrong("The keys of logit_bias must be token ids.") from error
+    found = {}
+    for token, number in value.items():
+        try:
+            found[int(token)] = number
+        except ValueError as error:
+            raise wrong(f"The keys of logit_bias must be token ids, not {shown(token)}.") from error
+    return found
 
 
-Stop = Annotated[list[Annotated[str, StringConstraints(min_length=1)]], BeforeValidator(_listed)]
+Stop = Annotated[list[Annotated[str, StringConstraints(min_length=1)]], BeforeValidator(_stops)]
 Prompts = Annotated[list[Any], BeforeValidator(_prompt)]
 Bias = Annotated[dict[int, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_bias)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
@@ -146,7 +164,7 @@ class GenerationRequest(Fields):
 def _tool_choice(value: Any) -> Any:
     if value not in ("auto", "none"):
         raise wrong(
-            "tool_choice must be auto or none here: no grammar makes the target call a tool."
+            f"tool_choice must be auto or none here, not {shown(value)}: no grammar makes the target call a tool."
         )
     return value
 
@@ -160,7 +178,7 @@ def _response_format(value: Any) -> Any:
 
 
 _OTHER_MEDIA = "answers are text."
-_NO_CALLS = "functions are passed as tools, and calls come back as text."
+_NO_CALLS = "pass functions as tools."
 
 
 class ChatRequest(GenerationRequest):

@@ -150,23 +150,23 @@ class Service:
             ApiError: it cannot be answered, or not now.
         """
         if asked.model not in (None, self.settings.name):
-            raise ApiError(
-                404,
-                f"The model {asked.model!r} is not here; this server has {self.settings.name!r}.",
-                "model",
-                "model_not_found",
-            )
+            raise self.no_model(asked.model)
         prompts = await run_in_threadpool(self._prompts, asked)
         for token in asked.logit_bias:
             if not 0 <= token < self.prompts.vocabulary:
                 raise ApiError(
                     400,
-                    f"logit_bias has the token {token}, which the target does not know.",
+                    f"logit_bias has the token {token}, but the target knows 0 to {self.prompts.vocabulary - 1}.",
                     "logit_bias",
                 )
         run = Run(prompts, self._settings(prompts, asked), asked.stop)
         self.waiting.add(run.choices)
         return run
+
+    def no_model(self, name: str) -> ApiError:
+        """Return the refusal of another model's name."""
+        message = f"The model {name!r} is not here; this server has {self.settings.name!r}."
+        return ApiError(404, message, "model", "model_not_found")
 
     def _prompts(self, asked: Asked) -> list[list[int]]:
         if isinstance(asked, ChatRequest):

@@ -22,6 +22,7 @@ from dflash_hub import DFlashDraftModel, cli
 from dflash_hub.serving.addresses import bound, names_of, url_of
 from dflash_hub.serving.choices import Choice, Options, options_of
 from dflash_hub.serving.decoding import Decoder, Proposing, Worker
+from dflash_hub.serving.mistakes import invalid
 from dflash_hub.serving.requests import ChatRequest, CompletionRequest
 from dflash_hub.serving.server import Server
 from dflash_hub.serving.service import Service, Settings
@@ -285,7 +286,7 @@ def test_models_health_and_figures_for_prometheus(server, client):
         (complete, {"suffix": "x"}, "suffix"),
         (complete, {"echo": True}, "echo"),
         (complete, {"best_of": 3}, None),
-        (complete, {"stop": [""]}, "stop.0"),
+        (complete, {"stop": [""]}, "stop[0]"),
         (complete, {"logit_bias": {"x": 1}}, "logit_bias"),
         (complete, {"logit_bias": {"99999": 1}}, "logit_bias"),
         (complete, {"extra_body": {"min_tokens": 5}}, "min_tokens"),
@@ -300,7 +301,11 @@ def test_models_health_and_figures_for_prometheus(server, client):
         (chat, {"max_completion_tokens": 5}, None),
         (chat, {"messages": []}, "messages"),
         (chat, {"messages": [{"content": "x"}]}, "messages[0].role"),
-        (chat, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content"),
+        (chat, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type"),
+        (chat, {"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text"),
+        (chat, {"messages": [{"role": "user", "content": ["x"]}]}, "messages[0].content[0]"),
+        (chat, {"messages": [{"role": "user"}]}, "messages[0].content"),
+        (chat, {"messages": [{"role": "bot", "content": "x"}]}, "messages[0].role"),
         (chat, {"extra_body": {"chat_template_kwargs": {"tokenize": False}}}, "chat_template_kwargs"),
     ],
 )
@@ -336,6 +341,7 @@ def test_what_changes_no_text_is_taken(client):
         ({"json": [1]}, 400),
         ({"content": b"\xff", "headers": JSON}, 400),
         ({"data": "{}"}, 415),
+        ({"content": '{"prompt": "x"}', "headers": {"content-type": "text/json"}}, 415),
         ({"json": {"prompt": "x"}, "headers": {"host": "evil.example"}}, 403),
         ({"content": r'{"prompt": "\ud800"}', "headers": JSON}, 400),
         ({"content": r'{"prompt": "x", "\ud800": 1}', "headers": JSON}, 400),
@@ -347,7 +353,84 @@ def test_every_refusal_has_openais_form(request_of, status, server):
     found = httpx.post(f"{server.url}/v1/completions", **request_of)
     assert found.status_code == status
     assert set(found.json()["error"]) == {"message", "type", "param", "code"}
-    assert httpx.get(f"{server.url}/nowhere").json()["error"]["message"] == "Not Found"
+
+
+@pytest.mark.parametrize(
+    ("route", "body", "said"),
+    [
+        ("completions", '{"prompt": "x", "temperature": "hot"}', "temperature must be a number, not the text 'hot'."),
+        ("completions", '{"prompt": "x", "temperature": NaN}', "temperature must be a finite number, not NaN."),
+        ("completions", '{"prompt": "x", "top_p": 3}', "top_p must be at most 1, not 3."),
+        ("completions", '{"prompt": "x", "n": 1.5}', "n must be an integer, not 1.5."),
+        ("completions", '{"prompt": "x", "n": 1000}', "n must be at most 128, not 1000."),
+        ("completions", '{"prompt": "x", "max_tokens": -1}', "max_tokens must be at least 1, not -1."),
+        ("completions", '{"prompt": "x", "repetition_penalty": 0}', "repetition_penalty must be more than 0, not 0."),
+        ("completions", '{"prompt": "x", "stream": "yes"}', "stream must be true or false, not the text 'yes'."),
+        ("completions", '{"prompt": "x", "stop": 5}', "stop must be a text or a list of texts, not 5."),
+        ("completions", '{"prompt": "x", "stop": ""}', "stop[0] must not be empty."),
+        ("completions", '{"prompt": "x", "stop": [null]}', "stop[0] must be a text, not null."),
+        ("completions", '{"prompt": "x", "stop": "\\ud800"}', "stop[0] has half of a surrogate pair"),
+        ("completions", '{"prompt": "x", "stream_options": true}', "stream_options must be a JSON object, not true."),
+        ("completions", '{"prompt": "x", "stream_options": {"a": 1}}', "server knows; leave it out."),
+        ("completions", '{"prompt": "x", "logit_bias": {"x": 1}}', "must be token ids, not the text 'x'."),
+        ("completions", '{"prompt": "x", "logit_bias": {"7": 200}}', "logit_bias[7] must be at most 100, not 200."),
+        ("completions", '{"prompt": "x", "max_token": 5}', "that this server knows; did you mean max_tokens?"),
+        ("completions", '{"prompt": "x", "foo": 5}', "foo is no field that this server knows; leave it out."),
+        ("completions", '{"messages": []}', "messages is a field of /v1/chat/completions alone; leave it out."),
+        ("completions", "{}", "prompt is missing; this route needs it."),
+        ("completions", '{"prompt": []}', "none of them empty. It is an empty list."),
+        (
+            "completions",
+            f'{{"prompt": "x", "n": "{"9" * 99}"}}',
+            f"n must be an integer, not the text '{'9' * 40}...'.",
+        ),
+        ("completions", f'{{"prompt": {{"{"9" * 99}": 1}}}}', "none of them empty. It is an object."),
+        ("completions", json.dumps({str(one): 1 for one in range(50)}), "51 things are wrong: prompt is missing;"),
+        ("completions", "", "The body is missing; it must be a JSON object."),
+        ("completions", '["x"]', "The body must be a JSON object, not a list."),
+        ("completions", "{'prompt': 'x'}", "enclosed in double quotes, at character 2."),
+        ("completions", b"\xff", "The body cannot be read as JSON: it is not text in UTF-8."),
+        ("completions", "[" * 99_999, "The body cannot be read as JSON: its lists and objects are nested too deeply."),
+        ("chat/completions", '{"messages": "hi"}', "messages must be a list, not the text 'hi'."),
+        ("chat/completions", '{"messages": ["hi"]}', "messages[0] must be a JSON object, not the text 'hi'."),
+        ("chat/completions", '{"messages": []}', "messages must not be empty."),
+        (
+            "chat/completions",
+            '{"messages": [{"role": "bot"}]}',
+            "messages[0].role is the text 'bot'; it must be one of",
+        ),
+        ("chat/completions", '{"messages": [{"role": "user", "content": 5}]}', "or a list of parts, not 5."),
+        ("chat/completions", '{"messages": [{}], "verbosity": "high"}', 'not supported here, except for "medium":'),
+        ("embeddings", "{}", "There is no route /v1/embeddings here; the routes are POST /v1/chat/completions, POST"),
+        ("models", "{}", "/v1/models takes GET, not POST."),
+    ],
+)
+def test_a_refusal_says_what_is_allowed_and_what_was_given(route, body, said, server):
+    found = httpx.post(f"{server.url}/v1/{route}", content=body, headers=JSON)
+    assert said in found.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "said"),
+    [
+        ("GET", "/v1/completions", 405, "/v1/completions takes POST, not GET."),
+        ("DELETE", "/v1/models/x", 405, "/v1/models/x takes GET, not DELETE."),
+        ("POST", "/chat/completions", 404, "GET /v1/models/{name}, GET /metrics, GET /health."),
+        ("GET", "/v1/models/x", 404, f"this server has '{NAME}'."),
+        ("POST", "/v1/completions", 415, "'Content-Type: application/json'; it is missing."),
+    ],
+)
+def test_a_call_that_no_route_takes_is_told_which_do(method, path, status, said, server):
+    found = httpx.request(method, server.url + path)
+    assert found.status_code == status
+    assert said in found.json()["error"]["message"]
+    allowed = re.findall("takes (POST|GET)", said)
+    assert found.headers.get_list("allow") == allowed
+
+
+def test_a_mistake_that_this_version_does_not_know_is_told_in_pydantics_words():
+    found = {"type": "of_later_versions", "loc": ("body", "n"), "msg": "Too odd", "input": 3}
+    assert invalid([found]).message == "n: Too odd."
 
 
 def test_a_key_is_asked_for(decoder):
