@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..findings_dflash import LOADING
 from ..kinds import kind_of
 from ..registry import load_draft
 from .configs import config_remarks, layout_of, readable_config
@@ -108,7 +109,9 @@ def check_draft(draft: Any, target: Any = None, options: CheckOptions | None = N
     try:
         raw = files.config
     except (ValueError, OSError) as error:
-        what = " ".join(str(error).split()).rstrip(".")
+        # No connection and no name is at fault in a folder.
+        text = str(error).removesuffix(LOADING) if files.info is None else str(error)
+        what = " ".join(text.split()).rstrip(".")
         remark = _CONFIG.error("config-unreadable", what, None, "a config.json", "Correct the file")
         return DraftReport(files.name, files.commit, "unknown", None, (remark,))
     config, supplied = readable_config(raw)

@@ -528,7 +528,12 @@ def no_class(draft: StoredDraft) -> Finding | None:
 
 def no_config_class(draft: StoredDraft) -> Finding | None:
     """Find a model type that neither transformers nor the repository has a config class for."""
-    return None if "AutoConfig" in draft.auto_map else unregistered(draft)
+    found = unregistered(draft)
+    if found is None or "AutoConfig" in draft.auto_map:
+        return None
+    what = f"{found.what}, and config.json has no auto_map that names code for it"
+    advice = "Write the code beside it: dflash-hub convert DRAFT FOLDER --layout hub"
+    return Finding(what, found.found, found.expected, advice)
 
 
 def no_code(draft: StoredDraft) -> Finding | None:

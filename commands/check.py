@@ -33,6 +33,7 @@ _COLOURS = {"error": "red", "warning": "yellow", "note": "dim"}
 _OUTCOMES = {"loads": "green", "refuses": "yellow", "loads, and is wrong": "red"}
 _BROKEN = 2  # the exit status
 _HUB = "the hub layout of dflash-hub"
+_TRANSFORMERS = "transformers"  # the engine
 
 
 def check(
@@ -194,22 +195,30 @@ def show_report(report: "DraftReport") -> None:
     if report.run is not None:
         _show_run(report.run)
     if report.engines:
-        _show_engines(report.engines, report.layout)
+        _show_engines(report.engines)
+        if report.layout == _HUB and report.status < _BROKEN:
+            prose(console, _where_it_loads(report.engines))
     colour = ("green", "yellow", "red")[report.status]
-    console.print(f"\nVerdict: [{colour}]{report.title}[/{colour}].")
+    refused = any(verdict.reasons for verdict in report.engines)
+    uncounted = " It does not count what engines do." if refused and report.status < _BROKEN else ""
+    console.print(f"\nVerdict: [{colour}]{report.title}[/{colour}].{uncounted}")
 
 
 def _show_remarks(remarks: "tuple[Remark, ...]") -> None:
     """Print the remarks, most serious first."""
+    from ..findings_dflash import ONE_SENTENCE
+
     if not remarks:
         console.print("Nothing is wrong with its files.")
         return
     order = list(_COLOURS)
     for remark in sorted(remarks, key=lambda one: order.index(one.level)):
         found = remark.finding
-        hanging(
-            console, f"{found.what}.", f"{remark.level}, {remark.section}: ", _COLOURS[remark.level]
-        )
+        lead = f"{remark.level}, {remark.section}: "
+        if found.form == ONE_SENTENCE:
+            hanging(console, str(found), lead, _COLOURS[remark.level])
+            continue
+        hanging(console, f"{found.what}.", lead, _COLOURS[remark.level])
         hanging(console, f"{found.advice}.", "  ")
 
 
@@ -236,7 +245,7 @@ def _shares(one: "Acceptance") -> str:
     return " ".join(shares) or "none"
 
 
-def _show_engines(engines: "tuple[EngineVerdict, ...]", layout: str) -> None:
+def _show_engines(engines: "tuple[EngineVerdict, ...]") -> None:
     """Print what each engine would do with the files as they are."""
     console.print("\nWhat engines do with these files as they are:")
     for verdict in engines:
@@ -245,9 +254,17 @@ def _show_engines(engines: "tuple[EngineVerdict, ...]", layout: str) -> None:
         hanging(console, f"{name}: {verdict.outcome}", "  ", colour)
         for reason in verdict.reasons:
             hanging(console, reason.finding.what, "    - ")
-    if layout == _HUB:
-        prose(
-            console,
-            "These files are in the layout for transformers and dflash-hub. For engines, `dflash-hub push` writes the "
-            "branch engines too, and `dflash-hub convert DRAFT FOLDER --layout engines` a folder.",
+
+
+def _where_it_loads(engines: "tuple[EngineVerdict, ...]") -> str:
+    """Return what loads the hub layout as it is, and what writes the draft for the others."""
+    if any(one.engine.name == _TRANSFORMERS and not one.reasons for one in engines):
+        return (
+            "These files are for transformers and dflash-hub. For serving engines, `dflash-hub push` writes the branch "
+            "engines too, and `dflash-hub convert DRAFT FOLDER --layout engines` a folder."
         )
+    return (
+        "As they are, these files are for dflash-hub alone. `dflash-hub push` writes them for transformers to main, "
+        "and for engines to the branch engines. `dflash-hub convert DRAFT FOLDER --layout hub` (or engines) writes "
+        "a folder."
+    )

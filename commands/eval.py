@@ -132,15 +132,17 @@ def evaluate(
     for flag, value in (("--target", target), ("--output-dir", output_dir)):
         if value is None:
             problems.add(f"{flag} is missing; it may be left out with --compare only.")
+    named = [(str(draft_named(one)), one) for one in draft or []]
     choice = Choice(
         target or "",
-        [str(draft_named(one)) for one in draft or []],
+        [name for name, _ in named],
         block_size or [],
         problems.check(against_of, against) or [],
         dtype,
         device,
         capture,
         proposal,
+        dict(named),
     )
     asked = Asked(
         choice,

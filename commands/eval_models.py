@@ -4,11 +4,11 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .built_in import draft_of
+from .built_in import draft_of, name_of
 from .loading import load_target, load_tokenizer
 from .preflight import (
     Problems,
@@ -40,6 +40,7 @@ class Choice:
         block_sizes: none for the drafts' own.
         against: further methods.
         device: None for the GPU, if there is one.
+        labels: what the command line calls drafts, by their names.
     """
 
     target: str
@@ -50,6 +51,7 @@ class Choice:
     device: str | None
     capture: str
     proposal: str = "chain"
+    labels: dict[str, str] = field(default_factory=dict)
 
     def check(self, conditions: Sequence["Condition"], problems: Problems) -> None:
         """Collect what cannot be evaluated, before anything is loaded."""
@@ -195,7 +197,8 @@ class Loader:
             kind = draft.config.model_type
             about = (self.revision(draft), kind, size, is_varied)
             taps = tuple(draft.config.target_layer_ids)
-            ours.append(Drafting(DFLASH, name, *about, taps))
+            label = self.choice.labels.get(name) or name_of(name)
+            ours.append(Drafting(DFLASH, name, *about, taps, label))
         found = list(ours)
         for word in self.choice.against:
             found += self._others(word, ours, models)

@@ -20,12 +20,19 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from .built_in import name_of
 from .screen import console, counted, notes, prose
 
 if TYPE_CHECKING:
     from ..evaluation.run import Progress as EvaluationProgress
 
 PLAIN = "plain"
+COLUMNS = (
+    "times plain: how many times as fast as plain decoding [95 % interval]; a cycle: tokens per pass of the target; "
+    "identical: texts that plain decoding gives too; slower: prompts that took longer per token than plainly; floor: "
+    "share of the time that reading weights and cache takes, and at 100 % nothing could be faster."
+)
+"""What the columns of the results mean."""
 
 
 @contextmanager
@@ -56,11 +63,12 @@ def show_results(report: dict[str, Any], path: Path) -> None:
     settings, prompts = report["settings"], report["prompt_set"]
     prose(
         console,
-        f"{escape(settings['target'])}, {settings['dtype']}, {report['environment']['hardware']}; "
+        f"{escape(name_of(settings['target']))}, {settings['dtype']}, {report['environment']['hardware']}; "
         f"{counted(prompts['count'], 'prompt')} of {escape(prompts['name'])} (license: {prompts['license']}), "
         f"up to {settings['max_new_tokens']} new tokens; proposal: {settings['proposal']}",
     )
     console.print(results_table(report))
+    prose(notes, COLUMNS, "dim", markup=False)
     for advice in report["recommendations"]:
         prose(console, escape(advice["words"]))
     for line in differing(report):

@@ -60,14 +60,17 @@ def push(
     metadata = {"base_model": base_model, "license": license, "language": language}
     metadata.update(datasets=dataset, thinking=thinking)
     card = {key: value for key, value in metadata.items() if value}
-    _check(directory, repo, card, token)
+    problems = Problems()
+    if not dry_run:  # which does what it can without one
+        problems.check(check_token, token)
+    _check(directory, repo, card, problems)
     options = PublishOptions(private=private or None, token=token, message=message, card=card)
     done, served = _run(directory, repo, options, dry_run, yes)
     if isinstance(done, Published):
         _show_published(done)
-        show_servings(done.repo_id, served)
-    else:
-        console.print("\nNothing was pushed.")
+    show_servings(done.repo_id, served)
+    if dry_run:
+        console.print("\nNothing was pushed (--dry-run).")
 
 
 def _run(
@@ -109,15 +112,17 @@ def _run(
     return done, served
 
 
-def _check(directory: Path, repo: str, card: dict[str, Any], token: str | None) -> None:
+def _check(directory: Path, repo: str, card: dict[str, Any], problems: Problems) -> None:
     """Refuse what cannot be pushed, before the draft is read.
+
+    Args:
+        problems: those that are known.
 
     Raises:
         ValueError: listing everything that is wrong.
     """
     from ..publishing.card import MODES
 
-    problems = Problems()
     if not directory.is_dir():
         problems.add(
             f"{directory} is not a folder; pass the folder that holds the draft's config.json."
@@ -125,7 +130,6 @@ def _check(directory: Path, repo: str, card: dict[str, Any], token: str | None) 
     else:
         problems.check(check_draft_name, str(directory), {})
     problems.check(check_repository, repo, "The repository")
-    problems.check(check_token, token)
     if "base_model" in card:
         problems.check(check_repository, card["base_model"], "--base-model")
     if card.get("thinking", "on") not in MODES:
@@ -172,6 +176,20 @@ def show_plan(found: "Plan", whole: bool) -> None:
     if missing:
         note(
             f"The card does not say {', '.join(missing)}. Options of push fill it in, or README.md."
+        )
+    if not found.is_asked:
+        _tell_unasked(found.repo_id)
+
+
+def _tell_unasked(repo_id: str) -> None:
+    """Print what a plan without a token cannot say, and how to log in."""
+    note(
+        f"There is no token, so the Hub was not asked whether {repo_id} exists, is public, may be written or has a "
+        "card to keep. To have that checked, log in with hf auth login, set HF_TOKEN, or pass --token."
+    )
+    if "/" not in repo_id:
+        note(
+            f"{repo_id} names no owner. With a token it becomes its user's, and the lines name that."
         )
 
 

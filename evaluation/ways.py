@@ -58,6 +58,7 @@ class Drafting:
         block_size: of the draft.
         is_varied: whether the same draft takes part with several block sizes.
         taps: the target's layers that the draft reads.
+        label: what the user called the draft; None for its name.
     """
 
     method: str = PLAIN
@@ -67,11 +68,12 @@ class Drafting:
     block_size: int | None = None
     is_varied: bool = False
     taps: tuple[int, ...] = ()
+    label: str | None = None
 
     def __str__(self) -> str:
         if self.draft is None:
             return self.method
-        name = str(self.draft)
+        name = self.label or str(self.draft)
         if self.is_varied:
             name = f"{name}, block {self.block_size}"
         prefixes = {TRANSFORMERS: "transformers, ", TRANSFORMERS_STATIC: "transformers-static, "}

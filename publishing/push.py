@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import HfApi, ModelCard, get_token
 
 from ..findings_dflash import check_path
 from ..modeling_dflash import DFlashDraftModel
@@ -24,6 +24,7 @@ from ..repository_dflash import (
     PLACEHOLDER,
     card_on_hub,
     check_destination,
+    check_repo_id,
     make_repo,
     staging,
     staging_folder,
@@ -81,6 +82,7 @@ class Plan:
         left_out: files of the folder that are not published, and why.
         card: as it would stand on `main`.
         folders: branch -> the folder with its files; they exist until `publish` or `plan` returns.
+        is_asked: whether the Hub was asked about the repository, and for its card; not without a token.
     """
 
     repo_id: str
@@ -88,6 +90,7 @@ class Plan:
     left_out: tuple[LeftOut, ...]
     card: ModelCard = field(default_factory=lambda: ModelCard(""))
     folders: dict[str, Path] = field(default_factory=dict)
+    is_asked: bool = True
 
 
 def publish(
@@ -132,25 +135,30 @@ def plan(
 ) -> Plan:
     """Do everything that `publish` does before it writes to the Hub, and return what it would write.
 
-    It raises what `publish` raises.
+    Without a token the Hub is not asked, and the plan says so. It raises what `publish` raises.
     """
     options = _options(options)
-    api = HfApi(token=options.token)
+    has_token = bool(options.token or get_token())
+    api = HfApi(token=options.token) if has_token else None
     with _staged(api, directory, repo_id, options, report) as (draft, folders, found, repo_id):
         _write_cards(api, draft, folders, found, repo_id)
-        made = _plan(repo_id, folders, found)
+        made = _plan(repo_id, folders, found, has_token)
         preview(made)
         return made
 
 
 def _write_cards(
-    api: HfApi,
+    api: HfApi | None,
     draft: DFlashDraftModel,
     folders: list[tuple[Path, str | None]],
     found: Contents,
     repo_id: str,
 ) -> str | None:
-    """Write the card into each staged folder; return the commit on the Hub whose card was read."""
+    """Write the card into each staged folder; return the commit on the Hub whose card was read.
+
+    Args:
+        api: None to ask the Hub for none.
+    """
     card, read = _existing_card(found, api, repo_id)
     for path, _ in folders:
         (path / "README.md").unlink()
@@ -158,7 +166,12 @@ def _write_cards(
     return read
 
 
-def _plan(repo_id: str, folders: list[tuple[Path, str | None]], found: Contents) -> Plan:
+def _plan(
+    repo_id: str,
+    folders: list[tuple[Path, str | None]],
+    found: Contents,
+    is_asked: bool = True,
+) -> Plan:
     """Return what the staged folders hold."""
     files = {}
     for path, branch in folders:
@@ -169,7 +182,7 @@ def _plan(repo_id: str, folders: list[tuple[Path, str | None]], found: Contents)
         files[branch or "main"] = sizes
     card = ModelCard.load(folders[0][0] / "README.md")
     places = {branch or "main": path for path, branch in folders}
-    return Plan(repo_id, files, found.left_out, card, places)
+    return Plan(repo_id, files, found.left_out, card, places, is_asked)
 
 
 def _options(options: PublishOptions | None) -> PublishOptions:
@@ -182,21 +195,28 @@ def _options(options: PublishOptions | None) -> PublishOptions:
 
 @contextmanager
 def _staged(
-    api: HfApi,
+    api: HfApi | None,
     directory: Any,
     repo_id: str,
     options: PublishOptions,
     report: Callable[[str], None],
 ) -> Iterator[tuple[DFlashDraftModel, list[tuple[Path, str | None]], Contents, str]]:
-    """Ask about the destination, stage and check both layouts, and yield them with their branches while they exist."""
+    """Ask about the destination, stage and check both layouts, and yield them with their branches while they exist.
+
+    Args:
+        api: None to ask the Hub nothing.
+    """
     check_path("directory", directory)
     directory = Path(directory)
     if not directory.is_dir():
         raise ValueError(
             f"{directory} is not a folder; pass the folder that holds the draft's config.json."
         )
-    report("Asking the Hub about the destination")
-    repo_id = check_destination(api, repo_id, options.private)
+    if api is None:
+        check_repo_id(repo_id)
+    else:
+        report("Asking the Hub about the destination")
+        repo_id = check_destination(api, repo_id, options.private)
     found = contents(directory)
     report("Loading the draft")
     draft = load_draft(directory)
@@ -273,13 +293,13 @@ def check_same_tensors(folder: Path, loaded: dict[str, str], expected: dict[str,
 
 
 def _existing_card(
-    found: Contents, api: HfApi, repo_id: str
+    found: Contents, api: HfApi | None, repo_id: str
 ) -> tuple[ModelCard | None, str | None]:
     """Return the card to complete, and the commit on the Hub whose card was read.
 
     It is the folder's card if a person wrote it, else the Hub's, else the folder's, else None.
     """
-    if found.card is not None and PLACEHOLDER not in found.card.text:
+    if api is None or (found.card is not None and PLACEHOLDER not in found.card.text):
         return found.card, None
     card, commit = card_on_hub(api, repo_id)
     return card or found.card, commit

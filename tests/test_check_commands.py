@@ -45,6 +45,39 @@ def test_a_report_for_people_names_the_draft_its_faults_the_engines_and_the_verd
     assert done.exit_code == 0
 
 
+ALONE = "these files are for dflash-hub alone"
+BOTH = "These files are for transformers and dflash-hub"
+
+
+@pytest.mark.parametrize(
+    ("change", "said", "unsaid"),
+    [
+        (
+            lambda config: config.pop("auto_map"),
+            (ALONE, "names code for it", "It does not count what engines do."),
+            BOTH,
+        ),
+        (lambda config: None, (BOTH, "It does not count what engines do."), ALONE),
+        (
+            lambda config: config.update(block_size=-3),
+            ("says block_size is -3; it must be", "broken.\n"),
+            "files are for",
+        ),
+        (lambda config: "{", ("is not a valid JSON file.\n  Correct the file.",), "log in"),
+    ],
+    ids=["without code", "whole", "broken", "no JSON"],
+)
+def test_a_report_says_one_thing_of_what_loads_the_files(change, said, unsaid, tmp_path):
+    tiny.draft(tiny.target("qwen3")).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    text = change(config)
+    (tmp_path / "config.json").write_text(text if text == "{" else json.dumps(config))
+    shown = run("check", tmp_path).stdout
+    for one in said:
+        assert one in shown, one
+    assert unsaid not in shown
+
+
 def test_json_is_all_that_stands_on_stdout_and_holds_the_run_too(tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("\n".join((TINY / "prompts.jsonl").read_text().splitlines()[:2]))

@@ -563,7 +563,7 @@ def test_generate_finds_the_draft_of_a_target_that_sees_images(architecture, hub
                 "--max-new-tokens",
                 "4",
             ],
-            "draft",
+            "\ndemo-dflash ",
         ),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
@@ -737,6 +737,17 @@ def test_push_publishes_and_prints_the_snippet_for_this_commit(hub, repo_id, for
         assert text in done.stdout
     assert "Serving engines read the branch engines" in done.stdout
     assert set(hub.state.repos["models", repo_id].branches) == {"main", "engines"}
+
+
+@pytest.mark.parametrize("token", ["hf_test", None])
+def test_a_dry_run_of_a_push_takes_no_token_and_says_what_it_could_not_ask(hub, repo_id, token, forked_probe):
+    words = ["push", str(TINY / "draft"), repo_id, "--base-model", "me/tiny", "--dry-run"]
+    done = RUNNER.invoke(cli.app, words, env={"COLUMNS": "200", "HF_TOKEN": token}, catch_exceptions=False)
+    for text in ("branch main: ", "base_model: me/tiny", "vllm serve me/tiny", "Nothing was pushed (--dry-run)."):
+        assert text in done.stdout, text
+    assert {method for method, _, _ in hub.calls()} == ({"GET"} if token else set())
+    unasked = f"the Hub was not asked whether {repo_id} exists"
+    assert (unasked in done.stderr, "hf auth login" in done.stderr) == ((token is None,) * 2)
 
 
 def test_on_a_terminal_sentences_wrap_below_each_other_and_names_stay_whole():

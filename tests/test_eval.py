@@ -786,6 +786,8 @@ def test_the_command_shows_results_and_goes_on_and_compares(tmp_path, wide, monk
     assert done.exit_code == 0, done.output
     for text in ("2 prompts of built-in (license: Apache-2.0)", "times plain", "2 of 2", "Use ", "Report: "):
         assert text in done.stdout
+    assert "floor: share of the time" in done.stderr
+    assert "floor: share of the time" not in run("--quiet", *words).output
     report = read_report(tmp_path / "a")
     assert report["complete"]
     assert report["settings"]["chat_template"] is False
