@@ -49,11 +49,16 @@ class Sampling:
 
     def problem(self) -> str | None:
         """Return what contradicts itself; None if nothing does."""
-        flags = [("--top-p", self.top_p), ("--top-k", self.top_k)]
+        flags = [("--top-p", self.top_p), ("--top-k", self.top_k), ("--seed", self.seed)]
         given = " and ".join(flag for flag, value in flags if value is not None)
-        if self.temperature == 0 and given:
+        if self.draws or not given:
+            return None
+        if self.temperature == 0:
             return f"--temperature is 0, which is greedy, so {given} would change nothing; leave one of them out."
-        return None
+        return (
+            "--seed would change nothing, since text is greedy without --temperature, --top-p and --top-k; pass one of "
+            "them, or leave --seed out."
+        )
 
     def keywords(self, target: Any) -> dict[str, Any]:
         """Return the keywords of `generate`."""

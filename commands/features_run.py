@@ -19,7 +19,7 @@ from ..training.options import refuse
 from ..training.setup import TrainOptions, shape_of
 from .built_in import in_words
 from .loading import load_tokenizer
-from .parsing import Parser, parsed
+from .parsing import Parser, given_options, parsed
 from .preflight import (
     Problems,
     check_data,
@@ -27,6 +27,7 @@ from .preflight import (
     check_dtype,
     check_folder_to_write,
     check_target,
+    fresh_beside_draft,
 )
 from .screen import (
     RowLines,
@@ -97,6 +98,10 @@ def _parse(argv: list[str]) -> tuple[TrainOptions, FeatureArguments]:
         problems.check(check_writing, options)
         if options.draft is None:
             problems.check(refuse, fresh_mistakes(options))
+        given_words = given_options(parser, argv)
+        problems.check(
+            refuse, fresh_beside_draft(options.draft, options.draft_revision, given_words)
+        )
     if not problems.found:
         problems.check(load_tokenizer, options.target, options.trust_remote_code)
     if not problems.found:

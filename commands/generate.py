@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from .answers import Answer, Answerer
 
 
+_SAMPLES = ("--temperature is", "--top-p is", "--top-k is")
+"""How what is wrong with values of options that sample begins."""
 _CHAT_HELP = "Ctrl-C ends an answer, Ctrl-D or /exit the conversation; /clear forgets it."
 
 
@@ -93,7 +95,9 @@ def generate(
     sampling = Sampling(temperature, top_p, top_k, seed, tuple(stop or ()))
     problems = Problems()
     text = problems.check(_prompt, prompt, file, chat)
-    if (contradiction := sampling.problem()) is not None:
+    # A value that is refused stands as if it were not given, so what it would contradict is not known.
+    is_read = not any(one.startswith(_SAMPLES) for one in problems.found)
+    if is_read and (contradiction := sampling.problem()) is not None:
         problems.add(contradiction)
     if compare and chat:
         problems.add("--compare is for one prompt; leave out --chat or --compare.")

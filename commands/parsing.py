@@ -114,6 +114,12 @@ def parsed(parser: Parser, argv: list[str], problems: Problems) -> list[Any]:
     return made
 
 
+def given_options(parser: Parser, argv: list[str]) -> dict[str, list[str]]:
+    """Return the options of a command line by their names, such as num_layers, with the words of their values."""
+    known = parser._option_string_actions
+    return {known[name].dest: values for name, values, _ in _options(argv) if name in known}
+
+
 def _missing(parser: Parser, argv: list[str]) -> list[str]:
     """Return the options that must be given, and are not."""
     given = {word.partition("=")[0] for word in argv}

@@ -3,7 +3,7 @@
 """Find everything that is wrong with a call before any weights are loaded, and tell it at once."""
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +179,45 @@ def _refuse_target(content: dict[str, Any], name: str, what: str) -> None:
         raise ValueError(
             f"{what} is {name}, which is no DFlash draft but a model of its own ({shown}); pass a draft of the target."
         )
+
+
+def fresh_beside_draft(
+    draft: str | None, revision: str | None, given: dict[str, list[str]]
+) -> Iterator[str]:
+    """Yield which options are of a fresh draft, where the name of one to go on from is given; None is no name.
+
+    Args:
+        given: the values of each option that is given, such as num_layers.
+    """
+    from ..training.contradictions import SHAPE_OPTIONS
+
+    if draft is None:
+        return
+    for name in given:
+        if name in SHAPE_OPTIONS:
+            flag = f"--{name.replace('_', '-')}"
+            yield (
+                f"{flag} gives the shape of a fresh draft, and --draft names one that has its own; leave one of them "
+                "out."
+            )
+    if "variant" in given:
+        kind = _kind_of_draft(draft, revision)
+        others = [one for one in given["variant"] if kind not in (None, one)]
+        if others:
+            yield (
+                f"--variant is {','.join(others)}, and --draft names a draft of the kind {kind}; leave one of them out."
+            )
+
+
+def _kind_of_draft(name: str, revision: str | None) -> str | None:
+    """Return the kind of a draft; None for what is none, which `check_draft` refuses."""
+    from ..layouts import variant_of
+
+    try:
+        content = _config_of("--draft", name, revision)
+    except (ValueError, OSError):
+        return None
+    return variant_of(content) if is_draft(content) else None
 
 
 def check_draft_name(name: str, where: dict[str, str | None], what: str = "The draft") -> None:

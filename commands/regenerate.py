@@ -2,12 +2,14 @@
 # Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
 """`dflash-hub regenerate`: replace the answers of a dataset by the target's own."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
 
+from .built_in import name_of
 from .loading import checked_tokenizer, load_target
 from .preflight import Problems, check_data, check_file_to_write
 from .screen import RowLines, console, counted, notes, rows_progress
@@ -57,6 +59,7 @@ def regenerate(
         InProcess,
         Server,
         check_continued,
+        check_options,
         check_template,
         prompt_of,
     )
@@ -73,17 +76,26 @@ def regenerate(
     settings = GenerationSettings(max_new_tokens, temperature, prompt_tokens)
     rows = load_rows(data, data_name, data_split, streaming)
     rows = rows if limit is None else rows.take(limit)
+    options = {"target": _lasting(target)} | vars(settings)
+    check_options(output, options)
     check_continued(rows, output, lambda row: prompt_of(tokenizer, row, prompt_tokens))
     if server is None:
         check_template(rows, tokenizer)
     if server is not None:
-        answer: AnswerFn = Server(server, tokenizer, settings, model)
+        answering = Server(server, tokenizer, settings, model)
+        options["model"] = answering.model
+        answer: AnswerFn = answering
     elif _all_there(rows, output):
         return
     else:
         answer = InProcess(load_target(target, dtype="auto"), tokenizer, settings)
-    done = regenerate_with_progress(rows, output, answer, workers if server else 1)
+    done = regenerate_with_progress(rows, output, answer, workers if server else 1, options)
     _tell(output, *done)
+
+
+def _lasting(target: str) -> str:
+    """Return the name of a target, which for a folder does not depend on where the command runs."""
+    return name_of(os.path.abspath(target) if os.path.exists(target) else target)
 
 
 def _tell(output: Path, done: int, failed: list[str]) -> None:
@@ -121,9 +133,13 @@ def _all_there(rows: Any, output: Path) -> bool:
 
 
 def regenerate_with_progress(
-    rows: Any, output: Path, answer: "AnswerFn", workers: int
+    rows: Any, output: Path, answer: "AnswerFn", workers: int, options: dict[str, Any]
 ) -> tuple[int, list[str]]:
-    """Run `training.regenerate` with a progress bar; return the number of rows, and the errors of failed rows."""
+    """Run `training.regenerate` with a progress bar; return the number of rows, and the errors of failed rows.
+
+    Args:
+        options: what the answers are made with.
+    """
     from ..training.regenerate import regenerate as run
 
     total = len(rows) if hasattr(rows, "__len__") else None
@@ -136,4 +152,4 @@ def regenerate_with_progress(
             progress.update(task, completed=done, description=description)
             lines.tell(done, f", {failed} failed" if failed else "")
 
-        return run(rows, output, answer, workers, report)
+        return run(rows, output, answer, workers, report, options)

@@ -18,6 +18,7 @@ from ..training import DFlashTrainer, DFlashTrainingArguments
 from ..training.best import PAYS
 from ..training.contradictions import contradictions, fresh_mistakes, greedy_mistakes
 from ..training.feature_setup import build_from_features, with_features
+from ..training.options import refuse
 from ..training.progress import PLOT
 from ..training.setup import TrainOptions, build, shape_of
 from ..training.trainer import (
@@ -32,7 +33,7 @@ from .dry_run import dry_run, tell_memory
 from .feature_defaults import take_from_features
 from .inspect_rows import inspect_rows
 from .loading import load_tokenizer
-from .parsing import Parser, parsed
+from .parsing import Parser, given_options, parsed
 from .preflight import (
     Problems,
     check_data,
@@ -42,6 +43,7 @@ from .preflight import (
     check_repository,
     check_target,
     check_token,
+    fresh_beside_draft,
 )
 from .screen import console, hide_bars, note, notes
 from .train_display import shown
@@ -87,6 +89,9 @@ def _parse(parser: Parser, argv: list[str]) -> tuple[TrainOptions, Any]:
     problems = Problems()
     options, args = parsed(parser, argv, problems)
     are_known = options is not None and _check_names(options, problems)
+    if options is not None:
+        given = given_options(parser, argv)
+        problems.check(refuse, fresh_beside_draft(options.draft, options.draft_revision, given))
     if args is not None and options is not None:
         _check_output(options, args, problems)
         if options.tune is not None:

@@ -15,6 +15,7 @@ from ..training.best import DECODED, describe_block
 from ..training.options import refuse
 from ..training.setup import TrainOptions, build
 from .mistakes import no_such_option
+from .preflight import fresh_beside_draft
 from .screen import console, notes
 from .train_display import shown
 
@@ -108,8 +109,10 @@ def check_tune(options: TrainOptions, args: Any) -> None:
     """
     known = {*vars(options), *vars(args)}
     flags = [f"--{name.replace('_', '-')}" for name in sorted(known)]
-    found = []
-    for name in _choices(options.tune or []):
+    found: list[str] = []
+    choices = _choices(options.tune or [])
+    found += fresh_beside_draft(options.draft, options.draft_revision, choices)
+    for name in choices:
         if name not in known:
             flag = f"--{name.replace('_', '-')}"
             found.append(f"--tune: {no_such_option(flag, flags, 'dflash-hub train')}")

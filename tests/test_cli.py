@@ -306,6 +306,9 @@ TRAINED = ["--target", PAIR[1], "--data", "a-file", *OUTPUT]
             ["--chat-template-file is no.jinja, which cannot"],
         ),
         (["generate", "hi", *PAIR, "--temperature", "0", "--top-p", "0.5"], ["so --top-p would change nothing"]),
+        (["generate", "hi", *PAIR, "--temperature", "0", "--seed", "1"], ["so --seed would change nothing; leave one"]),
+        (["generate", "hi", *PAIR, "--seed", "0"], ["--seed would change nothing, since text is greedy without"]),
+        (["generate", "hi", *PAIR, "--seed", "0", "--top-p", "2"], ["--top-p is 2"]),
         (["generate", "hi", *PAIR[:2], "--draft", PAIR[1]], ["is no DFlash draft but a model of its own (Qwen3ForC"]),
         (["generate", "hi", "--target", PAIR[3]], ["is a draft; pass the model that it was trained for"]),
         (["generate", "hi", "--target", "no/such/place"], ["There is no folder no/such/place"]),
@@ -351,6 +354,20 @@ TRAINED = ["--target", PAIR[1], "--data", "a-file", *OUTPUT]
         (
             ["train", *TRAINED, "--tune", "x", "--tune-steps", "0", "--eval-rows", "-1", "--regenerate-workers", "0"],
             ["regenerate_workers is 0", "tune_steps is 0", "eval_rows is -1"],
+        ),
+        (
+            ["train", *TRAINED, "--draft", PAIR[3], "--num-layers", "5", "--mask_token_id=9", "--variant", "dspark"],
+            ["--num-layers gives the shape", "--mask-token-id gives the shape", "--variant is dspark, and --draft"],
+        ),
+        (["train", *TRAINED, "--draft", PAIR[3], "--variant", "dflash", "--emb-dim", "8"], ["--emb-dim gives the sh"]),
+        (["train", *TRAINED, "--draft", PAIR[1], "--variant", "dspark"], [A_TARGET]),
+        (
+            ["train", *TRAINED, "--draft", PAIR[3], "--tune", "causal=0,1", "variant=dflash,domino"],
+            ["--causal gives the shape", "--variant is domino, and --draft", "--tune compares by what held-out"],
+        ),
+        (
+            ["features", *TRAINED, "--draft", PAIR[3], "--block-size", "8", "--loss", "foo"],
+            ["loss is 'foo'", "--block-size gives the shape of a fresh draft, and --draft names one that has its own"],
         ),
         (["train", *TRAINED, "--tune", "x", "--metric-for-best-model", "y"], ["--tune has 'x'; write options"]),
         (

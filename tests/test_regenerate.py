@@ -9,14 +9,18 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from transformers import AutoTokenizer
+from typer.testing import CliRunner
 
+from dflash_hub import cli
 from dflash_hub.training import regenerate as module
+from dflash_hub.training.reading import load_rows
 from dflash_hub.training.regenerate import (
     SEED,
     GenerationSettings,
     InProcess,
     Server,
     check_continued,
+    check_options,
     check_template,
     finished_rows,
     prompt_of,
@@ -193,6 +197,71 @@ def test_an_output_of_other_rows_is_refused(backend, tokenizer, tmp_path, source
     check_continued([same, other], path, start)
     with pytest.raises(ValueError, match=r"its row 0 is not row 0 of the data.*Choose another --output"):
         check_continued([other, source], path, start)
+
+
+MADE = {"target": "org/own", "max_new_tokens": 9, "temperature": None, "model": "tiny"}
+
+
+@pytest.mark.parametrize(
+    ("recorded", "asked", "found"),
+    [
+        (MADE, {"temperature": 1.0}, "made with no --temperature, and this call has --temperature 1.0. Give"),
+        (
+            MADE,
+            {"max_new_tokens": 8, "model": "big"},
+            "--max-new-tokens 9 and --model tiny, and this call has --max-new-tokens 8 and --model big. Give",
+        ),
+        (MADE, {}, None),
+        ({"max_new_tokens": 9}, {"target": "org/other"}, None),
+        (None, {"max_new_tokens": 8}, None),
+    ],
+)
+def test_an_output_of_other_options_is_refused_where_they_are_recorded(
+    backend, tokenizer, tmp_path, recorded, asked, found
+):
+    path, asked = tmp_path / "out.jsonl", MADE | asked
+    answer = Server(backend.url, tokenizer, GenerationSettings())
+    regenerate(CHATS[:2], path, answer, 1, quiet, recorded)
+    before = path.read_bytes()
+    if found is None:
+        check_options(path, asked)
+        assert regenerate(CHATS, path, answer, 1, quiet, asked) == (8, [])
+        return
+    with pytest.raises(ValueError, match=found):
+        check_options(path, asked)
+    with pytest.raises(ValueError, match=found):
+        regenerate(CHATS, path, answer, 1, quiet, asked)
+    assert path.read_bytes() == before
+
+
+def test_options_are_recorded_before_the_first_row_and_anew_for_an_output_without_rows(tmp_path):
+    path, record = tmp_path / "out.jsonl", tmp_path / ".out.jsonl.options"
+    recorded = []
+
+    def fails(row):
+        recorded.append(json.loads(record.read_text()))
+        raise RuntimeError
+
+    for options in (MADE, MADE | {"max_new_tokens": 3}):
+        assert regenerate(CHATS[:1], path, fails, 1, quiet, options)[0] == 0
+        assert recorded.pop() == options
+    check_options(path, MADE)
+    assert regenerate(CHATS[:2], path, dict, 1, quiet, MADE) == (2, [])
+    assert len(load_rows(str(tmp_path))) == 2  # the record is no data
+    record.write_text("[1]")
+    with pytest.raises(ValueError, match=r"should say what the answers in .* cannot be read. Remove it if all"):
+        check_options(path, MADE)
+
+
+def test_another_model_of_a_server_is_refused_by_the_command(backend, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"text": "def main():"}\n{"text": "import os"}\n')
+    words = ["regenerate", "--target", "demo", "--data", "rows.jsonl", "--output", "out.jsonl", "--server", backend.url]
+    CliRunner().invoke(cli.app, [*words, "--limit", "1"], catch_exceptions=False)
+    with pytest.raises(ValueError, match=r"made with --model tiny, and this call has --model big. Give"):
+        CliRunner().invoke(cli.app, [*words, "--model", "big"], catch_exceptions=False)
+    assert len(lines(tmp_path / "out.jsonl")) == 1
+    assert CliRunner().invoke(cli.app, words, catch_exceptions=False).stdout == "out.jsonl holds 2 rows.\n"
 
 
 def test_conversations_without_a_chat_template_are_refused_before_any_is_answered(tokenizer):

@@ -339,6 +339,8 @@ def test_regenerated_text_trains(data, tmp_path):
         f"{tmp_path / 'own.jsonl'}: 4 of 4 already there; nothing to do. To have them "
         "answered anew, or with other options, choose another --output.\n"
     )
+    with pytest.raises(ValueError, match=r"made with --temperature 0.0, and this call has --temperature 1.0. Give"):
+        CliRunner().invoke(cli.app, [*words, "--temperature", "1"], catch_exceptions=False)
     train(str(tmp_path / "own.jsonl"), tmp_path / "draft", *SHAPE)
     assert (tmp_path / "draft" / "model.safetensors").exists()
 

@@ -18,6 +18,8 @@ HEAD_OPTIONS = tuple(name for kind in KINDS.values() for name in kind.head_field
 """Options that set fields of a further head; None means the config's default."""
 _FRESH_OR_NONE = (*HEAD_OPTIONS, "mask_token_id", "sliding_window")
 """Options that are fields of a fresh draft's config, where they are given."""
+SHAPE_OPTIONS = (*_FRESH, *_FRESH_OR_NONE, "target_layer_ids", "causal")
+"""Options that give the shape of a fresh draft; a draft to go on from has its own."""
 NO_FSDP = "eval_acceptance_prompts needs a whole draft on each process; leave it out with FSDP."
 DECODES_SPREAD = (
     "eval_acceptance_prompts and regenerate_every decode, which a target that is spread over processes does not; leave "

@@ -21,6 +21,7 @@ from typing import Any
 import httpx
 import torch
 
+from ..files import write_whole
 from .formats import Conversation, Text, read_row
 from .locks import sole_writer
 from .messages import Message
@@ -257,6 +258,70 @@ def finished_rows(path: Path) -> set[int | str]:
         ) from error
 
 
+def check_options(path: Path, options: dict[str, Any]) -> None:
+    """Refuse a file with answers that were made with other options, as far as it is recorded beside it.
+
+    Args:
+        options: what the answers are made with, by the names of the command's options.
+
+    Raises:
+        ValueError: naming each option that differs, or the record cannot be read.
+    """
+    if _first_answer(path) is None:
+        return
+    recorded = _recorded(path)
+    former, asked = [], []
+    for name, value in options.items():
+        if recorded.get(name, value) != value:
+            former.append(_as_given(name, recorded[name]))
+            asked.append(_as_given(name, value))
+    if former:
+        raise ValueError(
+            f"{path} holds answers made with {' and '.join(former)}, and this call has {' and '.join(asked)}. Give "
+            "what they were made with, or choose another --output."
+        )
+
+
+def _recorded(path: Path) -> dict[str, Any]:
+    """Return what the answers in a file were made with; {} where nothing is recorded, as by former versions.
+
+    Raises:
+        ValueError: the record cannot be read.
+    """
+    record = _record(path)
+    if not record.exists():
+        return {}
+    try:
+        return dict(json.loads(record.read_bytes()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{record} should say what the answers in {path} were made with, but cannot be read. Remove it if all of "
+            "them were made with the options of this call; else choose another --output."
+        ) from error
+
+
+def _record(path: Path) -> Path:
+    """Return the file beside an output that says what its answers were made with.
+
+    It is hidden, since `datasets` takes every other file of a folder for data.
+    """
+    return path.with_name(f".{path.name}.options")
+
+
+def _as_given(name: str, value: Any) -> str:
+    """Return an option as it is typed."""
+    flag = f"--{name.replace('_', '-')}"
+    return f"no {flag}" if value is None else f"{flag} {value}"
+
+
+def _keep_options(path: Path, options: dict[str, Any], is_new: bool) -> None:
+    """Record what the answers in a file are made with before the first is; later, refuse other options."""
+    if is_new:
+        write_whole(_record(path), json.dumps(options, ensure_ascii=False).encode())
+    else:
+        check_options(path, options)
+
+
 def check_continued(
     rows: Iterable[dict[str, Any]], path: Path, prompt: Callable[[dict[str, Any]], str]
 ) -> None:
@@ -336,23 +401,26 @@ def regenerate(
     answer: AnswerFn,
     workers: int,
     report: Callable[[int, int], None],
+    options: dict[str, Any] | None = None,
 ) -> tuple[int, list[str]]:
     """Write every row that is not in `path` yet, with the target's answers.
 
     Args:
         workers: rows that are answered at once.
         report: called after each row with how many rows are done and how many failed.
+        options: what the answers are made with; recorded beside `path` and compared there. None records nothing.
 
     Returns:
         How many rows `path` holds, and the error of each row that failed; another run tries those again.
 
     Raises:
-        ValueError: another run writes `path`, it was not written by `regenerate`, or a row cannot be read.
+        ValueError: another run writes `path`, it was not written by `regenerate` or with other options, or a row
+            cannot be read.
         RuntimeError: many rows in succession failed; `path` holds those that were answered.
         OSError: a row could not be written; `path` holds those that were.
     """
     asked = ((number, question_of(row, number)) for number, row in enumerate(rows))
-    return write_answers(asked, path, answer, workers, report)
+    return write_answers(asked, path, answer, workers, report, options)
 
 
 def write_answers(
@@ -361,6 +429,7 @@ def write_answers(
     answer: AnswerFn,
     workers: int,
     report: Callable[[int, int], None],
+    options: dict[str, Any] | None = None,
 ) -> tuple[int, list[str]]:
     """Answer questions, each with its number or key, as `regenerate` does with rows."""
     failed: list[str] = []
@@ -368,6 +437,8 @@ def write_answers(
     lock = sole_writer(path, path.with_name(f"{path.name}.lock"), "--output")
     with lock, ExitStack() as stack:
         done = finished_rows(path)
+        if options is not None:
+            _keep_options(path, options, is_new=not done)
         missing = (one for one in questions if one[0] not in done)
         pool = ThreadPoolExecutor(workers)
         stack.callback(pool.shutdown, cancel_futures=True)
