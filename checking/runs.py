@@ -393,8 +393,8 @@ def acceptance_remarks(found: Sequence[Acceptance]) -> Iterator[Remark]:
         yield _SECTION.note("better-perhaps", what, own.length, best.length, advice)
     if not own.exceeds(fresh):
         what = (
-            f"Acceptance is {own.length:.2f} tokens per cycle, no more than the {fresh.length:.2f} of an untrained "
-            "draft"
+            f"Acceptance is {own.length:.2f} tokens per cycle, not clearly more than the {fresh.length:.2f} of an "
+            "untrained draft"
         )
-        advice = "Is it the draft of this target, and were its weights trained?"
+        advice = "See whether it is the draft of this target, and whether its weights were trained"
         yield _SECTION.error("no-acceptance", what, own.length, fresh.length, advice)

@@ -242,10 +242,12 @@ def figures(answer: Answer, times: float, how: str) -> str:
     return f"{line}, {answer.statistics.acceptance_length:.2f} tokens a cycle"
 
 
-def why_no_help(pair: Loaded, answer: Answer, times: float) -> str | None:
+def why_no_help(answerer: "Answerer", answer: Answer, times: float) -> str | None:
     """Return that a draft does not help, and why that may be; None where it helps, or too little was decoded."""
-    if times >= HELPS or len(answer.statistics.committed) < 4:
+    is_asked = answerer.proposing.get("proposal") not in ("lookup", "plain")
+    if times >= HELPS or len(answer.statistics.committed) < 4 or not is_asked:
         return None
+    pair = answerer.pair
     length = answer.statistics.acceptance_length
     start = "The draft does not help here"
     if length > 2:

@@ -259,7 +259,7 @@ def _tell(answerer: "Answerer", row: Any, answer: "Answer") -> None:
     if notes.quiet or not answer.tokens:
         return
     times = answerer.times_plain(row, answer)
-    remark = None if answerer.has_explained else why_no_help(answerer.pair, answer, times)
+    remark = None if answerer.has_explained else why_no_help(answerer, answer, times)
     answerer.has_explained = answerer.has_explained or remark is not None
     _show(figures(answer, times, "estimated"), remark)
 
@@ -278,7 +278,7 @@ def _compare(answerer: "Answerer", row: Any, answer: "Answer", max_new_tokens: i
 
     tokens, seconds = answerer.alone(row, max_new_tokens)
     times = len(answer.tokens) / answer.seconds * seconds / len(tokens)
-    _show(figures(answer, times, "measured"), why_no_help(answerer.pair, answer, times))
+    _show(figures(answer, times, "measured"), why_no_help(answerer, answer, times))
     if answerer.sampling.draws:
         notes.print("Both texts are drawn, so they are not compared.", style="dim")
         return

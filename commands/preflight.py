@@ -295,8 +295,11 @@ def check_data(data: str, flag: str = "--data") -> None:
         )
 
 
-def check_token(token: str | None) -> None:
+def check_token(token: str | None, flag: str = "--token") -> None:
     """Refuse to write to the Hub without any token.
+
+    Args:
+        flag: the command's option for one.
 
     Raises:
         ValueError: there is none.
@@ -306,7 +309,7 @@ def check_token(token: str | None) -> None:
     if not (token or get_token()):
         raise ValueError(
             "There is no token of the Hub, which writing to it takes: log in with hf auth login, set HF_TOKEN, or pass "
-            "--token."
+            f"{flag}."
         )
 
 

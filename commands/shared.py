@@ -59,7 +59,7 @@ AnyDraft = Annotated[
 DraftRevision = Annotated[str | None, typer.Option(help="Commit, tag or branch of the draft.")]
 Width = Annotated[
     int | None,
-    typer.Option(min=1, help="Tokens of a chain, a tree or a look-up to verify, at most."),
+    typer.Option(min=1, help="Tokens to verify, at most; needs --proposal chain, tree or lookup."),
 ]
 NewTokens = Annotated[int, typer.Option(min=1, help="Maximum number of new tokens.")]
 Token = Annotated[
@@ -78,7 +78,7 @@ Device = Annotated[
 Capture = Annotated[
     str,
     typer.Option(
-        help="Execution mode: auto, eager, graphs (CUDA) or compile (about 30 s warm-up)."
+        help="Execution mode: auto, eager, graphs (on a CPU: recorded blocks) or compile (about 30 s warm-up)."
     ),
 ]
 Proposal = Annotated[

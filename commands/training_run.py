@@ -170,7 +170,7 @@ def _check_push(args: Any) -> None:
     """
     name = args.hub_model_id or Path(str(args.output_dir)).name
     check_repository(name, "--push-to-hub")
-    check_token(args.hub_token)
+    check_token(args.hub_token, "--hub-token")
     check_destination(HfApi(token=args.hub_token), name, args.hub_private_repo)
 
 

@@ -116,10 +116,12 @@ def read_report(path: Path) -> dict[str, Any]:
     """Read a report, of the path of its file or of its folder.
 
     Raises:
-        ValueError: the file is no report that this version can read.
-        OSError: there is none.
+        ValueError: there is none, or it is none that this version can read.
+        OSError: the file cannot be opened.
     """
     path = path / FILE if path.is_dir() else path
+    if not path.exists():
+        raise ValueError(f"There is no {path}; pass the folder of an evaluation, or its {FILE}.")
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

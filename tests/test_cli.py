@@ -493,7 +493,8 @@ def test_check_lists_all_problems_too_and_its_status_is_that_of_a_broken_draft(t
 def test_writing_to_the_hub_takes_a_token_and_that_is_said_first(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     for words in (["push", PAIR[3], "me/x"], ["refresh", "me/x"], ["train", *PAIR[:2], "--data", PAIR[3], *PUSHED]):
-        with pytest.raises(ValueError, match="There is no token of the Hub"):
+        flag = "--hub-token" if words[0] == "train" else "--token"
+        with pytest.raises(ValueError, match=rf"There is no token of the Hub.* pass {flag}\."):
             RUNNER.invoke(cli.app, [*words], env={"HF_TOKEN": None}, catch_exceptions=False)
 
 
@@ -530,9 +531,12 @@ def test_where_a_draft_does_not_help_the_likeliest_reason_is_told(times, committ
     target = SimpleNamespace(config=SimpleNamespace(_name_or_path="org/own"))
     statistics = DecodeStatistics(cycles=len(committed), committed=committed)
     answer = answers.Answer((1,) * sum(committed), text, 1.0, statistics)
-    told = answers.why_no_help(Loaded(target, None, made_for), answer, times)
+    answerer = answers.Answerer(Loaded(target, None, made_for), None, answers.Sampling())
+    told = answers.why_no_help(answerer, answer, times)
     assert (told is None) == (found is None)
     assert found is None or found in told
+    answerer.proposing = {"proposal": "lookup"}  # which asks no draft
+    assert answers.why_no_help(answerer, answer, times) is None
 
 
 def test_generate_without_a_draft_says_why_none_was_found(chatty):

@@ -994,8 +994,9 @@ def test_the_command_asks_for_what_is_missing(tmp_path):
     with pytest.raises(ValueError, match="fits its shape"):
         run("eval", "--target", str(tmp_path / "target"), "--output-dir", str(tmp_path))
     (tmp_path / "report.json").write_text("{}")
-    with pytest.raises(ValueError, match="is no report of dflash-hub eval"):
-        run("eval", "--compare", str(tmp_path), str(tmp_path))
+    for other, message in ((tmp_path, "is no report of dflash-hub eval"), (tmp_path / "no", "There is no .*; pass")):
+        with pytest.raises(ValueError, match=message):
+            run("eval", "--compare", str(other), str(tmp_path))
 
 
 def test_a_second_draft_and_block_size_is_a_way_of_its_own(tmp_path):
