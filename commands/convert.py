@@ -13,9 +13,9 @@ from rich.markup import escape
 from .built_in import OF_TARGET, target_named
 from .preflight import (
     Problems,
+    check_base_model,
     check_draft_name,
     check_folder_to_write,
-    check_repository,
     check_target,
 )
 from .screen import console, hide_bars, prose
@@ -58,7 +58,7 @@ def convert(
     if not dry_run:
         problems.check(check_folder_to_write, destination, "The destination")
     if base_model is not None:
-        problems.check(check_repository, base_model, "--base-model")
+        problems.check(check_base_model, base_model)
     if target is not None:
         problems.check(check_target, target)
     problems.raise_all()

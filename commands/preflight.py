@@ -335,6 +335,19 @@ def check_repository(name: str, argument: str) -> None:
         ) from error
 
 
+def check_base_model(name: str) -> None:
+    """Refuse what cannot be the Hub id of a target on a card, such as the name of the built-in one.
+
+    Raises:
+        ValueError: naming the flag.
+    """
+    if name == DEMO:
+        raise ValueError(
+            f"--base-model is {DEMO}, the built-in target, which no repository holds; pass the Hub id of a target."
+        )
+    check_repository(name, "--base-model")
+
+
 def is_draft(content: dict[str, Any]) -> bool:
     """Return whether a config.json is that of a draft, of any kind and layout."""
     known = {name for kind in KINDS.values() for name in (kind.name, *kind.architectures)}

@@ -10,7 +10,7 @@ import typer
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.syntax import Syntax
 
-from .preflight import Problems, check_draft_name, check_repository, check_token
+from .preflight import Problems, check_base_model, check_draft_name, check_repository, check_token
 from .screen import console, hide_bars, note, notes, prose
 from .shared import Token, tidy_when_terminated
 
@@ -131,7 +131,7 @@ def _check(directory: Path, repo: str, card: dict[str, Any], problems: Problems)
         problems.check(check_draft_name, str(directory), {})
     problems.check(check_repository, repo, "The repository")
     if "base_model" in card:
-        problems.check(check_repository, card["base_model"], "--base-model")
+        problems.check(check_base_model, card["base_model"])
     if card.get("thinking", "on") not in MODES:
         problems.add(f"--thinking is {card['thinking']!r}; it must be one of {', '.join(MODES)}.")
     problems.raise_all()

@@ -404,8 +404,8 @@ TRAINED = ["--target", PAIR[1], "--data", "a-file", *OUTPUT]
         (["eval", *PAIR, *OUTPUT, "--update-card", "--proposal", "tree"], ["--update-card goes with --proposal chain"]),
         (["eval", "--target", "bare", *OUTPUT], [NO_TOKENIZER]),
         (
-            ["push", "./no", "a b", "--base-model", "./x", "--thinking", "maybe"],
-            ["no is not a folder", "no repository can be named so", "--base-model is ./x", "--thinking is 'maybe'"],
+            ["push", "./no", "a b", "--base-model", "demo", "--thinking", "maybe"],
+            ["no is not a folder", "no repository can be named so", "--base-model is demo", "--thinking is 'maybe'"],
         ),
         (["push", PAIR[1], "me/draft"], [A_TARGET]),
         (
