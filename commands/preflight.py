@@ -11,6 +11,7 @@ from ..catalogue import check_folder, is_path
 from ..kinds import KINDS
 from .built_in import BUILT_IN_DRAFTS, DEMO
 from .mistakes import listed, of_values
+from .words import flag_of
 
 _SIGNS = ("dflash_config", "speculators_model_type")
 """Keys of config.json that drafts have, and targets have not."""
@@ -195,10 +196,9 @@ def fresh_beside_draft(
         return
     for name in given:
         if name in SHAPE_OPTIONS:
-            flag = f"--{name.replace('_', '-')}"
             yield (
-                f"{flag} gives the shape of a fresh draft, and --draft names one that has its own; leave one of them "
-                "out."
+                f"{flag_of(name)} gives the shape of a fresh draft, and --draft names one that has its own; leave one "
+                "of them out."
             )
     if "variant" in given:
         kind = _kind_of_draft(draft, revision)

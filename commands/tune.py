@@ -18,6 +18,7 @@ from .mistakes import no_such_option
 from .preflight import fresh_beside_draft
 from .screen import console, notes
 from .train_display import shown
+from .words import flag_of
 
 SHORT: dict[str, Any] = {
     "push_to_hub": False,
@@ -108,14 +109,12 @@ def check_tune(options: TrainOptions, args: Any) -> None:
         ValueError: names the option.
     """
     known = {*vars(options), *vars(args)}
-    flags = [f"--{name.replace('_', '-')}" for name in sorted(known)]
-    found: list[str] = []
+    flags = [flag_of(name) for name in sorted(known)]
     choices = _choices(options.tune or [])
-    found += fresh_beside_draft(options.draft, options.draft_revision, choices)
+    found = list(fresh_beside_draft(options.draft, options.draft_revision, choices))
     for name in choices:
         if name not in known:
-            flag = f"--{name.replace('_', '-')}"
-            found.append(f"--tune: {no_such_option(flag, flags, 'dflash-hub train')}")
+            found.append(f"--tune: {no_such_option(flag_of(name), flags, 'dflash-hub train')}")
     if not options.eval_rows or not args.eval_acceptance_prompts:
         found.append(
             "--tune compares by what held-out prompts decode; pass --eval-rows 100 --eval-acceptance-prompts 16."

@@ -12,6 +12,11 @@ _FOR_PYTHON = {
 }
 
 
+def flag_of(name: str) -> str:
+    """Return the flag of an option: --max-length for max_length."""
+    return "--" + name.replace("_", "-")
+
+
 def in_flags(message: str, options: Iterable[str]) -> str:
     """Return the message with the names of these options as flags.
 
@@ -24,7 +29,7 @@ def in_flags(message: str, options: Iterable[str]) -> str:
     for words, ours in _FOR_PYTHON.items():
         message = message.replace(words, ours)
     for name in options:
-        flag = "--" + name.replace("_", "-")
+        flag = flag_of(name)
         for pattern, replacement in _patterns(name):
             message = re.sub(pattern, replacement.format(flag=flag), message)
     message = re.sub(r"(--[\w-]+) is True, (but|which)", r"\1 is given, \2", message)
