@@ -92,6 +92,7 @@ def measured(file: Path, cores: int, folder: Path) -> dict[str, float]:
 
 def prepared(file: Path) -> dict[str, float]:
     """Prepare a file in this process."""
+    import datasets  # noqa: F401  # reading would import it, in half a second
     from transformers import AutoTokenizer
 
     from dflash_hub.training.data import PreprocessConfig, prepare

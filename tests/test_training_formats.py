@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from dflash_hub.training import DFlashTrainingArguments, data
 from dflash_hub.training.conversations import LEFT_OUT, PROMPT_CHANGED, THOUGHT_LACKING
-from dflash_hub.training.data import PreprocessConfig, documents_of_row, prepare
+from dflash_hub.training.data import PreprocessConfig, documents_of_rows, prepare
 from dflash_hub.training.reading import BadRow, load_rows, rows_of_list
 from dflash_hub.training.setup import TrainOptions, build
 from paths import TINY
@@ -309,9 +309,15 @@ def config(tokenizer):
     return PreprocessConfig(tokenizer, 2, 1, max_length=400, stop_ids=frozenset([0]), vocab_size=512)
 
 
+def read(records, config):
+    """The place and the documents of each row of a dataset."""
+    records = list(records)
+    return documents_of_rows(records, range(len(records)), config)
+
+
 def learnt(rows, config):
     """The supervised stretches of the first row: texts, or ids of a row of ids."""
-    documents = documents_of_row(rows[0], 0, config)[1]
+    _, documents = read([rows[0]], config)[0]
     found, last = [], 0
     for ids, supervised, _ in documents:
         for token, mark in zip(ids, supervised, strict=True):
@@ -352,7 +358,7 @@ def test_what_cannot_be_learnt_from_is_refused_by_name_with_its_row(config, name
 
 def texts(row, config):
     """The whole text of each document of a row."""
-    return [config.tokenizer.decode(ids) for ids, _, _ in documents_of_row(rows_of_list([row])[0], 0, config)[1]]
+    return [config.tokenizer.decode(ids) for ids, _, _ in read(rows_of_list([row]), config)[0][1]]
 
 
 @pytest.mark.parametrize(
@@ -389,12 +395,12 @@ def test_columns_of_unequal_shape_are_trained_on_as_they_were_written(config, tm
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for streaming in (False, True):
         records = list(load_rows(str(tmp_path / "rows.jsonl"), streaming=streaming))
-        found = [documents_of_row(record, 0, config)[1][0][0] for record in records]
+        found = [documents[0][0] for _, documents in read(records, config)]
         assert [config.tokenizer.decode(ids) for ids in found] == [texts(row, config)[0] for row in rows]
     assert '{"at": "sky", "when": null}' in texts(rows[0], config)[0]
     Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
     records = load_rows(str(tmp_path / "rows.parquet"))
-    found = [config.tokenizer.decode(documents_of_row(record, 0, config)[1][0][0]) for record in records]
+    found = [config.tokenizer.decode(documents[0][0]) for _, documents in read(records, config)]
     assert found == [texts(row, config)[0].replace(', "when": null', "") for row in rows]
 
 
@@ -428,8 +434,8 @@ def test_a_folder_of_json_is_read_as_it_is_written(config, tmp_path):
     for name in ("a", "b"):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({"messages": [user("how"), called({name: 1})]}) + "\n")
     records = load_rows(str(tmp_path))
-    assert [documents_of_row(record, 0, config)[0] for record in records] == ["a.jsonl, line 1", "b.jsonl, line 1"]
-    assert '"arguments": {"b": 1}}' in config.tokenizer.decode(documents_of_row(records[1], 0, config)[1][0][0])
+    assert [place for place, _ in read(records, config)] == ["a.jsonl, line 1", "b.jsonl, line 1"]
+    assert '"arguments": {"b": 1}}' in config.tokenizer.decode(read(records, config)[1][1][0][0])
 
 
 @pytest.mark.parametrize(

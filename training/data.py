@@ -7,19 +7,21 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain
+from itertools import islice, repeat
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..configuration_dflash import __version__
 from .blocks import PackedBatch
 from .conversations import Segment, documents_of, renderer
 from .features import FEATURES, STATES
-from .formats import Conversation, Form, Text, Tokens, read_row
+from .formats import Conversation, Text, Tokens, read_row
 from .messages import Message
 from .reading import BadRow, columns_of, row_of, rows_of_list
 
@@ -39,9 +41,13 @@ TOO_SHORT = "too short"
 UNSUPERVISED = "nothing supervised"
 ROWS_OF_A_PROCESS = 500
 """Fewer rows than these are not worth a further process."""
+ROWS_AT_ONCE = 100
+"""The tokenizer encodes the texts of so many rows in one call, which costs less than a call for each."""
 
 Document = tuple[list[int], list[int]]
 """Token ids, and 1 for each supervised token, else 0."""
+Checked = tuple[list[int], list[int], str]
+"""Token ids, supervision, and why the document is left out, or ''."""
 
 
 @dataclass
@@ -106,7 +112,9 @@ def prepare(rows: Any, config: PreprocessConfig) -> tuple[Any, DropReport]:
         report.used, report.dropped = reasons.pop("", 0), reasons
         documents = documents.filter(lambda reason: not reason, input_columns="dropped")
     length = config.max_length if config.packing else 0
+    documents = documents if streamed else documents.with_format("numpy")
     packed = documents.map(partial(pack, length=length), batched=True, remove_columns=["dropped"])
+    packed = packed.map(_as_lists) if streamed else packed.with_format(None)
     if next(iter(packed), None) is None:
         raise ValueError(
             f"No row can be trained on: {report}. A row must have at least {config.block_size} tokens, the "
@@ -126,11 +134,13 @@ def _documents_of_rows(rows: Any, config: PreprocessConfig) -> Any:
 
     processes: dict[str, Any] = {}
     if isinstance(rows, Dataset) and len(rows) >= 2 * ROWS_OF_A_PROCESS:
-        processes["num_proc"] = min(cores(), len(rows) // ROWS_OF_A_PROCESS)
+        number = min(cores(), len(rows) // ROWS_OF_A_PROCESS)
+        processes["num_proc"] = number if number > 1 else None  # 1 would start a process too
     return rows.map(
         partial(_tokenize, config=config),
         with_indices=True,
         batched=True,
+        batch_size=ROWS_AT_ONCE,
         remove_columns=columns_of(rows),
         **processes,
     )
@@ -161,56 +171,86 @@ def _tokenize(
     Raises:
         BadRow: a row cannot be trained on; names its place.
     """
+    records = [
+        {name: values[index] for name, values in batch.items()} for index in range(len(numbers))
+    ]
     result: dict[str, list] = {"input_ids": [], "supervised": [], "dropped": []}
-    for index, number in enumerate(numbers):
-        record = {name: values[index] for name, values in batch.items()}
-        for ids, supervised, reason in documents_of_row(record, number, config)[1]:
-            result["input_ids"].append(ids)
-            result["supervised"].append(supervised)
+    for _, documents in documents_of_rows(records, numbers, config):
+        for ids, supervised, reason in documents:
+            result["input_ids"].append(np.array(ids, dtype=np.int32))
+            result["supervised"].append(np.frombuffer(bytes(supervised), dtype=np.int8))
             result["dropped"].append(reason)
     return result
 
 
-def documents_of_row(
-    record: dict[str, Any], number: int, config: PreprocessConfig
-) -> tuple[str, list[tuple[list[int], list[int], str]]]:
-    """Return the place of a row, and of each of its documents ids, supervision and why it is left out, or ''.
+def documents_of_rows(
+    records: Sequence[dict[str, Any]], numbers: Sequence[int], config: PreprocessConfig
+) -> list[tuple[str, list[Checked]]]:
+    """Return the place and the documents of each row; the texts of all are encoded in one call.
 
     Args:
-        record: the row as a dataset has it.
-        number: of the row, for a dataset that does not know its places.
+        records: the rows as a dataset has them.
+        numbers: of the rows, for a dataset that does not know their places.
 
     Raises:
-        BadRow: the row cannot be trained on; names its place.
+        BadRow: a row cannot be trained on; names its place.
+    """
+    rows = [_read(*one, config) for one in zip(records, numbers, strict=True)]
+    encoded = iter(_encode([document for row in rows for document in row.documents], config))
+    found = []
+    for row in rows:
+        documents = list(islice(encoded, len(row.documents)))
+        with _named(row.place):
+            for ids, _ in documents:
+                _check_ids(ids, config)
+        used = [(ids, marks, _drop_reason(ids, marks, config)) for ids, marks in documents]
+        found.append((row.place, used + [([], [], reason) for reason in row.left_out]))
+    return found
+
+
+@dataclass(frozen=True)
+class _Row:
+    """Hold what a row holds.
+
+    Args:
+        place: where it stands.
+        documents: each encoded, or the segments of its text.
+        left_out: why further documents cannot be made.
+    """
+
+    place: str
+    documents: Sequence[Document | list[Segment]]
+    left_out: list[str]
+
+
+def _read(record: dict[str, Any], number: int, config: PreprocessConfig) -> _Row:
+    """Return what a row of a dataset holds.
+
+    Raises:
+        BadRow: it cannot be read; names its place.
     """
     row, place = row_of(record, number)
+    with _named(place):
+        form = read_row(row)
+        if config.tokenizer is None and not isinstance(form, Tokens):
+            raise BadRow(
+                "it holds text, which needs the target's tokenizer. Pass processing_class=tokenizer."
+            )
+        if isinstance(form, Conversation):
+            return _Row(place, *_of_conversation(form, config))
+        if isinstance(form, Text):
+            return _Row(place, _of_text(form, config), [])
+        longest = config.max_length
+        return _Row(place, [(form.ids[:longest], form.supervised[:longest])], [])
+
+
+@contextmanager
+def _named(place: str) -> Iterator[None]:
+    """Name the place of a row in what is raised of it."""
     try:
-        return place, _documents(read_row(row), config)
+        yield
     except BadRow as error:
         raise BadRow(f"{place}: {error}") from error
-
-
-def _documents(form: Form, config: PreprocessConfig) -> list[tuple[list[int], list[int], str]]:
-    """Return ids and supervision of each document in what a row holds, and why it is left out, or ''.
-
-    Raises:
-        BadRow: a document cannot be trained on.
-    """
-    left_out: Iterable[str] = ()
-    if config.tokenizer is None and not isinstance(form, Tokens):
-        raise BadRow(
-            "it holds text, which needs the target's tokenizer. Pass processing_class=tokenizer."
-        )
-    if isinstance(form, Conversation):
-        documents, left_out = _of_conversation(form, config)
-    elif isinstance(form, Text):
-        documents = _of_text(form, config)
-    else:
-        documents = [(form.ids[: config.max_length], form.supervised[: config.max_length])]
-    for ids, _ in documents:
-        _check_ids(ids, config)
-    found = [(ids, marks, _drop_reason(ids, marks, config)) for ids, marks in documents]
-    return found + [([], [], reason) for reason in left_out]
 
 
 def _check_ids(ids: list[int], config: PreprocessConfig) -> None:
@@ -238,13 +278,13 @@ def _drop_reason(ids: list[int], supervised: list[int], config: PreprocessConfig
 
 def _of_conversation(
     form: Conversation, config: PreprocessConfig
-) -> tuple[list[Document], list[str]]:
+) -> tuple[list[list[Segment]], list[str]]:
     """Return the documents of a conversation, and why those are left out that cannot be made."""
     messages = _last_alone(form.messages) if config.last_answer_only else form.messages
     if not any(message.learnt for message in messages):
         return [], [UNSUPERVISED]
     found, reasons = documents_of(messages, renderer(config.tokenizer, form))
-    return [_encode(segments, config) for segments in found], list(reasons.elements())
+    return found, list(reasons.elements())
 
 
 def _last_alone(messages: list[Message]) -> list[Message]:
@@ -256,10 +296,10 @@ def _last_alone(messages: list[Message]) -> list[Message]:
     return found
 
 
-def _of_text(form: Text, config: PreprocessConfig) -> list[Document]:
+def _of_text(form: Text, config: PreprocessConfig) -> list[Document | list[Segment]]:
     """Return the documents of plain text: one alone is cut into pieces; several pieces are one document."""
     if not form.is_cut:
-        return [_encode(_segments(form, config.tokenizer), config)]
+        return [_segments(form, config.tokenizer)]
     longest = config.max_length
     ids = config.tokenizer(form.pieces[0][0]).input_ids
     starts = range(0, max(1, len(ids)), longest)  # an empty text is a document, too short
@@ -277,11 +317,15 @@ def _segments(form: Text, tokenizer: Any) -> list[Segment]:
     return segments
 
 
-def _encode(segments: list[Segment], config: PreprocessConfig) -> Document:
-    """Return the token ids of the segments, and 1 for each supervised token, else 0.
+def _encode(documents: list[Document | list[Segment]], config: PreprocessConfig) -> list[Document]:
+    """Return the documents, those of segments encoded in one call.
 
     Each segment is encoded on its own, because in decoding the prompt is encoded without the answer.
     """
+    found: list[Any] = list(documents)
+    segments = [one for document in documents if isinstance(document, list) for one in document]
+    if not segments:
+        return found
     is_masked = any(segment.masked for segment in segments)
     encoded = config.tokenizer(
         [segment.text for segment in segments],
@@ -289,13 +333,29 @@ def _encode(segments: list[Segment], config: PreprocessConfig) -> Document:
         return_attention_mask=False,
         return_offsets_mapping=is_masked,
     )
+    offsets = encoded["offset_mapping"] if is_masked else repeat([])
+    pieces = zip(segments, encoded["input_ids"], offsets, strict=False)  # repeat has no end
+    for index, document in enumerate(documents):
+        if isinstance(document, list):
+            found[index] = _joined(islice(pieces, len(document)), config)
+    return found
+
+
+def _joined(
+    pieces: Iterable[tuple[Segment, list[int], list[tuple[int, int]]]], config: PreprocessConfig
+) -> Document:
+    """Return one document of its segments.
+
+    Args:
+        pieces: each segment, its token ids, and start and end of each token if some segment is masked.
+    """
     ids: list[int] = []
     supervised: list[int] = []
-    for index, (segment, piece) in enumerate(zip(segments, encoded["input_ids"], strict=True)):
+    for segment, piece, offsets in pieces:
         length = _answer_length(piece, config.stop_ids) if segment.is_answer else 0
         marks = [1] * length + [0] * (len(piece) - length)
         if segment.masked:
-            _mask(marks, encoded["offset_mapping"][index], segment.masked)
+            _mask(marks, offsets, segment.masked)
         ids += piece
         supervised += marks
     return ids[: config.max_length], supervised[: config.max_length]
@@ -314,6 +374,11 @@ def _answer_length(ids: list[int], stop_ids: frozenset[int]) -> int:
         if ids[index] in stop_ids:
             return index + 1
     return len(ids)
+
+
+def _as_lists(row: dict[str, Any]) -> dict[str, list[int]]:
+    """Return a row of a stream with lists, which a dataset on disk gives as well."""
+    return row | {name: row[name].tolist() for name in ("input_ids", "supervised")}
 
 
 def pack(batch: dict[str, list], length: int) -> dict[str, list]:
@@ -336,7 +401,7 @@ def pack(batch: dict[str, list], length: int) -> dict[str, list]:
     packed: dict[str, list] = {"input_ids": [], "supervised": [], "lengths": []}
     for members in bins:
         for name in ("input_ids", "supervised"):
-            packed[name].append(list(chain.from_iterable(batch[name][index] for index in members)))
+            packed[name].append(np.concatenate([batch[name][index] for index in members]))
         packed["lengths"].append([len(documents[index]) for index in members])
     return packed
 

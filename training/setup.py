@@ -18,7 +18,7 @@ from ..kinds import KINDS, kind_named
 from ..registry import DFlashDraftSpec, check_folder, load_draft, read_config
 from .arguments import DFlashTrainingArguments
 from .contradictions import HEAD_OPTIONS, cut_mistakes, parallel_mistakes
-from .data import documents_of_row
+from .data import documents_of_rows
 from .loading import (
     QUANTIZATIONS,
     add_absent_layers,
@@ -252,7 +252,9 @@ def inspect(
     draft = _draft_for(options, target, tokenizer)
     config = preprocess_config(tokenizer, target, draft.config, args)
     rows = load_rows(options.data, options.data_name, options.data_split, options.streaming)
-    return tokenizer, (documents_of_row(row, number, config) for number, row in enumerate(rows))
+    return tokenizer, (
+        documents_of_rows([row], [number], config)[0] for number, row in enumerate(rows)
+    )
 
 
 def _draft_for(options: TrainOptions, target: Any, tokenizer: Any) -> Any:
