@@ -137,6 +137,11 @@ class Signature:
                 "A draft cannot be used with assistant_tokenizer: it has its target's tokens. Leave one of the two "
                 "out."
             )
+        return self.known
+
+    @functools.cached_property
+    def known(self) -> inspect.Signature:
+        """What may be passed, the same in every call."""
         own = list(inspect.signature(self.decode).parameters.values())[1:]
         added = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in self.more]
         return inspect.Signature([*own[:-1], *added, own[-1]])

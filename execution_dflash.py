@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from .compat_dflash import configs_of, detours, has_hooks, is_offloaded
+from .compat_dflash import configs_of, detours, has_experts, has_hooks, is_offloaded
 from .recording_dflash import record
 
 logger = logging.get_logger(__name__)
@@ -51,12 +51,8 @@ def resolve_mode(capture: str, model: Any, recurrent: bool, new_tokens: int) -> 
         return "eager"
     if asks:
         return capture
-    is_recorded = capture == "auto" and _repays(model, new_tokens) and _is_dense(model)
+    is_recorded = capture == "auto" and _repays(model, new_tokens) and not has_experts(model)
     return "graphs" if is_recorded else "eager"
-
-
-def _is_dense(model: Any) -> bool:
-    return not any("expert" in name for name, _ in model.named_modules())
 
 
 def _repays(model: Any, new_tokens: int) -> bool:

@@ -383,12 +383,10 @@ def decoder_layers(target: Any) -> nn.ModuleList:
         target.get_decoder(),
         target.config.get_text_config(decoder=True).num_hidden_layers,
     )
-    lists = [
-        module
-        for module in decoder.modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count
-    ]
-    layers = getattr(decoder, "layers", None) or next(iter(lists), None)
+    layers = getattr(decoder, "layers", None)
+    if layers is None:
+        lists = (one for one in decoder.modules() if isinstance(one, nn.ModuleList))
+        layers = next((one for one in lists if len(one) == count), None)
     if layers is None or len(layers) != count:
         raise ValueError(
             f"{type(target).__name__} shows no decoder layers to tap: its decoder has no list of {count} modules, "

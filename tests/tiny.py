@@ -1,7 +1,9 @@
 """Tiny random targets and drafts of real architectures, made so that their text is not one token over and over."""
 
 import copy
+import io
 import os
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -124,18 +126,56 @@ def target(family: str, seed: int | None = None):
     return built_once(("target", family, seed, shape, SCALES), lambda: new_target(family, seed, shape))
 
 
-BUILT: dict[str, tuple[Any, torch.Tensor]] = {}
+BUILT: dict[str, tuple["Stored", torch.Tensor]] = {}
 """The models that were built, and the state of the generator of random numbers then."""
 
 
 def built_once(key: tuple, build: Callable[[], Any]):
-    """A copy of what `build` builds, which takes half the time; random numbers go on as after the build."""
+    """A copy of what `build` builds; random numbers go on as after the build."""
     name = repr(key)
     if name not in BUILT:
-        BUILT[name] = (build(), torch.get_rng_state())
-    model, generator = BUILT[name]
+        BUILT[name] = (Stored(build()), torch.get_rng_state())
+    stored, generator = BUILT[name]
     torch.set_rng_state(generator)
-    return copy.deepcopy(model)
+    return stored.copy()
+
+
+class Writer(pickle.Pickler):
+    """Pickles all but tensors, which it lists."""
+
+    def __init__(self, file, tensors: list[torch.Tensor]):
+        super().__init__(file)
+        self.tensors = tensors
+
+    def persistent_id(self, value):
+        if not isinstance(value, torch.Tensor):
+            return None
+        self.tensors.append(value)
+        return len(self.tensors) - 1
+
+
+class Reader(pickle.Unpickler):
+    """Reads what `Writer` wrote, with copies of the tensors; those that modules share are shared again."""
+
+    def __init__(self, file, tensors: list[torch.Tensor]):
+        super().__init__(file)
+        self.tensors, self.copies = tensors, {}
+
+    def persistent_load(self, number):
+        return copy.deepcopy(self.tensors[number], self.copies)
+
+
+class Stored:
+    """A pickled model, of which a copy is made in a sixth of the time of `deepcopy`."""
+
+    def __init__(self, model):
+        self.tensors: list[torch.Tensor] = []
+        file = io.BytesIO()
+        Writer(file, self.tensors).dump(model)
+        self.content = file.getvalue()
+
+    def copy(self):
+        return Reader(io.BytesIO(self.content), self.tensors).load()
 
 
 def new_target(family: str, seed: int, shape: dict):

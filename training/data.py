@@ -172,7 +172,7 @@ def _tokenize(
         BadRow: a row cannot be trained on; names its place.
     """
     records = [
-        {name: values[index] for name, values in batch.items()} for index in range(len(numbers))
+        dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)
     ]
     result: dict[str, list] = {"input_ids": [], "supervised": [], "dropped": []}
     for _, documents in documents_of_rows(records, numbers, config):
