@@ -20,6 +20,10 @@ from paths import ROOT, TINY
 if "huggingface_hub" in sys.modules:
     raise RuntimeError("huggingface_hub was imported before the tests could point it at their own server")
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Called last of all at the end: Python would take three seconds to free what was imported.
+    atexit.register(os._exit, 0)
+
 HUB = HubServer().start()
 HOME = tempfile.mkdtemp(prefix="dflash-hub-tests-")
 for key in [key for key in os.environ if key.startswith(("HF_", "HUGGING_FACE", "TRANSFORMERS_"))]:
