@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ..publishing import Plan, Published, PublishOptions
 
 _TARGET = "YOUR-TARGET"
+MEASURED = "## Measured"
 _UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 _PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}
 
@@ -172,6 +173,11 @@ def show_plan(found: "Plan", whole: bool) -> None:
     out.print("\nThe card:", style="bold")
     for line in card_lines(found.card):
         out.print(f"  {line}", **_PLAIN)
+    if not has_section(found.card, MEASURED):
+        note(
+            "A push does not decode. `dflash-hub check FOLDER --target TARGET` does, and says how much of what the "
+            "draft proposes is accepted. `dflash-hub eval --update-card` writes that into the card."
+        )
     missing = gaps(found.card)
     if missing:
         note(
@@ -202,11 +208,16 @@ def card_lines(card: "ModelCard") -> list[str]:
         if value:
             shown = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
             lines.append(f"{name}: {shown}")
-    for heading, words in (("## Training", "how it was trained"), ("## Measured", "measurements")):
-        section = card.text.partition(f"{heading}\n")[2].strip()
-        has_one = bool(section) and not section.startswith("Nothing yet")
+    for heading, words in (("## Training", "how it was trained"), (MEASURED, "measurements")):
+        has_one = has_section(card, heading)
         lines.append(f"{words}: {'in a section of its own' if has_one else 'nothing'}")
     return lines
+
+
+def has_section(card: "ModelCard", heading: str) -> bool:
+    """Tell whether a section of a card says something."""
+    section = card.text.partition(f"{heading}\n")[2].strip()
+    return bool(section) and not section.startswith("Nothing yet")
 
 
 def size_of(count: int) -> str:

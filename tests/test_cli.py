@@ -747,6 +747,7 @@ def test_push_publishes_and_prints_the_snippet_for_this_commit(hub, repo_id, for
         assert text in done.stderr, text
     assert "datasets: me/rows" in done.stderr
     assert "The card does not say the language" in done.stderr
+    assert "A push does not decode. `dflash-hub check FOLDER" in " ".join(done.stderr.split())
     for engine, text in {
         "vLLM": "vllm serve me/tiny",
         "SGLang": "sglang.launch_server",
