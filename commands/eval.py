@@ -13,6 +13,7 @@ from .built_in import OF_DRAFT, OF_TARGET, draft_named, target_named
 from .eval_models import Choice, Loader, against_of
 from .eval_table import show_differences, show_results, watching
 from .preflight import Problems, check_folder_to_write
+from .screen import note
 from .shared import (
     Capture,
     Device,
@@ -92,7 +93,9 @@ def evaluate(
         str | None, typer.Option(help="on or off, for chat templates that know it.")
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Decodes of each prompt in each way.")] = 1,
-    seed: Annotated[int, typer.Option(help="Of the noise, with a temperature.")] = 0,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the noise, with a temperature (default: 0).")
+    ] = None,
     dtype: Dtype = "auto",
     device: Device = None,
     capture: Capture = "auto",
@@ -152,8 +155,12 @@ def evaluate(
         chat_template,
         problems.check(thinking_of, thinking),
     )
-    asked.counts.update(max_new_tokens=max_new_tokens, repeats=repeats, seed=seed, limit=limit)
+    asked.counts.update(max_new_tokens=max_new_tokens, repeats=repeats, seed=seed or 0, limit=limit)
     asked.counts["float32_check"] = float32_check
+    if seed is not None and not any(temperature or []):
+        problems.add(
+            "--seed would change nothing, since all text is greedy; pass a --temperature above 0, or leave it out."
+        )
     score = problems.check(score_of, eval_results, prompts, update_card)
     _check(asked, update_card, problems)
     problems.raise_all()
@@ -262,6 +269,7 @@ def run(asked: Asked) -> dict[str, Any]:
             _tell_interrupted(evaluation)
             raise typer.Exit(130) from None
     show_results(report, evaluation.report.path)
+    _tell_resumed(evaluation, report["environment"]["date"])
     return report
 
 
@@ -290,6 +298,16 @@ def _settings(asked: Asked, loader: Loader, models: "Models", applies: bool) -> 
         command=" ".join(["dflash-hub", *sys.argv[1:]]),
         **asked.counts,
     )
+
+
+def _tell_resumed(evaluation: "Evaluation", date: str) -> None:
+    """Note how many figures are not new: those that the folder held."""
+    resumed = evaluation.report.resumed
+    if resumed:
+        note(
+            f"{resumed} of {evaluation.total} decodes were in {evaluation.report.folder} already, from {date[:16]}. "
+            "Pass another --output-dir to measure all anew."
+        )
 
 
 def _tell_interrupted(evaluation: "Evaluation") -> None:

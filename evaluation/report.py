@@ -37,6 +37,8 @@ class Report:
         self.folder, self.head = folder, head
         self.records: list[Record] = []
         self.encoded: list[bytes] = []
+        self.resumed = 0
+        """How many of the records an earlier run has left."""
         self.written, self.cost = 0.0, 0.0
         """When the file was last written, and how many seconds that took."""
 
@@ -58,6 +60,7 @@ class Report:
         self.head["environment"]["date"] = before["environment"]["date"]
         self.head["overhead"].update(before["overhead"])
         self.add(before["records"])
+        self.resumed = len(self.records)
 
     def add(self, records: Sequence[Record]) -> None:
         """Add records."""

@@ -808,7 +808,10 @@ def test_the_command_shows_results_and_goes_on_and_compares(tmp_path, wide, monk
     }
     before = (tmp_path / "a" / "report.json").read_text()
     monkeypatch.setattr("dflash_hub.evaluation.run.decode", None)  # nothing is decoded again
-    assert run(*words).exit_code == 0
+    again = run(*words)
+    assert again.exit_code == 0
+    assert "4 of 4 decodes were in" in again.stderr
+    assert "decodes were in" not in done.stderr
     assert read_report(tmp_path / "a")["records"] == json.loads(before)["records"]
     for record in report["records"]:
         record["seconds"] /= 2
@@ -980,6 +983,7 @@ def test_sigterm_leaves_a_partial_report(tmp_path, monkeypatch):
         (["--proposal", "trees"], "--proposal is 'trees'; it must be one of auto, chain, tree, lookup, plain"),
         (["--proposal", "auto", "--update-card"], "--update-card goes with --proposal chain"),
         (["--dtype", "float99"], "--dtype is 'float99'"),
+        (["--seed", "3", "--temperature", "0"], "--seed would change nothing"),
     ],
 )
 def test_settings_without_meaning_are_refused_by_name(tmp_path, words, message):
