@@ -13,7 +13,7 @@ from .built_in import OF_DRAFT, OF_TARGET, draft_named, target_named
 from .eval_models import Choice, Loader, against_of
 from .eval_table import show_differences, show_results, watching
 from .preflight import Problems, check_folder_to_write
-from .screen import note
+from .screen import note, notes, prose
 from .shared import (
     Capture,
     Device,
@@ -380,4 +380,5 @@ def compare_reports(first: Path, second: Path) -> None:
     from ..evaluation.report import read_report
 
     reports = [read_report(path) for path in (first, second)]
+    prose(notes, f"first: {first}; second: {second}", "dim", markup=False)
     show_differences(differences(*reports), unlike(*reports))

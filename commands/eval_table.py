@@ -33,6 +33,11 @@ COLUMNS = (
     "share of the time that reading weights and cache takes, and at 100 % nothing could be faster."
 )
 """What the columns of the results mean."""
+COMPARED = (
+    "times as fast: tokens a second of the second by those of the first [95 % interval]; tokens/cycle more: what a "
+    "pass of the target writes more in the second; same: prompts with the same text in both."
+)
+"""What the columns of a comparison mean."""
 
 
 @contextmanager
@@ -162,6 +167,7 @@ def show_differences(found: Sequence[dict[str, Any]], unlike: Sequence[str]) -> 
             str(entry["same_texts"]),
         )
     console.print(table)
+    prose(notes, COMPARED, "dim", markup=False)
     for words in unlike:
         prose(console, f"They also differ in this: {escape(words)}.")
 

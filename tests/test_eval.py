@@ -817,7 +817,9 @@ def test_the_command_shows_results_and_goes_on_and_compares(tmp_path, wide, monk
         record["seconds"] /= 2
         record["committed"] = record["committed"] and [2 * count for count in record["committed"]]
     (tmp_path / "b.json").write_text(json.dumps(report))
-    shown = run("eval", "--compare", str(tmp_path / "a"), str(tmp_path / "b.json")).stdout
+    compared = run("eval", "--compare", str(tmp_path / "a"), str(tmp_path / "b.json"))
+    assert f"first: {tmp_path / 'a'}; second: {tmp_path / 'b.json'}" in compared.stderr
+    shown = compared.stdout
     length = report["results"][1]["acceptance_length"]
     row = next(line for line in shown.splitlines() if "tiny_pair/draft" in line).split()
     assert row[2:6] == ["2", "2.00", "[2.00,", "2.00]"]
