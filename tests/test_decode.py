@@ -80,10 +80,9 @@ def test_a_padded_batch_gives_every_row_the_text_that_plain_generate_gives_it(fa
     expected = target.generate(**inputs, **asked)
     assert len(set(expected[:, 20:].flatten().tolist())) > 4
     assert len(set(map(tuple, expected[:, 20:].tolist()))) > 2
-    draft = tiny.draft(target, block_size=6)
+    draft, statistics = tiny.draft(target, block_size=block), DecodeStatistics()
     short = target.generate(**inputs, **asked | {"max_new_tokens": 5}, custom_generate=draft.speculate)
     assert torch.equal(short, expected[:, :25])
-    draft, statistics = tiny.draft(target, block_size=block), DecodeStatistics()
     ways = {"custom_generate": draft.speculate, "statistics": statistics, "proposer": tiny.partly_right(expected)}
     assert torch.equal(target.generate(**inputs, **asked, **ways), expected)
     assert {1, block} <= set(statistics.committed)

@@ -181,8 +181,8 @@ def test_a_tree_that_changes_from_cycle_to_cycle_and_row_to_row_is_replayed_as_i
 )
 @pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
 def test_a_cycle_brings_one_tensor_to_the_host(second, rows, sampled, tree, monkeypatch):
-    target, brought = tiny.target("qwen3"), []
-    draft, inputs = tiny.draft(target, **second), tiny.batch(9, pads=(0, 3, 5)[:rows])
+    (target, draft), brought = tiny.shallow(**second), []
+    inputs = tiny.batch(9, pads=(0, 3, 5)[:rows])
     asked = inputs | {"max_new_tokens": 20, "do_sample": sampled, "custom_generate": draft.speculate}
     target.generate(**asked | {"max_new_tokens": 2})  # checks itself
     tiny.record_transfers(monkeypatch, brought)

@@ -274,6 +274,12 @@ def draft(model, seed: int = 1, **fields):
     return built_once(("draft", seed, shape | fields), lambda: new_draft(seed, shape, fields))
 
 
+def shallow(**fields):
+    """A target of two layers of full attention and a draft for it: enough where no kind of cache is at stake."""
+    target = built_once(("shallow",), lambda: new_target("qwen3", 13, SMALL | {"num_hidden_layers": 2}))
+    return target, draft(target, target_layer_ids=[0, 1], **fields)
+
+
 def new_draft(seed: int, shape: dict, fields: dict):
     torch.manual_seed(seed)
     kind = KINDS[next((name for name, layout in DRAFT_LAYOUTS.items() if set(layout.own) & set(fields)), BASE)]
