@@ -153,7 +153,7 @@ def close(one, other):
 
 NEWER = pytest.mark.skipif(tiny.CACHE != "cache", reason="plain generate of this transformers fails, or differs")
 CASES = [
-    *(("qwen3", "dynamic", 3, change) for change in CHANGES),
+    *(("qwen3", "dynamic", 3, change) for change in CHANGES if change not in ("pickle", "reorder")),  # of others below
     *(("qwen3", kind, 1, change) for kind, change in (("lazy", "crop"), ("dynamic", "repeat"))),
     pytest.param("qwen3", "static", 1, "crop", marks=NEWER),
     *(("gemma3_text", "dynamic", 3, change) for change in ("pickle", "repeat")),
@@ -173,7 +173,7 @@ CASES = [
 def test_a_changed_cache_goes_on_as_in_plain_generate(family, kind, rows, change):
     _, first, second = tiny_pair(family)
     plain, cache = conversation(family, kind, rows, change)
-    ways = [(first, first), (first, None), (None, second), (first, second)]
+    ways = [(first, first), (first, None), (None, second)]
     for drafts in ways if change in ("nothing", "repeat") else ways[:1]:
         ours, returned = conversation(family, kind, rows, change, drafts, expected=plain)
         assert all(torch.equal(*both) for both in zip(plain, ours, strict=True))
@@ -197,8 +197,14 @@ def forward_cache(target, ids, **extra):
     return cache_in(target(ids, use_cache=True, **extra))
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gemma3_text", "lfm2"])
-@pytest.mark.parametrize(("length", "cached", "covered"), [(6, 6, 12), (6, 9, 15), (6, 9, 17), (1, 1, 2), (14, 14, 28)])
+@pytest.mark.parametrize(
+    ("family", "length", "cached", "covered"),
+    [
+        *(("gemma3_text", 6, 6, 12), ("gemma3_text", 6, 9, 15), ("gemma3_text", 6, 9, 17), ("gemma3_text", 1, 1, 2)),
+        *(("gemma3_text", 14, 14, 28), ("qwen3", 6, 9, 15), ("qwen3", 14, 14, 28), ("lfm2", 6, 6, 12)),
+        *(("lfm2", 6, 9, 17), ("lfm2", 1, 1, 2)),
+    ],
+)
 def test_a_prompt_that_is_cached_as_a_whole_is_fed_again_as_plain_generate_feeds_it(family, length, cached, covered):
     target = tiny_pair(family)[0]
     mask = torch.ones(1, covered, dtype=torch.long)
@@ -336,7 +342,7 @@ def test_rows_that_ended_early_are_completed_in_parts(monkeypatch):
 # The draft's context --------------------------------------------------------------------------------------------------
 
 LONG = {"max_new_tokens": 40, "eos_token_id": None}
-SHORTER = LONG | {"max_new_tokens": 24}
+SHORTER = LONG | {"max_new_tokens": 16}
 
 
 def committed(target, draft, text, cache):
@@ -398,7 +404,9 @@ def test_context_of_another_draft_is_not_used():
     target, first, second = tiny_pair("qwen3")
     cache = DynamicCache(config=target.config)
     text = turn(target, tiny.prompt(20), torch.ones(1, 20, dtype=torch.long), cache, first)
-    turn(target, *longer(*text, tiny.prompt(4)), cache, second)
+    more = longer(*text, tiny.prompt(4))
+    ours, _ = turn(target, *more, cache, second)
+    assert torch.equal(ours, turn(target, *more, None)[0])
     assert cache.dflash.draft() is second
     assert cache.dflash.hidden[0, :31].all()
 

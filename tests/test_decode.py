@@ -51,17 +51,18 @@ def test_every_tested_family_is_answered_for():
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_greedy_text_is_the_targets_own_through_rejections_and_full_acceptances(family):
     """One row, prompts of 1 and 300 tokens, blocks of 16 and 5: proposals partly right, and once the draft's own."""
+    new = 13
     target = tiny.target(family)
     committed, tokens = set(), set()
     for length, block in ((1, 16), (300, 5)):
         ids = tiny.prompt(length, seed=length)
-        expected = tiny.greedy(target, ids, 16)
+        expected = tiny.greedy(target, ids, new)
         assert len(set(expected[0, length:].tolist())) > 1
         tokens |= set(expected[0, length:].tolist())
         draft = tiny.draft(target, block_size=block)
         if length == 300:
-            assert torch.equal(speculative(target, draft, ids, 6)[0], expected[:, :306])
-        text, statistics = speculative(target, draft, ids, 16, proposer=tiny.partly_right(expected, seed=length + 1))
+            assert torch.equal(speculative(target, draft, ids, 4)[0], expected[:, :304])
+        text, statistics = speculative(target, draft, ids, new, proposer=tiny.partly_right(expected, seed=length + 1))
         assert torch.equal(text, expected)
         assert min(statistics.committed) < block
         committed |= {block - count for count in statistics.committed}
@@ -74,15 +75,14 @@ def test_a_padded_batch_gives_every_row_the_text_that_plain_generate_gives_it(fa
     """By the draft's own proposals, and by better ones, in blocks of 16 and 2 by turns."""
     target = tiny.target(family)
     inputs = tiny.batch(20, pads=(0, 19, 7, 13))
-    asked = {"max_new_tokens": 18, "do_sample": False}
+    block, new = ((2, 10), (16, 18))[[*tiny.FAMILIES].index(family) % 2]
+    asked = {"max_new_tokens": new, "do_sample": False}
     expected = target.generate(**inputs, **asked)
     assert len(set(expected[:, 20:].flatten().tolist())) > 4
     assert len(set(map(tuple, expected[:, 20:].tolist()))) > 2
-    draft = tiny.draft(target, block_size=6)
-    short = target.generate(**inputs, **asked | {"max_new_tokens": 8}, custom_generate=draft.speculate)
-    assert torch.equal(short, expected[:, :28])
-    block = (2, 16)[[*tiny.FAMILIES].index(family) % 2]
     draft, statistics = tiny.draft(target, block_size=block), DecodeStatistics()
+    short = target.generate(**inputs, **asked | {"max_new_tokens": 5}, custom_generate=draft.speculate)
+    assert torch.equal(short, expected[:, :25])
     ways = {"custom_generate": draft.speculate, "statistics": statistics, "proposer": tiny.partly_right(expected)}
     assert torch.equal(target.generate(**inputs, **asked, **ways), expected)
     assert {1, block} <= set(statistics.committed)
@@ -109,7 +109,7 @@ def test_what_the_draft_proposes_is_what_its_plain_forward_says(layers):
     if layers == "eager":
         draft.set_attn_implementation("eager")
     inputs = tiny.batch(14, pads=(0, 5))
-    texts = target.generate(**inputs, max_new_tokens=24, do_sample=False)
+    texts = target.generate(**inputs, max_new_tokens=14, do_sample=False)
     embed, seen = target.get_input_embeddings(), []
 
     @torch.no_grad()
@@ -134,8 +134,8 @@ def test_what_the_draft_proposes_is_what_its_plain_forward_says(layers):
             return self.chain.propose(state)
 
     more = {"custom_generate": draft.speculate, "proposer": lambda chain: Watched(chain, None)}
-    assert torch.equal(target.generate(**inputs, max_new_tokens=24, do_sample=False, **more), texts)
-    assert len(seen) > 24
+    assert torch.equal(target.generate(**inputs, max_new_tokens=14, do_sample=False, **more), texts)
+    assert len(seen) > 16
 
 
 @pytest.mark.quick
@@ -158,10 +158,10 @@ def test_the_same_draft_runs_in_transformers_own_loop(family):
         attention_mask=torch.ones_like(ids),
         assistant_model=draft,
         speculation_type="dflash",
-        max_new_tokens=20,
+        max_new_tokens=10,
         do_sample=False,
     )
-    assert torch.equal(text, tiny.greedy(target, ids, 20))
+    assert torch.equal(text, tiny.greedy(target, ids, 10))
 
 
 def test_buffers_grow_over_long_texts(monkeypatch):
@@ -181,10 +181,10 @@ def test_long_prompts_are_prefilled_in_parts(family, monkeypatch):
     target = tiny.target(family)
     draft = tiny.draft(target)
     ids = tiny.prompt(70)
-    assert torch.equal(speculative(target, draft, ids, 8)[0], tiny.greedy(target, ids, 8))
+    assert torch.equal(speculative(target, draft, ids, 6)[0], tiny.greedy(target, ids, 6))
     inputs = tiny.batch(40, pads=(0, 30, 7, 13))
-    expected = target.generate(**inputs, max_new_tokens=8, do_sample=False)
-    text = target.generate(**inputs, max_new_tokens=8, do_sample=False, custom_generate=draft.speculate)
+    expected = target.generate(**inputs, max_new_tokens=6, do_sample=False)
+    text = target.generate(**inputs, max_new_tokens=6, do_sample=False, custom_generate=draft.speculate)
     assert torch.equal(text, expected)
     lengths = []
     hook = (
@@ -278,24 +278,6 @@ def test_nothing_is_copied_but_what_a_block_writes():
     assert len(where) == 4 + 2
 
 
-@pytest.mark.parametrize("rows", [1, 4])
-def test_a_cycle_brings_one_tensor_to_the_host(rows, monkeypatch):
-    target, brought = tiny.target("qwen3"), []
-    draft, inputs = tiny.draft(target), tiny.batch(9, pads=(0, 3, 5, 1)[:rows])
-    tiny.record_transfers(monkeypatch, brought)
-    per_cycle = []
-
-    def count(proposal, state):
-        per_cycle.append(list(brought))
-        brought.clear()
-        return proposal
-
-    more = {"custom_generate": draft.speculate, "proposer": tiny.steered(count)}
-    target.generate(**inputs, max_new_tokens=40, do_sample=False, **more)
-    assert len(per_cycle) > 10
-    assert all(names == ["tolist"] for names in per_cycle[4:])  # on a GPU, blocks are recorded and compared before
-
-
 TREE = torch.tensor([[-1, 0, 0, 1, 1, 2]])
 
 
@@ -322,8 +304,9 @@ def test_acceptance_keeps_the_drafted_tokens_before_the_first_mismatch(tokens, c
     assert choices.gather(1, path)[0, : accepted + 1].tolist() == committed
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gemma3_text", "gpt_oss"])
-@pytest.mark.parametrize("block", [4, 6, 9])
+@pytest.mark.parametrize(
+    ("family", "block"), [("qwen3", 4), ("qwen3", 6), ("qwen3", 9), ("gemma3_text", 9), ("gpt_oss", 4)]
+)
 def test_a_tree_of_proposals_runs_in_the_same_loop(family, block):
     """Two branches from the anchor: one that is right for a while, one that is wrong at once; another tree per row."""
     target = tiny.target(family)
@@ -463,20 +446,21 @@ def test_an_encoder_decoder_target_is_refused():
         tiny.draft(tiny.target("qwen3")).spec_generate(t5, tiny.prompt(6))
 
 
-@pytest.mark.parametrize("family", ["qwen3", "qwen3_next"])
 @pytest.mark.parametrize(
-    ("moment", "error"),
+    ("family", "moment", "error"),
     [
-        ("prompt", KeyboardInterrupt),
-        ("draft", torch.OutOfMemoryError),
-        ("verify", torch.OutOfMemoryError),
-        ("told", KeyboardInterrupt),
+        ("qwen3", "prompt", KeyboardInterrupt),
+        ("qwen3", "draft", torch.OutOfMemoryError),
+        ("qwen3", "verify", torch.OutOfMemoryError),
+        ("qwen3", "told", KeyboardInterrupt),
+        ("qwen3_next", "prompt", KeyboardInterrupt),
+        ("qwen3_next", "verify", torch.OutOfMemoryError),
     ],
 )
 def test_the_target_is_left_as_it_was_found_also_after_an_error(family, moment, error, monkeypatch):
     target = tiny.target(family)
     draft, ids = tiny.draft(target), tiny.prompt(6)
-    expected = tiny.greedy(target, ids, 12)
+    expected = tiny.greedy(target, ids, 8)
     before = set(vars(target))
     where = {"prompt": (target.lm_head, 1), "draft": (draft.norm, 2), "verify": (target.model.layers[1].mlp, 3)}
     module, moments = where.get(moment, (target.lm_head, 99))
@@ -499,11 +483,11 @@ def test_the_target_is_left_as_it_was_found_also_after_an_error(family, moment, 
     with monkeypatch.context() as patch:
         patch.setattr(module, "forward", forward)
         with pytest.raises(error):
-            speculative(target, draft, ids, 12, streamer=Streamer())
+            speculative(target, draft, ids, 8, streamer=Streamer())
     assert tiny.as_found(target)
     assert set(vars(target)) == before
-    assert torch.equal(tiny.greedy(target, ids, 12), expected)
-    assert torch.equal(speculative(target, draft, ids, 12)[0], expected)
+    assert torch.equal(tiny.greedy(target, ids, 8), expected)
+    assert torch.equal(speculative(target, draft, ids, 8)[0], expected)
 
 
 def test_logits_that_are_not_numbers_are_an_error_and_no_token():
@@ -527,12 +511,12 @@ def test_a_draft_that_is_all_nan_costs_time_and_nothing_else():
 def test_statistics_of_blocks_of_several_sizes_add_up():
     target, statistics = tiny.target("qwen3"), DecodeStatistics()
     ids = tiny.prompt(9)
+    better = tiny.greedy(target, ids, 20)
     for block in (3, 8, 2):
         draft = tiny.draft(target, block_size=block)
-        better = tiny.partly_right(tiny.greedy(target, ids, 30))
-        speculative(target, draft, ids, 30, statistics=statistics, proposer=better)
+        speculative(target, draft, ids, 20, statistics=statistics, proposer=tiny.partly_right(better))
     assert len(statistics.accepted_at) == 7
-    assert sum(statistics.committed) == 3 * 29
+    assert sum(statistics.committed) == 3 * 19
 
 
 class Anything:

@@ -91,7 +91,7 @@ def test_a_fresh_draft_is_a_dflash_1_draft_with_the_same_weights(monkeypatch):
     for draft in (first, second):
         statistics = DecodeStatistics()
         ways = {"custom_generate": draft.speculate, "statistics": statistics}
-        target.generate(**tiny.batch(9, pads=(0, 3)), max_new_tokens=30, do_sample=False, **ways)
+        target.generate(**tiny.batch(9, pads=(0, 3)), max_new_tokens=16, do_sample=False, **ways)
         committed.append(statistics.committed)
     assert committed[0] == committed[1]
 
@@ -179,7 +179,7 @@ def test_text_is_the_targets_own_alone_and_in_padded_batches(family, block):
     target = tiny.target(family)
     draft = tiny.draft(target, block_size=block, **tiny.SECOND)
     inputs = tiny.batch(9, pads=(0, 3, 5, 1))
-    asked = {"max_new_tokens": 24, "do_sample": False}
+    asked = {"max_new_tokens": 14, "do_sample": False}
     plain = target.generate(**inputs, **asked)
     statistics = DecodeStatistics()
     ways = {"custom_generate": draft.speculate, "statistics": statistics}
@@ -219,7 +219,7 @@ def test_sampled_text_is_that_of_plain_sampling_with_the_same_noise(pair, settin
     inputs, texts = tiny.batch(9, pads=(0, 3)), []
     for way in (draft, tiny.draft(target, seed=9)):  # any other draft: the text is the target's
         torch.manual_seed(3)
-        asked = {"max_new_tokens": 24, "do_sample": True, "draft_sampling": draft_sampling, **setting}
+        asked = {"max_new_tokens": 12, "do_sample": True, "draft_sampling": draft_sampling, **setting}
         texts.append(target.generate(**inputs, **asked, custom_generate=way.speculate))
     assert torch.equal(*texts)
     assert len(set(texts[0][0, 9:].tolist())) > 4
@@ -259,7 +259,7 @@ def test_three_sampled_tokens_are_distributed_as_generate_distributes_them(monke
 def test_transformers_own_loop_runs_it_without_the_selector(pair):
     target, draft = pair
     ids = tiny.prompt(9)
-    asked = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 20, "do_sample": False}
+    asked = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 10, "do_sample": False}
     ours = target.generate(ids, **asked, assistant_model=draft, speculation_type="dflash")
     assert torch.equal(ours, target.generate(ids, **asked))
 

@@ -41,7 +41,7 @@ def shorter(monkeypatch):
     monkeypatch.setattr(families, "ROWS", ((40, 16),))
     monkeypatch.setattr(families, "BATCH_BLOCKS", (6,))
     monkeypatch.setattr(families, "batch_is_sound", lambda model, inputs: True)
-    monkeypatch.setattr(families, "decode_both", functools.partial(families.decode_both, new=17))
+    monkeypatch.setattr(families, "decode_both", functools.partial(families.decode_both, new=12))
 
 
 @pytest.mark.parametrize("family", EXACT)

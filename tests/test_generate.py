@@ -19,7 +19,7 @@ from transformers import (
 )
 
 import tiny
-from dflash_hub import DecodeStatistics, support_dflash
+from dflash_hub import support_dflash
 from paths import TINY
 
 
@@ -32,8 +32,7 @@ def both(target, draft, **inputs):
 
 @pytest.fixture(scope="module")
 def pair():
-    target = tiny.target("qwen3")
-    return target, tiny.draft(target)
+    return tiny.shallow()
 
 
 PADDED = tiny.batch(9, pads=(0, 3, 5, 1))
@@ -63,7 +62,7 @@ def test_generation_settings_may_come_from_the_target_or_in_a_config(pair):
 
 def test_rows_end_at_different_times_and_are_padded(pair):
     ends = set()
-    for stop in range(0, tiny.VOCAB, 2):
+    for stop in (0, 4, 8):
         plain, ours = both(*pair, **PADDED, max_new_tokens=24, eos_token_id=stop, pad_token_id=11)
         assert torch.equal(plain, ours)
         ends |= {row.index(stop) if stop in row else 24 for row in plain[:, 9:].tolist()}
@@ -96,34 +95,6 @@ def test_a_streamer_in_another_thread_gives_the_text(tiny_target, tiny_draft):
     thread.join()
 
 
-class Ends(StoppingCriteria):
-    """A row ends with the second 5 after the prompt; keeps what it was shown."""
-
-    def __init__(self):
-        self.shown = []
-
-    def __call__(self, input_ids, scores, **kwargs):
-        self.shown.append(input_ids.shape[1])
-        return (input_ids[:, 9:] == 5).sum(dim=1) >= 2
-
-
-@pytest.mark.parametrize("eos", [None, 7])
-def test_a_stopping_criterion_of_ones_own_is_asked_at_every_token(pair, eos):
-    target, draft = pair
-    asked = {"max_new_tokens": 28, "eos_token_id": eos, "pad_token_id": 0}
-    plain = target.generate(**PADDED, **asked, do_sample=False, stopping_criteria=StoppingCriteriaList([Ends()]))
-    mine = Ends()
-    ours = target.generate(
-        **PADDED,
-        **asked,
-        do_sample=False,
-        stopping_criteria=StoppingCriteriaList([mine]),
-        custom_generate=draft.speculate,
-    )
-    assert torch.equal(plain, ours)
-    assert set(range(10, 10 + len(set(mine.shown)))) == set(mine.shown)
-
-
 class Asks(StoppingCriteria):
     """A criterion that runs the target itself, on the text so far; counts where it disagrees with the last token."""
 
@@ -141,12 +112,12 @@ class Asks(StoppingCriteria):
 def test_a_stopping_criterion_may_call_the_target(family):
     target, ids = tiny.target(family), tiny.prompt(20)
     criterion, draft = Asks(target), tiny.draft(target)
-    asked = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 18, "do_sample": False}
+    asked = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 10, "do_sample": False}
     criteria = StoppingCriteriaList([criterion])
     ours = target.generate(ids, **asked, custom_generate=draft.speculate, stopping_criteria=criteria)
-    assert torch.equal(ours, tiny.greedy(target, ids, 18))
+    assert torch.equal(ours, tiny.greedy(target, ids, 10))
     assert criterion.wrong == 0
-    assert criterion.asked == 18
+    assert criterion.asked == 10
 
 
 def test_max_time_ends_a_text_soon(pair):
@@ -162,56 +133,31 @@ def conversation(target, cache, **extra) -> torch.Tensor:
     """Three turns with one cache; the text, with what was said after the last."""
     ids = tiny.prompt(20)
     for turn in range(3):
-        asked = {"max_new_tokens": 9, "do_sample": False, tiny.CACHE: cache}
+        asked = {"max_new_tokens": 7, "do_sample": False, tiny.CACHE: cache}
         ids = target.generate(ids, attention_mask=torch.ones_like(ids), **asked, **extra)
         assert cache.get_seq_length() == ids.shape[1] - 1
         ids = torch.cat([ids, tiny.prompt(6, seed=turn)], dim=1)
     return ids
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gemma3_text", "gemma4_text-shared", "gpt_oss", "qwen3_next", "lfm2"])
-def test_a_cache_carries_a_conversation_on(family):
+@pytest.mark.parametrize(
+    ("family", "knows_layers"),
+    [
+        ("gemma3_text", True),
+        ("gemma4_text-shared", True),
+        ("qwen3_next", True),
+        ("gemma3_text", False),
+        ("deepseek_v3", False),
+    ],
+)
+def test_a_cache_carries_a_conversation_on(family, knows_layers):
+    """A cache that was made without a config knows no layers; `test_caches.py` has more, of two turns."""
     target = tiny.target(family)
-    draft = tiny.draft(target)
-    plain = conversation(target, DynamicCache(config=target.config))
-    ours = conversation(target, DynamicCache(config=target.config), custom_generate=draft.speculate)
-    assert torch.equal(plain, ours)
-
-
-@pytest.mark.parametrize("family", ["qwen3", "gemma3_text", "deepseek_v3"])
-def test_a_cache_made_without_a_config_carries_a_conversation_on(family):
-    target = tiny.target(family)
-    draft = tiny.draft(target)
-    plain = conversation(target, DynamicCache())
-    assert torch.equal(plain, conversation(target, DynamicCache(), custom_generate=draft.speculate))
-
-
-def test_a_cache_of_ours_goes_on_without_a_draft_and_the_other_way_round():
-    target = tiny.target("gemma3_text")
-    draft, ids = tiny.draft(target), tiny.prompt(20)
-    ways = [{}, {"custom_generate": draft.speculate}]
     texts = []
-    for first, second in ((0, 0), (0, 1), (1, 0), (1, 1)):
-        asked = {"max_new_tokens": 15, "do_sample": False, tiny.CACHE: DynamicCache(config=target.config)}
-        text = target.generate(ids, attention_mask=torch.ones_like(ids), **asked, **ways[first])
-        text = torch.cat([text, tiny.prompt(4)], dim=1)
-        texts.append(target.generate(text, attention_mask=torch.ones_like(text), **asked, **ways[second]))
-    assert all(torch.equal(text, texts[0]) for text in texts)
-
-
-def test_a_second_turn_accepts_as_many_tokens_as_one_long_prompt(tiny_target, tiny_draft):
-    """The draft's own context rides along on the cache."""
-    ids = torch.arange(40, 60)[None]
-    asked = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None, "custom_generate": tiny_draft.speculate}
-    cache, second, whole = DynamicCache(config=tiny_target.config), DecodeStatistics(), DecodeStatistics()
-    text = tiny_target.generate(ids, attention_mask=torch.ones_like(ids), **{tiny.CACHE: cache}, **asked)
-    cache = copy.deepcopy(cache)
-    more = torch.cat([text, ids[:, :5]], dim=1)
-    given = {"attention_mask": torch.ones_like(more), **asked}
-    one = tiny_target.generate(more, statistics=second, **{tiny.CACHE: cache}, **given)
-    other = tiny_target.generate(more, statistics=whole, **given)
-    assert torch.equal(one, other)
-    assert second.committed == whole.committed
+    for more in ({}, {"custom_generate": tiny.draft(target).speculate}):
+        cache = DynamicCache(config=target.config) if knows_layers else DynamicCache()
+        texts.append(conversation(target, cache, **more))
+    assert torch.equal(*texts)
 
 
 @pytest.mark.parametrize(
@@ -247,7 +193,7 @@ def test_a_prompt_without_tokens_is_refused(pair):
 
 def test_two_threads_on_one_target_take_turns(pair):
     target, draft = pair
-    asked = {**PADDED, "max_new_tokens": 30, "do_sample": False}
+    asked = {**PADDED, "max_new_tokens": 16, "do_sample": False}
     plain, texts = target.generate(**asked), []
 
     def run():
@@ -311,15 +257,16 @@ def test_targets_that_see_images_decode_with_and_without_one(family, image, rows
     target, inputs = tiny.seeing(family, image)
     if rows == 1:
         inputs = {name: value[: len(value) // 2] for name, value in inputs.items()}
-    plain, ours = both(target, tiny.draft(target), **inputs, max_new_tokens=24)
+    new = 24 if family == "gemma3" and image else 12  # its text begins with one token over and over
+    plain, ours = both(target, tiny.draft(target), **inputs, max_new_tokens=new)
     assert torch.equal(plain, ours)
     assert len(set(plain[0, inputs["input_ids"].shape[1] :].tolist())) > 4
 
 
 def test_draft_and_target_may_differ_in_dtype(pair):
     target, _ = pair
-    draft = tiny.draft(target).to(torch.bfloat16)
-    plain, ours = both(target, draft, **PADDED, max_new_tokens=30)
+    draft = tiny.shallow()[1].to(torch.bfloat16)
+    plain, ours = both(target, draft, **PADDED, max_new_tokens=12)
     assert torch.equal(plain, ours)
 
 
@@ -390,21 +337,20 @@ def test_what_cannot_be_captured_runs_as_it_is_and_says_so(pair, fault, monkeypa
     monkeypatch.setattr(execution_dflash.logger, "warning_once", lambda text: said.append(text))
     said: list[str] = []
     target, draft = pair
-    plain = target.generate(**PADDED, max_new_tokens=30, do_sample=False)
-    ours = target.generate(
-        **PADDED, max_new_tokens=30, do_sample=False, custom_generate=draft.speculate, capture="graphs"
-    )
+    asked = {**PADDED, "max_new_tokens": 16, "do_sample": False}
+    plain = target.generate(**asked)
+    ours = target.generate(**asked, custom_generate=draft.speculate, capture="graphs")
     assert torch.equal(plain, ours)
     assert len(said) == 2
     assert "capture='graphs'" in said[0]
 
 
 @pytest.mark.parametrize("capture", ["eager", "compile"])
-@pytest.mark.parametrize(("new", "rows"), [(24, 1), (26, 1), (27, 1), (26, 3)])
+@pytest.mark.parametrize(("new", "rows"), [(12, 1), (14, 1), (15, 1), (14, 3)])
 def test_a_target_that_learned_its_positions_writes_to_the_last_of_them(new, rows, capture, monkeypatch):
     """A block looks beyond the end of the text, where there is no position."""
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-    config = AutoConfig.for_model("gpt2", n_embd=32, n_head=4, n_layer=4, n_positions=32, vocab_size=12)
+    config = AutoConfig.for_model("gpt2", n_embd=32, n_head=4, n_layer=4, n_positions=20, vocab_size=12)
     torch.manual_seed(0)
     target = tiny.scaled(AutoModelForCausalLM.from_config(config).eval(), "gpt2")
     inputs = tiny.batch(6, (0, 2, 1)[:rows])

@@ -29,7 +29,7 @@ def both(target, inputs, asked):
     return plain, ours, statistics
 
 
-@pytest.mark.parametrize(("rows", "eos"), [(1, None), (3, None), (3, 7)])
+@pytest.mark.parametrize(("rows", "eos"), [(1, None), (3, 7)])
 @pytest.mark.parametrize(
     "family", ["qwen3", "gemma3_text", "gemma4_text-shared", "gpt_oss", "qwen3_next", "lfm2", "nemotron_h"]
 )
@@ -52,9 +52,17 @@ def test_hidden_states_that_are_not_returned_are_not_asked_for():
     assert torch.equal(ours, plain)
 
 
-@pytest.mark.parametrize("with_ids", [False, True])
-@pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("family", ["qwen3", "gemma3_text", "qwen3_next"])
+@pytest.mark.parametrize(
+    ("family", "rows", "with_ids"),
+    [
+        ("qwen3", 1, True),
+        ("qwen3", 3, False),
+        ("gemma3_text", 1, False),
+        ("gemma3_text", 3, True),
+        ("qwen3_next", 1, True),
+        ("qwen3_next", 3, False),
+    ],
+)
 def test_a_prompt_may_be_embeddings(family, rows, with_ids):
     target, inputs = tiny.target(family), tiny.batch(9, (0, 2, 4)[:rows])
     ids = inputs.pop("input_ids")

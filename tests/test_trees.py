@@ -162,12 +162,12 @@ def test_a_dspark_tree_scores_pairs_as_its_chain_does_and_knows_a_reduced_vocabu
         assert torch.allclose(found.log_probs[:, 1, first], expected.gather(1, places), atol=1e-4)
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", tiny.KINDS_OF_CACHE)
 def test_text_is_the_targets_own_whatever_the_tree(family):
     """A padded batch; by turns a tree narrower and one wider than the block. Recurrent targets get the chain."""
     target = tiny.target(family)
     draft, accepted, tokens = tiny.draft(target, block_size=6), 0, set()
-    widths = (3, 20) if family == "qwen3" else (3, 20)[[*tiny.FAMILIES].index(family) % 2 :][:1]
+    widths = (3, 20) if family == "qwen3" else (3, 20)[[*tiny.KINDS_OF_CACHE].index(family) % 2 :][:1]
     for inputs, width in [(tiny.batch(20, pads=(0, 19, 7, 13)), width) for width in widths]:
         asked = inputs | {"max_new_tokens": 14, "do_sample": False}
         expected = target.generate(**asked)
@@ -189,17 +189,18 @@ def test_trees_of_every_kind_write_what_its_chains_write(kind, sampled):
     """Sampled too: noise belongs to slots, so one seed gives one text."""
     target = tiny.target("gemma3_text")
     draft = tiny.draft(target, **KINDS[kind])
-    asked = tiny.batch(11, pads=(0, 4)) | {"max_new_tokens": 24, "custom_generate": draft.speculate}
+    asked = tiny.batch(11, pads=(0, 4)) | {"max_new_tokens": 16, "custom_generate": draft.speculate}
     asked |= {"do_sample": sampled, "temperature": 1.5 if sampled else None, "top_k": 8 if sampled else None}
     texts, committed = [], []
-    for more in ({"proposal": "chain"}, {"proposal": "tree", "width": 16}, {"proposal": "plain"}):
+    ways = [{"proposal": "chain"}, {"proposal": "tree", "width": 16}]
+    ways += [{"proposal": "plain"}] if kind == "dflash" else []  # it asks no draft
+    for more in ways:
         torch.manual_seed(3)
         statistics = DecodeStatistics()
         texts.append(target.generate(**asked, **more, statistics=statistics))
         committed.append(statistics.acceptance_length)
-    assert torch.equal(texts[0], texts[1])
-    assert torch.equal(texts[0], texts[2])
-    assert committed[2] == 1
+    assert all(torch.equal(texts[0], text) for text in texts[1:])
+    assert committed[2:] == [1] * (len(ways) - 2)
     assert committed[1] > 1.05
 
 
@@ -236,16 +237,16 @@ class Compared(TreeProposer):
         return proposal
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gemma3_text", "gemma2", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["qwen3", "gemma3_text", "gpt_oss", "deepseek_v3"])
 def test_every_node_gets_the_logits_of_its_path_across_the_border_of_a_window(family):
     target = tiny.target(family)
     Compared.compared = 0
-    asked = tiny.batch(8, pads=(0, 3)) | {"max_new_tokens": 16, "do_sample": False}
+    asked = tiny.batch(8, pads=(0, 3)) | {"max_new_tokens": 10, "do_sample": False}
     draft = tiny.draft(target)
     make = {"proposer": lambda chain: Compared(chain.drafter, chain.draft_state, chain.sampler, 12)}
     text = target.generate(**asked, custom_generate=draft.speculate, **make)
     assert torch.equal(text, target.generate(**asked))
-    assert Compared.compared > 100
+    assert Compared.compared > 80
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma3_text"])
@@ -300,7 +301,7 @@ def test_a_chain_given_as_a_tree_is_the_chain():
 def test_trees_are_built_inside_a_recorded_block(kind):
     target = tiny.target("gemma3_text")
     draft = tiny.draft(target, **KINDS[kind])
-    asked = tiny.batch(12, pads=(0, 5, 9)) | {"max_new_tokens": 20, "do_sample": False}
+    asked = tiny.batch(12, pads=(0, 5, 9)) | {"max_new_tokens": 12, "do_sample": False}
     expected = target.generate(**asked)
     found = []
     for capture in ("eager", "graphs"):

@@ -110,6 +110,19 @@ FAMILIES = {
     },
 }
 
+KINDS_OF_CACHE = {
+    "qwen3": "full attention",
+    "mistral": "windows in every layer",
+    "gemma3_text": "windows in some layers, scaled embeddings",
+    "gemma4_text-shared": "layers that share keys and values",
+    "gpt_oss": "sinks and routed experts",
+    "deepseek_v3": "latent heads",
+    "qwen3_next": "linear attention, whose state is recurrent",
+    "lfm2": "convolutions",
+    "nemotron_h": "state space layers",
+}
+"""One family of each kind of cache or mask, for what depends on no more; `test_decode.py` decodes every family."""
+
 
 # Where the usual scale or seed gives a text of few tokens, or chunked and stepwise state space models that differ.
 SCALES = {"nemotron_h": 8, "minimax_m2": 12, "lfm2": 20}
@@ -259,6 +272,12 @@ def draft(model, seed: int = 1, **fields):
         "max_position_embeddings": 1024,
     }
     return built_once(("draft", seed, shape | fields), lambda: new_draft(seed, shape, fields))
+
+
+def shallow(**fields):
+    """A target of two layers of full attention and a draft for it: enough where no kind of cache is at stake."""
+    target = built_once(("shallow",), lambda: new_target("qwen3", 13, SMALL | {"num_hidden_layers": 2}))
+    return target, draft(target, target_layer_ids=[0, 1], **fields)
 
 
 def new_draft(seed: int, shape: dict, fields: dict):
