@@ -23,6 +23,7 @@ from dflash_hub.training.regenerate import regenerate
 from hubserver import Fault
 from paths import ROOT, TINY
 
+ONLINE = "import huggingface_hub.constants; huggingface_hub.constants.HF_HUB_OFFLINE = False\n"
 KILLS = f"import sys; sys.path[:0] = [{str(ROOT / 'benchmarks')!r}, {str(ROOT / 'tests')!r}]; import kills; "
 ROWS = [{"text": f"row {number}"} for number in range(6)]
 FULL = """
@@ -241,9 +242,8 @@ def test_without_a_home_that_can_be_written_folders_load_and_the_hub_is_refused_
 )
 def test_runs_ended_by_each_signal_and_resumed_are_those_that_were_not(hub, servers, job, signals):
     """One moment for each signal; `benchmarks/kills.py` takes more. `test_trainer.py` kills a run at a known step."""
-    server = servers.models if job == "push" else servers.training
     words = ["--jobs", job, "--moments", "1", "--steps", "4", "--signals", *signals.split()]
-    done = server.run(code=KILLS + f"kills.main({words})")
+    done = servers.training.run(code=ONLINE + KILLS + f"kills.main({words})", HF_HUB_OFFLINE="0")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["job"] == job
 
