@@ -28,7 +28,9 @@ from typing import Any, NamedTuple
 COMPILERS = ("torch._dynamo", "torch.distributed.tensor", "torch.distributed.fsdp")
 MODELS = ("transformers.models.auto.modeling_auto", "transformers.models.qwen3.modeling_qwen3", "safetensors.torch")
 """What everyone imports who loads and runs a model by name."""
-TRAINING = (*MODELS, "transformers.trainer", "accelerate", "datasets", "dflash_hub.training")
+TRAINING = (*MODELS, "transformers.trainer", "accelerate", "datasets", "dflash_hub.training.trainer")
+TRAINING += ("dflash_hub.cli", "dflash_hub.commands.training_run", "dflash_hub.publishing.push")
+TRAINING += ("dflash_hub.training.feature_setup", "dflash_hub.training.feature_writer", "typer.testing", "pytest")
 TRAINING += ("matplotlib.projections", "matplotlib.backends.backend_agg")  # for the plot of a saved draft
 
 
