@@ -119,7 +119,11 @@ def _send(address: str, request: dict[str, Any]) -> socket.socket:
 
 def _answer(connection: socket.socket) -> dict[str, Any]:
     with connection:
-        return json.loads(b"".join(iter(lambda: connection.recv(65536), b"")))
+        return _received(connection)
+
+
+def _received(connection: socket.socket) -> dict[str, Any]:
+    return json.loads(b"".join(iter(lambda: connection.recv(65536), b"")))
 
 
 def _ask(address: str, request: dict[str, Any]) -> dict[str, Any]:
@@ -208,7 +212,7 @@ def serve(address: str, modules: list[str]) -> None:
             _reap(asking)
         if listener in ready:
             connection, _ = listener.accept()
-            request = json.loads(b"".join(iter(lambda: connection.recv(65536), b"")))
+            request = _received(connection)
             child = os.fork()
             if child == 0:
                 _leave(ended, wake, listener, *asking.values())
