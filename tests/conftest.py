@@ -2,6 +2,7 @@
 
 import atexit
 import gc
+import getpass
 import json
 import os
 import re
@@ -41,6 +42,8 @@ def scratch() -> Path | None:
         return None
     folder = MEMORY / f"{LEFT}{os.getpid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
+    # What torch has compiled stays for the next run.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}")
     os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
     return folder
 
