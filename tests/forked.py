@@ -25,9 +25,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+COMPILERS = ("torch._dynamo", "torch.distributed.tensor", "torch.distributed.fsdp")
 MODELS = ("transformers.models.auto.modeling_auto", "transformers.models.qwen3.modeling_qwen3", "safetensors.torch")
 """What everyone imports who loads and runs a model by name."""
-TRAINING = (*MODELS, "transformers.trainer", "accelerate", "datasets", "dflash_hub.training")
+TRAINING = (*MODELS, "transformers.trainer", "accelerate", "datasets", "dflash_hub.training.trainer")
+TRAINING += ("dflash_hub.cli", "dflash_hub.commands.training_run", "dflash_hub.publishing.push")
+TRAINING += ("dflash_hub.training.feature_setup", "dflash_hub.training.feature_writer", "typer.testing", "pytest")
 TRAINING += ("matplotlib.projections", "matplotlib.backends.backend_agg")  # for the plot of a saved draft
 
 
@@ -116,7 +119,11 @@ def _send(address: str, request: dict[str, Any]) -> socket.socket:
 
 def _answer(connection: socket.socket) -> dict[str, Any]:
     with connection:
-        return json.loads(b"".join(iter(lambda: connection.recv(65536), b"")))
+        return _received(connection)
+
+
+def _received(connection: socket.socket) -> dict[str, Any]:
+    return json.loads(b"".join(iter(lambda: connection.recv(65536), b"")))
 
 
 def _ask(address: str, request: dict[str, Any]) -> dict[str, Any]:
@@ -128,13 +135,18 @@ class Servers:
 
     @cached_property
     def torch(self) -> ForkServer:
-        """It has imported torch alone, so that every variable of huggingface_hub and transformers is read again."""
+        """It has imported torch alone."""
         return ForkServer()
+
+    @cached_property
+    def compilers(self) -> ForkServer:
+        """It has imported what transformers imports of torch besides, which is half of its time."""
+        return self.torch.fork(COMPILERS)
 
     @cached_property
     def models(self) -> ForkServer:
         """It has imported what loads and runs a model."""
-        return self.torch.fork(MODELS)
+        return self.compilers.fork(MODELS)
 
     @cached_property
     def training(self) -> ForkServer:
@@ -186,16 +198,38 @@ def serve(address: str, modules: list[str]) -> None:
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
     listener.listen(16)
+    ended, wake = os.pipe()
+    os.set_blocking(wake, False)
+    signal.set_wakeup_fd(wake)  # written to when a child has ended
+    signal.signal(signal.SIGCHLD, lambda *given: None)
+    asking: dict[int, socket.socket] = {}
     while True:
-        ready, _, _ = select.select([sys.stdin, listener], [], [])
+        ready, _, _ = select.select([sys.stdin, listener, ended], [], [])
         if sys.stdin in ready:
-            return _reap(0)
-        connection, _ = listener.accept()
-        if os.fork() == 0:
-            listener.close()
-            handle(connection)
-        connection.close()
-        _reap()
+            return _reap(asking, 0)
+        if ended in ready:
+            os.read(ended, 4096)
+            _reap(asking)
+        if listener in ready:
+            connection, _ = listener.accept()
+            request = _received(connection)
+            child = os.fork()
+            if child == 0:
+                _leave(ended, wake, listener, *asking.values())
+                handle(request, connection)
+            asking[child] = connection
+            if "serve" in request:
+                asking.pop(child).close()
+
+
+def _leave(ended: int, wake: int, *sockets: socket.socket) -> None:
+    """Give up what is the server's alone."""
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for one in sockets:
+        one.close()
+    os.close(ended)
+    os.close(wake)
 
 
 def prepare_loading() -> None:
@@ -208,16 +242,17 @@ def prepare_loading() -> None:
     conversion_mapping.get_checkpoint_conversion_mapping("qwen3")
 
 
-def _reap(options: int = os.WNOHANG) -> None:
-    """Forget the children that have ended, or with no options wait for all of them."""
+def _reap(asking: dict[int, socket.socket], options: int = os.WNOHANG) -> None:
+    """Report how children have ended to those who asked for them; with no options, wait for all children."""
     with contextlib.suppress(ChildProcessError):
-        while os.waitpid(-1, options)[0]:
-            pass
+        while (ended := os.waitpid(-1, options))[0]:
+            if connection := asking.pop(ended[0], None):
+                with connection, contextlib.suppress(BrokenPipeError):
+                    connection.sendall(json.dumps({"status": os.waitstatus_to_exitcode(ended[1])}).encode())
 
 
-def handle(connection: socket.socket) -> None:
-    """Answer one request: run a program in one more fork and report how it ended, or become a server."""
-    request = json.loads(b"".join(iter(lambda: connection.recv(65536), b"")))
+def handle(request: dict[str, Any], connection: socket.socket) -> None:
+    """Do in a fork what was asked for: run a program, or become a server."""
     if "serve" in request:
         os.environ.update(request["env"])
         if "HF_HUB_OFFLINE" in request["env"] and "huggingface_hub.constants" in sys.modules:
@@ -226,13 +261,8 @@ def handle(connection: socket.socket) -> None:
         connection.close()
         serve(request["serve"], request["modules"])
         os._exit(0)
-    child = os.fork()
-    if child == 0:
-        connection.close()
-        execute(request)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    connection.sendall(json.dumps({"status": status}).encode())
-    os._exit(0)
+    connection.close()
+    execute(request)
 
 
 def execute(request: dict[str, Any]) -> None:

@@ -23,7 +23,6 @@ from dflash_hub import (
 )
 from dflash_hub.drafter_dflash import Walk
 from dflash_hub.modeling_domino import PrefixGRU
-from dflash_hub.publishing import publish
 from dflash_hub.publishing.probe import digests
 from paths import DATA
 from test_sampling import Plain, sample
@@ -351,16 +350,13 @@ def test_what_engines_do_otherwise_is_named_at_saving_and_on_the_card(fields, ex
     assert "\n\n\n" not in card
 
 
-def test_a_published_draft_is_used_without_the_package_from_both_branches(
-    hub, repo_id, pair, tmp_path, fresh_process, forked_probe
-):
+def test_a_published_draft_is_used_without_the_package_from_both_branches(hub, repo_id, pair, tmp_path, fresh_process):
     from test_dflash2 import check_strangers
 
     target, draft = pair
     target.save_pretrained(tmp_path / "target")
-    draft.save_pretrained(tmp_path / "draft")
     with pytest.warns(UserWarning, match="SGLang"):
-        publish(tmp_path / "draft", repo_id)
+        draft.push_to_hub(repo_id)
     for revision in ("main", "engines"):
         files = set(HfApi().list_repo_files(repo_id, revision=revision))
         assert {*FILES, "dflash.py", "modeling_dflash.py", "custom_generate/generate.py"} <= files

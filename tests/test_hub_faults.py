@@ -316,10 +316,8 @@ TABLE = [
     ("429 once", "load", WEIGHTS, NEW),
     ("429 once", "push", "PUT", NEW),
     ("429 once", "refresh", WEIGHTS, NEW),
-    ("503", "load", WEIGHTS, LOADED),
     ("503", "load", CONFIG, OLD),  # as huggingface_hub does: the cache, as of one commit
     ("503", "load", "mask_embedding.pt", r"(?s)did not send mask_embedding.pt of .*: .*Run the same again"),
-    ("503", "resolve", CARD, CHOSEN),
     ("503", "push", CARD, CARDLESS),
     ("503", "refresh", "commit/main", CODE_MAIN),
     ("503 once", "push", "preupload", NEW),
@@ -327,12 +325,10 @@ TABLE = [
     ("500", "resolve", CARD, CHOSEN),
     ("500", "push", "whoami", ASKED),
     ("500", "push both", "commit/engines", ENGINES),
-    ("500", "first push", "commit/engines", ENGINES),
     ("500", "refresh both", "commit/engines", CODE_ENGINES),
     ("reset", "load", WEIGHTS, LOADED),
     ("reset", "resolve", CARD, CHOSEN),
     ("reset", "push", "commit/main", MAIN),
-    ("reset", "refresh", WEIGHTS, READ),
     ("lost", "push", "commit/main", MOVED),
     ("lost", "first push", "branch/engines", ENGINES),
     ("lost", "refresh", "commit/main", CODE_LOST),
@@ -352,8 +348,6 @@ TABLE = [
     ("flip", "eval", WEIGHTS, "arrived damaged.*load again"),
     ("flip", "refresh", WEIGHTS, "arrived damaged"),
     ("trickle", "load", WEIGHTS, NEW),
-    ("trickle", "eval", WEIGHTS, NEW),
-    ("trickle", "resolve", CARD, NEW),
     ("trickle", "push", CARD, NEW),
     ("trickle", "refresh", WEIGHTS, NEW),
     ("redirect", "load", CONFIG, OLD),
@@ -361,9 +355,7 @@ TABLE = [
     ("redirect", "resolve by shape", CONFIG, CONFIGURED),
     ("redirect", "push", "whoami", ASKED),
     ("redirect", "push", "commit/main", MAIN),
-    ("redirect", "refresh", "commit/main", CODE_MAIN),
     ("refuse", "push", "PUT", MAIN),
-    ("refuse", "refresh", "commit/main", CODE_MAIN),
 ]
 
 

@@ -23,6 +23,7 @@ from dflash_hub.training.regenerate import regenerate
 from hubserver import Fault
 from paths import ROOT, TINY
 
+ONLINE = "import huggingface_hub.constants; huggingface_hub.constants.HF_HUB_OFFLINE = False\n"
 KILLS = f"import sys; sys.path[:0] = [{str(ROOT / 'benchmarks')!r}, {str(ROOT / 'tests')!r}]; import kills; "
 ROWS = [{"text": f"row {number}"} for number in range(6)]
 FULL = """
@@ -241,9 +242,8 @@ def test_without_a_home_that_can_be_written_folders_load_and_the_hub_is_refused_
 )
 def test_runs_ended_by_each_signal_and_resumed_are_those_that_were_not(hub, servers, job, signals):
     """One moment for each signal; `benchmarks/kills.py` takes more. `test_trainer.py` kills a run at a known step."""
-    server = servers.models if job == "push" else servers.training
     words = ["--jobs", job, "--moments", "1", "--steps", "4", "--signals", *signals.split()]
-    done = server.run(code=KILLS + f"kills.main({words})")
+    done = servers.training.run(code=ONLINE + KILLS + f"kills.main({words})", HF_HUB_OFFLINE="0")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["job"] == job
 
@@ -270,7 +270,7 @@ def test_a_push_that_is_ended_removes_its_folder_or_a_later_push_does(
     kill = Fault("meanwhile", meanwhile=lambda: os.kill(int(pid.read_text()), number), times=1)
     hub.state.fail["/preupload/main"] = kill
     code = PUSH.format(folder=str(folder), pid=str(pid), draft=str(TINY / "draft"), repo=repo_id)
-    done = servers.models.run(code=code)
+    done = servers.training.run(code=ONLINE + code, HF_HUB_OFFLINE="0")
     assert kill.struck
     assert done.returncode == (143 if number == signal.SIGTERM else -9), done.stderr
     left = list(folder.iterdir())
@@ -290,22 +290,22 @@ def test_a_push_that_is_ended_removes_its_folder_or_a_later_push_does(
 
 
 def test_many_decodes_leave_no_memory_hook_thread_or_file(servers):
-    done = servers.training.run(code=KILLS + "kills.main(['--jobs', 'decodes', '--decodes', '30', '--longest', '30'])")
+    done = servers.training.run(code=KILLS + "kills.main(['--jobs', 'decodes', '--decodes', '16', '--longest', '30'])")
     assert done.returncode == 0, done.stderr
 
 
 def test_eight_threads_with_one_draft_write_the_targets_own_texts():
     target = tiny.target("qwen3")
     draft = tiny.draft(target)
-    prompts = [tiny.prompt(length, seed=length) for length in range(5, 65, 5)]
+    prompts = [tiny.prompt(length, seed=length) for length in range(5, 65, 6)]
 
     def decode(ids: torch.Tensor) -> list[int]:
-        call = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False}
+        call = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False}
         return target.generate(ids, custom_generate=draft.speculate, **call)[0].tolist()
 
     with ThreadPoolExecutor(8) as pool:
         texts = list(pool.map(decode, prompts))
-    assert texts == [tiny.greedy(target, ids, 12)[0].tolist() for ids in prompts]
+    assert texts == [tiny.greedy(target, ids, 8)[0].tolist() for ids in prompts]
     assert tiny.as_found(target)
 
 
@@ -321,12 +321,12 @@ def test_four_processes_with_one_cache_folder_write_the_targets_own_text(
         target = AutoModelForCausalLM.from_pretrained({str(TINY / "target")!r}).eval()
         draft = DFlashDraftModel.from_pretrained({repo_id!r}, cache_dir={str(tmp_path)!r}).eval()
         ids = torch.arange(40, 70)[None]
-        call = dict(attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)
+        call = dict(attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
         print(target.generate(ids, custom_generate=draft.speculate, **call).tolist())
     """
     running = [servers.models.start(code=textwrap.dedent(code)) for _ in range(4)]
     ids = torch.arange(40, 70)[None]
-    own = str(tiny.greedy(tiny_target, ids, 24).tolist())
+    own = str(tiny.greedy(tiny_target, ids, 8).tolist())
     assert [one.wait().stdout.splitlines()[-1] for one in running] == [own] * 4
     assert len(list(tmp_path.rglob("model.safetensors"))) == 1
     assert not list(tmp_path.rglob("*.incomplete"))

@@ -36,6 +36,7 @@ def run(source: str, namespace: dict) -> None:
         exec(source, namespace)
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_a_notebook_runs(name, hub, repo_id, monkeypatch, tmp_path, capsys):
     import torch

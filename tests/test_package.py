@@ -117,21 +117,35 @@ def test_the_sdist_holds_the_tests_and_what_they_need(built):
         assert name in names
 
 
-def test_the_wheel_installs_and_its_demo_runs_elsewhere(built, tmp_path):
-    """In an environment that borrows torch and transformers from this one, from another folder."""
+INSTALLED = "import dflash_hub; print(dflash_hub.__file__); from dflash_hub.cli import main; main()"
+ALONE = """
+import sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in str(finder)]
+sys.path[:] = [{site!r}, *(path for path in sys.path if path.startswith(({borrowed!r}, sys.base_prefix)))]
+assert "transformers" not in sys.modules
+"""
+
+
+def test_the_wheel_installs_and_its_demo_runs_elsewhere(built, tmp_path, servers):
+    """In an environment that borrows torch and transformers from this one, from another folder.
+
+    A new process runs a command that needs neither; the demo is forked from one that has imported torch.
+    """
     home = tmp_path / "venv"
     venv.create(home, with_pip=False, symlinks=True)
     site = next(home.glob("lib/python*/site-packages"))
     zipfile.ZipFile(built[1]).extractall(site)
-    borrowed = [path for path in sys.path if path.endswith("site-packages")]
-    (site / "borrowed.pth").write_text("\n".join(borrowed))
-    code = "import dflash_hub, sys; print(dflash_hub.__file__); from dflash_hub.cli import main; main()"
-    command = [home / "bin" / "python", "-I", "-c", code, "demo", "--prompts", "1", "--capture", "off"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(str(home))
-    assert "identical" in done.stdout
-    assert not re.findall("(?i)warning|traceback", done.stderr), done.stderr
+    borrowed = next(path for path in sys.path if path.endswith("site-packages"))
+    (site / "borrowed.pth").write_text(borrowed)
+    command = [home / "bin" / "python", "-I", "-c", INSTALLED, "drafts", "--target", "qwen3-4b"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    words = ("dflash-hub", "demo", "--prompts", "1", "--capture", "off")
+    shown = servers.compilers.run(*words, code=ALONE.format(site=str(site), borrowed=borrowed) + INSTALLED)
+    for done, said in ((listed, "z-lab/Qwen3-4B-DFlash-b16"), (shown, "identical")):
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith(str(home))
+        assert said in done.stdout
+        assert not re.findall("(?i)warning|traceback", done.stderr), done.stderr
 
 
 def test_importing_it_costs_no_more_than_automodel_and_our_own_files(servers):
@@ -148,10 +162,14 @@ print(*sys.modules.keys() - before)
     assert foreign == set()
 
 
-@pytest.mark.parametrize(("server", "first"), [("torch", "dflash_hub.configuration_dflash2"), ("models", "dflash_hub")])
+@pytest.mark.parametrize(
+    ("server", "first"), [("compilers", "dflash_hub.configuration_dflash2"), ("models", "dflash_hub")]
+)
 def test_the_auto_classes_know_drafts_whichever_is_imported_first(servers, server, first):
     code = f"""if True:
-        import {first}, sys
+        import sys
+        assert ("transformers" in sys.modules) == {server == "models"}
+        import {first}
         from transformers import AutoConfig, AutoModel, CONFIG_MAPPING
         from dflash_hub import DFlash2Config, DFlash2DraftModel, DSparkConfig
         from dflash_hub.configuration_dflash import EXTENSIONS

@@ -84,9 +84,9 @@ def test_every_target_has_a_row_in_the_table_of_tiny_checkpoints():
 def test_however_a_target_is_loaded_its_own_draft_is_resolved(name, hub, saved):
     """One target of each architecture as a model; the others, which differ by name, by their configs."""
     folder = saved(LOADED[name])
-    HfApi().create_repo(name)
-    HfApi().upload_folder(folder_path=folder, repo_id=name)
     kinds = autos_for(folder) if name in REPRESENTATIVES else []
+    HfApi().create_repo(name)
+    HfApi().upload_folder(folder_path=folder, repo_id=name, ignore_patterns=None if kinds else "*.safetensors")
     targets = [kind.from_pretrained(name) for kind in kinds] or [AutoConfig.from_pretrained(name)]
     for target in targets:
         config = getattr(target, "config", target)
@@ -117,13 +117,15 @@ def test_a_folder_that_is_named_like_the_target_or_names_it_resolves_to_its_draf
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # peft asks transformers for what it is about to rename
 @pytest.mark.parametrize("architecture", sorted(set(LOADED.values())))
 def test_a_class_of_its_own_adapters_and_quantised_weights_change_nothing(architecture, hub, saved, tmp_path):
+    """By one Auto class, and by both for one of the composite architectures."""
     from peft import LoraConfig, PeftModel, get_peft_model
     from torchao.quantization import Int8WeightOnlyConfig
 
     name = next(name for name, its in LOADED.items() if its == architecture)
     HfApi().create_repo(name)
     HfApi().upload_folder(folder_path=saved(architecture), repo_id=name)
-    for kind in autos_for(saved(architecture)):
+    kinds = autos_for(saved(architecture))
+    for kind in kinds if architecture == QWEN35 else kinds[-1:]:
         plain = kind.from_pretrained(name)
         itself = type(plain).from_pretrained(name)
         assert outcome(itself) == outcome(itself, itself.config.architectures) == expected(name)
