@@ -38,7 +38,8 @@ def scratch() -> Path | None:
     for left in MEMORY.glob(f"{LEFT}*"):  # of a run that was killed
         if not Path("/proc", left.name.removeprefix(LEFT)).exists():
             shutil.rmtree(left, ignore_errors=True)
-    if shutil.disk_usage(MEMORY).free < 4e9:
+    takes_programs = os.access(MEMORY, os.W_OK) and not os.statvfs(MEMORY).f_flag & os.ST_NOEXEC
+    if not takes_programs or shutil.disk_usage(MEMORY).free < 4e9:
         return None
     folder = MEMORY / f"{LEFT}{os.getpid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
