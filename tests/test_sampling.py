@@ -150,7 +150,7 @@ class DrawsAgain(Sampler):
         return tokens, scores
 
 
-DRAWS, ROWS = 2_000, 1_000
+DRAWS, ROWS = 4_000, 1_000
 BROKEN = (
     ("dflash_hub.acceptance_dflash.accept", keep_everything),
     ("dflash_hub.generate_dflash.Sampler", DrawsAgain),
@@ -185,7 +185,7 @@ def triples(target, draws: int = DRAWS, **asked) -> torch.Tensor:
 
 @pytest.mark.parametrize("settings", DISTRIBUTIONS.values(), ids=DISTRIBUTIONS)
 def test_three_tokens_are_distributed_as_generate_distributes_them(settings, monkeypatch):
-    """2,000 draws of three consecutive tokens, by `generate` with the draft and without, as triples.
+    """4,000 draws of three consecutive tokens, by `generate` with the draft and without, as triples.
 
     Two-sample chi-square over the triples seen at least 10 times in all, the rest pooled. The limit is the 0.9999
     quantile (by Wilson and Hilferty): right code fails once in 10,000 seeds, and the seed is fixed. Broken on purpose,
