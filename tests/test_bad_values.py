@@ -168,7 +168,7 @@ def is_ours(error: Exception, argument: str) -> bool:
 @pytest.fixture(scope="module")
 def pair():
     target = tiny.target("qwen3")
-    return target, tiny.draft(target)
+    return target, tiny.draft(target, num_hidden_layers=1)
 
 
 def foreign_errors(calls: dict, values: dict, skip: set = frozenset()) -> list[str]:

@@ -88,14 +88,14 @@ def untimed(records) -> list[dict]:
 
 @pytest.mark.quick
 def test_figures_are_those_counted_by_hand(models, tmp_path):
-    report = evaluation(models, tmp_path, prompt_set(0, 3), max_new_tokens=20).run()
+    report = evaluation(models, tmp_path, prompt_set(0, 3), max_new_tokens=12).run()
     assert report == read_report(tmp_path)
     draft, target = models.drafts["draft", 8], models.target
     committed, accepted_at = [], [0] * 7
     for number, record in zip((0, 3), report["records"][1::2], strict=True):
         ids = models.tokenizer(TEXTS[number], return_tensors="pt").input_ids
         statistics = DecodeStatistics()
-        kwargs = {"max_new_tokens": 20, "do_sample": False, "statistics": statistics}
+        kwargs = {"max_new_tokens": 12, "do_sample": False, "statistics": statistics}
         text = target.generate(ids, custom_generate=draft.speculate, **kwargs)[0, ids.shape[1] :].tolist()
         assert (record["prompt"], record["way"], record["identical"]) == (f"p{number}", 1, True)
         assert (record["token_ids"], record["committed"]) == (text, statistics.committed)
@@ -149,7 +149,7 @@ PROFILE_FIELDS = [
 
 
 def test_counts_are_in_the_words_and_forms_that_other_tools_read(models, tmp_path):
-    report = evaluation(models, tmp_path, prompt_set(0, 3), max_new_tokens=20).run()
+    report = evaluation(models, tmp_path, prompt_set(0, 3), max_new_tokens=12).run()
     for record in report["records"][1::2]:
         words = record["speculative_decoding"]
         assert list(words) == VLLM_FIELDS
@@ -449,7 +449,7 @@ def test_a_cache_whose_slots_are_wrong_is_called_a_bug(models, tokenizer, tmp_pa
     for number, checked in enumerate((models, tested)):
         evaluation(checked, tmp_path / f"checked{number}").run()  # the self-check passes, once
     changed_verify(monkeypatch, lambda target, verify, slots: verify(slots - 3))
-    broken = evaluation(tested, tmp_path, max_new_tokens=20)
+    broken = evaluation(tested, tmp_path, max_new_tokens=10)
     broken.in_float32 = lambda: models
     report = broken.run()
     drafted = report["results"][1]

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen3ForCausalLM
 import tiny
 
 PROMPT = {"input_ids": tiny.prompt(12), "attention_mask": torch.ones(1, 12, dtype=torch.long)}
-ASKED = PROMPT | {"max_new_tokens": 16, "do_sample": False}
+ASKED = PROMPT | {"max_new_tokens": 10, "do_sample": False}
 
 
 def same_text(target, draft, **more) -> bool:
@@ -52,15 +52,14 @@ def test_dropout_in_training_mode_is_refused_until_the_target_is_in_evaluation_m
     setattr(config, part, 0.2)
     target = AutoModelForCausalLM.from_config(config).eval()
     draft = tiny.draft(target)
-    assert same_text(target, draft)
-    speculate = draft.speculate
-    target.generate(**ASKED, custom_generate=speculate)
+    speculate, expected = draft.speculate, target.generate(**ASKED)
+    assert torch.equal(target.generate(**ASKED, custom_generate=speculate), expected)
     target.train()
     with pytest.raises(ValueError, match="is in training mode, and its forward draws random numbers"):
         target.generate(**ASKED, custom_generate=speculate)
     assert target.training
     target.eval()
-    assert same_text(target, draft)
+    assert torch.equal(target.generate(**ASKED, custom_generate=speculate), expected)
 
 
 @pytest.mark.quick
@@ -116,7 +115,8 @@ def test_offloaded_targets_give_their_own_text(way, accelerate, tmp_path):
     draft, expected = tiny.draft(target), target.generate(**ASKED)
     target = WAYS[way](accelerate, target, tmp_path)
     assert any(weight.is_meta for weight in target.parameters()) == (way not in ("map of one device", "with hook"))
-    for capture in ("auto", "compile" if way == "cpu_offload" else "eager"):
+    more = {"cpu_offload": ("compile",), "all on disk": ("eager",)}
+    for capture in ("auto", *more.get(way, ())):
         text = target.generate(**ASKED, custom_generate=draft.speculate, capture=capture)
         assert torch.equal(text, expected)
 
@@ -241,8 +241,8 @@ def pairs_of(kind: str) -> list:
 def test_decodes_that_share_a_model_or_a_config_take_turns(kind):
     pairs = pairs_of(kind)
     ids = [tiny.prompt(9 + index, seed=index) for index in range(3)]
-    expected = [tiny.greedy(target, text, 30) for (target, _), text in zip(pairs, ids, strict=True)]
-    asked = {"max_new_tokens": 30, "do_sample": False}
+    expected = [tiny.greedy(target, text, 16) for (target, _), text in zip(pairs, ids, strict=True)]
+    asked = {"max_new_tokens": 16, "do_sample": False}
     calls = []
     for (target, draft), text in zip(pairs, ids, strict=True):
         more = {"attention_mask": torch.ones_like(text), "custom_generate": draft.speculate}
@@ -288,7 +288,7 @@ def test_compiled_targets_give_their_own_text_and_stay_compiled(how):
     compiled = target if made is None else made
     before = [dict(vars(module)) for module in compiled.modules()]
     assert torch.equal(compiled.generate(**ASKED, custom_generate=draft.speculate), expected)
-    assert torch.equal(draft.spec_generate(compiled, PROMPT["input_ids"], max_new_tokens=16), expected)
+    assert torch.equal(draft.spec_generate(compiled, PROMPT["input_ids"], max_new_tokens=10), expected)
     for module, found in zip(compiled.modules(), before, strict=True):
         for name in ("forward", "_compiled_call_impl"):
             assert vars(module).get(name) is found.get(name)
@@ -321,7 +321,7 @@ def test_no_grad_mode_changes_the_text_and_no_graph_is_held(mode):
     draft = tiny.draft(target).requires_grad_(True)
     with MODES[mode]():
         assert same_text(target, draft)
-        assert torch.equal(draft.spec_generate(target, PROMPT["input_ids"], 16), target.generate(**ASKED))
+        assert torch.equal(draft.spec_generate(target, PROMPT["input_ids"], 10), target.generate(**ASKED))
         output = target.generate(
             **ASKED, custom_generate=draft.speculate, return_dict_in_generate=True, output_logits=True
         )
@@ -339,7 +339,7 @@ def test_a_cache_of_one_grad_mode_goes_on_in_another(first, second):
         with first():
             turn = target.generate(**ASKED, **more, return_dict_in_generate=True)
         ids = torch.cat([turn.sequences, tiny.prompt(5, seed=9)], dim=1)
-        asked = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False}
+        asked = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False}
         with second():
             texts.append(target.generate(ids, **asked, **more, **{tiny.CACHE: turn[tiny.CACHE]}))
     assert torch.equal(*texts)
@@ -384,7 +384,7 @@ def test_a_generation_config_with_odd_values_is_followed(odd):
     target = tiny.target("qwen3")
     for name, value in odd.items():
         setattr(target.generation_config, name, value)
-    draft, asked = tiny.draft(target), PROMPT | {"max_new_tokens": 16}
+    draft, asked = tiny.draft(target), PROMPT | {"max_new_tokens": 10}
     plain = target.generate(**asked)
     assert torch.equal(target.generate(**asked, custom_generate=draft.speculate), plain)
     assert len(plain) == odd.get("num_return_sequences", 1)

@@ -1,6 +1,7 @@
 """The recipe of the built-in pair, for a few steps, with its own functions and the target that is shipped."""
 
 import argparse
+import functools
 import importlib.util
 import json
 
@@ -13,11 +14,13 @@ from paths import TINY
 pytestmark = pytest.mark.usefixtures("undrawn")
 
 
+@functools.cache
 def recipe():
-    """`examples/tiny_pair/train.py` as a module."""
+    """`examples/tiny_pair/train.py` as a module, whose sources are read once."""
     spec = importlib.util.spec_from_file_location("tiny_pair_recipe", TINY / "train.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    module.sources = functools.cache(module.sources)
     return module
 
 

@@ -17,8 +17,8 @@ from paths import TINY
 pytestmark = pytest.mark.usefixtures("undrawn")
 
 TEXTS = ["def add(a, b):\n    return", "import os\nimport", "class A(B):\n    def", "import os\nimport"]
-OPTIONS = training_run.SMALL | {"max_length": 64, "num_anchors": 4, "max_steps": 6, "per_device_train_batch_size": 2}
-OPTIONS |= {"regenerate_every": 2, "regenerate_temperature": 1.0, "regenerate_max_new_tokens": 20}
+OPTIONS = training_run.SMALL | {"max_length": 48, "num_anchors": 4, "max_steps": 6, "per_device_train_batch_size": 2}
+OPTIONS |= {"regenerate_every": 2, "regenerate_temperature": 1.0, "regenerate_max_new_tokens": 8}
 OPTIONS |= {"regenerate_prompt_tokens": 8, "save_strategy": "steps", "save_steps": 3}
 
 

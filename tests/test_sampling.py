@@ -59,7 +59,7 @@ def pair():
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_text_is_token_for_token_that_of_plain_sampling_with_the_same_noise(setting, pair):
     target, draft = pair
-    asked = tiny.batch(8, pads=(0, 5, 2)) | {"max_new_tokens": 14} | SETTINGS[setting]
+    asked = tiny.batch(8, pads=(0, 5, 2)) | {"max_new_tokens": 10} | SETTINGS[setting]
     expected = sample(target, Plain(), 11, **asked)
     for draft_sampling in ("greedy", "coupled"):
         statistics = DecodeStatistics()
@@ -67,21 +67,22 @@ def test_text_is_token_for_token_that_of_plain_sampling_with_the_same_noise(sett
         assert torch.equal(sample(target, draft.speculate, 11, **asked, **ours), expected)
         # Step by step, the whole batch commits as many tokens as its worst row, here often one.
         assert len(set(statistics.committed)) > 1 or statistics.stepwise
-    assert not torch.equal(sample(target, draft.speculate, 12, **asked), expected)
+    few = {"max_new_tokens": 4}
+    assert not torch.equal(sample(target, draft.speculate, 12, **asked | few), expected[:, :12])
 
 
 @pytest.mark.parametrize("family", ["gemma3_text", "qwen3_next"])
 def test_sampling_is_exact_for_other_families_too(family):
     target = tiny.target(family)
     draft = tiny.draft(target)
-    asked = tiny.batch(8, pads=(0, 5, 2)) | {"max_new_tokens": 30, "temperature": 1.5}
+    asked = tiny.batch(8, pads=(0, 5, 2)) | {"max_new_tokens": 16, "temperature": 1.5}
     assert torch.equal(sample(target, draft.speculate, 3, **asked), sample(target, Plain(), 3, **asked))
 
 
 def test_a_tree_of_proposals_changes_no_sampled_text(pair):
     """Siblings compete for one slot of the text, so they share its noise."""
     (target, draft), statistics = pair, DecodeStatistics()
-    asked = tiny.batch(8, pads=(0, 5, 2)) | {"max_new_tokens": 30, "temperature": 1.5, "top_k": 0}
+    asked = tiny.batch(8, pads=(0, 5, 2)) | {"max_new_tokens": 18, "temperature": 1.5, "top_k": 0}
     expected = sample(target, Plain(), 3, **asked)
 
     def branch(proposal, state):
@@ -103,9 +104,9 @@ def test_a_tree_of_proposals_changes_no_sampled_text(pair):
 def test_spec_generate_samples_with_the_same_noise(pair):
     (target, draft), ids = pair, tiny.prompt(6)
     asked = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "temperature": 0.8, "top_k": 0}
-    expected = sample(target, Plain(), 5, **asked, max_new_tokens=30)
+    expected = sample(target, Plain(), 5, **asked, max_new_tokens=16)
     torch.manual_seed(5)
-    assert torch.equal(draft.spec_generate(target, ids, max_new_tokens=30, temperature=0.8), expected)
+    assert torch.equal(draft.spec_generate(target, ids, max_new_tokens=16, temperature=0.8), expected)
 
 
 def test_rows_and_positions_have_noise_of_their_own():
@@ -123,7 +124,7 @@ def test_the_seed_of_torch_governs_sampling(pair):
 
     def text(seed: int) -> list[int]:
         torch.manual_seed(seed)
-        return draft.spec_generate(target, ids, max_new_tokens=30, temperature=1.0)[0].tolist()
+        return draft.spec_generate(target, ids, max_new_tokens=12, temperature=1.0)[0].tolist()
 
     assert text(1) == text(1)
     assert text(1) != text(2)
@@ -220,7 +221,7 @@ def test_coupled_proposals_are_accepted_more_often_when_text_is_sampled(tiny_tar
     ids, texts, lengths = torch.arange(40, 200).view(8, 20), [], []
     for how in ("greedy", "coupled"):
         statistics = DecodeStatistics()
-        asked = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 40, "eos_token_id": None, "top_k": 0}
+        asked = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 20, "eos_token_id": None, "top_k": 0}
         asked |= {"statistics": statistics, "draft_sampling": how, "temperature": 1.5}
         texts.append(sample(tiny_target, tiny_draft.speculate, 1, input_ids=ids, **asked))
         lengths.append(statistics.acceptance_length)

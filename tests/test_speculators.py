@@ -405,8 +405,8 @@ MADE = {
 }
 
 
-GREEDY = tiny.batch(12, pads=(0, 11, 5)) | {"max_new_tokens": 20, "do_sample": False, "repetition_penalty": 1.3}
-SAMPLED = tiny.batch(12, pads=(0, 11, 5)) | {"max_new_tokens": 10, "top_p": 0.8, "bad_words_ids": [[5], [1, 2]]}
+GREEDY = tiny.batch(12, pads=(0, 11, 5)) | {"max_new_tokens": 14, "do_sample": False, "repetition_penalty": 1.3}
+SAMPLED = tiny.batch(12, pads=(0, 11, 5)) | {"max_new_tokens": 7, "top_p": 0.8, "bad_words_ids": [[5], [1, 2]]}
 ELSEWHERE = """
     import json, sys
     from transformers import AutoModel
@@ -450,7 +450,7 @@ def test_what_was_saved_loads_equal_and_drafts_the_same_without_the_package(text
         blocks = []
         for one in (draft, again):
             blocks.append([])
-            asked = {"max_new_tokens": 8, "do_sample": False, "custom_generate": one.speculate}
+            asked = {"max_new_tokens": 5, "do_sample": False, "custom_generate": one.speculate}
             target.generate(**tiny.batch(9, pads=(0, 3)), **asked, proposer=recorded(blocks[-1]))
         assert blocks[0] == blocks[1]
     found = fresh_process(ELSEWHERE.format(root=str(ROOT / "publishing"), folder=str(tmp_path), names=[*MADE]))
@@ -461,7 +461,7 @@ def test_a_reduced_vocabulary_proposes_its_own_tokens_alone():
     target, drafted = tiny.target("qwen3"), []
     known = (0, 3, 4, 10)
     draft = reduced(target, known)
-    asked = tiny.batch(9, pads=(0, 3)) | {"max_new_tokens": 16}
+    asked = tiny.batch(9, pads=(0, 3)) | {"max_new_tokens": 10}
     for sampling in ("greedy", "coupled"):
         ways = {"custom_generate": draft.speculate, "draft_sampling": sampling, "do_sample": sampling == "coupled"}
         target.generate(**asked, **ways, proposer=recorded(drafted))
@@ -480,7 +480,7 @@ def test_blocks_are_embedded_without_the_scale_of_the_targets_embedding():
     for draft in (own, tiny.draft(target, unscaled_embeddings=True), tiny.draft(target)):
         draft.load_state_dict(own.state_dict(), strict=False)
         blocks.append([])
-        asked = {"max_new_tokens": 12, "do_sample": False, "custom_generate": draft.speculate}
+        asked = {"max_new_tokens": 6, "do_sample": False, "custom_generate": draft.speculate}
         target.generate(**tiny.batch(9, pads=(0, 3)), **asked, proposer=recorded(blocks[-1]))
     assert blocks[0] == blocks[1] != blocks[2]
 
@@ -494,7 +494,7 @@ def test_a_target_with_tokens_added_or_padding_taken_away_keeps_its_text(how, ro
     target.resize_token_embeddings(rows, mean_resizing=False)
     inputs = tiny.batch(12, pads=(0, 11, 5))
     inputs["input_ids"].clamp_(max=9)
-    settings = inputs | {"max_new_tokens": 10, "temperature": 2.0}
+    settings = inputs | {"max_new_tokens": 7, "temperature": 2.0}
     plain = sample(target, Plain(), 5, **settings)
     for sampling in ("greedy", "coupled"):
         assert torch.equal(sample(target, draft.speculate, 5, draft_sampling=sampling, **settings), plain)

@@ -60,7 +60,7 @@ def wide(monkeypatch):
 def data(tmp_path):
     path = tmp_path / "rows.jsonl"
     sources = sorted(ROOT.glob("*_dflash.py"))
-    path.write_text("".join(json.dumps({"text": source.read_text()[:1500]}) + "\n" for source in sources))
+    path.write_text("".join(json.dumps({"text": source.read_text()[:600]}) + "\n" for source in sources))
     return str(path)
 
 
@@ -133,11 +133,13 @@ def test_what_comes_next_is_a_push_only_where_drafted_tokens_are_accepted(line, 
     assert [line.strip() for line in told[-len(found) :]] == [*found[:-1], found[-1] + more]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_in_a_pipe_says_how_far_the_answers_of_a_round_are(data, tmp_path, monkeypatch):
     monkeypatch.setattr("dflash_hub.commands.screen.SECONDS_OF_A_LINE", 0)
+    rows = 4
+    Path(data).write_text("\n".join(Path(data).read_text().splitlines()[:rows]))
     rounds = ["--regenerate-every", "1", "--regenerate-temperature", "1", "--regenerate-max-new-tokens", "2"]
     done = train(data, tmp_path / "draft", *SHAPE, *rounds, "--max-steps", "2", "--save-strategy", "no")
-    rows = len(Path(data).read_text().splitlines())
     told = re.findall(r"Answers of round 1: (\d+) of (\d+) rows", done.stderr)
     assert told == [(str(row), str(rows)) for row in range(1, rows + 1)]
 
@@ -162,6 +164,7 @@ def test_without_options_it_says_which_are_missing():
         CliRunner().invoke(cli.app, ["train"], catch_exceptions=False)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_dry_run_checks_everything_leaves_nothing_and_tells_the_cost(data, tmp_path):
     output = train(data, tmp_path / "draft", *SHAPE, "--dry-run").output
     for text in (
@@ -178,6 +181,7 @@ def test_a_dry_run_checks_everything_leaves_nothing_and_tells_the_cost(data, tmp
     assert not (tmp_path / "draft").exists()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_training_goes_on_from_a_published_draft_and_from_an_interrupted_run(data, tmp_path):
     saved = ["--save-strategy", "steps", "--save-steps", "3"]
     train(data, tmp_path / "one", "--draft", str(TINY / "draft"), *saved, "--learning-rate", "0")
@@ -197,6 +201,7 @@ def test_training_goes_on_from_a_published_draft_and_from_an_interrupted_run(dat
     assert (tmp_path / "one" / "checkpoint-8").exists() or (tmp_path / "one" / "model.safetensors").exists()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_options_for_the_shape_of_a_fresh_draft(data, tmp_path):
     fresh = ["--mask-token-id", "1", "--block-size", "6", "--num-layers", "3", "--target_layer_ids", "0", "3"]
     train(data, tmp_path / "draft", *fresh, "--sliding-window", "32", "--causal", "--loss", "ce=0.5,kl=0.5")
@@ -223,6 +228,7 @@ def test_rows_are_printed_as_they_would_be_trained_on(tmp_path, monkeypatch, sys
 
 
 @pytest.mark.quick
+@pytest.mark.usefixtures("undrawn")
 def test_a_stream_is_trained_on(data, tmp_path):
     words = ["--eval-rows", "2", "--eval-strategy", "steps", "--eval-steps", "3", "--eval-acceptance-prompts", "1"]
     output = train(data, tmp_path / "draft", *SHAPE, "--streaming", *words, "--eval-acceptance-tokens", "8").output
@@ -329,6 +335,7 @@ def test_bad_input_is_refused_before_anything_is_trained(data, tmp_path, words, 
     assert not (tmp_path / "draft" / "model.safetensors").exists()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_regenerated_text_trains(data, tmp_path):
     words = ["regenerate", "--target", str(TINY / "target"), "--data", data, "--output", str(tmp_path / "own.jsonl")]
     words += ["--max-new-tokens", "32", "--temperature", "0", "--prompt-tokens", "20", "--limit", "4"]
@@ -384,6 +391,7 @@ def test_a_comparison_that_says_nothing_is_refused(data, tmp_path, words, messag
         train(data, tmp_path / "draft", *SHAPE, *words)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_options_are_compared_by_what_their_drafts_decode(data, tmp_path):
     words = ["--tune", "learning_rate=1e-3,1e-2", "block-size=4", "--tune-steps", "2", "--eval-rows", "3"]
     words += ["--eval-acceptance-prompts", "1", "--eval-acceptance-tokens", "16"]

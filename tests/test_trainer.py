@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 import tiny
 import training_run
@@ -21,7 +22,7 @@ from dflash_hub.training import DFlashTrainer, DFlashTrainingArguments
 from dflash_hub.training.best import describe_block
 from dflash_hub.training.loading import parallel_options
 from dflash_hub.training.trainer import last_checkpoint
-from paths import ROOT
+from paths import ROOT, TINY
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -170,14 +171,16 @@ def test_learning_shows_in_loss_and_acceptance_on_held_out_text(tmp_path, tiny_t
     shape = {"block_size": 8, "num_hidden_layers": 1, "target_layer_ids": [1, 2, 4], "mask_token_id": 1}
     selector = {"selector_rank": 16, "selector_top_k": 8}
     draft = DFlashDraftSpec("tiny").build(tiny_target.config, "dflash2", **shape, **selector)
-    prompt = torch.randint(2, 512, (44, 8))
+    tokenizer = AutoTokenizer.from_pretrained(TINY / "target")
+    ids = tokenizer((TINY / "train.py").read_text(), return_tensors="pt").input_ids[0]
+    prompt = ids[: 44 * 24].view(44, 24)[:, :8]
     text = tiny_target.generate(
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=56, min_new_tokens=56, do_sample=False
     )
     rows = [{"input_ids": ids, "supervised": [0] * 8 + [1] * 56} for ids in text.tolist()]
     args = DFlashTrainingArguments(
         str(tmp_path),
-        **training_run.SMALL | {"max_steps": 50, "learning_rate": 1e-2, "max_length": 64, "num_anchors": 16},
+        **training_run.SMALL | {"max_steps": 20, "learning_rate": 1.5e-2, "max_length": 64, "num_anchors": 16},
         eval_acceptance_prompts=2,
         eval_acceptance_tokens=32,
     )
@@ -340,10 +343,10 @@ def spoilt(folder, tiny_target, tiny_draft, **args):
     """A trained draft that a learning rate far too high makes worse from step to step."""
     text = torch.tensor([0, *range(40, 100)])[None]
     text = tiny_target.generate(text, attention_mask=text * 0 + 1, max_new_tokens=60, eos_token_id=None)
-    rows = [{"input_ids": text[0, n:].tolist()} for n in range(12)]
-    options = training_run.SMALL | {"max_length": 128, "learning_rate": 0.03, "warmup_steps": 0, "max_steps": 9}
+    rows = [{"input_ids": text[0, n : n + 60].tolist()} for n in range(0, 60, 5)]
+    options = training_run.SMALL | {"max_length": 64, "learning_rate": 0.03, "warmup_steps": 0, "max_steps": 9}
     options |= {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
-    options |= {"eval_acceptance_prompts": 2, "eval_acceptance_tokens": 16}
+    options |= {"eval_acceptance_prompts": 1, "eval_acceptance_tokens": 16}
     given = DFlashTrainingArguments(str(folder), **options | args)
     return DFlashTrainer(tiny_draft, tiny_target, given, rows[:8], rows[8:])
 

@@ -335,12 +335,12 @@ def test_what_training_counts_as_right_is_what_decoding_accepts(folder, tiny_tar
     draft, statistics = load_draft(TINY / folder).eval(), DecodeStatistics()
     ids = torch.arange(40, 80)[None]
     asked = {"attention_mask": torch.ones_like(ids), "do_sample": False, "eos_token_id": None}
-    text = tiny_target.generate(ids, **asked, max_new_tokens=100)
+    text = tiny_target.generate(ids, **asked, max_new_tokens=60)
     ways = {"custom_generate": draft.speculate, "statistics": statistics, "proposer": lambda chain: chain}
-    tiny_target.generate(ids, **asked, max_new_tokens=80, **ways)
+    tiny_target.generate(ids, **asked, max_new_tokens=40, **ways)
     every = torch.ones_like(text)
     objective = Objective(draft.config, tiny_target, Recipe(attention="dense"))
-    blocks = objective.blocks(PackedBatch(text, every.bool(), every), torch.arange(40, 120)[None])
+    blocks = objective.blocks(PackedBatch(text, every.bool(), every), torch.arange(40, 80)[None])
     features = objective.target.run(blocks.batch, last_hidden_state=False).features
     states = objective.states(draft, blocks, objective.noise_embeds(blocks), features)
     with_loss = states[blocks.block_loss_mask.flatten(1)]
@@ -349,8 +349,8 @@ def test_what_training_counts_as_right_is_what_decoding_accepts(folder, tiny_tar
     right[blocks.block_loss_mask] = weighted_loss(with_loss, inputs, 512).correct
     accepted = right[0, :, 1:].int().cumprod(-1).sum(-1).tolist()
     committed, place = [], 0
-    while place < 79:
-        committed.append(min(accepted[place] + 1, 79 - place))
+    while place < 39:
+        committed.append(min(accepted[place] + 1, 39 - place))
         place += accepted[place] + 1
     assert statistics.committed == committed
     assert len(set(committed)) > 1

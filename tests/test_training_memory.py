@@ -20,7 +20,7 @@ from dflash_hub.training.objective import FrozenTarget, Objective, Recipe
 from dflash_hub.training.setup import TrainOptions, build
 from paths import ROOT, TINY
 
-SHAPE = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4}
+SHAPE = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3, "num_attention_heads": 4}
 SHAPE |= {"num_key_value_heads": 2, "head_dim": 32, "vocab_size": 4000}
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -34,7 +34,7 @@ def built(kind: str):
     config = AutoConfig.for_model("qwen3", **SHAPE)
     target = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     fields = {name: SMALL[name] for name in KINDS[kind].head_fields if name in SMALL}
-    fields |= {"mask_token_id": 1, "block_size": 8, "num_hidden_layers": 3, "target_layer_ids": [1, 2]}
+    fields |= {"mask_token_id": 1, "block_size": 8, "num_hidden_layers": 2, "target_layer_ids": [1, 2]}
     return target, DFlashDraftSpec("x").build(config, kind, dtype=torch.float32, **fields).train()
 
 
