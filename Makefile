@@ -15,7 +15,7 @@ PARALLEL := -n logical --maxprocesses 8 --dist worksteal
 demo: $(VENV)/.ready  ## the target's own text and DFlash's beside it, on the built-in pair, offline
 	@HF_HUB_OFFLINE=1 $(BIN)/dflash-hub demo
 
-test: $(VENV)/.ready  ## the tests; four to four and a half minutes on two cores
+test: $(VENV)/.ready  ## the tests; less than four minutes on two cores
 	@$(BIN)/python -m pytest -q $(PARALLEL)
 
 quick: $(VENV)/.ready  ## the goldens and one test of each kind; half a minute

@@ -63,9 +63,11 @@ def serving(decoder, **settings):
         thread.start()
         while not server.started:
             time.sleep(0.005)
-        yield server
-        server.end()
-        thread.join(30)
+        try:
+            yield server
+        finally:  # a server that is left running keeps the tests from ending
+            server.end()
+            thread.join(30)
         assert not thread.is_alive()
 
 
@@ -788,7 +790,9 @@ def test_half_of_two_hundred_requests_are_left_and_the_others_have_the_targets_t
         while waiting.running or waiting.choices:
             assert time.monotonic() - started < 5
             time.sleep(0.01)
-        assert count_choices() == before
+        while count_choices() != before:  # a thread may still hold what it has just answered
+            assert time.monotonic() - started < 10
+            time.sleep(0.1)
 
 
 # Parts ---------------------------------------------------------------------------------------------------------------
