@@ -384,7 +384,7 @@ def decoder_layers(target: Any) -> nn.ModuleList:
         target.config.get_text_config(decoder=True).num_hidden_layers,
     )
     layers = getattr(decoder, "layers", None)
-    if layers is None:
+    if not layers:
         lists = (one for one in decoder.modules() if isinstance(one, nn.ModuleList))
         layers = next((one for one in lists if len(one) == count), None)
     if layers is None or len(layers) != count:

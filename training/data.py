@@ -177,7 +177,7 @@ def _tokenize(
     result: dict[str, list] = {"input_ids": [], "supervised": [], "dropped": []}
     for _, documents in documents_of_rows(records, numbers, config):
         for ids, supervised, reason in documents:
-            result["input_ids"].append(np.array(ids, dtype=np.int32))
+            result["input_ids"].append(np.array(ids, dtype=np.int64))
             result["supervised"].append(np.frombuffer(bytes(supervised), dtype=np.int8))
             result["dropped"].append(reason)
     return result
