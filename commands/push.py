@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ..publishing import Plan, Published, PublishOptions
 
 _TARGET = "YOUR-TARGET"
-MEASURED = "## Measured"
+_MEASURED = "## Measured"
 _UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 _PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}
 
@@ -173,7 +173,7 @@ def show_plan(found: "Plan", whole: bool) -> None:
     out.print("\nThe card:", style="bold")
     for line in card_lines(found.card):
         out.print(f"  {line}", **_PLAIN)
-    if not has_section(found.card, MEASURED):
+    if not has_section(found.card, _MEASURED):
         note(
             "A push does not decode. `dflash-hub check FOLDER --target TARGET` does, and says how much of what the "
             "draft proposes is accepted. `dflash-hub eval --update-card` writes that into the card."
@@ -208,7 +208,7 @@ def card_lines(card: "ModelCard") -> list[str]:
         if value:
             shown = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
             lines.append(f"{name}: {shown}")
-    for heading, words in (("## Training", "how it was trained"), (MEASURED, "measurements")):
+    for heading, words in (("## Training", "how it was trained"), (_MEASURED, "measurements")):
         has_one = has_section(card, heading)
         lines.append(f"{words}: {'in a section of its own' if has_one else 'nothing'}")
     return lines

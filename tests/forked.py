@@ -217,9 +217,10 @@ def serve(address: str, modules: list[str]) -> None:
             if child == 0:
                 _leave(ended, wake, listener, *asking.values())
                 handle(request, connection)
-            asking[child] = connection
             if "serve" in request:
-                asking.pop(child).close()
+                connection.close()
+            else:
+                asking[child] = connection
 
 
 def _leave(ended: int, wake: int, *sockets: socket.socket) -> None:
